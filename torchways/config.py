@@ -1,0 +1,39 @@
+"""Settings of a cluster. The dataclass is the truth; the launcher's flags and `tw.init` fill it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+from torchways.errors import ConfigError
+
+PLATFORMS = ("cpu", "tpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """What an embedded cluster (`tw.init()` without an address, or `twrun`) consists of."""
+
+    islands: int = 2
+    """Number of islands on this machine."""
+    devices_per_island: int = 2
+    """Devices of each island; on CPU these are virtual devices of one machine."""
+    platform: str = "cpu"
+    """"cpu" or "tpu": the PJRT platform of the executors."""
+    host: str = "127.0.0.1"
+    """Address that servers listen on. Anything but loopback opens them to the network (the token still guards)."""
+    log_level: str = "warning"
+    """Of every process: debug, info, warning or error."""
+    log_dir: str | None = None
+    """Folder for one log file a process; none: everything goes to stderr."""
+    start_timeout: timedelta = timedelta(seconds=120)
+    """Longest wait for the cluster, or for a slice's executors, to be ready. Importing torch-xla takes seconds, on a
+    loaded machine tens of seconds."""
+
+    def __post_init__(self) -> None:
+        for name in ("islands", "devices_per_island"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.platform not in PLATFORMS:
+            raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")

@@ -1,0 +1,51 @@
+"""What every torchways process does first: title, log format, stack dumps, and dying with its parent."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+
+import setproctitle
+
+LOG_LEVEL_VARIABLE = "TORCHWAYS_LOG_LEVEL"
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+_PR_SET_PDEATHSIG = 1
+
+
+def setup_process(role: str) -> None:
+    """Names this process `role` in `ps` and in its log lines, and dumps all stacks to stderr on SIGUSR1."""
+    setproctitle.setproctitle(f"torchways: {role}")
+    setup_logging(role)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+
+
+def setup_logging(role: str) -> None:
+    """Sends the `torchways` loggers to stderr, each line with time, level, `role` and pid."""
+    level = os.environ.get(LOG_LEVEL_VARIABLE, "warning").upper()
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        logging.Formatter(
+            f"%(asctime)s.%(msecs)03d %(levelname).1s [{role} {os.getpid()}] %(name)s: %(message)s", "%H:%M:%S"
+        )
+    )
+    root = logging.getLogger("torchways")
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    root.propagate = False
+
+
+def die_with_parent(parent_pid: int) -> None:
+    """Asks the kernel to kill this process when its parent ends, however it ends (Linux; elsewhere does nothing).
+
+    `parent_pid` is the pid that started us: if it is gone already, this process exits.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent_pid:
+        os._exit(1)

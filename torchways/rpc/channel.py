@@ -1,0 +1,124 @@
+"""gRPC channels and servers as torchways uses them: one token, no message limit, dead peers noticed.
+
+Every call carries the cluster's token; a server refuses a call without it. Keepalive pings notice a peer whose
+machine is gone within about ten seconds; a process that ends is noticed at once.
+"""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from torchways.errors import ClusterLost, ConfigError
+
+logger = logging.getLogger(__name__)
+
+TOKEN_KEY = "torchways-token"
+TOKEN_VARIABLE = "TORCHWAYS_TOKEN"
+
+_OPTIONS: list[tuple[str, Any]] = [
+    ("grpc.max_receive_message_length", -1),
+    ("grpc.max_send_message_length", -1),
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
+_SERVER_OPTIONS: list[tuple[str, Any]] = [
+    *_OPTIONS,
+    ("grpc.http2.min_ping_interval_without_data_ms", 2_000),
+    ("grpc.http2.max_ping_strikes", 0),
+    ("grpc.so_reuseport", 0),
+]
+
+
+def cluster_token() -> str:
+    """Returns the token that this process was started with.
+
+    Raises:
+        ConfigError: the environment has none.
+    """
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if not token:
+        raise ConfigError(
+            f"no cluster token: set {TOKEN_VARIABLE} to the token that the cluster was started with "
+            "(twrun and tw.init() set it for the processes that they start)"
+        )
+    return token
+
+
+def open_channel(address: str) -> grpc.aio.Channel:
+    """Returns a channel to `address` (host:port); pass `metadata(token)` with each call on it."""
+    return grpc.aio.insecure_channel(address, options=_OPTIONS)
+
+
+def metadata(token: str) -> tuple[tuple[str, str], ...]:
+    """Returns the call metadata that carries `token`."""
+    return ((TOKEN_KEY, token),)
+
+
+class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses every call that does not carry the cluster's token."""
+
+    def __init__(self, token: str) -> None:
+        self._token = token.encode()
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        sent: Sequence[str | bytes] = [
+            value for key, value in handler_call_details.invocation_metadata or () if key == TOKEN_KEY
+        ]
+        given = sent[0] if sent else b""
+        given = given.encode() if isinstance(given, str) else given
+        handler = await continuation(handler_call_details)
+        if handler is None or hmac.compare_digest(given, self._token):
+            return handler
+        logger.warning("refused a call of %s without the cluster's token", handler_call_details.method)
+        return _refusal_like(handler)
+
+
+def _refusal_like(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    """Returns a handler of the same arity as `handler` that refuses every call."""
+
+    async def refuse(request_or_iterator: object, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this cluster needs its token; set TORCHWAYS_TOKEN")
+
+    async def refuse_stream(request_or_iterator: object, context: grpc.aio.ServicerContext) -> Any:
+        await refuse(request_or_iterator, context)
+        yield  # pragma: no cover - makes this an async generator
+
+    name = ("stream" if handler.request_streaming else "unary") + (
+        "_stream" if handler.response_streaming else "_unary"
+    )
+    make = getattr(grpc, f"{name}_rpc_method_handler")
+    return make(
+        refuse_stream if handler.response_streaming else refuse,
+        request_deserializer=handler.request_deserializer,
+        response_serializer=handler.response_serializer,
+    )
+
+
+def make_server(token: str) -> grpc.aio.Server:
+    """Returns an unstarted server that refuses callers without `token`."""
+    return grpc.aio.server(interceptors=[_TokenInterceptor(token)], options=_SERVER_OPTIONS)
+
+
+async def start_server(server: grpc.aio.Server, host: str) -> str:
+    """Starts `server` on a free port of `host` (loopback unless told otherwise) and returns ``host:port``."""
+    port = server.add_insecure_port(f"{host}:0")
+    await server.start()
+    return f"{host}:{port}"
+
+
+def lost(what: str, error: grpc.aio.AioRpcError) -> ClusterLost:
+    """Returns the error that a failed call to `what` raises in the user's process."""
+    return ClusterLost(f"{what} cannot be reached ({error.code().name}: {error.details()}); see its log")
