@@ -1,0 +1,84 @@
+"""Removes in-place operators from a traced graph: what is left is pure, and what was written comes out.
+
+Labels (region, source line) of the old nodes carry over to the nodes that replace them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.func import functionalize
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
+
+from torchways.capture.decompositions import decomposition_table
+from torchways.capture.tracer import REGION_KEY
+from torchways.graphs import SOURCE_KEY
+
+_ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
+
+
+@dataclass(frozen=True, slots=True)
+class PureGraph:
+    """A graph without side effects.
+
+    Attributes:
+        graph_module: flat; the output is the tuple of the old outputs followed by the new values of `written`.
+        written: positions of the inputs that the old graph changed in place.
+    """
+
+    graph_module: torch.fx.GraphModule
+    written: list[int]
+
+
+class _LabellingInterpreter(torch.fx.Interpreter):
+    """Runs a graph under a new trace and labels the new nodes as the old ones were."""
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        if n.op == "call_function" and n.target in _ALIASES:
+            return self.fetch_args_kwargs_from_env(n)[0][0]
+        graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
+        before = graph._root.prev
+        result = super().run_node(n)
+        node = before.next
+        while node is not graph._root:
+            for key in (REGION_KEY, SOURCE_KEY):
+                if key in n.meta:
+                    node.meta.setdefault(key, n.meta[key])
+            node = node.next
+        return result
+
+
+def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
+    """Returns `graph_module` without in-place operators, dead nodes and aliases.
+
+    Args:
+        graph_module: all placeholders come first; every placeholder has a fake tensor in ``meta["val"]``.
+    """
+    fakes = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
+    with fakes[0].fake_mode if fakes else _no_fake_mode():
+        pure = make_fx(
+            functionalize(_LabellingInterpreter(graph_module).run, remove="mutations"),
+            decomposition_table=decomposition_table(),
+        )(*fakes)
+    placeholders = [node for node in pure.graph.nodes if node.op == "placeholder"]
+    written: dict[int, torch.fx.Node] = {}
+    for node in list(pure.graph.nodes):
+        # functionalize writes what it changed back to the inputs at the end; these become outputs instead.
+        if node.target is torch.ops.aten.copy_.default and node.args[0] in placeholders:
+            written[placeholders.index(node.args[0])] = node.args[1]
+            node.replace_all_uses_with(node.args[1])
+            pure.graph.erase_node(node)
+    output = pure.graph.output_node()
+    values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
+    output.args = ((*values, *written.values()),)
+    pure.graph.eliminate_dead_code()
+    pure.recompile()
+    return PureGraph(pure, list(written))
+
+
+def _no_fake_mode() -> Any:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    return FakeTensorMode()

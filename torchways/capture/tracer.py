@@ -1,0 +1,277 @@
+"""Traces a Python function of tensors, whole: forward, autograd's backward, the optimizer.
+
+The trace runs under make_fx with fake tensors. `_TraceMode` sits above it and sees every operator first. It turns
+what the function reads but was not passed (parameters and optimizer state as arrays, tensors of the closure) into
+graph inputs the moment they are first touched, so nothing must be declared; and it notes with each node which
+compiled function, mesh and user line it belongs to. Backward nodes inherit these from the forward node whose
+gradient they compute, through autograd's sequence numbers.
+
+The result still has in-place operators; capture/functionalize.py removes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.fx.experimental.proxy_tensor import (
+    get_proxy_mode,
+    make_fx,
+    track_tensor_tree,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from torchways.array import Array
+from torchways.capture.decompositions import decomposition_table
+from torchways.capture.source import user_line
+from torchways.errors import CaptureError
+from torchways.graphs import SOURCE_KEY
+from torchways.mesh import VirtualSlice
+
+#: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
+REGION_KEY = "tw_region"
+
+_HOST_READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where and as part of what an operator runs.
+
+    Attributes:
+        mesh: slice that it runs on.
+        call: number of the compiled-function call that it belongs to, or -1 for what runs between calls.
+        name: that function's name.
+        backward: whether autograd made it.
+    """
+
+    mesh: VirtualSlice
+    call: int
+    name: str
+    backward: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class GraphInput:
+    """A placeholder of a traced graph and the thing that it stands for."""
+
+    node: torch.fx.Node
+    #: The program's argument at this position (flattened), or the array, or the closure's tensor.
+    source: int | Array | torch.Tensor
+    fake: torch.Tensor
+
+
+@dataclass(slots=True)
+class Trace:
+    """What tracing a function found."""
+
+    graph_module: torch.fx.GraphModule
+    inputs: list[GraphInput]
+    #: Number of leading graph outputs that the function returned; the rest are `escaped`, in order.
+    num_outputs: int
+    out_spec: pytree.TreeSpec
+    #: Positions in the flattened result, and the values there, that are not tensors.
+    constants: dict[int, Any] = field(default_factory=dict)
+
+
+_active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
+
+
+def current_trace() -> _TraceMode | None:
+    """Returns the trace under way in this thread, if any."""
+    return _active.get()
+
+
+class _TraceMode(TorchDispatchMode):
+    """Sees every operator of the traced function before make_fx does; see the module's docstring."""
+
+    def __init__(self, fake_mode: FakeTensorMode) -> None:
+        super().__init__()
+        self.fake_mode = fake_mode
+        self.inputs: list[GraphInput] = []
+        self.region: Region | None = None
+        self._by_identity: dict[int, GraphInput] = {}
+        #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
+        self._alive: list[torch.Tensor] = []
+        self._calls = 0
+        #: Region and line of the forward operator that made an autograd node, by its sequence number.
+        self._of_sequence: dict[int, tuple[Region | None, str]] = {}
+
+    # ---- regions
+
+    @contextmanager
+    def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
+        """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
+        saved, self.region = self.region, Region(mesh, self._calls, name)
+        self._calls += 1
+        try:
+            yield
+        finally:
+            self.region = saved
+
+    # ---- operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _HOST_READS and not _is_known_constant(args[0]):
+            raise CaptureError(_data_dependent(str(func)))
+        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
+            return func(*args)
+        new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        before = _last_node(tracer.graph)
+        try:
+            if func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_"):
+                with self:  # its C++ kernel calls the operators one by one: see these
+                    result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *new_args, **new_kwargs)
+            else:
+                result = func(*new_args, **new_kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise CaptureError(_data_dependent(str(error.func))) from error
+        except UnsupportedOperatorException as error:
+            raise CaptureError(
+                f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
+                "with operators that have one, or register one with torch.library.register_fake"
+            ) from error
+        self._label(before, tracer.graph)
+        return _returned(func, args, kwargs, result)
+
+    def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the fake tensor that stands for `tensor` in this trace."""
+        if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
+            return tensor
+        known = self._by_identity.get(id(tensor))
+        return known.fake if known is not None else self._lift(tensor)
+
+    def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, Array) and (isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad):
+            raise CaptureError(
+                f"a parameter of shape {tuple(tensor.shape)} that is on no slice is used at {user_line()}; wrap its "
+                "module with tw.function(mesh=...) or tw.pipeline(...), and build the optimizer after that"
+            )
+        with _disable_current_modes():
+            source = tensor if isinstance(tensor, Array) else tensor.detach().clone()
+        lifted = self.add_input(source, tuple(tensor.shape), tensor.dtype)
+        self._by_identity[id(tensor)] = lifted
+        self._alive.append(tensor)
+        return lifted.fake
+
+    def add_input(self, source: int | Array | torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
+        """Adds a placeholder for `source` to the graph; callable in the midst of a trace."""
+        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
+        with _disable_current_modes(), self.fake_mode:
+            fake = torch.empty(shape, dtype=dtype)
+        proxy = tracer.create_proxy("placeholder", f"input_{len(self.inputs)}", (), {})
+        track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
+        graph_input = GraphInput(proxy.node, source, fake)
+        self.inputs.append(graph_input)
+        return graph_input
+
+    def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
+        autograd_node = torch._C._current_autograd_node()
+        if autograd_node is not None:
+            region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))
+            if region is not None:
+                region = Region(region.mesh, region.call, region.name, backward=True)
+        else:
+            region, line = self.region, user_line()
+            # The sequence number was raised when the operator's autograd node was made, just before this dispatch.
+            self._of_sequence[torch.autograd._get_sequence_nr() - 1] = (region, line)
+        node = before.next
+        while node is not graph._root:
+            if node.op != "placeholder":
+                if region is not None:
+                    node.meta[REGION_KEY] = region
+                node.meta[SOURCE_KEY] = line
+            node = node.next
+
+
+def trace(
+    function: Callable[..., Any],
+    example_args: list[tuple[tuple[int, ...], torch.dtype]],
+    escaped: Callable[[], list[torch.Tensor]],
+) -> Trace:
+    """Traces `function` whole.
+
+    Args:
+        function: called once with a list of fake tensors, one for each of `example_args`; returns any pytree.
+        example_args: shape and dtype of the tensor arguments.
+        escaped: called after it; returns tensors made inside that live on in Python objects (optimizer state,
+            gradients): they become further outputs.
+
+    Raises:
+        CaptureError: the function cannot be captured.
+    """
+    fake_mode = FakeTensorMode()
+    mode = _TraceMode(fake_mode)
+    result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
+
+    def flat_function() -> list[torch.Tensor]:
+        with mode:
+            fakes = []
+            for position, (shape, dtype) in enumerate(example_args):
+                fakes.append(mode.add_input(position, shape, dtype).fake)
+            flat, result.out_spec = pytree.tree_flatten(function(fakes))
+            outputs = []
+            for position, value in enumerate(flat):
+                if isinstance(value, torch.Tensor):
+                    outputs.append(value)
+                else:
+                    result.constants[position] = value
+            result.num_outputs = len(outputs)
+            return [mode._as_traced(tensor.detach()) for tensor in (*outputs, *escaped())]
+
+    token = _active.set(mode)
+    # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
+    saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    try:
+        with fake_mode, sdpa_kernel(SDPBackend.MATH):
+            result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
+    finally:
+        torch.compiler._is_compiling_flag = saved_flag
+        _active.reset(token)
+    result.inputs = mode.inputs
+    return result
+
+
+def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    """An operator that writes to an argument returns that very argument, also where it was replaced."""
+    returns = func._schema.returns
+    if len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write:
+        for value, argument in zip(args, func._schema.arguments, strict=False):
+            if argument.alias_info is not None and argument.alias_info.is_write:
+                return value
+        return kwargs.get("out", result)
+    return result
+
+
+def _is_known_constant(value: Any) -> bool:
+    return isinstance(value, FakeTensor) and value.constant is not None
+
+
+def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:
+    return graph._root.prev
+
+
+def _data_dependent(operator: str) -> str:
+    return (
+        f"the program depends on the value of a tensor ({operator}) at {user_line()}; a traced program has one graph "
+        "for all values: select with torch.where, or return the tensor and decide outside the program"
+    )

@@ -1,0 +1,233 @@
+"""The dataflow program: what runs on which virtual slice, and what flows between.
+
+Location-agnostic (virtual slices, no processes) and compact: a compiled function is one node and a sharded buffer one
+value, however many devices the slice has. This package knows neither torch nor gRPC.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import TypeAlias
+
+from torchways.errors import InternalError
+from torchways.mesh import Placements, mesh_text
+
+#: Position of a value in `Program.values`.
+ValueIndex: TypeAlias = int
+
+_ITEM_BYTES = {
+    "float64": 8,
+    "int64": 8,
+    "complex64": 8,
+    "float32": 4,
+    "int32": 4,
+    "float16": 2,
+    "bfloat16": 2,
+    "int16": 2,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceSpec:
+    """A virtual slice as a program sees it.
+
+    Attributes:
+        shape: sizes of the mesh axes.
+        axis_names: their names.
+    """
+
+    shape: tuple[int, ...]
+    axis_names: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Value:
+    """One logical sharded buffer.
+
+    Attributes:
+        dtype: PyTorch's spelling without the module, "float32".
+        shape: logical shape.
+        slice_index: slice that it lives on.
+        placements: one an axis of the slice.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    slice_index: int
+    placements: Placements
+
+    @property
+    def nbytes(self) -> int:
+        """Logical size in bytes."""
+        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+
+    def __str__(self) -> str:
+        placements = "".join(f"[{text}]" for text in self.placements)
+        return f"{self.dtype}[{','.join(map(str, self.shape))}]{placements}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Function:
+    """A compiled function: a captured graph with known shapes and shardings.
+
+    Attributes:
+        name: for people, "train_step/1".
+        source: the user's line.
+        graph: its serialized graph (torchways/graphs.py); opaque here.
+        num_operators: operators in the graph.
+    """
+
+    name: str
+    source: str
+    graph: bytes = field(repr=False)
+    num_operators: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arg:
+    """A value given from outside: the user's arguments and the state that the program reads.
+
+    Attributes:
+        output: the value.
+        label: what it is, "host 0", "state layers.0.weight".
+        replaced: the run gives the state a new value, so the old buffer may be donated.
+    """
+
+    output: ValueIndex
+    label: str
+    replaced: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Compute:
+    """One call of a compiled function on one slice.
+
+    Attributes:
+        function_index: position in `Program.functions`.
+        inputs, outputs: values, in the graph's order.
+        donated: positions in `inputs` whose buffers the computation may reuse.
+    """
+
+    function_index: int
+    inputs: tuple[ValueIndex, ...]
+    outputs: tuple[ValueIndex, ...]
+    donated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """Moves a value to another slice and reshards it there."""
+
+    input: ValueIndex
+    output: ValueIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """The values that outlive the run, in the order of their result numbers."""
+
+    inputs: tuple[ValueIndex, ...]
+
+
+Node: TypeAlias = Arg | Compute | Transfer | Result
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """A traced dataflow program. Nodes are in an order in which they can run."""
+
+    name: str
+    slices: tuple[SliceSpec, ...]
+    values: tuple[Value, ...]
+    functions: tuple[Function, ...]
+    nodes: tuple[Node, ...]
+
+    def __str__(self) -> str:
+        return program_text(self)
+
+
+def node_inputs(node: Node) -> tuple[ValueIndex, ...]:
+    """Returns the values that a node reads."""
+    match node:
+        case Arg():
+            return ()
+        case Transfer():
+            return (node.input,)
+        case Compute() | Result():
+            return node.inputs
+
+
+def node_outputs(node: Node) -> tuple[ValueIndex, ...]:
+    """Returns the values that a node makes."""
+    match node:
+        case Arg() | Transfer():
+            return (node.output,)
+        case Compute():
+            return node.outputs
+        case Result():
+            return ()
+
+
+def verify(program: Program) -> Program:
+    """Checks the rules that every pass keeps, and returns the program.
+
+    Every value is made once and before it is read, a computation's values are all on one slice, and the one Result
+    comes last.
+
+    Raises:
+        InternalError: a rule is broken; the message holds the program's text.
+    """
+    made: set[ValueIndex] = set()
+    for position, node in enumerate(program.nodes):
+        for value in node_inputs(node):
+            if value not in made:
+                raise InternalError(f"%{value} is read by node {position} before it is made in\n{program}")
+        for value in node_outputs(node):
+            if value in made:
+                raise InternalError(f"%{value} is made twice in\n{program}")
+            made.add(value)
+        if isinstance(node, Result) != (position == len(program.nodes) - 1):
+            raise InternalError(f"Result must be the last node, and only that, in\n{program}")
+    return program
+
+
+def with_nodes(program: Program, nodes: list[Node], values: list[Value] | None = None) -> Program:
+    """Returns the program with other nodes (and values)."""
+    return replace(program, nodes=tuple(nodes), values=program.values if values is None else tuple(values))
+
+
+def program_text(program: Program) -> str:
+    """Returns the program as text: a line a node, its size the same for any number of devices."""
+    return "\n".join(_lines(program))
+
+
+def _lines(program: Program) -> Iterator[str]:
+    yield f"program {program.name}"
+    for index, spec in enumerate(program.slices):
+        yield f"  slice @{index} {mesh_text(spec.shape, spec.axis_names)}"
+    for node in program.nodes:
+        match node:
+            case Arg():
+                note = " (replaced)" if node.replaced else ""
+                yield f"  {_made(program, node.output)} = arg {node.label}{note}"
+            case Compute():
+                function = program.functions[node.function_index]
+                where = program.values[node.outputs[0] if node.outputs else node.inputs[0]].slice_index
+                inputs = ", ".join(
+                    f"{'donate ' if position in node.donated else ''}%{value}"
+                    for position, value in enumerate(node.inputs)
+                )
+                outputs = ", ".join(_made(program, value) for value in node.outputs)
+                yield f"  {outputs} = compute @{where} {function.name}({inputs})"
+                yield f"      # {function.num_operators} operators, {function.source}"
+            case Transfer():
+                source, target = program.values[node.input], program.values[node.output]
+                yield f"  {_made(program, node.output)} = transfer @{source.slice_index} -> @{target.slice_index} %{node.input}"
+            case Result():
+                yield f"  result {', '.join(f'%{value}' for value in node.inputs)}"
+
+
+def _made(program: Program, value: ValueIndex) -> str:
+    return f"%{value}: {program.values[value]} @{program.values[value].slice_index}"
