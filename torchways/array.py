@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Generator
 from datetime import timedelta
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 
@@ -55,13 +55,13 @@ class Array(torch.Tensor):
         # PyTorch documents this constructor for tensor subclasses without storage; there is no public name for it.
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, requires_grad=requires_grad)
         self._buffer = buffer
-        return cast(Array, self)
+        return self
 
     # What PyTorch's own operations do with an array is decided in __torch_dispatch__ alone.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
             array = args[0]
             return Array(array._buffer, tuple(array.shape), array.dtype)
@@ -138,7 +138,7 @@ class Array(torch.Tensor):
     def __deepcopy__(self, memo: Any) -> Any:
         raise UserError("an array stands for a buffer on a slice and cannot be deep-copied; read it with .cpu() first")
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         placements = "".join(f"[{text}]" for text in self.sharding or ())
         where = f"{placements} on mesh{self.mesh}" if self.mesh is not None else ", not placed yet"
         shape = ", ".join(map(str, self.shape))

@@ -32,7 +32,7 @@ def serialize_graph(graph_module: torch.fx.GraphModule) -> bytes:
             ``meta["tw_source"]`` travels along.
     """
     inputs = [node.name for node in graph_module.graph.nodes if node.op == "placeholder"]
-    outputs = [node.name for node in graph_module.graph.output_node().args[0]]  # type: ignore[union-attr]
+    outputs = [str(node.name) for node in graph_module.graph.output_node().args[0]]  # type: ignore[union-attr]
     for node in graph_module.graph.nodes:
         node.meta = {"val": node.meta.get("val"), SOURCE_KEY: node.meta.get(SOURCE_KEY, "")}
         node.meta["stack_trace"] = node.meta[SOURCE_KEY]  # the field that torch.export's format keeps

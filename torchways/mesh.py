@@ -39,6 +39,8 @@ class VirtualSlice:
     mesh_dim_names: tuple[str, ...]
     slice_id: SliceId = SliceId(-1)
     island: IslandId = IslandId(-1)
+    #: The slice that this is a sub-mesh of.
+    parent: VirtualSlice | None = field(default=None, repr=False)
     #: Called once by `close`; gives the devices back.
     release: Callable[[], None] | None = field(default=None, repr=False)
 
@@ -62,7 +64,13 @@ class VirtualSlice:
             mesh_dim_names=names,
             slice_id=self.slice_id,
             island=self.island,
+            parent=self.root,
         )
+
+    @property
+    def root(self) -> VirtualSlice:
+        """The slice itself, where this is a sub-mesh."""
+        return self if self.parent is None else self.parent
 
     def close(self) -> None:
         """Gives the devices back. Arrays on the slice can no longer be read. Idempotent."""

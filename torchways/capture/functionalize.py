@@ -73,9 +73,20 @@ def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
     output = pure.graph.output_node()
     values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
     output.args = ((*values, *written.values()),)
+    _drop_copies(pure.graph)
     pure.graph.eliminate_dead_code()
     pure.recompile()
     return PureGraph(pure, list(written))
+
+
+def _drop_copies(graph: torch.fx.Graph) -> None:
+    """Replaces copy(old, new) by `new` where the copy changes nothing but the storage."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten.copy.default:
+            old, new = (argument.meta["val"] for argument in node.args)
+            if (old.shape, old.dtype) == (new.shape, new.dtype):
+                node.replace_all_uses_with(node.args[1])
+                graph.erase_node(node)
 
 
 def _no_fake_mode() -> Any:

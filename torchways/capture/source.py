@@ -28,3 +28,8 @@ def user_line() -> str:
             return f"{os.path.basename(code.co_filename)}:{frame.f_lineno} in {code.co_name}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
+
+
+def is_user_file(filename: str) -> bool:
+    """Whether code of this file may be the user's."""
+    return not filename.startswith(_SKIPPED)

@@ -49,6 +49,15 @@ _HOST_READS = {
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.equal.default,
 }
+#: Operators whose result is one constant everywhere, and how to tell it from their arguments.
+_CONSTANT_VALUE: dict[Any, Callable[[Any], float]] = {
+    torch.ops.aten.zeros.default: lambda args: 0.0,
+    torch.ops.aten.zeros_like.default: lambda args: 0.0,
+    torch.ops.aten.ones.default: lambda args: 1.0,
+    torch.ops.aten.ones_like.default: lambda args: 1.0,
+    torch.ops.aten.full.default: lambda args: float(args[1]),
+    torch.ops.aten.full_like.default: lambda args: float(args[1]),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +82,9 @@ class GraphInput:
     """A placeholder of a traced graph and the thing that it stands for."""
 
     node: torch.fx.Node
-    #: The program's argument at this position (flattened), or the array, or the closure's tensor.
-    source: int | Array | torch.Tensor
+    #: The program's argument at this position (flattened), the array, the closure's tensor, or (capture/state.py) a
+    #: learning rate.
+    source: Any
     fake: torch.Tensor
 
 
@@ -89,6 +99,8 @@ class Trace:
     out_spec: pytree.TreeSpec
     #: Positions in the flattened result, and the values there, that are not tensors.
     constants: dict[int, Any] = field(default_factory=dict)
+    #: Modules placed by tw.function or tw.pipeline that were called.
+    modules: list[torch.nn.Module] = field(default_factory=list)
 
 
 _active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
@@ -102,11 +114,19 @@ def current_trace() -> _TraceMode | None:
 class _TraceMode(TorchDispatchMode):
     """Sees every operator of the traced function before make_fx does; see the module's docstring."""
 
-    def __init__(self, fake_mode: FakeTensorMode) -> None:
+    def __init__(self, fake_mode: FakeTensorMode, lifted: list[Array]) -> None:
         super().__init__()
+        #: Arrays that became graph inputs, in order.
+        self.lifted = lifted
         self.fake_mode = fake_mode
         self.inputs: list[GraphInput] = []
         self.region: Region | None = None
+        #: Modules placed by tw.function or tw.pipeline that were called.
+        self.modules: list[torch.nn.Module] = []
+        #: Whether an optimizer's step is running: constants made there may be its initial state.
+        self.in_optimizer = False
+        #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
+        self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
         self._by_identity: dict[int, GraphInput] = {}
         #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
         self._alive: list[torch.Tensor] = []
@@ -119,12 +139,20 @@ class _TraceMode(TorchDispatchMode):
     @contextmanager
     def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
         """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
+        if self.region is not None and self.region.call >= 0:
+            yield  # a function called by a function is part of it
+            return
         saved, self.region = self.region, Region(mesh, self._calls, name)
         self._calls += 1
         try:
             yield
         finally:
             self.region = saved
+
+    def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
+        """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""
+        if self.region is None or self.region.call < 0:
+            self.region = Region(mesh, -1, name) if mesh is not None else None
 
     # ---- operators
 
@@ -151,6 +179,8 @@ class _TraceMode(TorchDispatchMode):
                 "with operators that have one, or register one with torch.library.register_fake"
             ) from error
         self._label(before, tracer.graph)
+        if self.in_optimizer and func in _CONSTANT_VALUE:
+            self._constants[_storage_of(result)] = (result, _last_node(tracer.graph), _CONSTANT_VALUE[func](args))
         return _returned(func, args, kwargs, result)
 
     def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -173,7 +203,7 @@ class _TraceMode(TorchDispatchMode):
         self._alive.append(tensor)
         return lifted.fake
 
-    def add_input(self, source: int | Array | torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
+    def add_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
         """Adds a placeholder for `source` to the graph; callable in the midst of a trace."""
         tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
         with _disable_current_modes(), self.fake_mode:
@@ -182,12 +212,28 @@ class _TraceMode(TorchDispatchMode):
         track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
         graph_input = GraphInput(proxy.node, source, fake)
         self.inputs.append(graph_input)
+        if isinstance(source, Array):
+            self.lifted.append(source)
         return graph_input
+
+    def constant_state(self, tensor: torch.Tensor) -> float | None:
+        """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
+        known = self._constants.get(_storage_of(tensor))
+        return known[2] if known is not None else None
+
+    def make_input_of(self, tensor: torch.Tensor, array: Array) -> None:
+        """Makes the constant that became `tensor` a graph input that stands for `array`."""
+        _, node, _ = self._constants.pop(_storage_of(tensor))
+        graph_input = self.add_input(array, tuple(tensor.shape), tensor.dtype)
+        node.prepend(graph_input.node)
+        node.replace_all_uses_with(graph_input.node)
+        self._by_identity[id(array)] = GraphInput(graph_input.node, array, tensor)
+        self._alive.append(array)
 
     def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
-            region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))
+            region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
             if region is not None:
                 region = Region(region.mesh, region.call, region.name, backward=True)
         else:
@@ -207,6 +253,7 @@ def trace(
     function: Callable[..., Any],
     example_args: list[tuple[tuple[int, ...], torch.dtype]],
     escaped: Callable[[], list[torch.Tensor]],
+    lifted: list[Array],
 ) -> Trace:
     """Traces `function` whole.
 
@@ -215,12 +262,13 @@ def trace(
         example_args: shape and dtype of the tensor arguments.
         escaped: called after it; returns tensors made inside that live on in Python objects (optimizer state,
             gradients): they become further outputs.
+        lifted: filled with the arrays that the function touches, also if tracing fails.
 
     Raises:
         CaptureError: the function cannot be captured.
     """
     fake_mode = FakeTensorMode()
-    mode = _TraceMode(fake_mode)
+    mode = _TraceMode(fake_mode, lifted)
     result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
 
     def flat_function() -> list[torch.Tensor]:
@@ -247,8 +295,35 @@ def trace(
     finally:
         torch.compiler._is_compiling_flag = saved_flag
         _active.reset(token)
-    result.inputs = mode.inputs
+    result.inputs, result.modules = mode.inputs, mode.modules
+    _lift_constants(result.graph_module, mode)
+    _move_inputs_first(result.graph_module, mode.inputs)
     return result
+
+
+def _lift_constants(graph_module: torch.fx.GraphModule, mode: _TraceMode) -> None:
+    """Makes tensors that the user's code built from Python numbers graph inputs like any other tensor."""
+    for node in list(graph_module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        tensor = getattr(graph_module, str(node.target))
+        with graph_module.graph.inserting_before(node):
+            placeholder = graph_module.graph.placeholder(f"input_{len(mode.inputs)}")
+        placeholder.meta["val"] = mode.fake_mode.from_tensor(tensor)
+        node.replace_all_uses_with(placeholder)
+        graph_module.graph.erase_node(node)
+        mode.inputs.append(GraphInput(placeholder, tensor, placeholder.meta["val"]))
+
+
+def _move_inputs_first(graph_module: torch.fx.GraphModule, inputs: list[GraphInput]) -> None:
+    """Orders placeholders as in `inputs`, before all other nodes (GraphModule copied the nodes: match by name)."""
+    by_name = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
+    for graph_input in reversed(inputs):
+        graph_input.node = by_name[graph_input.node.name]
+        first = next(iter(graph_module.graph.nodes))
+        if first is not graph_input.node:
+            first.prepend(graph_input.node)
+    graph_module.recompile()
 
 
 def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
@@ -260,6 +335,10 @@ def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
                 return value
         return kwargs.get("out", result)
     return result
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
 
 
 def _is_known_constant(value: Any) -> bool:

@@ -224,7 +224,8 @@ def _lines(program: Program) -> Iterator[str]:
                 yield f"      # {function.num_operators} operators, {function.source}"
             case Transfer():
                 source, target = program.values[node.input], program.values[node.output]
-                yield f"  {_made(program, node.output)} = transfer @{source.slice_index} -> @{target.slice_index} %{node.input}"
+                made = _made(program, node.output)
+                yield f"  {made} = transfer @{source.slice_index} -> @{target.slice_index} %{node.input}"
             case Result():
                 yield f"  result {', '.join(f'%{value}' for value in node.inputs)}"
 

@@ -63,7 +63,7 @@ def metadata(token: str) -> tuple[tuple[str, str], ...]:
     return ((TOKEN_KEY, token),)
 
 
-class _TokenInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _TokenInterceptor(grpc.aio.ServerInterceptor):
     """Refuses every call that does not carry the cluster's token."""
 
     def __init__(self, token: str) -> None:

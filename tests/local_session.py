@@ -1,0 +1,149 @@
+"""A session without processes: runs the lowered parts of a program with plain PyTorch, in this process.
+
+It lets capture, partitioning and lowering be tested for what they compute, in milliseconds. It is strict: a donated
+buffer is gone, a value is moved only by a transfer, and parts run in an order that only their transfers decide.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import defaultdict
+
+import torch
+
+from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
+from torchways.graphs import deserialize_graph
+from torchways.ids import SliceId
+from torchways.mesh import VirtualSlice
+from torchways.passes.split import ComputeStep, FreeStep, ReceiveStep, SendStep
+from torchways.rpc.clients import ExecutorAddress, SliceAddress
+from torchways.rpc.programs import InlineValue
+
+
+class _Everything(frozenset):
+    """Holds every operator name."""
+
+    def __contains__(self, item):
+        return True
+
+
+class LocalSession:
+    """See the module's docstring."""
+
+    closed = False
+
+    def __init__(self, lowered_ops=None):
+        self.buffers = defaultdict(dict)  # slice id -> buffer id -> tensor
+        self.programs = {}
+        self.num_runs = 0
+        self.num_transfers = 0
+        self.released = []
+        self._next = 1
+        self._lowered_ops = frozenset(lowered_ops) if lowered_ops is not None else None
+
+    def check(self):
+        pass
+
+    def mesh(self, *shape, names=("dp",)):
+        return VirtualSlice(shape=shape or (1,), mesh_dim_names=names, slice_id=SliceId(self.new_ids(1)))
+
+    def slice_address(self, mesh):
+        executor = ExecutorAddress(
+            executor_id=f"s{mesh.slice_id}",
+            address="",
+            data_address="",
+            pid=0,
+            lowered_ops=self._lowered_ops if self._lowered_ops is not None else _LOWERED,
+        )
+        return SliceAddress(slice_id=mesh.slice_id, island_id=0, scheduler_address="", executors=(executor,))
+
+    def new_ids(self, count):
+        first, self._next = self._next, self._next + count
+        return first
+
+    def put(self, buffer, mesh, placements):
+        remote = RemoteBuffer(self, mesh, placements, self.new_ids(1))
+        self.buffers[mesh.slice_id][remote.buffer_id] = buffer.read()
+        return remote
+
+    def fetch(self, buffer, timeout=None):
+        return self.buffers[buffer.mesh.slice_id][buffer.buffer_id].clone()
+
+    def start_fetch(self, buffer):
+        future = concurrent.futures.Future()
+        future.set_result(self.fetch(buffer))
+        return future
+
+    def is_ready(self, buffer):
+        return True
+
+    def release(self, slice_id, buffer_id):
+        self.released.append(buffer_id)
+        del self.buffers[slice_id][buffer_id]
+
+    def register_program(self, name, parts, meshes):
+        program_id = self.new_ids(1)
+        graphs = [[deserialize_graph(function.graph) for function in part.functions] for part in parts]
+        self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
+        return program_id
+
+    def run_program(self, program_id, name, first_buffer_id, arguments):
+        self.num_runs += 1
+        parts, slice_ids, graphs = self.programs[program_id]
+        wires, runners = {}, []
+        for part, part_graphs in zip(parts, graphs, strict=True):
+            slice_id = slice_ids[part.slice_index]
+            slots = {}
+            for slot, binding in enumerate(arguments[slice_id]):
+                if isinstance(binding, InlineValue):
+                    slots[slot] = _tensor(binding)
+                else:
+                    slots[slot] = self.buffers[slice_id][binding]
+            runners.append(self._run_part(part, part_graphs, slots, arguments[slice_id], slice_id, wires))
+        while runners:
+            alive = [runner for runner in runners if next(runner, "end") != "end"]
+            assert alive != runners or wires, "deadlock"
+            runners = alive
+        for part in parts:
+            slice_id = slice_ids[part.slice_index]
+            for slot, number in part.results:
+                self.buffers[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
+        return self.new_ids(1)
+
+    def _run_part(self, part, graphs, slots, bindings, slice_id, wires):
+        for step in part.steps:
+            match step:
+                case ComputeStep():
+                    results = graphs[step.function_index](*(slots[slot] for slot in step.inputs))
+                    for slot, result in zip(step.outputs, results, strict=True):
+                        expected = part.slots[slot]
+                        assert tuple(result.shape) == expected.shape
+                        assert str(result.dtype) == f"torch.{expected.dtype}"
+                        slots[slot] = result
+                    for position in step.donated:
+                        slot = step.inputs[position]
+                        del slots[slot]
+                        if not isinstance(bindings[slot], InlineValue):
+                            del self.buffers[slice_id][bindings[slot]]
+                case SendStep():
+                    wires[step.edge_id] = slots[step.slot]
+                    self.num_transfers += 1
+                case ReceiveStep():
+                    while step.edge_id not in wires:
+                        yield "waiting"
+                    slots[step.slot] = wires.pop(step.edge_id)
+                case FreeStep():
+                    for slot in step.slots:
+                        del slots[slot]
+        if not hasattr(self, "_finished"):
+            self._finished = {}
+        self._finished[part.slice_index] = slots
+
+
+def _tensor(value):
+    if isinstance(value.data, bytes):
+        return tensor_from_bytes(value.dtype, value.shape, bytearray(value.data))
+    return torch.full(value.shape, value.data, dtype=getattr(torch, value.dtype))
+
+
+_LOWERED = _Everything()

@@ -1,0 +1,334 @@
+"""What captured programs compute, against plain PyTorch; no processes (tests/local_session.py runs the parts)."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tests.local_session import LocalSession
+from torchways.controller.function import _module_entry, make_function
+from torchways.controller.modules import make_placed
+from torchways.controller.program import ProgramFunction
+from torchways.errors import CaptureError, PlacementError
+from torchways.parallel.pipeline import SplitPoint, add_stages
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x):
+        batch, length, width = x.shape
+        q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return x + self.out(y.transpose(1, 2).reshape(batch, length, width))
+
+
+class Model(nn.Module):
+    def __init__(self, tied=False):
+        super().__init__()
+        self.embed = nn.Embedding(17, 8)
+        self.layers = nn.ModuleList(Block(8) for _ in range(3))
+        self.head = nn.Linear(8, 17, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def pipelined(session, module, split_spec, meshes):
+    call = add_stages(module, split_spec, meshes)
+    make_placed(module, call, lambda placed: _module_entry(placed, None, lambda: session))
+    return module
+
+
+def make_step(model, optimizer, clip):
+    def step(x, y):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5) if clip else loss.detach() * 0
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss, norm
+
+    return step
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+    "momentum": lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda parameters: torch.optim.Adam(parameters, lr=1e-2, eps=1e-4),
+    "adamw": lambda parameters: torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_training_agrees_with_eager_with_a_schedule_and_without_tracing_again(optimizer, tied):
+    torch.manual_seed(0)
+    eager = Model(tied)
+    session = LocalSession()
+    ours = pipelined(
+        session,
+        copy.deepcopy(eager),
+        {"layers.1": SplitPoint.BEGINNING, "layers.2": SplitPoint.BEGINNING},
+        [session.mesh(), session.mesh(), session.mesh()],
+    )
+    results = {}
+    for name, model in (("eager", eager), ("ours", ours)):
+        generator = torch.Generator().manual_seed(1)
+        opt = OPTIMIZERS[optimizer](model.parameters())
+        schedule = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
+        step = make_step(model, opt, clip=True)
+        if name == "ours":
+            step = ProgramFunction(step, None, lambda: session)
+        losses = []
+        for _ in range(6):
+            x = torch.randint(0, 17, (4, 5), generator=generator)
+            loss, norm = step(x, x.roll(1, 1))
+            losses.append((loss.item(), norm.item()))
+            schedule.step()
+        results[name] = losses
+    torch.testing.assert_close(torch.tensor(results["ours"]), torch.tensor(results["eager"]), rtol=1e-4, atol=1e-6)
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    # Momentum's first step makes state that is not a constant, so its trace is for that step only.
+    assert step.num_traces == (2 if optimizer == "momentum" else 1)
+    assert session.num_transfers > 0
+
+
+def test_adam_state_lives_where_its_parameter_does():
+    session = LocalSession()
+    meshes = [session.mesh(), session.mesh()]
+    model = pipelined(session, Model(), {"layers.1": SplitPoint.BEGINNING}, meshes)
+    opt = torch.optim.AdamW(model.parameters())
+    step = ProgramFunction(make_step(model, opt, clip=False), None, lambda: session)
+    x = torch.randint(0, 17, (4, 5))
+    step(x, x)
+    for parameter, state in opt.state.items():
+        assert {array.mesh for array in state.values()} == {parameter.mesh}
+    # forward, forward + backward, backward, and an update of each stage: no more than these.
+    assert str(step).count(" compute ") <= 5
+    assert str(step).count(" transfer ") == 2
+
+
+def test_nothing_leaks_and_old_state_is_donated():
+    session = LocalSession()
+    model = pipelined(session, Model(), {"layers.1": SplitPoint.BEGINNING}, [session.mesh(), session.mesh()])
+    opt = torch.optim.AdamW(model.parameters())
+    step = ProgramFunction(make_step(model, opt, clip=False), None, lambda: session)
+    counts = []
+    for _ in range(4):
+        x = torch.randint(0, 17, (4, 5))
+        step(x, x)
+        counts.append(sum(map(len, session.buffers.values())))
+    assert counts[1:] == [counts[0]] * 3
+    assert counts[0] == 4 * len(list(model.parameters()))
+    assert "donate" in str(step)
+
+
+def test_gradients_kept_between_calls_accumulate():
+    session = LocalSession()
+    torch.manual_seed(0)
+    eager = nn.Linear(3, 2)
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+
+    def accumulate(model, x):
+        loss = model(x).square().sum()
+        loss.backward()
+        return loss
+
+    program = ProgramFunction(lambda x: accumulate(ours, x), None, lambda: session)
+    x = torch.randn(4, 3)
+    for _ in range(3):
+        accumulate(eager, x)
+        program(x)
+    torch.testing.assert_close(ours.weight.grad.cpu(), eager.weight.grad)
+    assert program.num_traces == 2  # with and without a gradient to add to
+
+
+def test_buffers_views_and_inplace_operators():
+    session = LocalSession()
+
+    class Cache(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(4, 3))
+            self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+        def forward(self, x, position):
+            self.cache[position] = x
+            self.count += 1
+            return self.cache.sum(0), self.count
+
+    cache = make_function(Cache(), session.mesh(), lambda: session)
+    for position in range(3):
+        total, count = cache(torch.ones(3) * position, position)
+    assert total.tolist() == [3, 3, 3]
+    assert count.item() == 3
+    assert cache.state_dict()["cache"].tolist() == [[0] * 3, [1] * 3, [2] * 3, [0] * 3]
+
+
+def test_functions_are_nodes_of_their_own_and_nest():
+    session = LocalSession()
+    a, b = session.mesh(), session.mesh()
+    double = make_function(lambda x: x * 2, a, lambda: session)
+    add_one = make_function(lambda x: x + 1, b, lambda: session)
+
+    def chain(x):
+        for _ in range(4):
+            x = double(x)
+        return {"sum": add_one(x), "label": "four doublings"}
+
+    program = ProgramFunction(chain, None, lambda: session)
+    result = program(torch.tensor([1.0, 2.0]))
+    assert result["sum"].tolist() == [17, 33]
+    assert result["label"] == "four doublings"
+    text = str(program)
+    assert text.count(" compute @0") == 4
+    assert text.count(" compute @1") == 1
+    assert text.count(" transfer ") == 1
+    assert len(program._last.traced.functions) == 2  # four calls share one compiled function
+
+
+def test_an_array_of_another_slice_is_transferred():
+    session = LocalSession()
+    a, b = session.mesh(), session.mesh()
+    first = make_function(lambda x: x + 1, a, lambda: session)
+    second = make_function(lambda x: x * 3, b, lambda: session)
+    y = second(first(torch.ones(2)))
+    assert y.tolist() == [6, 6]
+    assert y.mesh is b
+    assert session.num_transfers == 1
+
+
+def test_text_grows_with_nodes_only_not_with_devices():
+    texts = []
+    session = LocalSession()
+    for devices in (2, 8):
+        model = make_function(nn.Linear(16, 16), session.mesh(devices), lambda: session)
+        model(torch.ones(8, 16))
+        texts.append(str(model._torchways_entry))
+    assert texts[0] != texts[1]
+    assert texts[0].replace("'dp'=2", "'dp'=8") == texts[1]
+
+
+def test_changed_shapes_dtypes_and_modes_trace_again():
+    session = LocalSession()
+    model = make_function(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), session.mesh(), lambda: session)
+    program = ProgramFunction(lambda x: model(x), None, lambda: session)
+    program(torch.ones(2, 4))
+    program(torch.ones(2, 4) * 2)
+    assert program.num_traces == 1
+    program(torch.ones(3, 4))
+    assert program.num_traces == 2
+    model.eval()
+    program(torch.ones(3, 4))
+    assert program.num_traces == 3
+
+
+def branch(x):
+    if x.sum() > 0:  # the line that the error must name
+        return x
+    return -x
+
+
+def test_data_dependent_branch_is_refused_with_its_line():
+    session = LocalSession()
+    line = branch.__code__.co_firstlineno + 1
+    with pytest.raises(CaptureError, match=rf"test_programs\.py:{line} in branch[\s\S]*torch\.where"):
+        ProgramFunction(branch, session.mesh(), lambda: session)(torch.ones(2))
+
+
+def test_operator_without_lowering_is_refused_with_its_line():
+    session = LocalSession(lowered_ops={"aten::add.Tensor"})
+
+    def program(x):
+        return torch.linalg.det(x) + 1
+
+    with pytest.raises(CaptureError, match=r"no lowering[\s\S]*_linalg_det at test_programs\.py:\d+ in program"):
+        ProgramFunction(program, session.mesh(), lambda: session)(torch.eye(3))
+
+
+def test_scheduler_inside_the_program_is_refused():
+    session = LocalSession()
+    model = make_function(nn.Linear(2, 2), session.mesh(), lambda: session)
+    opt = torch.optim.SGD(model.parameters(), lr=1.0)
+    schedule = torch.optim.lr_scheduler.StepLR(opt, 1)
+
+    def step(x):
+        model(x).sum().backward()
+        opt.step()
+        schedule.step()
+
+    with pytest.raises(CaptureError, match="scheduler"):
+        ProgramFunction(step, None, lambda: session)(torch.ones(1, 2))
+
+
+def test_optimizer_built_before_placing_is_refused():
+    session = LocalSession()
+    model = nn.Linear(2, 2)
+    stray = nn.Linear(2, 2)
+    model = make_function(model, session.mesh(), lambda: session)
+    program = ProgramFunction(lambda x: stray(model(x)), None, lambda: session)
+    with pytest.raises(CaptureError, match=r"on no slice is used at test_programs\.py"):
+        program(torch.ones(1, 2))
+
+
+def test_failed_trace_leaves_python_state_as_it_was():
+    session = LocalSession()
+    model = make_function(nn.Linear(2, 2), session.mesh(), lambda: session)
+    opt = torch.optim.AdamW(model.parameters())
+
+    def step(x):
+        model(x).sum().backward()
+        opt.step()
+        raise RuntimeError("after the step")
+
+    with pytest.raises(CaptureError, match=r"after the step[\s\S]*test_programs\.py:\d+ in step"):
+        ProgramFunction(step, None, lambda: session)(torch.ones(1, 2))
+    assert not opt.state
+    assert model.weight.grad is None
+    assert opt.param_groups[0]["lr"] == 1e-3
+    assert opt.param_groups[0]["capturable"] is False
+
+
+def test_batch_that_does_not_divide_is_refused():
+    session = LocalSession()
+    double = make_function(lambda x: x * 2, session.mesh(2), lambda: session)
+    with pytest.raises(PlacementError, match=r"axis 'dp' has size 2 but dimension 0 has 3[\s\S]*replicate"):
+        double(torch.ones(3))
+
+
+def test_nothing_says_where():
+    session = LocalSession()
+    with pytest.raises(PlacementError, match=r"tw\.program\(mesh="):
+        ProgramFunction(lambda x: x * 2, None, lambda: session)(torch.ones(3))
+
+
+def test_argument_changed_in_place_is_refused():
+    session = LocalSession()
+
+    def clear(x):
+        x.zero_()
+
+    with pytest.raises(CaptureError, match="changes argument 0"):
+        ProgramFunction(clear, session.mesh(), lambda: session)(torch.ones(3))
+
+
+def test_state_can_be_loaded_and_is_used_next():
+    session = LocalSession()
+    model = make_function(nn.Linear(2, 2, bias=False), session.mesh(), lambda: session)
+    x = torch.ones(1, 2)
+    model(x)
+    model.load_state_dict({"weight": torch.eye(2) * 5})
+    assert model(x).tolist() == [[5, 5]]

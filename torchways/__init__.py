@@ -1,0 +1,77 @@
+"""Pathways for PyTorch: one controller, many accelerators, asynchronous sharded dataflow.
+
+The public names of the package. They are imported on first use, so that the processes of a cluster can import their
+own modules without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torchways.api import (
+        cluster_info,
+        distribute_tensor,
+        executor_status,
+        function,
+        init,
+        init_device_mesh,
+        is_eager,
+        pipeline,
+        profile,
+        program,
+        shutdown,
+    )
+    from torchways.array import Array
+    from torchways.mesh import VirtualSlice
+    from torchways.parallel.pipeline import SplitPoint
+
+__version__ = "0.1.0"
+
+_MODULE_OF = {
+    **dict.fromkeys(
+        [
+            "cluster_info",
+            "distribute_tensor",
+            "executor_status",
+            "function",
+            "init",
+            "init_device_mesh",
+            "is_eager",
+            "pipeline",
+            "profile",
+            "program",
+            "shutdown",
+        ],
+        "torchways.api",
+    ),
+    "Array": "torchways.array",
+    "VirtualSlice": "torchways.mesh",
+    "SplitPoint": "torchways.parallel.pipeline",
+}
+
+__all__ = [
+    "Array",
+    "SplitPoint",
+    "VirtualSlice",
+    "cluster_info",
+    "distribute_tensor",
+    "executor_status",
+    "function",
+    "init",
+    "init_device_mesh",
+    "is_eager",
+    "pipeline",
+    "profile",
+    "program",
+    "shutdown",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "errors":
+        return importlib.import_module("torchways.errors")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module 'torchways' has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULE_OF[name]), name)

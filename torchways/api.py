@@ -1,0 +1,268 @@
+"""The public functions of torchways; `import torchways as tw` shows all of them.
+
+With TORCHWAYS_EAGER=1 the same calls run everything as plain PyTorch in this process, so that breakpoints work.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from torchways.array import Array
+from torchways.capture.state import HostContent
+from torchways.config import ClusterConfig
+from torchways.controller.buffers import HostBuffer
+from torchways.controller.function import _module_entry, make_function
+from torchways.controller.loop import LoopThread
+from torchways.controller.modules import make_placed
+from torchways.controller.program import ProgramFunction
+from torchways.controller.session import Session
+from torchways.errors import ConfigError, SessionClosed, UserError
+from torchways.ids import IslandId
+from torchways.launch.embedded import start_cluster
+from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
+from torchways.observability.process import setup_logging
+from torchways.observability.trace import write_chrome_trace
+from torchways.parallel.pipeline import SplitPoint, add_stages
+from torchways.rpc.channel import TOKEN_VARIABLE
+from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
+
+ADDRESS_VARIABLE = "TORCHWAYS_ADDRESS"
+EAGER_VARIABLE = "TORCHWAYS_EAGER"
+
+_session: Session | None = None
+#: Eager mode: the cluster that was asked for, between init and shutdown.
+_eager_config: ClusterConfig | None = None
+
+
+class _Scope:
+    """What `init` returns: a context manager that shuts down at its end."""
+
+    def __enter__(self) -> _Scope:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        shutdown()
+
+
+def is_eager() -> bool:
+    """Whether TORCHWAYS_EAGER=1 asks for plain PyTorch in this process."""
+    return os.environ.get(EAGER_VARIABLE, "") not in ("", "0")
+
+
+def init(
+    address: str | None = None,
+    *,
+    islands: int = 2,
+    devices_per_island: int = 2,
+    platform: str = "cpu",
+    log_level: str = "warning",
+    start_timeout: timedelta | None = None,
+) -> _Scope:
+    """Joins a cluster, or starts one on this machine; use it as a context manager, or call `shutdown`.
+
+    Args:
+        address: host:port of a resource manager. None: the one that `twrun` started (TORCHWAYS_ADDRESS), else an
+            embedded cluster of this process, which ends with it, however it ends.
+        islands, devices_per_island, platform: of the embedded cluster; see `ClusterConfig`.
+        log_level: of this process and of the embedded cluster: debug, info, warning or error.
+        start_timeout: longest wait for the cluster, and for each slice, to be ready.
+
+    Raises:
+        ConfigError: a setting is out of range, or there is no token for `address`.
+        ClusterLost: the cluster cannot be reached.
+        UserError: there is a session already.
+    """
+    global _session, _eager_config
+    if _session is not None and not _session.closed:
+        raise UserError("tw.init() was called already; call tw.shutdown() first")
+    settings: dict[str, Any] = {} if start_timeout is None else {"start_timeout": start_timeout}
+    config = ClusterConfig(
+        islands=islands, devices_per_island=devices_per_island, platform=platform, log_level=log_level, **settings
+    )
+    if is_eager():
+        _eager_config = config
+        return _Scope()
+    os.environ.setdefault("TORCHWAYS_LOG_LEVEL", log_level)
+    setup_logging("controller")
+    address = address or os.environ.get(ADDRESS_VARIABLE)
+    end_cluster: Callable[[], None] | None = None
+    token = os.environ.get(TOKEN_VARIABLE, "")
+    if address is None:
+        cluster = start_cluster(config, owner_name="controller")
+        address, token, end_cluster = cluster.address, cluster.token, cluster.close
+    elif not token:
+        raise ConfigError(f"no token for the cluster at {address}: set {TOKEN_VARIABLE}; twrun sets it by itself")
+    loop = LoopThread("torchways-session")
+    session = Session(
+        manager=loop.run(_make_manager(address, token)),
+        loop=loop,
+        token=token,
+        start_timeout=config.start_timeout,
+        end_cluster=end_cluster,
+    )
+    try:
+        session.start()
+    except BaseException:
+        session.close()
+        raise
+    _session = session
+    atexit.register(session.close)
+    return _Scope()
+
+
+async def _make_manager(address: str, token: str) -> ManagerClient:
+    return ManagerClient(address, token)
+
+
+def shutdown() -> None:
+    """Ends the session, and the cluster if `init` started it. Arrays can no longer be read. Idempotent."""
+    global _session, _eager_config
+    _eager_config = None
+    session, _session = _session, None
+    if session is not None:
+        atexit.unregister(session.close)
+        session.close()
+
+
+def _current() -> Session:
+    if _session is None:
+        raise SessionClosed("there is no session: call tw.init() first")
+    return _session
+
+
+def init_device_mesh(
+    shape: Sequence[int], *, mesh_dim_names: Sequence[str] | None = None, island: int | None = None
+) -> VirtualSlice:
+    """Asks for a virtual slice: a mesh of devices of one island. Returns before its executors are ready.
+
+    Args:
+        shape: size of each mesh axis.
+        mesh_dim_names: name of each axis. "dp" is special: programs split host tensors along it.
+        island: island to take it from; None: the resource manager chooses.
+
+    Raises:
+        ResourceExhausted: the island does not have that many devices.
+        PlacementError: shape, names or island make no sense.
+    """
+    if is_eager():
+        shape, names = check_mesh(shape, mesh_dim_names)
+        return VirtualSlice(shape=shape, mesh_dim_names=names, island=IslandId(island or 0))
+    return _current().init_device_mesh(shape, mesh_dim_names, island)
+
+
+def function(target: Any = None, *, mesh: VirtualSlice) -> Any:
+    """Makes a function, an `nn.Module` class or a module a compiled function on `mesh`; also as a decorator.
+
+    Called inside a program it is one node of it. Called outside it is a program of one node: it returns arrays at
+    once and computes no gradients. An argument that lives on another slice is transferred to `mesh`. A module's
+    state lives on the slice; `state_dict()` reads it back.
+
+    Raises:
+        UserError: `target` is none of these.
+    """
+    if target is None:
+        return lambda actual: function(actual, mesh=mesh)
+    return target if is_eager() else make_function(target, mesh, _current)
+
+
+def program(target: Callable[..., Any] | None = None, *, mesh: VirtualSlice | None = None) -> Any:
+    """Decorates a function that calls compiled functions, modules, `backward()` and optimizers: one dataflow program.
+
+    It is traced once for each combination of argument shapes, then dispatched whole; calls return at once. Host
+    tensors among the arguments are split on dimension 0 over the mesh axis named "dp". Learning rates are read
+    anew for each call; other Python values are constants of the trace.
+
+    Args:
+        target: the function.
+        mesh: slice of all that no compiled function or pipeline stage places.
+
+    Raises (when called):
+        CaptureError: the function cannot be captured; the message names its line.
+        PlacementError: nothing says where it runs, or an argument cannot be split.
+    """
+    if target is None:
+        return lambda actual: program(actual, mesh=mesh)
+    return target if is_eager() else ProgramFunction(target, mesh, _current)
+
+
+def pipeline(module: torch.nn.Module, *, split_spec: Mapping[str, SplitPoint], meshes: Sequence[VirtualSlice]) -> Any:
+    """Splits a module into stages, each on a slice of its own; returns the module itself.
+
+    Its parameters become arrays: build the optimizer after this call.
+
+    Args:
+        module: any module.
+        split_spec: names of submodules at which a new stage begins, in the order in which they run.
+        meshes: slice of each stage: one more than split points.
+
+    Raises:
+        PlacementError: a name does not exist, or the numbers do not fit.
+    """
+    call = add_stages(module, split_spec, meshes)
+    if not is_eager():
+        make_placed(module, call, lambda placed: _module_entry(placed, None, _current))
+    return module
+
+
+def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
+    """Starts copying a host tensor to a slice and returns its array.
+
+    Args:
+        tensor: on the CPU.
+        mesh: where to.
+        placements: one an axis of `mesh`: Shard(dim) or Replicate() of torch.distributed.tensor; None replicates.
+
+    Raises:
+        PlacementError: placements do not fit the mesh or the shape.
+    """
+    texts = normalize_placements(placements, mesh, tensor.shape)
+    if is_eager():
+        return tensor
+    content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
+    return Array(_current().put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
+
+
+def cluster_info() -> ClusterInfo:
+    """Returns the cluster's islands (with `num_devices`) and processes."""
+    if is_eager():
+        config = _eager_config or ClusterConfig()
+        islands = tuple(
+            IslandInfo(island=IslandId(i), platform="eager", num_devices=config.devices_per_island)
+            for i in range(config.islands)
+        )
+        return ClusterInfo(islands=islands, processes=())
+    return _current().cluster_info()
+
+
+def executor_status() -> list[ExecutorStatus]:
+    """Returns memory, buffers, runs in flight and host fallbacks of the executors of this session's slices."""
+    return [] if is_eager() else _current().executor_status()
+
+
+@contextlib.contextmanager
+def profile(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Writes a Chrome/Perfetto trace of what runs inside, with a row for each device, to `path`.
+
+    Waits for runs in flight at both ends, so that the trace holds just the runs inside.
+    """
+    if is_eager():
+        yield
+        return
+    session = _current()
+    session.wait_for_runs(timedelta(minutes=10))
+    started_ns = time.time_ns()
+    yield
+    session.wait_for_runs(timedelta(minutes=10))
+    write_chrome_trace(Path(path), session.collect_spans(started_ns))

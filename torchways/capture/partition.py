@@ -1,0 +1,483 @@
+"""Cuts a pure graph into compiled functions by slice, and makes the dataflow program of them.
+
+Placement of an operator: (1) its label, where the tracer gave one; (2) else the slice that most bytes of its inputs
+are on, the first input's where that ties; (3) an operator that reads nothing placed (a mask, a view of a host
+argument) *floats*: it is repeated wherever it is needed. So do views of parameters: they cost nothing where they are
+used, and a buffer each where they are kept.
+
+Cutting: each call of a user's compiled function is a node of its own. Of all else, operators of one slice form as few
+computations as the transfers between slices allow, and what other slices wait for is cut from what they do not (an
+optimizer's update never delays the gradient that the stage before needs).
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from torchways.capture.tracer import REGION_KEY, Region
+from torchways.errors import PlacementError
+from torchways.graphs import SOURCE_KEY, serialize_graph
+from torchways.ir.program import Arg, Compute, Function, Node, Program, Result, SliceSpec, Value, ValueIndex
+from torchways.mesh import DATA_AXIS, Placements, VirtualSlice, data_placements
+
+_VIEWS = {
+    torch.ops.aten.expand.default,
+    torch.ops.aten.permute.default,
+    torch.ops.aten.squeeze.dims,
+    torch.ops.aten.unsqueeze.default,
+    torch.ops.aten.view.default,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceholderSpec:
+    """What the partitioner knows of a graph input.
+
+    Attributes:
+        label: for people, "host 0", "state (64, 256)".
+        mesh: slice that holds it; None: a host value, which goes wherever it is read.
+        placements: its sharding; None: by default (host data along "dp", all else replicated).
+        is_state: an array, which lives on one slice even if it is not placed yet.
+        is_data: an argument of the user's, to be split along "dp" by default.
+        follows: position of the input whose slice it shares while it has none itself: optimizer state follows its
+            parameter.
+    """
+
+    label: str
+    mesh: VirtualSlice | None
+    placements: Placements | None
+    is_state: bool
+    is_data: bool
+    follows: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class PartitionedProgram:
+    """A program and how its ends are tied to what was traced.
+
+    Attributes:
+        program: the dataflow program; not lowered yet.
+        meshes: the virtual slice that each of its slices stands for.
+        arg_inputs: for each Arg value, the position of the graph input that it is.
+    """
+
+    program: Program
+    meshes: list[VirtualSlice]
+    arg_inputs: dict[ValueIndex, int]
+
+
+class _GroupKey(NamedTuple):
+    """Operators with one key make one compiled function; keys sort in an order in which they can run."""
+
+    phase: int
+    late: bool
+    slice_index: int
+    call: int
+
+
+@dataclass(slots=True)
+class _Group:
+    key: _GroupKey
+    nodes: list[torch.fx.Node] = field(default_factory=list)
+
+
+def partition(
+    graph_module: torch.fx.GraphModule,
+    inputs: list[PlaceholderSpec],
+    *,
+    name: str,
+    written: list[int],
+    default_mesh: VirtualSlice | None,
+) -> PartitionedProgram:
+    """Returns the dataflow program of a pure graph.
+
+    Args:
+        graph_module: from `make_pure`: outputs end with the new values of the `written` inputs.
+        inputs: one for each placeholder.
+        name: the program's.
+        written: positions of the inputs whose new values are the last outputs.
+        default_mesh: slice of what nothing else places.
+
+    Raises:
+        PlacementError: nothing says where the program runs, or a host argument cannot be split.
+    """
+    return _Partitioner(graph_module, inputs, name, written, default_mesh).run()
+
+
+class _Partitioner:
+    def __init__(
+        self,
+        graph_module: torch.fx.GraphModule,
+        inputs: list[PlaceholderSpec],
+        name: str,
+        written: list[int],
+        default_mesh: VirtualSlice | None,
+    ) -> None:
+        self.graph = graph_module.graph
+        self.inputs = inputs
+        self.name = name
+        self.written = written
+        self.meshes: list[VirtualSlice] = []
+        self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self._position = {node: position for position, node in enumerate(self.placeholders)}
+        self.operators = [node for node in self.graph.nodes if node.op == "call_function"]
+        self.outputs: list[torch.fx.Node] = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
+        self.default_mesh = default_mesh
+        #: Slice of each placed node; nodes without an entry float.
+        self.slice_of: dict[torch.fx.Node, int] = {}
+        self.values: list[Value] = []
+        self.value_of: dict[tuple[torch.fx.Node, int], ValueIndex] = {}
+        self.arg_inputs: dict[ValueIndex, int] = {}
+        self.functions: list[Function] = []
+        self._function_of: dict[Any, int] = {}
+
+    def run(self) -> PartitionedProgram:
+        self._place_operators()
+        self._place_outputs()
+        groups = self._cut()
+        self.data_sizes = self._find_data_sizes()
+        self.state_shapes = {
+            tuple(node.meta["val"].shape)
+            for node, spec in zip(self.placeholders, self.inputs, strict=True)
+            if spec.is_state
+        }
+        computes = [self._make_compute(group) for group in groups]
+        results = tuple(self._value(node, self._slice(node)) for node in self.outputs)
+        nodes: list[Node] = [*self._args(), *computes, Result(inputs=results)]
+        program = Program(
+            name=self.name,
+            slices=tuple(SliceSpec(shape=mesh.shape, axis_names=mesh.mesh_dim_names) for mesh in self.meshes),
+            values=tuple(self.values),
+            functions=tuple(self.functions),
+            nodes=tuple(nodes),
+        )
+        return PartitionedProgram(program=program, meshes=self.meshes, arg_inputs=self.arg_inputs)
+
+    # ---- placement
+
+    def _index(self, mesh: VirtualSlice) -> int:
+        root = mesh.root
+        for index, known in enumerate(self.meshes):
+            if known is root:
+                return index
+        self.meshes.append(root)
+        return len(self.meshes) - 1
+
+    def _place_operators(self) -> None:
+        for node, spec in zip(self.placeholders, self.inputs, strict=True):
+            if spec.mesh is not None:
+                self.slice_of[node] = self._index(spec.mesh)
+        for node in self.operators:
+            region: Region | None = node.meta.get(REGION_KEY)
+            if region is not None:
+                self.slice_of[node] = self._index(region.mesh)
+        for node, spec in zip(self.placeholders, self.inputs, strict=True):
+            if spec.is_state and node not in self.slice_of:
+                homes = [self.slice_of[user] for user in node.users if user in self.slice_of]
+                if homes:
+                    self.slice_of[node] = homes[0]
+        for node, spec in zip(self.placeholders, self.inputs, strict=True):
+            leader = self.placeholders[spec.follows] if spec.follows is not None else None
+            if leader in self.slice_of and node not in self.slice_of:
+                self.slice_of[node] = self.slice_of[leader]
+        free = self._float_repeatable()
+        for node in self.operators:
+            if node not in self.slice_of and node not in free:
+                bytes_on: dict[int, int] = {}
+                for argument in self._placed_inputs(node):
+                    if argument in self.slice_of:
+                        index = self.slice_of[argument]
+                        bytes_on[index] = bytes_on.get(index, 0) + _nbytes(argument)
+                if bytes_on:  # dicts keep order: the first input's slice wins a tie
+                    self.slice_of[node] = max(bytes_on, key=lambda index: bytes_on[index])
+        for node, spec in zip(self.placeholders, self.inputs, strict=True):
+            if spec.is_state and node not in self.slice_of:
+                homes = [self.slice_of[user] for user in node.users if user in self.slice_of]
+                self.slice_of[node] = homes[0] if homes else self._default_slice()
+
+    def _float_repeatable(self) -> set[torch.fx.Node]:
+        """Takes constants, and views of parameters and constants, off their slices, and returns them."""
+        free = {node for node, spec in zip(self.placeholders, self.inputs, strict=True) if spec.is_state}
+        for node in self.operators:
+            inputs = node.all_input_nodes
+            from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
+            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if (from_constants and not is_random) or (node.target in _VIEWS and all(a in free for a in inputs)):
+                free.add(node)
+                self.slice_of.pop(node, None)
+        return free
+
+    def _default_slice(self) -> int:
+        if self.default_mesh is not None:
+            return self._index(self.default_mesh)
+        if not self.meshes:
+            raise PlacementError(
+                f"nothing in {self.name} says on which slice it runs: call a function or module decorated with "
+                "@tw.function(mesh=...), or decorate it with @tw.program(mesh=...)"
+            )
+        return len(self.meshes) - 1
+
+    def _place_outputs(self) -> None:
+        """Outputs do not float, random operators are not repeated, and new state is made where the old one is."""
+        for node in self.operators:
+            if node not in self.slice_of and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                homes = [self.slice_of[user] for user in node.users if user in self.slice_of]
+                self.slice_of[node] = homes[0] if homes else self._default_slice()
+        for node in self.outputs:
+            if node not in self.slice_of and node.op == "call_function":
+                self.slice_of[node] = self._default_slice()
+
+    def _slice(self, node: torch.fx.Node) -> int:
+        return self.slice_of[node] if node in self.slice_of else self._default_slice()
+
+    # ---- cutting
+
+    def _cut(self) -> list[_Group]:
+        awaited = self._awaited_elsewhere()
+        phase_of: dict[torch.fx.Node, int] = {}
+        call_phase = self._call_phases(phase_of)
+        # What nobody awaits is one computation a slice, in its last phase.
+        last_phase: dict[int, int] = {}
+        for node, phase in phase_of.items():
+            last_phase[self.slice_of[node]] = max(last_phase.get(self.slice_of[node], 0), phase)
+        groups: dict[_GroupKey, _Group] = {}
+        group_of: dict[Any, _Group] = {}
+        for node in self.operators:
+            if node not in self.slice_of:
+                continue
+            if node.target is operator.getitem:  # an item is made where its tuple is
+                maker = group_of[node.args[0]]
+                maker.nodes.append(node)
+                group_of[node] = maker
+                continue
+            call = _call_of(node)
+            late = call < 0 and node not in awaited
+            phase = call_phase[call] if call >= 0 else phase_of[node]
+            if late:
+                phase = last_phase[self.slice_of[node]]
+            key = _GroupKey(phase, late, self.slice_of[node], call)
+            group_of[node] = groups.setdefault(key, _Group(key))
+            group_of[node].nodes.append(node)
+        return [groups[key] for key in sorted(groups)]
+
+    def _call_phases(self, phase_of: dict[torch.fx.Node, int]) -> dict[int, int]:
+        """Fills in the phase of every placed operator; returns that of each function call.
+
+        The phase of a node is above that of every node that it needs from another slice or call.
+        """
+        call_phase: dict[int, int] = {}
+        for node in self.operators:
+            if node not in self.slice_of:
+                continue
+            call, phase = _call_of(node), 0
+            for argument in self._placed_inputs(node):
+                if argument.op == "placeholder":
+                    continue
+                other = _call_of(argument)
+                if call >= 0 and other == call:
+                    continue
+                crosses = self.slice_of[argument] != self.slice_of[node] or call >= 0 or other >= 0
+                phase = max(phase, phase_of[argument] + crosses)
+            if call >= 0:
+                call_phase[call] = max(call_phase.get(call, 0), phase)
+                for member in self.operators:
+                    if member in phase_of and _call_of(member) == call:
+                        phase_of[member] = call_phase[call]
+                phase = call_phase[call]
+            phase_of[node] = phase
+        return call_phase
+
+    def _placed_inputs(self, node: torch.fx.Node) -> list[torch.fx.Node]:
+        """Returns the placed nodes that `node` needs, seeing through what floats."""
+        found: dict[torch.fx.Node, None] = {}
+        stack = list(reversed(node.all_input_nodes))
+        while stack:
+            argument = stack.pop()
+            if argument in self.slice_of:
+                found[argument] = None
+            else:
+                stack.extend(reversed(argument.all_input_nodes))
+        return list(found)
+
+    def _awaited_elsewhere(self) -> set[torch.fx.Node]:
+        """Returns the operators that some other slice or function call needs, directly or not."""
+        awaited: set[torch.fx.Node] = set()
+        for node in reversed(self.operators):
+            for user in node.users:
+                if user in awaited or (
+                    user in self.slice_of
+                    and node in self.slice_of
+                    and (self.slice_of[user] != self.slice_of[node] or _call_of(user) >= 0)
+                ):
+                    awaited.add(node)
+                    break
+        return awaited
+
+    # ---- values
+
+    def _find_data_sizes(self) -> set[int]:
+        """Returns the sizes of dimension 0 of the arguments that are split along the data axis."""
+        return {
+            int(node.meta["val"].shape[0])
+            for node, spec in zip(self.placeholders, self.inputs, strict=True)
+            if spec.is_data and node.meta["val"].dim() > 0
+        }
+
+    def _value(self, node: torch.fx.Node, slice_index: int) -> ValueIndex:
+        """Returns the value of a placed node, or of a placeholder on a slice."""
+        if node in self.slice_of:
+            slice_index = self.slice_of[node]
+        key = (node, slice_index)
+        if key not in self.value_of:
+            fake = node.meta["val"]
+            self.value_of[key] = len(self.values)
+            self.values.append(
+                Value(
+                    dtype=str(fake.dtype).removeprefix("torch."),
+                    shape=tuple(int(size) for size in fake.shape),
+                    slice_index=slice_index,
+                    placements=self._placements(node, slice_index),
+                )
+            )
+            if node.op == "placeholder":
+                self.arg_inputs[self.value_of[key]] = self._position[node]
+        return self.value_of[key]
+
+    def _placements(self, node: torch.fx.Node, slice_index: int) -> Placements:
+        mesh = self.meshes[slice_index]
+        shape = tuple(node.meta["val"].shape)
+        if node.op == "placeholder":
+            spec = self.inputs[self._position[node]]
+            if spec.placements is not None:
+                return spec.placements
+            if spec.is_data:
+                return data_placements(shape, mesh.shape, mesh.mesh_dim_names, f"{spec.label} of {self.name}")
+            return ("R",) * mesh.ndim
+        first_written = len(self.outputs) - len(self.written)
+        for position, output in enumerate(self.outputs[first_written:]):
+            if output is node:
+                old = self.placeholders[self.written[position]]
+                return self._placements(old, slice_index) if self.slice_of[old] == slice_index else ("R",) * mesh.ndim
+        return self._derived_placements(shape, mesh)
+
+    def _derived_placements(self, shape: tuple[int, ...], mesh: VirtualSlice) -> Placements:
+        """Splits what looks like a batch (dimension 0 a multiple of the data's) along "dp"; never changes a result."""
+        texts = ["R"] * mesh.ndim
+        if DATA_AXIS in mesh.mesh_dim_names and shape and shape not in self.state_shapes:
+            axis = mesh.mesh_dim_names.index(DATA_AXIS)
+            batched = any(size > 1 and shape[0] and shape[0] % size == 0 for size in self.data_sizes)
+            if batched and shape[0] % mesh.shape[axis] == 0:
+                texts[axis] = "S(0)"
+        return tuple(texts)
+
+    # ---- nodes
+
+    def _args(self) -> list[Arg]:
+        return [
+            Arg(
+                output=value,
+                label=self.inputs[position].label,
+                replaced=position in self.written,
+            )
+            for value, position in sorted(self.arg_inputs.items())
+        ]
+
+    def _make_compute(self, group: _Group) -> Compute:
+        members = set(group.nodes)
+        needed_outside = [
+            node
+            for node in group.nodes
+            if not isinstance(node.meta["val"], (list, tuple))
+            and (node in self.outputs or any(self._read_outside(user, members) for user in node.users))
+        ]
+        graph, external = self._extract(group, needed_outside)
+        inputs = tuple(self._value(node, group.key.slice_index) for node in external)
+        outputs = tuple(self._value(node, group.key.slice_index) for node in dict.fromkeys(needed_outside))
+        module = torch.fx.GraphModule({}, graph)
+        return Compute(function_index=self._function(module, group, inputs, outputs), inputs=inputs, outputs=outputs)
+
+    def _read_outside(self, user: torch.fx.Node, members: set[torch.fx.Node]) -> bool:
+        """Whether `user`, or a placed node that reads it through floating ones, is not among `members`."""
+        if user in self.slice_of:
+            return user not in members
+        return user.op != "output" and any(self._read_outside(reader, members) for reader in user.users)
+
+    def _extract(self, group: _Group, outputs: list[torch.fx.Node]) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
+        """Copies a group, with the floating nodes that it needs, to a graph of its own."""
+        members = set(group.nodes)
+        graph = torch.fx.Graph()
+        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        external: list[torch.fx.Node] = []
+        body: list[torch.fx.Node] = []
+
+        def need(node: torch.fx.Node) -> None:
+            floating = node not in self.slice_of and node.op == "call_function"
+            if node in copies:
+                return
+            if node in members or floating:
+                for argument in node.all_input_nodes:
+                    need(argument)
+                copies[node] = node  # marks it; the copy is made when all placeholders stand
+                body.append(node)
+            else:
+                copies[node] = graph.placeholder(f"arg_{len(external)}")
+                copies[node].meta = {"val": node.meta["val"]}
+                external.append(node)
+
+        for node in group.nodes:
+            need(node)
+        for node in body:
+            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
+        graph.output(tuple(copies[node] for node in dict.fromkeys(outputs)))
+        return graph, external
+
+    def _function(
+        self,
+        module: torch.fx.GraphModule,
+        group: _Group,
+        inputs: tuple[ValueIndex, ...],
+        outputs: tuple[ValueIndex, ...],
+    ) -> int:
+        """Returns the index of the compiled function for a graph; equal graphs share one."""
+        kinds = tuple(
+            (value.dtype, value.shape, value.placements) for value in (self.values[i] for i in (*inputs, *outputs))
+        )
+        key = (group.key.slice_index, _structure(module.graph), kinds)
+        if key not in self._function_of:
+            regions = [node.meta[REGION_KEY] for node in group.nodes if REGION_KEY in node.meta]
+            named = next((region.name for region in regions if region.name), "")
+            source = next((node.meta[SOURCE_KEY] for node in group.nodes if node.meta.get(SOURCE_KEY)), "")
+            name = f"{self.name}/{len(self.functions)}" + (f":{named}" if named else "")
+            self._function_of[key] = len(self.functions)
+            self.functions.append(
+                Function(name=name, source=source, graph=serialize_graph(module), num_operators=len(group.nodes))
+            )
+        return self._function_of[key]
+
+
+def _call_of(node: torch.fx.Node) -> int:
+    """Returns the function call that a forward operator belongs to, or -1."""
+    region: Region | None = node.meta.get(REGION_KEY)
+    return -1 if region is None or region.backward else region.call
+
+
+def _structure(graph: torch.fx.Graph) -> str:
+    """Returns a graph as text that two graphs share if they compute the same, whatever their nodes are called."""
+    number = {node: index for index, node in enumerate(graph.nodes)}
+    lines = []
+    for node in graph.nodes:
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda argument: f"%{number[argument]}")
+        target = "" if node.op == "placeholder" else str(node.target)
+        lines.append(f"{node.op} {target} {args} {kwargs}")
+    return "\n".join(lines)
+
+
+def _nbytes(node: torch.fx.Node) -> int:
+    value = node.meta["val"]
+    if isinstance(value, (list, tuple)):
+        return sum(item.numel() * item.element_size() for item in value)
+    return int(value.numel() * value.element_size())

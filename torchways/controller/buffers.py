@@ -1,0 +1,125 @@
+"""What arrays stand for: a value still on the host, or a named buffer on a slice."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Generator
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from torchways.array import Array
+from torchways.capture.state import HostContent
+from torchways.errors import SessionClosed
+from torchways.ids import BufferId
+from torchways.mesh import Placements, VirtualSlice
+from torchways.rpc.programs import InlineValue
+
+if TYPE_CHECKING:
+    from torchways.controller.session import Session
+
+
+@dataclass(eq=False, slots=True)
+class HostBuffer:
+    """A value on the host, until its first use in a program says where it goes.
+
+    Attributes:
+        value: the value.
+        follows: array whose slice it shares (optimizer state: its parameter), or None.
+        mesh, placements: where it must go, if that is known.
+    """
+
+    value: HostContent
+    follows: torch.Tensor | None = None
+    mesh: VirtualSlice | None = None
+    placements: Placements | None = None
+
+    def read(self, timeout: timedelta | None = None) -> torch.Tensor:
+        """Returns the value."""
+        content = self.value.content
+        if isinstance(content, torch.Tensor):
+            return content.clone()
+        return torch.full(self.value.shape, content, dtype=self.value.dtype)
+
+    def done(self) -> bool:
+        """Always: it never waits."""
+        return True
+
+    def read_async(self) -> Generator[Any, None, torch.Tensor]:
+        """Returns the value."""
+        return self.read()
+        yield
+
+    def inline(self, placements: Placements) -> InlineValue:
+        """Returns the value as part of a message."""
+        dtype = str(self.value.dtype).removeprefix("torch.")
+        content = self.value.content
+        data = tensor_bytes(content) if isinstance(content, torch.Tensor) else content
+        return InlineValue(dtype=dtype, shape=self.value.shape, placements=placements, data=data)
+
+
+class RemoteBuffer:
+    """One reference of the controller to a named buffer of a slice; dropping it releases the buffer."""
+
+    __slots__ = ("buffer_id", "consumed", "mesh", "placements", "session")
+
+    def __init__(self, session: Session, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
+        self.session = session
+        self.mesh = mesh
+        self.placements = placements
+        self.buffer_id = buffer_id
+        #: A run was sent that donates it: it is the executor's to free.
+        self.consumed = False
+
+    def read(self, timeout: timedelta | None = None) -> torch.Tensor:
+        """Waits for the value; see `Array.cpu`."""
+        return self.session.fetch(self, timeout)
+
+    def done(self) -> bool:
+        """Asks the executor whether the value is there."""
+        return self.session.is_ready(self)
+
+    def read_async(self) -> Generator[Any, None, torch.Tensor]:
+        """Awaits the value on the caller's loop."""
+        return asyncio.wrap_future(self.session.start_fetch(self)).__await__()
+
+    def __del__(self) -> None:
+        if not self.consumed:
+            self.session.release(self.mesh.slice_id, self.buffer_id)
+
+
+def tensor_bytes(tensor: torch.Tensor) -> bytes:
+    """Returns a CPU tensor's elements, row-major."""
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1)
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def tensor_from_bytes(dtype: str, shape: tuple[int, ...], data: bytearray) -> torch.Tensor:
+    """Returns a CPU tensor over `data`."""
+    torch_dtype: torch.dtype = getattr(torch, dtype)
+    if not data:
+        return torch.empty(shape, dtype=torch_dtype)
+    return torch.frombuffer(data, dtype=torch_dtype).reshape(shape)
+
+
+def host_array(tensor: torch.Tensor, *, requires_grad: bool = False) -> Array:
+    """Returns an array of a host tensor, to be placed by its first use."""
+    content = HostContent(tuple(tensor.shape), tensor.dtype, tensor)
+    return Array(HostBuffer(content), content.shape, content.dtype, requires_grad=requires_grad)
+
+
+def array_like(content: HostContent, follows: torch.Tensor) -> Array:
+    """Returns an array of a host value, to live where `follows` lives."""
+    return Array(HostBuffer(content, follows=follows), content.shape, content.dtype)
+
+
+def check_open(session: Session, what: str) -> None:
+    """Raises SessionClosed if the session is over."""
+    if session.closed:
+        raise SessionClosed(
+            f"{what} belongs to a session that tw.shutdown() has closed; its buffers are gone. Read what you need "
+            "before shutting down"
+        )

@@ -1,0 +1,41 @@
+"""Checks of a captured graph against what the executors can run."""
+
+from __future__ import annotations
+
+import torch
+
+from torchways.controller.session import Session
+from torchways.errors import CaptureError
+from torchways.graphs import SOURCE_KEY
+from torchways.mesh import VirtualSlice
+
+
+def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]) -> None:
+    """Refuses operators that the executors would run on the host.
+
+    Raises:
+        CaptureError: names every such operator with the user's lines.
+    """
+    supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
+    missing: dict[str, list[str]] = {}
+    for node in graph_module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload):
+            continue
+        name = operator_name(node.target)
+        if not all(name in operators for operators in supported):
+            lines = missing.setdefault(name, [])
+            if (line := node.meta.get(SOURCE_KEY, "")) not in lines:
+                lines.append(line)
+    if missing:
+        listing = "\n".join(f"  {name} at {', '.join(lines)}" for name, lines in missing.items())
+        raise CaptureError(
+            f"these operators have no lowering to XLA:\n{listing}\n"
+            "write them with other operators, or compute them outside the program"
+        )
+
+
+def operator_name(operator: torch._ops.OpOverload) -> str:
+    """Returns "aten::add.Tensor" for an operator; the default overload has no suffix."""
+    name = operator._schema.name
+    overload = operator._schema.overload_name
+    return f"{name}.{overload}" if overload else str(name)

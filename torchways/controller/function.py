@@ -1,0 +1,73 @@
+"""`@tw.function`: one function, or one module, as a compiled function of its own on a slice."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from torchways.capture.tracer import current_trace
+from torchways.controller.modules import _ENTRY, arrays_of, make_placed, placed_class
+from torchways.controller.program import ProgramFunction
+from torchways.controller.session import Session
+from torchways.errors import UserError
+from torchways.mesh import VirtualSlice
+
+
+def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
+    """Returns `target` (a function, a module class or a module) as a compiled function on `mesh`."""
+    if isinstance(target, torch.nn.Module):
+        make_placed(target, _call_on(mesh), lambda module: _module_entry(module, mesh, get_session))
+        return target
+    if isinstance(target, type) and issubclass(target, torch.nn.Module):
+        return _function_class(target, mesh, get_session)
+    if callable(target):
+        return _plain_function(target, mesh, get_session)
+    raise UserError(f"tw.function decorates functions, nn.Module classes and modules, not {target!r}")
+
+
+def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        mode = current_trace()
+        assert mode is not None
+        with mode.function_call(mesh, function.__name__):
+            return function(*args, **kwargs)
+
+    functools.update_wrapper(run, function)
+    # A call outside any program is a program of one node; within one, ProgramFunction calls `run` directly.
+    return ProgramFunction(run, mesh, get_session)
+
+
+def _call_on(mesh: VirtualSlice) -> Callable[..., Any]:
+    def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        mode = current_trace()
+        assert mode is not None
+        with mode.function_call(mesh, type(module).__name__):
+            return plain_call(*args, **kwargs)
+
+    return call
+
+
+def _module_entry(
+    module: torch.nn.Module, mesh: VirtualSlice | None, get_session: Callable[[], Session]
+) -> ProgramFunction:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return module(*args, **kwargs)
+
+    run.__name__ = type(module).__name__
+    return ProgramFunction(run, mesh, get_session)
+
+
+def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Session]) -> type:
+    placed: Any = placed_class(cls, _call_on(mesh))
+
+    def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
+        super(placed, self).__init__(*args, **kwargs)
+        arrays_of(self)
+        object.__setattr__(self, _ENTRY, _module_entry(self, mesh, get_session))
+
+    placed.__init__ = __init__
+    return placed  # type: ignore[no-any-return]

@@ -1,0 +1,440 @@
+"""`@tw.program`: traces a Python function once, then dispatches it whole.
+
+A call looks for a variant that was traced for these argument shapes and this state structure. If there is one, the
+call only binds buffers to it: one message an island, whatever the program does.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from torchways.array import Array
+from torchways.capture.functionalize import make_pure
+from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
+from torchways.capture.source import is_user_file, user_line
+from torchways.capture.state import HostContent, LearningRate, StateSlot, StateTracker, hyperparameters
+from torchways.capture.tracer import Trace, current_trace, trace
+from torchways.controller.buffers import HostBuffer, RemoteBuffer, array_like
+from torchways.controller.checks import check_lowered
+from torchways.controller.session import Session
+from torchways.errors import CaptureError, PlacementError, TorchwaysError, UserError
+from torchways.ids import BufferId, ProgramId, SliceId
+from torchways.ir.program import Compute, Program, ValueIndex
+from torchways.mesh import Placements, VirtualSlice
+from torchways.passes.lower import LoweredProgram, lower
+from torchways.rpc.programs import Binding, InlineValue
+
+logger = logging.getLogger(__name__)
+
+#: Variants kept for one function; the least recently used goes first.
+_MAX_VARIANTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What an argument of a slice part is bound to: a traced input, and how it is sharded there."""
+
+    source: Any
+    placements: Placements
+    donated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _ResultTarget:
+    """Where a result goes: output `position` of the function, a written array, or a place in Python state."""
+
+    target: int | Array | StateSlot
+    mesh: VirtualSlice
+    placements: Placements
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(slots=True, kw_only=True)
+class Variant:
+    """One traced, lowered and registered form of a function.
+
+    Attributes:
+        traced: the program as traced.
+        lowered: after all passes.
+        meshes: the slice that each of the program's slices stands for.
+        session: where it is registered.
+        guards: conditions on Python state under which the trace holds.
+    """
+
+    traced: Program
+    lowered: LoweredProgram
+    meshes: list[VirtualSlice]
+    session: Session
+    program_id: ProgramId
+    arguments: dict[SliceId, list[_Source]]
+    results: list[_ResultTarget]
+    out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
+    guards: list[Callable[[], bool]]
+
+    def holds(self, session: Session) -> bool:
+        """Whether the trace is valid for Python's state now."""
+        return self.session is session and all(guard() for guard in self.guards)
+
+
+@dataclass(slots=True)
+class _Signature:
+    """A call's arguments, flattened: tensors apart from constants."""
+
+    leaves: list[Any]
+    spec: pytree.TreeSpec
+    tensor_positions: list[int] = field(default_factory=list)
+    key: Any = None
+
+
+class ProgramFunction:
+    """A Python function that runs as one dataflow program. Made by `tw.program`.
+
+    Calling it returns at once: tensors in its result are arrays (futures). `print(f)` shows the program as traced
+    last; `f.lower(...)` runs the passes on it.
+    """
+
+    def __init__(
+        self, function: Callable[..., Any], mesh: VirtualSlice | None, get_session: Callable[[], Session]
+    ) -> None:
+        functools.update_wrapper(self, function)
+        self._function = function
+        self._mesh = mesh
+        self._get_session = get_session
+        self._variants: dict[Any, list[Variant]] = {}
+        self._last: Variant | None = None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if current_trace() is not None:
+            return self._function(*args, **kwargs)  # part of the program that is being traced
+        session = self._get_session()
+        session.check()
+        signature = _signature(args, kwargs)
+        variant = self._find(signature, session)
+        if variant is None:
+            variant = self._trace(signature, session)
+        self._last = variant
+        return _run(variant, signature)
+
+    def __get__(self, instance: Any, owner: Any = None) -> Any:
+        return self if instance is None else functools.partial(self, instance)
+
+    def __str__(self) -> str:
+        if self._last is None:
+            return f"program {self.__name__}: not traced yet; call it once"  # type: ignore[attr-defined]
+        return str(self._last.lowered.program)
+
+    @property
+    def num_traces(self) -> int:
+        """How many variants are kept."""
+        return sum(map(len, self._variants.values()))
+
+    def lower(self, *, print_after: str | None = None) -> LoweredProgram:
+        """Runs the passes anew on the program as traced last.
+
+        Args:
+            print_after: name of a pass to print the program before and after.
+
+        Raises:
+            UserError: it was not called yet.
+        """
+        if self._last is None:
+            raise UserError(f"{self} before lower()")
+        return lower(self._last.traced, print_after=print_after)
+
+    def _find(self, signature: _Signature, session: Session) -> Variant | None:
+        variants = self._variants.get(signature.key)
+        if variants is None:
+            return None
+        for variant in variants:
+            if variant.holds(session):
+                return variant
+        return None
+
+    def _trace(self, signature: _Signature, session: Session) -> Variant:
+        name = getattr(self._function, "__name__", type(self._function).__name__)
+        if self._variants:
+            logger.info(
+                "tracing %s again (%d variants): argument shapes, dtypes, shardings or Python state changed, at %s",
+                name,
+                self.num_traces,
+                user_line(),
+            )
+        variant = _trace_variant(self._function, name, signature, self._mesh, session)
+        if len(self._variants) >= _MAX_VARIANTS:
+            self._variants.pop(next(iter(self._variants)))
+        self._variants.setdefault(signature.key, []).append(variant)
+        return variant
+
+
+# ---- signatures
+
+
+def _signature(args: Any, kwargs: Any) -> _Signature:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    signature = _Signature(leaves, spec)
+    key: list[Any] = []
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, Array):
+            signature.tensor_positions.append(position)
+            mesh = leaf.mesh
+            key.append((tuple(leaf.shape), leaf.dtype, None if mesh is None else mesh.slice_id, leaf.sharding))
+        elif isinstance(leaf, torch.Tensor):
+            signature.tensor_positions.append(position)
+            key.append((tuple(leaf.shape), leaf.dtype))
+        else:
+            key.append(_constant_key(leaf))
+    signature.key = (spec, tuple(key), torch.is_grad_enabled())
+    return signature
+
+
+def _constant_key(leaf: Any) -> Any:
+    try:
+        hash(leaf)
+    except TypeError:
+        return id(leaf)
+    return (type(leaf), leaf)
+
+
+# ---- tracing
+
+
+def _trace_variant(
+    function: Callable[..., Any], name: str, signature: _Signature, mesh: VirtualSlice | None, session: Session
+) -> Variant:
+    tensors = [signature.leaves[position] for position in signature.tensor_positions]
+    tracker = StateTracker(array_like)
+    lifted: list[Array] = []
+
+    def call(fakes: list[torch.Tensor]) -> Any:
+        mode = current_trace()
+        assert mode is not None
+        leaves = list(signature.leaves)
+        for position, fake in zip(signature.tensor_positions, fakes, strict=True):
+            leaves[position] = fake
+        args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
+        if mesh is not None:
+            mode.enter_stage(mesh)
+        return function(*args, **kwargs)
+
+    try:
+        with tracker.watching():
+            shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
+            traced = trace(call, shapes, lambda: tracker.escaped(lifted), lifted)
+        tracker.check_learning_rates()
+        pure = make_pure(traced.graph_module)
+        specs = _placeholder_specs(traced, tensors)
+        _check_written(traced, pure.written, name)
+        cut = partition(pure.graph_module, specs, name=name, written=pure.written, default_mesh=mesh)
+        check_lowered(pure.graph_module, session, cut.meshes)
+        lowered = lower(cut.program)
+        program_id = session.register_program(name, lowered.parts, cut.meshes)
+    except BaseException as error:
+        tracker.roll_back(lifted)
+        if isinstance(error, (TorchwaysError, KeyboardInterrupt)):
+            raise
+        raise _capture_error(name, error) from error
+    tracker.commit()
+    return Variant(
+        traced=cut.program,
+        lowered=lowered,
+        meshes=cut.meshes,
+        session=session,
+        program_id=program_id,
+        arguments=_argument_sources(cut, lowered, traced, session),
+        results=_result_targets(cut, traced, tracker, pure.written),
+        out_spec=traced.out_spec,
+        constants=traced.constants,
+        guards=_guards(traced, tracker, lifted),
+    )
+
+
+def _capture_error(name: str, error: BaseException) -> CaptureError:
+    line = _line_of(error)
+    return CaptureError(
+        f"{name} cannot be captured: {type(error).__name__}: {error}\n  at {line or user_line()}\n"
+        "  TORCHWAYS_EAGER=1 runs the same script as plain PyTorch, with breakpoints"
+    )
+
+
+def _line_of(error: BaseException) -> str:
+    """Returns the innermost user line of an exception's traceback."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
+    if not lines:
+        return ""
+    return f"{lines[-1].filename.rsplit('/', 1)[-1]}:{lines[-1].lineno} in {lines[-1].name}"
+
+
+def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:
+    position_of = {id(item.source): index for index, item in enumerate(traced.inputs)}
+    specs = []
+    for item in traced.inputs:
+        source = tensors[item.source] if isinstance(item.source, int) else item.source
+        shape = tuple(item.fake.shape)
+        if isinstance(source, Array):
+            buffer = source._buffer
+            follows = buffer.follows if isinstance(buffer, HostBuffer) else None
+            specs.append(
+                PlaceholderSpec(
+                    label=f"array {shape}" if isinstance(item.source, int) else f"state {shape}",
+                    mesh=source.mesh,
+                    placements=source.sharding,
+                    is_state=True,
+                    is_data=False,
+                    follows=position_of.get(id(follows)) if follows is not None else None,
+                )
+            )
+        else:
+            label = "learning rate" if isinstance(source, LearningRate) else f"host {item.source}"
+            is_data = isinstance(item.source, int)
+            label = label if is_data or isinstance(source, LearningRate) else f"constant {shape}"
+            specs.append(PlaceholderSpec(label=label, mesh=None, placements=None, is_state=False, is_data=is_data))
+    return specs
+
+
+def _check_written(traced: Trace, written: list[int], name: str) -> None:
+    for position in written:
+        item = traced.inputs[position]
+        if not isinstance(item.source, Array):
+            what = f"argument {item.source}" if isinstance(item.source, int) else "a tensor of its closure"
+            raise CaptureError(
+                f"{name} changes {what} (shape {tuple(item.fake.shape)}) in place, which its caller would not see: "
+                "return the new value, or keep it in a module as a buffer"
+            )
+
+
+def _argument_sources(
+    cut: PartitionedProgram, lowered: LoweredProgram, traced: Trace, session: Session
+) -> dict[SliceId, list[_Source]]:
+    donated: set[ValueIndex] = {
+        node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
+    }
+    sources: dict[SliceId, list[_Source]] = {}
+    for part in lowered.parts:
+        sources[cut.meshes[part.slice_index].slice_id] = [
+            _Source(
+                traced.inputs[cut.arg_inputs[value]].source,
+                lowered.program.values[value].placements,
+                value in donated,
+            )
+            for value in part.args
+        ]
+    return sources
+
+
+def _result_targets(
+    cut: PartitionedProgram, traced: Trace, tracker: StateTracker, written: list[int]
+) -> list[_ResultTarget]:
+    targets: list[int | Array | StateSlot] = [
+        *range(traced.num_outputs),
+        *tracker.slots,
+        *(traced.inputs[position].source for position in written),
+    ]
+    results = cut.program.nodes[-1]
+    found = []
+    for target, value_index in zip(targets, results.inputs, strict=True):  # type: ignore[union-attr]
+        value = cut.program.values[value_index]
+        found.append(
+            _ResultTarget(
+                target, cut.meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype)
+            )
+        )
+    return found
+
+
+def _guards(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list[Callable[[], bool]]:
+    slots = {id(slot.owner) for slot in tracker.slots if isinstance(slot.owner, torch.Tensor)}
+    without_grad = [array for array in lifted if array.requires_grad and (array.grad is None or id(array) in slots)]
+    with_grad = [(array, array.grad) for array in lifted if array.requires_grad and isinstance(array.grad, Array)]
+    guards: list[Callable[[], bool]] = [
+        lambda: all(array.grad is None for array in without_grad),
+        lambda: all(array.grad is grad for array, grad in with_grad),
+    ]
+    if not any(isinstance(slot.owner, dict) for slot in tracker.slots):
+        for optimizer in tracker.optimizers:
+            guards.append(
+                functools.partial(_same, functools.partial(hyperparameters, optimizer), hyperparameters(optimizer))
+            )
+    else:  # this run makes the optimizer's state: it is for the first step only
+        for slot in tracker.slots:
+            if isinstance(slot.owner, dict):
+                guards.append(functools.partial(_lacks, slot.owner, slot.key))
+                break
+    for module in dict.fromkeys(traced.modules):
+        flags = functools.partial(_training_flags, module)
+        guards.append(functools.partial(_same, flags, flags()))
+    return guards
+
+
+def _same(read: Callable[[], Any], value: Any) -> bool:
+    return bool(read() == value)
+
+
+def _lacks(state: dict[str, Any], key: str) -> bool:
+    return not isinstance(state.get(key), Array)
+
+
+def _training_flags(module: torch.nn.Module) -> list[bool]:
+    return [item.training for item in module.modules()]
+
+
+# ---- running
+
+
+def _run(variant: Variant, signature: _Signature) -> Any:
+    session = variant.session
+    tensors = [signature.leaves[position] for position in signature.tensor_positions]
+    consumed: list[RemoteBuffer] = []
+    arguments: dict[SliceId, list[Binding]] = {}
+    for mesh in variant.meshes:
+        sources = variant.arguments.get(mesh.slice_id)
+        if sources is not None:
+            arguments[mesh.slice_id] = [_bind(item, tensors, mesh, session, consumed) for item in sources]
+    first = BufferId(session.new_ids(max(1, len(variant.results))))
+    session.run_program(variant.program_id, variant.traced.name, first, arguments)
+    for buffer in consumed:
+        buffer.consumed = True
+    outputs: list[Any] = [None] * (variant.out_spec.num_leaves)
+    positions = [index for index in range(len(outputs)) if index not in variant.constants]
+    for index, value in variant.constants.items():
+        outputs[index] = value
+    for number, result in enumerate(variant.results):
+        buffer = RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
+        if isinstance(result.target, Array):
+            result.target._buffer = buffer
+        elif isinstance(result.target, StateSlot):
+            result.target.set(Array(buffer, result.shape, result.dtype))
+        else:
+            outputs[positions[result.target]] = Array(buffer, result.shape, result.dtype)
+    return pytree.tree_unflatten(outputs, variant.out_spec)
+
+
+def _bind(
+    item: _Source, tensors: list[torch.Tensor], mesh: VirtualSlice, session: Session, consumed: list[RemoteBuffer]
+) -> Binding:
+    source = tensors[item.source] if isinstance(item.source, int) else item.source
+    if isinstance(source, Array):
+        buffer = source._buffer
+        if isinstance(buffer, HostBuffer):
+            if item.donated and not isinstance(buffer.value.content, torch.Tensor):
+                return buffer.inline(item.placements)  # a constant that this run replaces: no buffer of its own
+            buffer = source._buffer = session.put(buffer, mesh, item.placements)
+        assert isinstance(buffer, RemoteBuffer)
+        if buffer.session is not session:
+            raise PlacementError("an array of a closed session is used; make its module or value anew")
+        if item.donated:
+            consumed.append(buffer)
+        return buffer.buffer_id
+    if isinstance(source, LearningRate):
+        return InlineValue(dtype="float32", shape=(), placements=item.placements, data=source.read())
+    content = HostContent(tuple(source.shape), source.dtype, source.detach())
+    return HostBuffer(content).inline(item.placements)

@@ -1,0 +1,432 @@
+"""A session: the controller's connection to a cluster, from `tw.init` to `tw.shutdown`.
+
+It names buffers and runs, sends one message an island a run, bounds how far the controller runs ahead, and turns
+lost processes into typed errors at the next read. It knows nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import logging
+import os
+import sys
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any
+
+import grpc
+import grpc.aio
+import torch
+
+from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
+from torchways.controller.loop import LoopThread
+from torchways.errors import ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
+from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
+from torchways.mesh import Placements, VirtualSlice, check_mesh
+from torchways.passes.split import SlicePart
+from torchways.rpc.clients import (
+    ClusterInfo,
+    ExecutorClient,
+    ExecutorStatus,
+    ManagerClient,
+    SchedulerClient,
+    SliceAddress,
+    Span,
+)
+from torchways.rpc.programs import Binding, PeerAddress, register_message, run_message
+
+logger = logging.getLogger(__name__)
+
+_CALL = timedelta(seconds=35)
+#: How long a failed read waits for word of why the executor is gone.
+_REASON_SECONDS = 3.0
+
+
+@dataclass(slots=True)
+class _Slice:
+    """A slice of this session and its connections, once they are up."""
+
+    mesh: VirtualSlice
+    ready: concurrent.futures.Future[None]
+    address: SliceAddress | None = None
+    executor: ExecutorClient | None = None
+
+
+@dataclass(slots=True)
+class _Run:
+    name: str
+    islands_left: int
+    sent_ns: int
+
+
+@dataclass(slots=True)
+class Session:
+    """See the module's docstring. Made by `open_session`; methods are for the user's thread unless they say else."""
+
+    manager: ManagerClient
+    loop: LoopThread
+    token: str
+    start_timeout: timedelta
+    #: Ends the embedded cluster; None where the cluster is not ours.
+    end_cluster: Callable[[], None] | None
+    max_runs_in_flight: int = 64
+    closed: bool = False
+    #: Set when the cluster is gone: every later call raises it.
+    broken: TorchwaysError | None = None
+    #: Controller-side spans (dispatches), newest last.
+    spans: list[Span] = field(default_factory=list)
+    _next_id: int = 0
+    _slices: dict[SliceId, _Slice] = field(default_factory=dict)
+    _schedulers: dict[IslandId, SchedulerClient] = field(default_factory=dict)
+    _runs: dict[RunId, _Run] = field(default_factory=dict)
+    _room: threading.Condition = field(default_factory=threading.Condition)
+    _lost_executors: dict[str, str] = field(default_factory=dict)
+    _lost_event: asyncio.Event | None = None
+    _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _puts: dict[BufferId, concurrent.futures.Future[None]] = field(default_factory=dict)
+
+    # ---- life
+
+    def start(self) -> None:
+        """Attaches to the resource manager."""
+        self.loop.run(self._attach(), _CALL, "the resource manager")
+        first, _ = client_range(self.manager.client_id)
+        self._next_id = first + 1
+
+    async def _attach(self) -> None:
+        self._lost_event = asyncio.Event()
+        name = f"{os.path.basename(sys.argv[0]) or 'python'} pid {os.getpid()}"
+        self._tasks.append(await self.manager.attach(name, self._on_executor_lost, self._on_cluster_lost))
+
+    def close(self) -> None:
+        """Gives everything back and ends the embedded cluster. Idempotent; never waits for computations."""
+        if self.closed:
+            return
+        self.closed = True
+        with self._room:
+            self._room.notify_all()
+        try:
+            self.loop.run(self._close(), timedelta(seconds=5), "connections to close")
+        except Exception:  # the cluster may be gone already; what matters is that it ends
+            logger.info("while closing the session", exc_info=True)
+        self.loop.close()
+        if self.end_cluster is not None:
+            self.end_cluster()
+
+    async def _close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        clients = [item.executor for item in self._slices.values() if item.executor is not None]
+        closings = [client.close() for client in (*self._schedulers.values(), *clients)] + [self.manager.close()]
+        await asyncio.gather(*closings, return_exceptions=True)
+
+    def check(self) -> None:
+        """Raises if the session is closed or the cluster gone."""
+        check_open(self, "this call")
+        if self.broken is not None:
+            raise self.broken
+
+    # ---- slices
+
+    def init_device_mesh(self, shape: Sequence[int], names: Sequence[str] | None, island: int | None) -> VirtualSlice:
+        """Asks the resource manager for a slice; its executors start in the background."""
+        self.check()
+        shape, names = check_mesh(shape, names)
+        slice_id, island_id = self.loop.run(self.manager.reserve_slice(shape, names, island), _CALL, "a slice")
+        mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id)
+        mesh.release = lambda: self._release_slice(slice_id)
+        entry = _Slice(mesh, self.loop.start(self._open_slice(slice_id)))
+        self._slices[slice_id] = entry
+        return mesh
+
+    async def _open_slice(self, slice_id: SliceId) -> None:
+        address = await self.manager.wait_slice(slice_id, self.start_timeout)
+        entry = self._slices[slice_id]
+        if address.island_id not in self._schedulers:
+            scheduler = SchedulerClient(address.scheduler_address, self.token)
+            self._schedulers[address.island_id] = scheduler
+            scheduler.say_hello(self.manager.client_id)
+            reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
+            self._tasks.append(asyncio.create_task(reading, name=f"scheduler of island {address.island_id}"))
+        entry.executor = ExecutorClient(address.executors[0], self.token)
+        entry.address = address
+
+    def slice_address(self, mesh: VirtualSlice) -> SliceAddress:
+        """Waits until a slice is ready; returns where it is."""
+        self.check()
+        entry = self._slices.get(mesh.slice_id)
+        if entry is None or entry.mesh is not mesh.root:
+            raise PlacementError(f"mesh {mesh} is closed or belongs to another session; make one with init_device_mesh")
+        entry.ready.result(self.start_timeout.total_seconds() + 5)
+        assert entry.address is not None
+        return entry.address
+
+    def _release_slice(self, slice_id: SliceId) -> None:
+        entry = self._slices.pop(slice_id, None)
+        if entry is not None and not self.closed and self.broken is None:
+            self.loop.run(self.manager.release_slice(slice_id), _CALL, "the slice to be released")
+
+    def cluster_info(self) -> ClusterInfo:
+        """Returns what the cluster consists of."""
+        self.check()
+        return self.loop.run(self.manager.describe(), _CALL, "the resource manager")
+
+    def executor_status(self) -> list[ExecutorStatus]:
+        """Returns what the executors of this session's slices say of themselves."""
+        return [self.loop.run(client.status(), _CALL, client.executor_id) for client in self._executors()]
+
+    def collect_spans(self, since_ns: int) -> dict[str, list[Span]]:
+        """Returns the spans of every process since a time: executors by id, and "controller"."""
+        spans = {
+            client.executor_id: self.loop.run(client.trace(since_ns), _CALL, client.executor_id)
+            for client in self._executors()
+        }
+        spans["controller"] = [span for span in self.spans if span.end_ns >= since_ns]
+        return spans
+
+    def _executors(self) -> list[ExecutorClient]:
+        self.check()
+        for entry in self._slices.values():
+            self.slice_address(entry.mesh)
+        return [entry.executor for entry in self._slices.values() if entry.executor is not None]
+
+    # ---- buffers
+
+    def new_ids(self, count: int) -> int:
+        """Returns the first of `count` consecutive ids that this client has not used."""
+        with self._lock:
+            first, self._next_id = self._next_id, self._next_id + count
+        return first
+
+    def put(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
+        """Starts copying a host value to a slice."""
+        address = self.slice_address(mesh)
+        client = self._slices[address.slice_id].executor
+        assert client is not None
+        buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
+        future = self.loop.start(client.put(buffer.buffer_id, value.inline(placements)))
+        self._puts[buffer.buffer_id] = future
+        buffer_id = buffer.buffer_id
+        future.add_done_callback(lambda _: self._puts.pop(buffer_id, None))
+        return buffer
+
+    def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
+        """Waits for a buffer's value."""
+        check_open(self, "this array")
+        return self.loop.run(self._fetch(buffer), timeout, "an array's value")
+
+    def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
+        """Starts waiting for a buffer's value."""
+        check_open(self, "this array")
+        return self.loop.start(self._fetch(buffer))
+
+    def is_ready(self, buffer: RemoteBuffer) -> bool:
+        """Whether a read would not wait for a computation."""
+        check_open(self, "this array")
+        entry = self._slices.get(buffer.mesh.slice_id)
+        if entry is None or entry.executor is None or self.broken is not None:
+            return True  # a read raises at once
+        try:
+            return self.loop.run(entry.executor.is_ready(buffer.buffer_id), _CALL, "an executor")
+        except grpc.aio.AioRpcError:
+            return True
+
+    async def _fetch(self, buffer: RemoteBuffer) -> torch.Tensor:
+        entry = self._slices.get(buffer.mesh.slice_id)
+        if entry is None or entry.executor is None:
+            raise PlacementError(f"the array's mesh {buffer.mesh} is closed: its buffers are gone")
+        if self.broken is not None:
+            raise self.broken
+        put = self._puts.get(buffer.buffer_id)
+        try:
+            if put is not None:
+                await asyncio.wrap_future(put)
+            fetching = asyncio.ensure_future(entry.executor.fetch(buffer.buffer_id))
+            lost = asyncio.ensure_future(self._wait_broken())
+            done, pending = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
+            for task in pending:
+                task.cancel()
+            if fetching not in done:
+                raise self.broken or ClusterLost("the cluster is gone")
+            dtype, shape, data = fetching.result()
+        except grpc.aio.AioRpcError as error:
+            raise await self._executor_error(entry.executor.executor_id, error) from error
+        return tensor_from_bytes(dtype, shape, data)
+
+    async def _wait_broken(self) -> None:
+        assert self._lost_event is not None
+        await self._lost_event.wait()
+
+    async def _executor_error(self, executor_id: str, error: grpc.aio.AioRpcError) -> TorchwaysError:
+        """Returns the typed error for an executor that cannot be reached, with the reason if word of it comes."""
+        deadline = time.monotonic() + _REASON_SECONDS
+        while executor_id not in self._lost_executors and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+        if executor_id in self._lost_executors:
+            return self._executor_lost(executor_id)
+        if self.broken is not None:
+            return self.broken
+        return ExecutorLost(f"executor {executor_id} cannot be reached ({error.code().name}: {error.details()})")
+
+    def _executor_lost(self, executor_id: str) -> ExecutorLost:
+        return ExecutorLost(
+            f"executor {executor_id} is lost ({self._lost_executors[executor_id]}); the arrays on its slice are gone. "
+            "Make a new mesh and load your state from a checkpoint"
+        )
+
+    def release(self, slice_id: SliceId, buffer_id: BufferId) -> None:
+        """Gives one buffer back, batched with others. Called by the garbage collector: any thread, no waiting."""
+        if self.closed or self.broken is not None:
+            return
+        with self._lock:
+            batch = self._releases[slice_id]
+            batch.append(buffer_id)
+            first = len(batch) == 1
+        if first:
+            try:
+                self.loop.call(self._flush_releases_soon)
+            except RuntimeError:  # the loop is closed: the interpreter is shutting down
+                pass
+
+    def _flush_releases_soon(self) -> None:
+        self.loop.loop.call_later(0.005, self._flush_releases)
+
+    def _flush_releases(self) -> None:
+        with self._lock:
+            batches, self._releases = self._releases, defaultdict(list)
+        for slice_id, buffer_ids in batches.items():
+            entry = self._slices.get(slice_id)
+            if entry is None or entry.address is None:
+                continue
+            waiting = [self._puts[b] for b in buffer_ids if b in self._puts]
+            if waiting:  # a Put still under way would arrive after its release
+                task = asyncio.ensure_future(self._release_after(waiting, slice_id, buffer_ids))
+                self._tasks.append(task)
+            else:
+                self._schedulers[entry.address.island_id].release(slice_id, buffer_ids)
+
+    async def _release_after(
+        self, puts: list[concurrent.futures.Future[None]], slice_id: SliceId, buffer_ids: list[BufferId]
+    ) -> None:
+        await asyncio.gather(*map(asyncio.wrap_future, puts), return_exceptions=True)
+        entry = self._slices.get(slice_id)
+        if entry is not None and entry.address is not None:
+            self._schedulers[entry.address.island_id].release(slice_id, buffer_ids)
+
+    # ---- programs
+
+    def register_program(self, name: str, parts: Sequence[SlicePart], meshes: Sequence[VirtualSlice]) -> ProgramId:
+        """Sends a program's parts to their islands; executors compile in the background."""
+        program_id = ProgramId(self.new_ids(1))
+        addresses = [self.slice_address(mesh) for mesh in meshes]
+        peers: Mapping[int, PeerAddress] = {
+            index: PeerAddress(
+                executor_id=address.executors[0].executor_id, data_address=address.executors[0].data_address
+            )
+            for index, address in enumerate(addresses)
+        }
+        by_island: dict[IslandId, list[tuple[SliceId, SlicePart]]] = defaultdict(list)
+        for part in parts:
+            address = addresses[part.slice_index]
+            by_island[address.island_id].append((address.slice_id, part))
+        for island, island_parts in by_island.items():
+            self.loop.call(self._schedulers[island].send, register_message(program_id, name, island_parts, peers))
+        return program_id
+
+    def run_program(
+        self,
+        program_id: ProgramId,
+        name: str,
+        first_buffer_id: BufferId,
+        arguments: Mapping[SliceId, Sequence[Binding]],
+    ) -> RunId:
+        """Sends a run: one message to each island that takes part. Waits only while too many runs are in flight."""
+        started_ns = time.time_ns()
+        self._wait_for_room(name)
+        run_id = RunId(self.new_ids(1))
+        by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
+        for slice_id, bindings in arguments.items():
+            by_island[self._slices[slice_id].mesh.island].append((slice_id, bindings))
+        messages = [
+            (self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))
+            for island, slices in by_island.items()
+        ]
+        self._runs[run_id] = _Run(name, len(messages), started_ns)
+        self.loop.call(self._send_all, messages)
+        self._note(
+            Span(name=f"dispatch {name}", track="dispatch", start_ns=started_ns, end_ns=time.time_ns(), run_id=run_id)
+        )
+        return run_id
+
+    @staticmethod
+    def _send_all(messages: list[tuple[SchedulerClient, Any]]) -> None:
+        for scheduler, message in messages:
+            scheduler.send(message)
+
+    def _wait_for_room(self, name: str) -> None:
+        with self._room:
+            while len(self._runs) >= self.max_runs_in_flight:
+                self.check()
+                if not self._room.wait(timeout=10):
+                    logger.info("dispatch of %s waits: %d runs are in flight", name, len(self._runs))
+        self.check()
+
+    def wait_for_runs(self, timeout: timedelta) -> None:
+        """Waits until no run is in flight."""
+        deadline = time.monotonic() + timeout.total_seconds()
+        with self._room:
+            while self._runs and not self.closed and self.broken is None:
+                left = deadline - time.monotonic()
+                if left <= 0 or not self._room.wait(timeout=min(left, 10)):
+                    logger.info("waiting for %d runs in flight", len(self._runs))
+                if left <= 0:
+                    break
+        self.check()
+
+    def num_messages(self) -> dict[IslandId, dict[str, int]]:
+        """Returns how many messages of each kind went to each island's scheduler."""
+        return {island: dict(client.num_sent) for island, client in self._schedulers.items()}
+
+    def _note(self, span: Span) -> None:
+        self.spans.append(span)
+        if len(self.spans) > 20_000:
+            del self.spans[:10_000]
+
+    # ---- events (on the loop)
+
+    def _on_program_ready(self, program_id: ProgramId, failure: Failure | None) -> None:
+        if failure is not None:
+            logger.warning("program %d could not be compiled: %s", program_id, failure.message)
+
+    def _on_run_finished(self, run_id: RunId, failure: Failure | None) -> None:
+        with self._room:
+            run = self._runs.get(run_id)
+            if run is None:
+                return
+            run.islands_left -= 1
+            if run.islands_left == 0:
+                del self._runs[run_id]
+                self._room.notify_all()
+        if failure is not None:
+            logger.info("run %d of %s failed: %s", run_id, run.name, failure.message)
+
+    def _on_executor_lost(self, executor_id: str, reason: str) -> None:
+        if not self.closed:
+            self._lost_executors[executor_id] = reason
+            logger.warning("executor %s is lost: %s", executor_id, reason)
+
+    def _on_cluster_lost(self, reason: str) -> None:
+        if self.closed or self.broken is not None:
+            return
+        self.broken = ClusterLost(f"{reason}; the session's arrays are gone. Start again with tw.init()")
+        assert self._lost_event is not None
+        self._lost_event.set()
+        with self._room:
+            self._room.notify_all()

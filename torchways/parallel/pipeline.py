@@ -1,0 +1,77 @@
+"""`tw.pipeline`: a module split into stages, each on a slice of its own.
+
+Splitting only says where each operator runs: from the split point on, operators belong to the next stage's slice.
+What crosses is found when the program is cut (capture/partition.py), so skip connections and tied weights need no
+special care.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from torchways.capture.tracer import current_trace
+from torchways.errors import PlacementError
+from torchways.mesh import VirtualSlice
+
+
+class SplitPoint(enum.Enum):
+    """Where a stage begins, as torch.distributed.pipelining spells it."""
+
+    BEGINNING = 1
+    """The next stage begins with the named submodule."""
+    END = 2
+    """The next stage begins after it."""
+
+
+def add_stages(
+    module: torch.nn.Module, split_spec: Mapping[str, SplitPoint], meshes: Sequence[VirtualSlice]
+) -> Callable[..., Any]:
+    """Puts stage boundaries into a module; returns what runs a call of it within a trace.
+
+    Args:
+        module: the whole model.
+        split_spec: submodule names, in the order in which they run.
+        meshes: slice of each stage, one more than split points.
+
+    Raises:
+        PlacementError: a name does not exist, or the numbers do not fit.
+    """
+    if len(meshes) != len(split_spec) + 1:
+        raise PlacementError(
+            f"tw.pipeline: {len(split_spec)} split points make {len(split_spec) + 1} stages, but there are "
+            f"{len(meshes)} meshes; give one mesh a stage"
+        )
+    names = dict(module.named_modules())
+    for stage_index, (name, point) in enumerate(split_spec.items(), start=1):
+        if name not in names:
+            known = ", ".join(list(names)[1:12])
+            raise PlacementError(f"tw.pipeline: the module has no submodule {name!r}; it has {known}, ...")
+        _add_boundary(names[name], point, meshes[stage_index], f"stage{stage_index}")
+
+    def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        mode = current_trace()
+        assert mode is not None
+        saved = mode.region
+        mode.enter_stage(meshes[0], "stage0")
+        try:
+            return plain_call(*args, **kwargs)
+        finally:
+            mode.region = saved
+
+    return call
+
+
+def _add_boundary(submodule: torch.nn.Module, point: SplitPoint, mesh: VirtualSlice, name: str) -> None:
+    def enter(*_: Any) -> None:
+        mode = current_trace()
+        if mode is not None:
+            mode.enter_stage(mesh, name)
+
+    if point is SplitPoint.BEGINNING:
+        submodule.register_forward_pre_hook(enter)
+    else:
+        submodule.register_forward_hook(enter)

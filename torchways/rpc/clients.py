@@ -1,0 +1,336 @@
+"""The controller's ends of the services: plain values in and out, protobuf inside.
+
+All methods run on the session's event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+
+import grpc
+import grpc.aio
+
+from torchways.errors import DeadlineExceeded, Failure
+from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
+from torchways.rpc import channel, convert
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.programs import InlineValue, host_value
+
+logger = logging.getLogger(__name__)
+
+_CHUNK_BYTES = 4 << 20
+_CALL_SECONDS = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorAddress:
+    """Where an executor is and what it can do."""
+
+    executor_id: str
+    address: str
+    data_address: str
+    pid: int
+    lowered_ops: frozenset[str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceAddress:
+    """Where a slice lives."""
+
+    slice_id: SliceId
+    island_id: IslandId
+    scheduler_address: str
+    executors: tuple[ExecutorAddress, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IslandInfo:
+    """One island of the cluster.
+
+    Attributes:
+        island: its number.
+        platform: "cpu" or "tpu".
+        num_devices: devices that a slice can have at most.
+    """
+
+    island: IslandId
+    platform: str
+    num_devices: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterInfo:
+    """What the cluster consists of.
+
+    Attributes:
+        islands: in the order of their numbers.
+        processes: name and pid of every process of it.
+    """
+
+    islands: tuple[IslandInfo, ...]
+    processes: tuple[tuple[str, int], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorStatus:
+    """What an executor says of itself; see ExecutorStatus in the .proto."""
+
+    executor_id: str
+    rss_bytes: int
+    num_buffers: int
+    buffer_bytes: int
+    num_runs_in_flight: int
+    num_messages: int
+    fallback_counters: dict[str, int]
+    waiting_for: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Span:
+    """Something that took time on an executor; times are Unix nanoseconds."""
+
+    name: str
+    track: str
+    start_ns: int
+    end_ns: int
+    run_id: int
+
+
+class ManagerClient:
+    """The resource manager, as the controller sees it."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._channel = channel.open_channel(address)
+        self._stub = pb_grpc.ResourceManagerStub(self._channel)
+        self._metadata = channel.metadata(token)
+        self._address = address
+        self.client_id = ClientId(0)
+
+    async def attach(
+        self, name: str, on_executor_lost: Callable[[str, str], None], on_closing: Callable[[str], None]
+    ) -> asyncio.Task[None]:
+        """Opens the stream that keeps this client's slices; returns the task that reads it."""
+        stream = self._stub.Attach(pb.AttachRequest(name=name), metadata=self._metadata)
+        try:
+            first = await asyncio.wait_for(stream.read(), _CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise channel.lost(f"the resource manager at {self._address}", error) from error
+        except TimeoutError as error:
+            raise DeadlineExceeded(f"the resource manager at {self._address} did not answer in 30 s") from error
+        self.client_id = ClientId(first.attached.client_id)
+
+        async def read() -> None:
+            try:
+                async for event in stream:
+                    match event.WhichOneof("event"):
+                        case "executor_lost":
+                            on_executor_lost(event.executor_lost.executor_id, event.executor_lost.reason)
+                        case "closing":
+                            on_closing(event.closing.reason)
+                on_closing("the resource manager ended the session")
+            except grpc.aio.AioRpcError as error:
+                on_closing(f"the resource manager cannot be reached ({error.code().name})")
+
+        return asyncio.create_task(read(), name="attach")
+
+    async def reserve_slice(
+        self, shape: Sequence[int], axis_names: Sequence[str], island: int | None
+    ) -> tuple[SliceId, IslandId]:
+        """Asks for a slice; returns its id and island. Its executors may still be starting."""
+        response = await self._call(
+            self._stub.ReserveSlice,
+            pb.ReserveSliceRequest(client_id=self.client_id, shape=shape, axis_names=axis_names, island_id=island),
+        )
+        if response.WhichOneof("result") == "failure":
+            raise convert.failure_from_proto(response.failure).to_error()
+        return SliceId(response.reservation.slice_id), IslandId(response.reservation.island_id)
+
+    async def wait_slice(self, slice_id: SliceId, timeout: timedelta) -> SliceAddress:
+        """Waits until a slice's executors are ready."""
+        info = await self._call(self._stub.WaitSlice, pb.WaitSliceRequest(slice_id=slice_id), timeout.total_seconds())
+        if info.HasField("failure"):
+            raise convert.failure_from_proto(info.failure).to_error()
+        executors = tuple(
+            ExecutorAddress(
+                executor_id=executor.executor_id,
+                address=executor.address,
+                data_address=executor.data_address,
+                pid=executor.pid,
+                lowered_ops=frozenset(executor.lowered_ops),
+            )
+            for executor in info.executors
+        )
+        return SliceAddress(
+            slice_id=slice_id,
+            island_id=IslandId(info.island_id),
+            scheduler_address=info.scheduler_address,
+            executors=executors,
+        )
+
+    async def release_slice(self, slice_id: SliceId) -> None:
+        """Gives a slice back."""
+        await self._call(self._stub.ReleaseSlice, pb.ReleaseSliceRequest(slice_id=slice_id))
+
+    async def describe(self) -> ClusterInfo:
+        """Returns what the cluster consists of."""
+        info = await self._call(self._stub.DescribeCluster, pb.DescribeClusterRequest())
+        return ClusterInfo(
+            islands=tuple(
+                IslandInfo(island=IslandId(i.island_id), platform=i.platform, num_devices=i.num_devices)
+                for i in info.islands
+            ),
+            processes=tuple((process.name, process.pid) for process in info.processes),
+        )
+
+    async def _call(self, method, request, seconds: float = _CALL_SECONDS):  # type: ignore[no-untyped-def]
+        try:
+            return await method(request, metadata=self._metadata, timeout=seconds)
+        except grpc.aio.AioRpcError as error:
+            if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise DeadlineExceeded(f"the resource manager did not answer {request!r} in {seconds:g} s") from error
+            raise channel.lost(f"the resource manager at {self._address}", error) from error
+
+    async def close(self) -> None:
+        """Closes the channel, which ends the client's lease."""
+        await self._channel.close(None)
+
+
+class SchedulerClient:
+    """One island's gang scheduler: an ordered stream of messages out, completions in."""
+
+    def __init__(self, address: str, token: str) -> None:
+        self._channel = channel.open_channel(address)
+        self._stream = pb_grpc.SchedulerStub(self._channel).Connect(self._outgoing(), metadata=channel.metadata(token))
+        self._queue: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
+        self._address = address
+        #: Messages sent so far, by kind; what a test counts.
+        self.num_sent: dict[str, int] = {}
+
+    def send(self, message: pb.ClientMessage) -> None:
+        """Queues a message; order is kept."""
+        kind = message.WhichOneof("message") or ""
+        self.num_sent[kind] = self.num_sent.get(kind, 0) + 1
+        self._queue.put_nowait(message)
+
+    def say_hello(self, client_id: ClientId) -> None:
+        """Must be the first message."""
+        self.send(pb.ClientMessage(hello=pb.ClientHello(client_id=client_id)))
+
+    def release(self, slice_id: SliceId, buffer_ids: Sequence[BufferId]) -> None:
+        """Frees buffers once everything sent before has read them."""
+        self.send(pb.ClientMessage(release_buffers=pb.ReleaseBuffers(slice_id=slice_id, buffer_ids=buffer_ids)))
+
+    async def _outgoing(self) -> AsyncIterator[pb.ClientMessage]:
+        while (message := await self._queue.get()) is not None:
+            yield message
+
+    async def read(
+        self,
+        on_program_ready: Callable[[ProgramId, Failure | None], None],
+        on_run_finished: Callable[[RunId, Failure | None], None],
+        on_lost: Callable[[str], None],
+    ) -> None:
+        """Reads the stream until it ends; it ends by `close`, or because the scheduler is gone."""
+        try:
+            async for message in self._stream:
+                match message.WhichOneof("message"):
+                    case "program_ready":
+                        on_program_ready(ProgramId(message.program_ready.program_id), _failure(message.program_ready))
+                    case "run_finished":
+                        on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
+                    case "client_failure":
+                        on_lost(message.client_failure.failure.message)
+            on_lost("the scheduler closed the stream")
+        except grpc.aio.AioRpcError as error:
+            on_lost(f"the gang scheduler at {self._address} cannot be reached ({error.code().name}: {error.details()})")
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        self._queue.put_nowait(None)
+        self._stream.cancel()
+        await self._channel.close(None)
+
+
+class ExecutorClient:
+    """One executor: values in and out."""
+
+    def __init__(self, executor: ExecutorAddress, token: str) -> None:
+        self.executor_id = executor.executor_id
+        self._channel = channel.open_channel(executor.address)
+        self._stub = pb_grpc.ExecutorStub(self._channel)
+        self._metadata = channel.metadata(token)
+
+    async def put(self, buffer_id: BufferId, value: InlineValue) -> None:
+        """Stores a host value as a named buffer."""
+        await self._stub.PutBuffer(self._put_chunks(buffer_id, value), metadata=self._metadata)
+
+    @staticmethod
+    async def _put_chunks(buffer_id: BufferId, value: InlineValue) -> AsyncIterator[pb.PutChunk]:
+        first = host_value(value)
+        data = memoryview(first.data) if isinstance(value.data, bytes) else memoryview(b"")
+        if len(data) > _CHUNK_BYTES:
+            first.data = bytes(data[:_CHUNK_BYTES])
+        yield pb.PutChunk(buffer_id=buffer_id, value=first)
+        for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
+            yield pb.PutChunk(more=bytes(data[start : start + _CHUNK_BYTES]))
+
+    async def fetch(self, buffer_id: BufferId) -> tuple[str, tuple[int, ...], bytearray]:
+        """Waits for a buffer and returns its dtype, shape and row-major elements.
+
+        Raises:
+            TorchwaysError: the failure that the buffer is poisoned with.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        dtype, shape, data = "", (), bytearray()
+        async for chunk in self._stub.FetchBuffer(pb.FetchRequest(buffer_id=buffer_id), metadata=self._metadata):
+            if chunk.HasField("failure"):
+                raise convert.failure_from_proto(chunk.failure).to_error()
+            if chunk.HasField("spec"):
+                dtype, shape = chunk.spec.dtype, tuple(chunk.spec.shape)
+            data += chunk.data
+        return dtype, shape, data
+
+    async def is_ready(self, buffer_id: BufferId) -> bool:
+        """Whether a fetch would not wait."""
+        request = pb.FetchRequest(buffer_id=buffer_id, only_ready=True)
+        async for chunk in self._stub.FetchBuffer(request, metadata=self._metadata):
+            return bool(chunk.ready) or chunk.HasField("failure")
+        return False
+
+    async def status(self) -> ExecutorStatus:
+        """Returns what the executor says of itself."""
+        status = await self._stub.GetStatus(pb.StatusRequest(), metadata=self._metadata, timeout=_CALL_SECONDS)
+        return ExecutorStatus(
+            executor_id=status.executor_id,
+            rss_bytes=status.rss_bytes,
+            num_buffers=status.num_buffers,
+            buffer_bytes=status.buffer_bytes,
+            num_runs_in_flight=status.num_runs_in_flight,
+            num_messages=status.num_messages,
+            fallback_counters=dict(status.fallback_counters),
+            waiting_for=tuple(status.waiting_for),
+        )
+
+    async def trace(self, since_ns: int) -> list[Span]:
+        """Returns the spans that ended after a time."""
+        request = pb.TraceRequest(since_ns=since_ns)
+        response = await self._stub.CollectTrace(request, metadata=self._metadata, timeout=_CALL_SECONDS)
+        return [
+            Span(name=s.name, track=s.track, start_ns=s.start_ns, end_ns=s.end_ns, run_id=s.run_id)
+            for s in response.spans
+        ]
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._channel.close(None)
+
+
+def _failure(message: pb.ProgramReady | pb.RunFinished) -> Failure | None:
+    return convert.failure_from_proto(message.failure) if message.HasField("failure") else None

@@ -1,0 +1,129 @@
+"""Lowered programs and their runs as messages for the schedulers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torchways.ids import BufferId, ProgramId, RunId, SliceId
+from torchways.ir.program import Value
+from torchways.passes.split import ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart, Step
+from torchways.rpc import torchways_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InlineValue:
+    """A host value inside a message.
+
+    Attributes:
+        dtype, shape, placements: as in `Value`.
+        data: row-major elements, or one number for all of them.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    placements: tuple[str, ...]
+    data: bytes | float
+
+
+#: What an argument is bound to: a buffer that exists or will, or a value.
+Binding: TypeAlias = BufferId | InlineValue
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerAddress:
+    """An executor at the other end of transfers."""
+
+    executor_id: str
+    data_address: str
+
+
+def register_message(
+    program_id: ProgramId, name: str, parts: Sequence[tuple[SliceId, SlicePart]], peers: Mapping[int, PeerAddress]
+) -> pb.ClientMessage:
+    """Returns the message that registers a program's parts on one island.
+
+    Args:
+        program_id: the program's.
+        name: for people.
+        parts: of the island's slices.
+        peers: executor of each of the program's slices, by slice index.
+    """
+    return pb.ClientMessage(
+        register_program=pb.RegisterProgram(
+            program_id=program_id, name=name, slices=[_part(slice_id, part, peers) for slice_id, part in parts]
+        )
+    )
+
+
+def run_message(
+    program_id: ProgramId,
+    run_id: RunId,
+    first_buffer_id: BufferId,
+    arguments: Sequence[tuple[SliceId, Sequence[Binding]]],
+) -> pb.ClientMessage:
+    """Returns the one message that runs an island's part of a program."""
+    return pb.ClientMessage(
+        run_program=pb.RunProgram(
+            program_id=program_id,
+            run_id=run_id,
+            first_buffer_id=first_buffer_id,
+            slices=[
+                pb.SliceArguments(slice_id=slice_id, arguments=[_argument(binding) for binding in bindings])
+                for slice_id, bindings in arguments
+            ],
+        )
+    )
+
+
+def host_value(value: InlineValue) -> pb.HostValue:
+    """Returns an inline value as a message."""
+    spec = pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)
+    if isinstance(value.data, bytes):
+        return pb.HostValue(spec=spec, data=value.data)
+    return pb.HostValue(spec=spec, fill=value.data)
+
+
+def _argument(binding: Binding) -> pb.Argument:
+    if isinstance(binding, InlineValue):
+        return pb.Argument(value=host_value(binding))
+    return pb.Argument(buffer_id=binding)
+
+
+def _part(slice_id: SliceId, part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:
+    used = sorted({step.peer for step in part.steps if isinstance(step, (SendStep, ReceiveStep))})
+    return pb.SliceProgram(
+        slice_id=slice_id,
+        functions=[
+            pb.Function(function_id=index, name=function.name, source=function.source, graph=function.graph)
+            for index, function in enumerate(part.functions)
+        ],
+        slots=[_spec(value) for value in part.slots],
+        num_args=len(part.args),
+        instructions=[_instruction(step, peers) for step in part.steps],
+        results=[pb.ResultSlot(slot=slot, result_index=number) for slot, number in part.results],
+        peers=[pb.Peer(executor_id=peers[index].executor_id, data_address=peers[index].data_address) for index in used],
+    )
+
+
+def _spec(value: Value) -> pb.TensorSpec:
+    return pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)
+
+
+def _instruction(step: Step, peers: Mapping[int, PeerAddress]) -> pb.Instruction:
+    match step:
+        case ComputeStep():
+            return pb.Instruction(
+                compute=pb.Compute(
+                    function_id=step.function_index, inputs=step.inputs, outputs=step.outputs, donated=step.donated
+                )
+            )
+        case SendStep():
+            return pb.Instruction(send=pb.Send(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].executor_id))
+        case ReceiveStep():
+            return pb.Instruction(
+                receive=pb.Receive(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].executor_id)
+            )
+        case FreeStep():
+            return pb.Instruction(free=pb.Free(slots=step.slots))
