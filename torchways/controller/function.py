@@ -70,4 +70,4 @@ def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Ses
         object.__setattr__(self, _ENTRY, _module_entry(self, mesh, get_session))
 
     placed.__init__ = __init__
-    return placed  # type: ignore[no-any-return]
+    return placed

@@ -81,7 +81,7 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
         "__doc__": cls.__doc__,
     }
     placed: Any = type(cls.__name__, (cls,), namespace)
-    return placed  # type: ignore[no-any-return]
+    return placed
 
 
 def read_all(state: dict[str, Any]) -> dict[str, Any]:

@@ -124,7 +124,9 @@ class Session:
         for task in self._tasks:
             task.cancel()
         clients = [item.executor for item in self._slices.values() if item.executor is not None]
-        closings = [client.close() for client in (*self._schedulers.values(), *clients)] + [self.manager.close()]
+        closings = [client.close() for client in clients]
+        closings += [scheduler.close() for scheduler in self._schedulers.values()]
+        closings.append(self.manager.close())
         await asyncio.gather(*closings, return_exceptions=True)
 
     def check(self) -> None:

@@ -1,0 +1,1 @@
+"""Models of the recipes, in plain PyTorch; they know nothing of torchways."""

@@ -1,0 +1,142 @@
+"""The recipe's settings: Hydra composes them, frozen dataclasses check them, before any cluster is used."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from recipes.data import DataConfig
+from recipes.models.gpt import GPTConfig
+from recipes.optim import OptimConfig
+from torchways.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParallelConfig:
+    """How the model is laid over islands."""
+
+    pipeline_stages: int = 2
+    """Stages of the pipeline; stage i runs on island i."""
+
+    devices_per_stage: int | None = None
+    """Devices that share a stage's batch, in the mesh axis "dp"; null means all of the island's (eager mode: 1)."""
+
+    def __post_init__(self) -> None:
+        _at_least(1, pipeline_stages=self.pipeline_stages, devices_per_stage=self.devices_per_stage)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """How long to train, and what to write down."""
+
+    steps: int = 200
+    """Updates of the weights."""
+
+    batch_size: int = 16
+    """Sequences of a step, over all devices of a stage, whose number divides it."""
+
+    seed: int = 0
+    """Seed of the weights and of the order of the data."""
+
+    max_norm: float = 1.0
+    """Gradients are scaled down to this global norm."""
+
+    log_every: int = 10
+    """Steps between two reads of the losses; between them the control plane runs ahead."""
+
+    eval_every: int | None = 50
+    """Steps between two evaluations; null evaluates at the end only."""
+
+    eval_batches: int = 16
+    """Batches of an evaluation."""
+
+    trace_step: int | None = 20
+    """Step whose trace is written; null writes none."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            steps=self.steps,
+            batch_size=self.batch_size,
+            log_every=self.log_every,
+            eval_every=self.eval_every,
+            eval_batches=self.eval_batches,
+            trace_step=self.trace_step,
+        )
+        _at_least(0, seed=self.seed)
+        if not self.max_norm > 0.0:
+            raise ValueError(f"max_norm is {self.max_norm} but must be above 0; .inf never scales gradients")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """All settings of a run."""
+
+    model: GPTConfig
+    data: DataConfig
+    optim: OptimConfig
+    parallel: ParallelConfig
+    train: TrainConfig
+
+    def __post_init__(self) -> None:
+        if self.parallel.pipeline_stages > self.model.n_layers:
+            raise ConfigError(
+                f"parallel.pipeline_stages is {self.parallel.pipeline_stages} but model.n_layers is "
+                f"{self.model.n_layers}; a stage has a layer or more, so lower the one or raise the other"
+            )
+        if self.parallel.devices_per_stage is not None:
+            self.check_batch(self.parallel.devices_per_stage)
+
+    def check_batch(self, num_devices: int) -> None:
+        """Raises `ConfigError` unless `num_devices` devices can share a batch evenly."""
+        if self.train.batch_size % num_devices:
+            raise ConfigError(
+                f"train.batch_size is {self.train.batch_size} but the {num_devices} devices of mesh axis 'dp' share "
+                f"it evenly; set it to a multiple of {num_devices} or set parallel.devices_per_stage"
+            )
+
+    def stage_starts(self) -> list[int]:
+        """Returns the first layer of every stage but the first: 4 layers on 2 stages give [2]."""
+        stages, layers = self.parallel.pipeline_stages, self.model.n_layers
+        return [stage * layers // stages for stage in range(1, stages)]
+
+
+def read_settings(cfg: DictConfig) -> Settings:
+    """Returns the checked settings.
+
+    Raises:
+        ConfigError: a value has the wrong type or is out of range.
+    """
+    return Settings(
+        model=_section(GPTConfig, cfg, "model"),
+        data=_section(DataConfig, cfg, "data"),
+        optim=_section(OptimConfig, cfg, "optim"),
+        parallel=_section(ParallelConfig, cfg, "parallel"),
+        train=_section(TrainConfig, cfg, "train"),
+    )
+
+
+def _section(cls: type[T], cfg: DictConfig, name: str) -> T:
+    try:
+        section = cfg[name]
+        for key in sorted(OmegaConf.missing_keys(section)):
+            raise ConfigError(f"{key} has no value and no default; give one: {key}=<value>")
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), section))
+    except OmegaConfBaseException as error:
+        key = f"{name}.{error.full_key}" if error.full_key else name
+        raise ConfigError(f"{key}: {str(error).splitlines()[0]}") from error  # further lines say where it arose
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{name}.{error}") from error
+
+
+def _at_least(minimum: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"{name} is {value} but must be at least {minimum}")

@@ -1,0 +1,249 @@
+"""The gang scheduler process of one island: the gRPC shell around state.py."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from torchways.errors import Failure
+from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
+from torchways.island import state as core
+from torchways.observability.process import die_with_parent, setup_process
+from torchways.rpc import channel, convert
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+
+class _ExecutorLink:
+    """The Control stream to one executor."""
+
+    def __init__(self, server: SchedulerServer, slice_id: SliceId, executor: pb.ExecutorInfo, token: str) -> None:
+        self.executor_id = executor.executor_id
+        self._server = server
+        self._slice_id = slice_id
+        self._queue: asyncio.Queue[pb.ExecutorCommand | None] = asyncio.Queue()
+        self._channel = channel.open_channel(executor.address)
+        self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=channel.metadata(token))
+        self._task = asyncio.create_task(self._read(), name=f"executor {executor.executor_id}")
+
+    def send(self, command: pb.ExecutorCommand) -> None:
+        """Queues a command; order is kept."""
+        self._queue.put_nowait(command)
+
+    async def _outgoing(self) -> AsyncIterator[pb.ExecutorCommand]:
+        while (command := await self._queue.get()) is not None:
+            yield command
+
+    async def _read(self) -> None:
+        reason = "it closed its stream"
+        try:
+            async for event in self._stream:
+                self._server.on_executor_event(self.executor_id, event)
+        except grpc.aio.AioRpcError as error:
+            reason = f"its connection broke ({error.code().name})"
+        self._server.handle(core.SliceRemoved(slice_id=self._slice_id, reason=reason))
+
+    async def close(self) -> None:
+        """Ends the stream."""
+        self._task.cancel()
+        await self._channel.close(None)
+
+
+class SchedulerServer(pb_grpc.SchedulerServicer):
+    """See the module's docstring."""
+
+    def __init__(self, token: str) -> None:
+        self.core = core.SchedulerState()
+        self._token = token
+        self._links: dict[str, _ExecutorLink] = {}
+        self._clients: dict[ClientId, asyncio.Queue[pb.SchedulerMessage]] = {}
+
+    def handle(self, event: core.Event) -> None:
+        """Gives the core an event and carries out its commands."""
+        for command in self.core.handle(event):
+            match command:
+                case core.SendEnqueue():
+                    self._send(command.executor_id, pb.ExecutorCommand(enqueue=_enqueue(command)))
+                case core.SendLoad():
+                    load = pb.LoadProgram(program_id=command.program_id, name=command.name, program=command.part)
+                    self._send(command.executor_id, pb.ExecutorCommand(load_program=load))
+                case core.SendDrop():
+                    self._send(command.executor_id, _drop(command))
+                case core.TellFinished():
+                    finished = pb.RunFinished(run_id=command.run_id, failure=_optional(command.failure))
+                    self._tell(command.client_id, pb.SchedulerMessage(run_finished=finished))
+                case core.TellLoaded():
+                    ready = pb.ProgramReady(program_id=command.program_id, failure=_optional(command.failure))
+                    self._tell(command.client_id, pb.SchedulerMessage(program_ready=ready))
+
+    def _send(self, executor_id: str, command: pb.ExecutorCommand) -> None:
+        link = self._links.get(executor_id)
+        if link is not None:
+            link.send(command)
+
+    def _tell(self, client_id: ClientId, message: pb.SchedulerMessage) -> None:
+        queue = self._clients.get(client_id)
+        if queue is not None:
+            queue.put_nowait(message)
+
+    def on_executor_event(self, executor_id: str, event: pb.ExecutorEvent) -> None:
+        """Takes what an executor reports."""
+        match event.WhichOneof("event"):
+            case "run_ended":
+                ended = event.run_ended
+                run_id, failure = RunId(ended.run_id), _failure(ended)
+                self.handle(core.RunEnded(executor_id=executor_id, run_id=run_id, failure=failure))
+            case "program_loaded":
+                loaded = event.program_loaded
+                program_id, failure = ProgramId(loaded.program_id), _failure(loaded)
+                self.handle(core.ProgramLoaded(executor_id=executor_id, program_id=program_id, failure=failure))
+
+    async def Connect(
+        self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.SchedulerMessage]:
+        """A client's stream."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or not first.HasField("hello"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a client is its hello")
+            return
+        client_id = ClientId(first.hello.client_id)
+        queue: asyncio.Queue[pb.SchedulerMessage] = asyncio.Queue()
+        self._clients[client_id] = queue
+        reading = asyncio.create_task(self._read_client(client_id, request_iterator), name=f"client {client_id}")
+        try:
+            while True:
+                getting = asyncio.create_task(queue.get(), name="next message")
+                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
+                if not getting.done():
+                    getting.cancel()
+                    reading.result()
+                    return
+                yield getting.result()
+        finally:
+            reading.cancel()
+            del self._clients[client_id]
+            self.handle(core.ClientGone(client_id=client_id))
+            logger.info("client %d is gone", client_id)
+
+    async def _read_client(self, client_id: ClientId, messages: AsyncIterator[pb.ClientMessage]) -> None:
+        async for message in messages:
+            event = _client_event(client_id, message)
+            if event is not None:
+                self.handle(event)
+
+    async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
+        """Connects to a new slice's executors."""
+        slice_id = SliceId(request.slice_id)
+        for executor in request.executors:
+            self._links[executor.executor_id] = _ExecutorLink(self, slice_id, executor, self._token)
+        ids = tuple(executor.executor_id for executor in request.executors)
+        self.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids))
+        return pb.AddSliceResponse()
+
+    async def RemoveSlice(
+        self, request: pb.RemoveSliceRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RemoveSliceResponse:
+        """Forgets a slice."""
+        executors = self.core.slices.get(SliceId(request.slice_id), ())
+        self.handle(core.SliceRemoved(slice_id=SliceId(request.slice_id), reason=request.reason))
+        for executor_id in executors:
+            link = self._links.pop(executor_id, None)
+            if link is not None:
+                await link.close()
+        return pb.RemoveSliceResponse()
+
+
+def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event | None:
+    match message.WhichOneof("message"):
+        case "run_program":
+            run = message.run_program
+            return core.RunRequested(
+                client_id=client_id,
+                program_id=ProgramId(run.program_id),
+                run_id=RunId(run.run_id),
+                first_buffer_id=BufferId(run.first_buffer_id),
+                arguments={SliceId(part.slice_id): part.arguments for part in run.slices},
+            )
+        case "release_buffers":
+            release = message.release_buffers
+            return core.BuffersReleased(slice_id=SliceId(release.slice_id), buffer_ids=release.buffer_ids)
+        case "register_program":
+            program = message.register_program
+            return core.ProgramRegistered(
+                client_id=client_id,
+                program_id=ProgramId(program.program_id),
+                name=program.name,
+                parts={SliceId(part.slice_id): part for part in program.slices},
+            )
+        case "forget_program":
+            return core.ProgramForgotten(program_id=ProgramId(message.forget_program.program_id))
+    logger.warning("client %d sent a message of no known kind", client_id)
+    return None
+
+
+def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
+    run = command.run
+    return pb.Enqueue(
+        sequence=command.sequence,
+        program_id=run.program_id,
+        run_id=run.run_id,
+        first_buffer_id=run.first_buffer_id,
+        arguments=command.arguments,
+    )
+
+
+def _drop(command: core.SendDrop) -> pb.ExecutorCommand:
+    if command.client_id is not None:
+        return pb.ExecutorCommand(drop_client=pb.DropClient(client_id=command.client_id))
+    if command.program_id is not None:
+        return pb.ExecutorCommand(drop_program=pb.DropProgram(program_id=command.program_id))
+    return pb.ExecutorCommand(drop_buffers=pb.DropBuffers(buffer_ids=command.buffer_ids))
+
+
+def _failure(message: pb.RunEnded | pb.ProgramLoaded) -> Failure | None:
+    return convert.failure_from_proto(message.failure) if message.HasField("failure") else None
+
+
+def _optional(failure: Failure | None) -> pb.Failure | None:
+    return convert.failure_to_proto(failure) if failure is not None else None
+
+
+async def serve(island_id: int, host: str, ready_fd: int) -> None:
+    """Runs the scheduler until it is told to end."""
+    token = channel.cluster_token()
+    server = channel.make_server(token)
+    pb_grpc.add_SchedulerServicer_to_server(SchedulerServer(token), server)
+    address = await channel.start_server(server, host)
+    with os.fdopen(ready_fd, "w") as pipe:
+        pipe.write(json.dumps({"address": address}) + "\n")
+    logger.info("ready at %s; waiting for slices of island %d", address, island_id)
+    await server.wait_for_termination()
+
+
+def main() -> None:
+    """Entry point of `python -m torchways.island.server`; started by a node agent."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--island-id", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--parent-pid", type=int, required=True)
+    arguments = parser.parse_args()
+    setup_process(f"scheduler i{arguments.island_id}")
+    die_with_parent(arguments.parent_pid)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(serve(arguments.island_id, arguments.host, arguments.ready_fd))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,304 @@
+"""The gang scheduler's core: one order of computations for all devices of an island.
+
+Pure: events in, commands out; no clock, no socket. Every run gets a sequence number of the island and is sent to all
+executors that take part before any later run is, so that executors of one slice see one order whatever the order in
+which clients' messages arrived elsewhere. The order itself is the policy's (policy.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, assert_never
+
+from torchways.errors import Failure
+from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
+from torchways.island.policy import FirstComeFirstServed, PendingRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceAdded:
+    """A slice's executors are ready."""
+
+    slice_id: SliceId
+    executor_ids: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceRemoved:
+    """A slice is gone: released, or an executor of it was lost."""
+
+    slice_id: SliceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramRegistered:
+    """A client sent a program; `parts` are opaque, by slice."""
+
+    client_id: ClientId
+    program_id: ProgramId
+    name: str
+    parts: Mapping[SliceId, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunRequested:
+    """A client asked for a run; `arguments` are opaque, by slice."""
+
+    client_id: ClientId
+    program_id: ProgramId
+    run_id: RunId
+    first_buffer_id: BufferId
+    arguments: Mapping[SliceId, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuffersReleased:
+    """A client has no reference left."""
+
+    slice_id: SliceId
+    buffer_ids: Sequence[int]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramForgotten:
+    """A client will not run a program again."""
+
+    program_id: ProgramId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientGone:
+    """A client's stream ended."""
+
+    client_id: ClientId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProgramLoaded:
+    """An executor has compiled a program, or could not."""
+
+    executor_id: str
+    program_id: ProgramId
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunEnded:
+    """An executor's part of a run is over."""
+
+    executor_id: str
+    run_id: RunId
+    failure: Failure | None
+
+
+Event: TypeAlias = (
+    SliceAdded
+    | SliceRemoved
+    | ProgramRegistered
+    | RunRequested
+    | BuffersReleased
+    | ProgramForgotten
+    | ClientGone
+    | ProgramLoaded
+    | RunEnded
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendLoad:
+    """Send a program's part to an executor."""
+
+    executor_id: str
+    program_id: ProgramId
+    name: str
+    part: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendEnqueue:
+    """Send a run to an executor."""
+
+    executor_id: str
+    sequence: int
+    run: RunRequested
+    arguments: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendDrop:
+    """Tell an executor to drop buffers, a program, or all of a client."""
+
+    executor_id: str
+    buffer_ids: Sequence[int] = ()
+    program_id: ProgramId | None = None
+    client_id: ClientId | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellLoaded:
+    """Tell a client that all executors of the island have compiled its program, or the first failure."""
+
+    client_id: ClientId
+    program_id: ProgramId
+    failure: Failure | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellFinished:
+    """Tell a client that the island's part of its run is over."""
+
+    client_id: ClientId
+    run_id: RunId
+    failure: Failure | None
+
+
+Command: TypeAlias = SendLoad | SendEnqueue | SendDrop | TellLoaded | TellFinished
+
+
+@dataclass(slots=True)
+class _Program:
+    client_id: ClientId
+    name: str
+    slices: tuple[SliceId, ...]
+    #: Executors that have not answered yet.
+    loading: set[str]
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class _Run:
+    client_id: ClientId
+    sequence: int
+    #: Executors whose part is not over.
+    running: set[str]
+    failure: Failure | None = None
+
+
+@dataclass(slots=True)
+class SchedulerState:
+    """See the module's docstring."""
+
+    policy: FirstComeFirstServed = field(default_factory=FirstComeFirstServed)
+    slices: dict[SliceId, tuple[str, ...]] = field(default_factory=dict)
+    programs: dict[ProgramId, _Program] = field(default_factory=dict)
+    runs: dict[RunId, _Run] = field(default_factory=dict)
+    _gone_slices: dict[SliceId, str] = field(default_factory=dict)
+    _sequence: int = 0
+
+    def handle(self, event: Event) -> list[Command]:
+        """Takes an event; returns what to do, in order."""
+        match event:
+            case RunRequested():
+                return self._request(event)
+            case RunEnded():
+                return self._end(event.executor_id, event.run_id, event.failure)
+            case BuffersReleased():
+                return [
+                    SendDrop(executor_id=executor_id, buffer_ids=event.buffer_ids)
+                    for executor_id in self.slices.get(event.slice_id, ())
+                ]
+            case ProgramRegistered():
+                return self._register(event)
+            case ProgramLoaded():
+                return self._loaded(event.executor_id, event.program_id, event.failure)
+            case ProgramForgotten():
+                return self._forget(event.program_id)
+            case SliceAdded():
+                self.slices[event.slice_id] = event.executor_ids
+                return []
+            case SliceRemoved():
+                return self._remove_slice(event)
+            case ClientGone():
+                return self._drop_client(event.client_id)
+            case _:
+                assert_never(event)
+
+    def _register(self, event: ProgramRegistered) -> list[Command]:
+        failure = self._missing(event.parts)
+        executors = [] if failure else [(e, part) for s, part in event.parts.items() for e in self.slices[s]]
+        self.programs[event.program_id] = _Program(
+            event.client_id, event.name, tuple(event.parts), {executor_id for executor_id, _ in executors}, failure
+        )
+        if failure is not None:
+            return [TellLoaded(client_id=event.client_id, program_id=event.program_id, failure=failure)]
+        return [
+            SendLoad(executor_id=executor_id, program_id=event.program_id, name=event.name, part=part)
+            for executor_id, part in executors
+        ]
+
+    def _loaded(self, executor_id: str, program_id: ProgramId, failure: Failure | None) -> list[Command]:
+        program = self.programs.get(program_id)
+        if program is None or executor_id not in program.loading:
+            return []
+        program.loading.discard(executor_id)
+        program.failure = program.failure or failure
+        if program.loading:
+            return []
+        return [TellLoaded(client_id=program.client_id, program_id=program_id, failure=program.failure)]
+
+    def _request(self, event: RunRequested) -> list[Command]:
+        failure = self._missing(event.arguments)
+        if failure is None and event.program_id not in self.programs:
+            message = f"run {event.run_id} names program {event.program_id}, which is not registered"
+            failure = Failure(kind="InternalError", message=message, run_id=event.run_id)
+        if failure is not None:
+            return [TellFinished(client_id=event.client_id, run_id=event.run_id, failure=failure)]
+        self.policy.add(PendingRun(client_id=event.client_id, request=event))
+        commands: list[Command] = []
+        while (pending := self.policy.next()) is not None:
+            commands += self._enqueue(pending.request)
+        return commands
+
+    def _enqueue(self, request: RunRequested) -> list[Command]:
+        self._sequence += 1
+        targets = [(e, arguments) for s, arguments in request.arguments.items() for e in self.slices[s]]
+        self.runs[request.run_id] = _Run(request.client_id, self._sequence, {executor_id for executor_id, _ in targets})
+        return [
+            SendEnqueue(executor_id=executor_id, sequence=self._sequence, run=request, arguments=arguments)
+            for executor_id, arguments in targets
+        ]
+
+    def _end(self, executor_id: str, run_id: RunId, failure: Failure | None) -> list[Command]:
+        run = self.runs.get(run_id)
+        if run is None or executor_id not in run.running:
+            return []
+        run.running.discard(executor_id)
+        run.failure = run.failure or failure
+        if run.running:
+            return []
+        del self.runs[run_id]
+        return [TellFinished(client_id=run.client_id, run_id=run_id, failure=run.failure)]
+
+    def _forget(self, program_id: ProgramId) -> list[Command]:
+        program = self.programs.pop(program_id, None)
+        slices = program.slices if program is not None else ()
+        return [SendDrop(executor_id=e, program_id=program_id) for s in slices for e in self.slices.get(s, ())]
+
+    def _remove_slice(self, event: SliceRemoved) -> list[Command]:
+        commands: list[Command] = []
+        self._gone_slices[event.slice_id] = event.reason
+        for executor_id in self.slices.pop(event.slice_id, ()):
+            failure = Failure(kind="ExecutorLost", message=f"executor {executor_id} is lost: {event.reason}")
+            for program_id in list(self.programs):
+                commands += self._loaded(executor_id, program_id, failure)
+            for run_id in list(self.runs):
+                commands += self._end(executor_id, run_id, failure)
+        return commands
+
+    def _drop_client(self, client_id: ClientId) -> list[Command]:
+        for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
+            del self.programs[program_id]
+        for run_id in [key for key, run in self.runs.items() if run.client_id == client_id]:
+            del self.runs[run_id]
+        executors = [executor_id for members in self.slices.values() for executor_id in members]
+        return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
+
+    def _missing(self, slices: Mapping[SliceId, Any]) -> Failure | None:
+        for slice_id in slices:
+            if slice_id not in self.slices:
+                reason = self._gone_slices.get(slice_id, "it was never added")
+                kind = "ExecutorLost" if slice_id in self._gone_slices else "InternalError"
+                return Failure(kind=kind, message=f"slice {slice_id} is not on this island: {reason}")
+        return None

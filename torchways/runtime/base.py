@@ -1,0 +1,66 @@
+"""What an executor needs of its devices. `xla.py` is the real one; a simulated one can stand in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BufferSpec:
+    """A logical buffer: dtype as PyTorch names it ("float32"), logical shape, one placement an axis ("R"/"S(dim)")."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    placements: tuple[str, ...]
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        return getattr(torch, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Logical size in bytes."""
+        return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
+
+
+class Runtime(Protocol):
+    """Devices of one slice on one host. One thread calls all methods but `wait_ready` and `to_host`."""
+
+    def put(self, host: torch.Tensor, placements: Sequence[str]) -> Any:
+        """Copies a CPU tensor to the devices; returns the buffer."""
+
+    def fill(self, spec: BufferSpec, value: float) -> Any:
+        """Returns a buffer with one value everywhere."""
+
+    def compile(
+        self,
+        graph: bytes,
+        inputs: Sequence[BufferSpec],
+        outputs: Sequence[BufferSpec],
+        donated: Sequence[int],
+    ) -> Any:
+        """Compiles a serialized graph, without running it.
+
+        Raises:
+            CaptureError: an operator would run on the host.
+        """
+
+    def execute(self, executable: Any, inputs: Sequence[Any]) -> list[Any]:
+        """Starts a computation; returns its outputs before it ends."""
+
+    def on_ready(self, buffers: Sequence[Any], callback: Callable[[], None]) -> None:
+        """Calls back, on some thread, when the buffers are computed."""
+
+    def to_host(self, buffer: Any) -> torch.Tensor:
+        """Waits for a buffer and returns it as a CPU tensor."""
+
+    def fallback_counters(self) -> dict[str, int]:
+        """Operators that ran on the host since the start, with counts."""
+
+    def lowered_ops(self) -> list[str]:
+        """Names of the operators that this runtime compiles."""
