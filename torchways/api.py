@@ -100,7 +100,7 @@ def init(
     end_cluster: Callable[[], None] | None = None
     token = os.environ.get(TOKEN_VARIABLE, "")
     if address is None:
-        cluster = start_cluster(config, owner_name="controller")
+        cluster = start_cluster(config)
         address, token, end_cluster = cluster.address, cluster.token, cluster.close
     elif not token:
         raise ConfigError(f"no token for the cluster at {address}: set {TOKEN_VARIABLE}; twrun sets it by itself")

@@ -538,7 +538,7 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m torchways.executor.server`; started by a node agent."""
+    """Entry point of `python -m torchways.executor`; started by a node agent."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--executor-id", required=True)
@@ -556,7 +556,3 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     asyncio.run(serve(arguments))
-
-
-if __name__ == "__main__":
-    main()

@@ -443,8 +443,15 @@ class ExecutorState:
         for slot, number in program.results:
             result = cells[slot]
             assert result is not None
-            self.named[BufferId(event.first_buffer_id + number)] = result
+            self._name(BufferId(event.first_buffer_id + number), result)
         self._start(run, event)
+
+    def _name(self, buffer_id: BufferId, cell: Cell) -> None:
+        early = self.named.get(buffer_id)
+        if early is not None:  # fetches that overtook the run wait for it already
+            cell.fetches += early.fetches
+            cell.reads += early.reads
+        self.named[buffer_id] = cell
 
     def _start(self, run: Run, event: RunEnqueued) -> None:
         program = run.program

@@ -231,7 +231,7 @@ async def serve(island_id: int, host: str, ready_fd: int) -> None:
 
 
 def main() -> None:
-    """Entry point of `python -m torchways.island.server`; started by a node agent."""
+    """Entry point of `python -m torchways.island`; started by a node agent."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--island-id", type=int, required=True)
@@ -243,7 +243,3 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(serve(arguments.island_id, arguments.host, arguments.ready_fd))
-
-
-if __name__ == "__main__":
-    main()

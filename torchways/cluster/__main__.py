@@ -1,0 +1,5 @@
+"""`python -m torchways.cluster`."""
+
+from torchways.cluster.server import main
+
+main()

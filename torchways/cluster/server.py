@@ -1,0 +1,302 @@
+"""The resource manager process: the gRPC shell around state.py."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import signal
+from collections import defaultdict
+from collections.abc import AsyncIterator
+
+import grpc
+import grpc.aio
+
+from torchways.cluster import state as core
+from torchways.errors import Failure, TorchwaysError, failure_from
+from torchways.ids import ClientId, SliceId
+from torchways.observability.process import die_with_parent, setup_process
+from torchways.rpc import channel, convert
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+
+logger = logging.getLogger(__name__)
+
+_CALL_SECONDS = 30.0
+
+
+class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
+    """See the module's docstring."""
+
+    def __init__(self, token: str) -> None:
+        self.core = core.ClusterState()
+        self._metadata = channel.metadata(token)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._clients: dict[ClientId, asyncio.Queue[pb.ClusterEvent]] = {}
+        self._nodes: dict[int, asyncio.Queue[pb.NodeCommand]] = {}
+        self._agents: dict[int, pb.NodeJoined] = {}
+        self._executor_pids: dict[str, int] = {}
+        self._settled: dict[SliceId, asyncio.Event] = defaultdict(asyncio.Event)
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def handle(self, event: core.Event) -> None:
+        """Gives the core an event and carries out its commands."""
+        self._carry_out(self.core.handle(event))
+
+    def _carry_out(self, commands: list[core.Command]) -> None:
+        for command in commands:
+            match command:
+                case core.StartScheduler():
+                    start = pb.StartScheduler(name=command.name, island_id=command.island_id)
+                    self._order(command.node_id, pb.NodeCommand(start_scheduler=start))
+                case core.StartExecutor():
+                    self._order(command.node_id, pb.NodeCommand(start_executor=_start_executor(command)))
+                case core.EndProcess():
+                    self._order(command.node_id, pb.NodeCommand(end_process=pb.EndProcess(name=command.name)))
+                case core.ConnectSlice():
+                    self._start(self._connect(command), f"connect slice {command.slice.slice_id}")
+                case core.DisconnectSlice():
+                    self._start(self._disconnect(command), f"disconnect slice {command.slice.slice_id}")
+                case core.SettleSlice():
+                    self._settled[command.slice_id].set()
+                case core.TellLost():
+                    lost = pb.ExecutorLost(
+                        executor_id=command.executor_id, slice_id=command.slice_id, reason=command.reason
+                    )
+                    self._tell(command.client_id, pb.ClusterEvent(executor_lost=lost))
+                case core.TellClosing():
+                    for client_id in self._clients:
+                        closing = pb.ClusterClosing(reason=command.reason)
+                        self._tell(client_id, pb.ClusterEvent(closing=closing))
+
+    def _start(self, coroutine, name: str) -> None:  # type: ignore[no-untyped-def]
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _order(self, node_id: int, command: pb.NodeCommand) -> None:
+        if node_id in self._nodes:
+            self._nodes[node_id].put_nowait(command)
+
+    def _tell(self, client_id: ClientId, event: pb.ClusterEvent) -> None:
+        if client_id in self._clients:
+            self._clients[client_id].put_nowait(event)
+
+    # ---- schedulers
+
+    def _scheduler(self, address: str) -> pb_grpc.SchedulerStub:
+        if address not in self._channels:
+            self._channels[address] = channel.open_channel(address)
+        return pb_grpc.SchedulerStub(self._channels[address])
+
+    async def _connect(self, command: core.ConnectSlice) -> None:
+        item = command.slice
+        request = pb.AddSliceRequest(
+            slice_id=item.slice_id, executors=[item.executor], device_indices=item.device_indices
+        )
+        try:
+            stub = self._scheduler(command.scheduler_address)
+            await stub.AddSlice(request, metadata=self._metadata, timeout=_CALL_SECONDS)
+            self.handle(core.SliceConnected(slice_id=item.slice_id))
+        except grpc.aio.AioRpcError as error:
+            logger.error("the scheduler of island %d refused slice %d: %s", item.island_id, item.slice_id, error)
+            self.handle(core.ProcessExited(name=item.process_name, reason="its scheduler cannot be reached"))
+
+    async def _disconnect(self, command: core.DisconnectSlice) -> None:
+        request = pb.RemoveSliceRequest(slice_id=command.slice.slice_id, reason=command.reason)
+        try:
+            stub = self._scheduler(command.scheduler_address)
+            await stub.RemoveSlice(request, metadata=self._metadata, timeout=_CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            logger.warning("the scheduler of island %d cannot be reached: %s", command.slice.island_id, error.code())
+
+    # ---- clients
+
+    async def Attach(
+        self, request: pb.AttachRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ClusterEvent]:
+        """A client's lease: it lasts as long as this stream."""
+        client_id = self.core.attach()
+        queue: asyncio.Queue[pb.ClusterEvent] = asyncio.Queue()
+        self._clients[client_id] = queue
+        logger.info("client %d attached: %s", client_id, request.name)
+        try:
+            yield pb.ClusterEvent(attached=pb.Attached(client_id=client_id))
+            while True:
+                yield await queue.get()
+        finally:
+            del self._clients[client_id]
+            logger.info("client %d is gone", client_id)
+            self.handle(core.ClientGone(client_id=client_id))
+
+    async def ReserveSlice(
+        self, request: pb.ReserveSliceRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReserveSliceResponse:
+        """Reserves devices and has executors started."""
+        island_id = request.island_id if request.HasField("island_id") else None
+        try:
+            item, commands = self.core.reserve(
+                ClientId(request.client_id), tuple(request.shape), tuple(request.axis_names), island_id
+            )
+        except TorchwaysError as error:
+            return pb.ReserveSliceResponse(failure=convert.failure_to_proto(failure_from(error)))
+        self._carry_out(commands)
+        reservation = pb.SliceReservation(slice_id=item.slice_id, island_id=item.island_id)
+        return pb.ReserveSliceResponse(reservation=reservation)
+
+    async def WaitSlice(self, request: pb.WaitSliceRequest, context: grpc.aio.ServicerContext) -> pb.SliceInfo:
+        """Waits until a slice is ready or failed; the caller's deadline bounds the wait."""
+        slice_id = SliceId(request.slice_id)
+        if slice_id in self.core.slices:
+            await self._settled[slice_id].wait()
+        item = self.core.slices.get(slice_id)
+        if item is None or item.failure is not None:
+            failure = item.failure if item is not None else None
+            failure = failure or Failure(kind="PlacementError", message=f"slice {slice_id} is not reserved any more")
+            return pb.SliceInfo(slice_id=slice_id, failure=convert.failure_to_proto(failure))
+        return pb.SliceInfo(
+            slice_id=slice_id,
+            island_id=item.island_id,
+            scheduler_address=self.core.islands[item.island_id].scheduler_address,
+            executors=[item.executor],
+        )
+
+    async def ReleaseSlice(
+        self, request: pb.ReleaseSliceRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ReleaseSliceResponse:
+        """Gives a slice back."""
+        self.handle(core.SliceReleased(slice_id=SliceId(request.slice_id)))
+        return pb.ReleaseSliceResponse()
+
+    async def DescribeCluster(
+        self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ClusterInfo:
+        """Says what there is."""
+        info = pb.ClusterInfo()
+        info.processes.add(name="resource manager", pid=os.getpid())
+        for agent in self._agents.values():
+            info.processes.add(name="node agent", pid=agent.pid, host=agent.host)
+        for island in self.core.islands.values():
+            info.islands.add(
+                island_id=island.island_id,
+                platform=island.platform,
+                num_devices=len(island.load),
+                scheduler_address=island.scheduler_address,
+                slices=[_summary(item) for item in self.core.slices.values() if item.island_id == island.island_id],
+            )
+            name = f"scheduler i{island.island_id}"
+            info.processes.add(name=name, pid=island.scheduler_pid, host=island.host)
+        for item in self.core.slices.values():
+            if item.executor is not None:
+                info.processes.add(name=item.process_name, pid=item.executor.pid, host=item.executor.host)
+        return info
+
+    # ---- nodes
+
+    async def JoinNode(
+        self, request_iterator: AsyncIterator[pb.NodeEvent], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.NodeCommand]:
+        """A node agent's stream."""
+        first = await anext(aiter(request_iterator), None)
+        if first is None or not first.HasField("joined"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a node is `joined`")
+            return
+        node_id = len(self._agents)
+        queue: asyncio.Queue[pb.NodeCommand] = asyncio.Queue()
+        self._nodes[node_id], self._agents[node_id] = queue, first.joined
+        first_island = len(self.core.islands)
+        joined = first.joined
+        self.handle(
+            core.NodeJoined(
+                node_id=node_id,
+                host=joined.host,
+                platform=joined.platform,
+                devices_per_island=tuple(joined.devices_per_island),
+            )
+        )
+        island_ids = range(first_island, first_island + len(joined.devices_per_island))
+        reading = asyncio.create_task(self._read_node(request_iterator), name=f"node {node_id}")
+        try:
+            yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids))
+            while not reading.done():
+                getting = asyncio.create_task(queue.get(), name="next command")
+                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
+                if getting.done():
+                    yield getting.result()
+                else:
+                    getting.cancel()
+        finally:
+            reading.cancel()
+            del self._nodes[node_id]
+            self.handle(core.NodeLost(node_id=node_id))
+
+    async def _read_node(self, events: AsyncIterator[pb.NodeEvent]) -> None:
+        async for event in events:
+            match event.WhichOneof("event"):
+                case "ready":
+                    self._process_ready(event.ready)
+                case "exited":
+                    exited = event.exited
+                    logger.warning("%s (pid %d) ended: %s", exited.name, exited.pid, exited.reason)
+                    self.handle(
+                        core.ProcessExited(name=exited.name, reason=f"process {exited.pid} ended by {exited.reason}")
+                    )
+
+    def _process_ready(self, ready: pb.ProcessReady) -> None:
+        if ready.HasField("executor"):
+            self.handle(core.ExecutorReady(executor_id=ready.executor.executor_id, info=ready.executor))
+        else:
+            island = next(i for i in self.core.islands.values() if f"scheduler i{i.island_id}" == ready.name)
+            self.handle(core.SchedulerReady(island_id=island.island_id, address=ready.scheduler.address, pid=ready.pid))
+
+
+def _start_executor(command: core.StartExecutor) -> pb.StartExecutor:
+    item = command.slice
+    return pb.StartExecutor(
+        name=command.name,
+        executor_id=item.executor_id,
+        island_id=item.island_id,
+        slice_id=item.slice_id,
+        shape=item.shape,
+        axis_names=item.axis_names,
+        device_indices=item.device_indices,
+    )
+
+
+def _summary(item: core.Slice) -> pb.SliceSummary:
+    return pb.SliceSummary(
+        slice_id=item.slice_id,
+        shape=item.shape,
+        axis_names=item.axis_names,
+        client_id=item.client_id,
+        device_indices=item.device_indices,
+        state=item.state,
+    )
+
+
+async def serve(host: str, ready_fd: int) -> None:
+    """Runs the resource manager until it is told to end."""
+    token = channel.cluster_token()
+    server = channel.make_server(token)
+    pb_grpc.add_ResourceManagerServicer_to_server(ResourceManagerServer(token), server)
+    address = await channel.start_server(server, host)
+    with os.fdopen(ready_fd, "w") as pipe:
+        pipe.write(json.dumps({"address": address}) + "\n")
+    logger.info("ready at %s; waiting for nodes", address)
+    await server.wait_for_termination()
+
+
+def main() -> None:
+    """Entry point of `python -m torchways.cluster`; started by a node agent."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--parent-pid", type=int, required=True)
+    arguments = parser.parse_args()
+    setup_process("resource manager")
+    die_with_parent(arguments.parent_pid)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    asyncio.run(serve(arguments.host, arguments.ready_fd))

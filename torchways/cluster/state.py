@@ -1,0 +1,322 @@
+"""The resource manager's core: islands, slices, clients.
+
+Pure: events in, commands out; no clock, no socket. A slice is reserved on the least used devices of its island, its
+executor is started by the island's node, and it is ready when the island's scheduler knows the executor.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias, assert_never
+
+from torchways.errors import Failure, PlacementError, ResourceExhausted
+from torchways.ids import ClientId, IslandId, SliceId
+from torchways.mesh import check_mesh, mesh_text
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeJoined:
+    """A node agent offers islands."""
+
+    node_id: int
+    host: str
+    platform: str
+    devices_per_island: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeLost:
+    """A node agent's stream broke."""
+
+    node_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerReady:
+    """An island's scheduler serves."""
+
+    island_id: IslandId
+    address: str
+    pid: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorReady:
+    """An executor serves; `info` is opaque here."""
+
+    executor_id: str
+    info: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceConnected:
+    """The island's scheduler has connected to a slice's executor."""
+
+    slice_id: SliceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessExited:
+    """A process that a node started has ended, unasked."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SliceReleased:
+    """A client gives a slice back."""
+
+    slice_id: SliceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClientGone:
+    """A client's stream ended."""
+
+    client_id: ClientId
+
+
+Event: TypeAlias = (
+    NodeJoined | NodeLost | SchedulerReady | ExecutorReady | SliceConnected | ProcessExited | SliceReleased | ClientGone
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartScheduler:
+    """Have a node start an island's scheduler."""
+
+    node_id: int
+    name: str
+    island_id: IslandId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartExecutor:
+    """Have a node start a slice's executor."""
+
+    node_id: int
+    name: str
+    slice: Slice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndProcess:
+    """Have a node end a process."""
+
+    node_id: int
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectSlice:
+    """Have the island's scheduler connect to a slice's executor; answer with SliceConnected."""
+
+    slice: Slice
+    scheduler_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisconnectSlice:
+    """Have the island's scheduler forget a slice."""
+
+    slice: Slice
+    scheduler_address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SettleSlice:
+    """A slice is ready, or failed: answer who waits for it."""
+
+    slice_id: SliceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellLost:
+    """Tell a client that an executor is gone."""
+
+    client_id: ClientId
+    executor_id: str
+    slice_id: SliceId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TellClosing:
+    """Tell all clients that the cluster cannot go on."""
+
+    reason: str
+
+
+Command: TypeAlias = (
+    StartScheduler | StartExecutor | EndProcess | ConnectSlice | DisconnectSlice | SettleSlice | TellLost | TellClosing
+)
+
+
+@dataclass(slots=True)
+class Island:
+    """Devices that one XLA computation can span."""
+
+    island_id: IslandId
+    node_id: int
+    platform: str
+    host: str
+    #: Slices on each device.
+    load: list[int]
+    scheduler_address: str = ""
+    scheduler_pid: int = 0
+
+
+@dataclass(slots=True)
+class Slice:
+    """A reserved virtual slice."""
+
+    slice_id: SliceId
+    client_id: ClientId
+    island_id: IslandId
+    shape: tuple[int, ...]
+    axis_names: tuple[str, ...]
+    device_indices: tuple[int, ...]
+    #: "starting", "ready" or "failed".
+    state: str = "starting"
+    executor: Any = None
+    failure: Failure | None = None
+
+    @property
+    def executor_id(self) -> str:
+        """The slice's only executor (one host)."""
+        return f"i{self.island_id}.s{self.slice_id}"
+
+    @property
+    def process_name(self) -> str:
+        """What its executor's process is called."""
+        return f"executor {self.executor_id}"
+
+
+@dataclass(slots=True)
+class ClusterState:
+    """See the module's docstring."""
+
+    islands: dict[IslandId, Island] = field(default_factory=dict)
+    slices: dict[SliceId, Slice] = field(default_factory=dict)
+    _next_slice: int = 1
+    _next_client: int = 1
+
+    def attach(self) -> ClientId:
+        """Returns the id of a new client."""
+        client_id, self._next_client = ClientId(self._next_client), self._next_client + 1
+        return client_id
+
+    def reserve(
+        self, client_id: ClientId, shape: tuple[int, ...], axis_names: tuple[str, ...], island_id: int | None
+    ) -> tuple[Slice, list[Command]]:
+        """Reserves a slice.
+
+        Raises:
+            PlacementError: shape, names or island make no sense.
+            ResourceExhausted: no island is large enough.
+        """
+        check_mesh(shape, axis_names)
+        size = math.prod(shape)
+        if island_id is not None and IslandId(island_id) not in self.islands:
+            raise PlacementError(f"there is no island {island_id}; the cluster has islands {sorted(self.islands)}")
+        candidates = [self.islands[IslandId(island_id)]] if island_id is not None else list(self.islands.values())
+        fitting = [island for island in candidates if len(island.load) >= size]
+        if not fitting:
+            have = ", ".join(f"island {i.island_id} has {len(i.load)}" for i in self.islands.values())
+            raise ResourceExhausted(
+                f"a slice {mesh_text(shape, axis_names)} needs {size} devices of one island; {have}. Ask for a smaller "
+                "mesh, or start the cluster with more --devices-per-island"
+            )
+        island = min(fitting, key=lambda item: (sum(sorted(item.load)[:size]), item.island_id))
+        devices = sorted(sorted(range(len(island.load)), key=lambda device: (island.load[device], device))[:size])
+        for device in devices:
+            island.load[device] += 1
+        new = Slice(SliceId(self._next_slice), client_id, island.island_id, shape, axis_names, tuple(devices))
+        self._next_slice += 1
+        self.slices[new.slice_id] = new
+        return new, [StartExecutor(node_id=island.node_id, name=new.process_name, slice=new)]
+
+    def handle(self, event: Event) -> list[Command]:
+        """Takes an event; returns what to do."""
+        match event:
+            case NodeJoined():
+                return self._join(event)
+            case NodeLost():
+                return [TellClosing(reason=f"node agent {event.node_id} is gone")]
+            case SchedulerReady():
+                island = self.islands[event.island_id]
+                island.scheduler_address, island.scheduler_pid = event.address, event.pid
+                return [
+                    ConnectSlice(slice=item, scheduler_address=event.address)
+                    for item in self.slices.values()
+                    if item.island_id == event.island_id and item.executor is not None
+                ]
+            case ExecutorReady():
+                return self._executor_ready(event)
+            case SliceConnected():
+                if event.slice_id in self.slices:
+                    self.slices[event.slice_id].state = "ready"
+                return [SettleSlice(slice_id=event.slice_id)]
+            case ProcessExited():
+                return self._exited(event)
+            case SliceReleased():
+                return self._release(event.slice_id, "it was released")
+            case ClientGone():
+                mine = [item.slice_id for item in self.slices.values() if item.client_id == event.client_id]
+                return [command for slice_id in mine for command in self._release(slice_id, "its client is gone")]
+            case _:
+                assert_never(event)
+
+    def _join(self, event: NodeJoined) -> list[Command]:
+        commands: list[Command] = []
+        for num_devices in event.devices_per_island:
+            island_id = IslandId(len(self.islands))
+            self.islands[island_id] = Island(island_id, event.node_id, event.platform, event.host, [0] * num_devices)
+            name = f"scheduler i{island_id}"
+            commands.append(StartScheduler(node_id=event.node_id, name=name, island_id=island_id))
+        return commands
+
+    def _executor_ready(self, event: ExecutorReady) -> list[Command]:
+        for item in self.slices.values():
+            if item.executor_id == event.executor_id:
+                item.executor = event.info
+                address = self.islands[item.island_id].scheduler_address
+                return [ConnectSlice(slice=item, scheduler_address=address)] if address else []
+        return []  # released meanwhile; its process is being ended
+
+    def _exited(self, event: ProcessExited) -> list[Command]:
+        for item in self.slices.values():
+            if item.process_name == event.name and item.state != "failed":
+                message = f"executor {item.executor_id} is lost: {event.reason}"
+                item.state, item.failure = "failed", Failure(kind="ExecutorLost", message=message)
+                address = self.islands[item.island_id].scheduler_address
+                return [
+                    TellLost(
+                        client_id=item.client_id,
+                        executor_id=item.executor_id,
+                        slice_id=item.slice_id,
+                        reason=event.reason,
+                    ),
+                    *([DisconnectSlice(slice=item, scheduler_address=address, reason=event.reason)] if address else []),
+                    SettleSlice(slice_id=item.slice_id),
+                ]
+        if event.name.startswith("scheduler"):
+            return [TellClosing(reason=f"{event.name} ended: {event.reason}")]
+        return []
+
+    def _release(self, slice_id: SliceId, reason: str) -> list[Command]:
+        item = self.slices.pop(slice_id, None)
+        if item is None:
+            return []
+        island = self.islands[item.island_id]
+        for device in item.device_indices:
+            island.load[device] -= 1
+        commands: list[Command] = [SettleSlice(slice_id=slice_id)]
+        if item.state != "failed":
+            if island.scheduler_address:
+                commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
+            commands.append(EndProcess(node_id=island.node_id, name=item.process_name))
+        return commands

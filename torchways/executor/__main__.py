@@ -1,0 +1,5 @@
+"""`python -m torchways.executor`."""
+
+from torchways.executor.server import main
+
+main()

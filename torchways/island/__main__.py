@@ -1,0 +1,5 @@
+"""`python -m torchways.island`."""
+
+from torchways.island.server import main
+
+main()

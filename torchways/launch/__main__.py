@@ -1,0 +1,5 @@
+"""`python -m torchways.launch`."""
+
+from torchways.launch.node import main
+
+main()

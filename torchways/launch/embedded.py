@@ -1,0 +1,104 @@
+"""A cluster of this process's own: for `tw.init()` without an address, and for twrun."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import secrets
+import select
+import subprocess
+import sys
+import time
+
+from torchways.config import ClusterConfig
+from torchways.errors import ClusterLost, DeadlineExceeded
+from torchways.observability.process import LOG_LEVEL_VARIABLE
+from torchways.rpc.channel import TOKEN_VARIABLE
+
+logger = logging.getLogger(__name__)
+
+_END_SECONDS = 8.0
+
+
+class EmbeddedCluster:
+    """A running cluster; it ends with `close`, or with this process, however that ends.
+
+    Attributes:
+        address: the resource manager's host:port.
+        token: what its callers must show.
+    """
+
+    def __init__(self, agent: subprocess.Popen[bytes], address: str, token: str) -> None:
+        self._agent = agent
+        self.address = address
+        self.token = token
+
+    @property
+    def agent_pid(self) -> int:
+        """Pid of the node agent, the parent of all other processes of the cluster."""
+        return self._agent.pid
+
+    def close(self) -> None:
+        """Ends all processes of the cluster and waits until they are gone. Idempotent."""
+        end_agent(self._agent)
+
+
+def end_agent(agent: subprocess.Popen[bytes]) -> None:
+    """Ends a node agent by closing its stdin; kills it if that does not help (its children die with it)."""
+    if agent.stdin is not None and not agent.stdin.closed:
+        agent.stdin.close()
+    try:
+        agent.wait(_END_SECONDS)
+    except subprocess.TimeoutExpired:
+        logger.warning("the node agent (pid %d) does not end; killing it", agent.pid)
+        agent.kill()
+        agent.wait(_END_SECONDS)
+
+
+def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
+    """Starts the processes of a cluster on this machine; returns when slices can be asked for.
+
+    Raises:
+        DeadlineExceeded: it was not ready in `config.start_timeout`.
+        ClusterLost: it ended while starting.
+    """
+    token = os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
+    environment = {**os.environ, TOKEN_VARIABLE: token, LOG_LEVEL_VARIABLE: config.log_level}
+    read_fd, write_fd = os.pipe()
+    command = [
+        *(sys.executable, "-m", "torchways.launch"),
+        *("--islands", str(config.islands)),
+        *("--devices-per-island", str(config.devices_per_island)),
+        *("--platform", config.platform),
+        *("--host", config.host),
+        *("--ready-fd", str(write_fd)),
+        *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),
+    ]
+    # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
+    agent = subprocess.Popen(
+        command, stdin=subprocess.PIPE, pass_fds=(write_fd,), env=environment, start_new_session=True
+    )
+    os.close(write_fd)
+    try:
+        line = _read_line(read_fd, time.monotonic() + config.start_timeout.total_seconds())
+    except BaseException:
+        end_agent(agent)
+        raise
+    finally:
+        os.close(read_fd)
+    return EmbeddedCluster(agent, json.loads(line)["address"], token)
+
+
+def _read_line(fd: int, deadline: float) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the cluster was not ready in time; raise start_timeout, or see its log")
+        if select.select([fd], [], [], min(left, 1.0))[0]:
+            part = os.read(fd, 65536)
+            if not part:
+                raise ClusterLost("the cluster ended while it was starting; what it printed says why")
+            data += part
+    return data
