@@ -74,9 +74,17 @@ def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
     values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
     output.args = ((*values, *written.values()),)
     _drop_copies(pure.graph)
+    _spell_out_full_sums(pure.graph)
     pure.graph.eliminate_dead_code()
     pure.recompile()
     return PureGraph(pure, list(written))
+
+
+def _spell_out_full_sums(graph: torch.fx.Graph) -> None:
+    """Names all dimensions where a sum over all of them names none: torch-xla takes that for a sum over none."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.sum.dim_IntList and not node.args[1]:
+            node.update_arg(1, list(range(node.args[0].meta["val"].dim())))
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:

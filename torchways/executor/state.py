@@ -356,6 +356,8 @@ class ExecutorState:
         self._uncompiled: dict[ProgramId, list[_Step]] = {}
         self._arrived: dict[tuple[RunId, int], TransferArrived] = {}
         self._receiving: dict[tuple[RunId, int], _Step] = {}
+        #: Cells that have no name any more, but whose value a Put still brings.
+        self._expected: dict[BufferId, Cell] = {}
         self._lost_peers: dict[str, Failure] = {}
         self._gone: dict[BufferId, str] = {}
         self._gone_order: deque[BufferId] = deque()
@@ -382,7 +384,8 @@ class ExecutorState:
             case FetchEnded():
                 self._end_read(event.cell)
             case BufferPut():
-                self._settle(self._named_cell(event.buffer_id), event.buffer, event.failure)
+                cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
+                self._settle(cell, event.buffer, event.failure)
             case BuffersDropped():
                 for buffer_id in event.buffer_ids:
                     self._drop(buffer_id, "was released")
@@ -681,7 +684,9 @@ class ExecutorState:
         return cell
 
     def _drop(self, buffer_id: BufferId, reason: str) -> None:
-        self.named.pop(buffer_id, None)
+        cell = self.named.pop(buffer_id, None)
+        if cell is not None and not cell.is_settled and (cell.reads or cell.waiters):
+            self._expected[buffer_id] = cell  # a run reads it, but its value is still on the way
         self._gone[buffer_id] = reason
         self._gone_order.append(buffer_id)
         if len(self._gone_order) > _MAX_REMEMBERED:
