@@ -11,6 +11,7 @@ The result still has in-place operators; capture/functionalize.py removes them.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -43,6 +44,9 @@ from torchways.mesh import VirtualSlice
 
 #: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
 REGION_KEY = "tw_region"
+
+#: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
+_FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
 _HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -288,12 +292,14 @@ def trace(
 
     token = _active.set(mode)
     # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
+    _FAKE_TENSOR_LOGGER.disabled = True
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     try:
         with fake_mode, sdpa_kernel(SDPBackend.MATH):
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.compiler._is_compiling_flag = saved_flag
+        _FAKE_TENSOR_LOGGER.disabled = False
         _active.reset(token)
     result.inputs, result.modules = mode.inputs, mode.modules
     _lift_constants(result.graph_module, mode)

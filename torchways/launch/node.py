@@ -162,8 +162,8 @@ class NodeAgent:
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", module, *common, *flags),
             stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
+            stdout=asyncio.subprocess.DEVNULL,  # gloo and others chat there; logs and errors go to stderr
+            stderr=asyncio.subprocess.PIPE,
             pass_fds=(write_fd,),
             env=environment,
         )
@@ -188,8 +188,8 @@ class NodeAgent:
     async def _watch(self, child: _Child) -> None:
         """Passes on what a child prints; reports its end, and ends the cluster if it was the resource manager."""
         log = self._log_file(child.name)
-        assert child.process.stdout is not None
-        while line := await child.process.stdout.readline():
+        assert child.process.stderr is not None
+        while line := await child.process.stderr.readline():
             text = line.decode(errors="replace")
             child.tail.append(text)
             print(text, end="", file=log or sys.stderr, flush=True)

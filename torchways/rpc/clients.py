@@ -127,7 +127,7 @@ class ManagerClient:
 
         async def read() -> None:
             try:
-                async for event in stream:
+                while (event := await stream.read()) is not grpc.aio.EOF:
                     match event.WhichOneof("event"):
                         case "executor_lost":
                             on_executor_lost(event.executor_lost.executor_id, event.executor_lost.reason)

@@ -1,0 +1,53 @@
+"""Fixtures with real processes. One cluster serves a module's tests; what they must not leave behind is checked."""
+
+import time
+
+import psutil
+import pytest
+
+import torchways as tw
+
+
+def cluster_processes():
+    """Returns the live torchways processes below this one."""
+    found = []
+    for process in psutil.Process().children(recursive=True):
+        try:
+            if process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except psutil.NoSuchProcess:
+            pass
+    return found
+
+
+def wait_gone(pids, seconds=10.0):
+    """Returns the pids that are still alive after so long (zombies are gone)."""
+    deadline = time.monotonic() + seconds
+    alive = set(pids)
+    while alive and time.monotonic() < deadline:
+        alive = {pid for pid in alive if _is_alive(pid)}
+        time.sleep(0.1)
+    return alive
+
+
+def _is_alive(pid):
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """An embedded cluster of two CPU islands with two devices each."""
+    with tw.init(islands=2, devices_per_island=2):
+        pids = [pid for _, pid in tw.cluster_info().processes if pid]
+        yield tw
+    assert wait_gone(pids) == set()
+    assert cluster_processes() == []
+
+
+@pytest.fixture(scope="module")
+def meshes(cluster):
+    """One slice of each island, all its devices."""
+    return [tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]

@@ -1,0 +1,104 @@
+"""However a controller ends, no process of its cluster outlives it by ten seconds."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import psutil
+import pytest
+
+from tests.cluster.conftest import wait_gone
+
+SCRIPT = """
+import sys, time, torch, torchways as tw
+tw.init(islands=1, devices_per_island=2)
+mesh = tw.init_device_mesh((2,), mesh_dim_names=("dp",))
+print(tw.function(lambda x: x + 1, mesh=mesh)(torch.zeros(2)).tolist(), flush=True)
+print(*[pid for _, pid in tw.cluster_info().processes if pid], flush=True)
+how = sys.argv[1]
+if how == "exception":
+    raise RuntimeError("on purpose")
+while how == "wait":
+    time.sleep(0.1)
+"""
+
+
+def start(tmp_path, how, prefix=()):
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.Popen(
+        [*(prefix or [sys.executable]), str(path), how],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def pids_of(script):
+    assert script.stdout.readline() == "[1.0, 1.0]\n"
+    return [int(pid) for pid in script.stdout.readline().split()]
+
+
+@pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
+def test_script_ends(tmp_path, how, code):
+    script = start(tmp_path, how)
+    pids = pids_of(script)
+    assert len(pids) == 4  # resource manager, agent, scheduler, executor
+    assert script.wait(20) == code
+    assert wait_gone(pids) == set()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+def test_script_is_ended(tmp_path, sent):
+    script = start(tmp_path, "wait")
+    pids = pids_of(script)
+    script.send_signal(sent)
+    assert script.wait(20) != 0
+    assert wait_gone(pids) == set()
+
+
+TWRUN = [sys.executable, "-m", "torchways.run", "--islands", "1", "--devices_per_island=2"]
+
+
+@pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
+def test_twrun_returns_the_scripts_code(tmp_path, how, code):
+    script = start(tmp_path, how, TWRUN)
+    pids = pids_of(script)
+    assert script.wait(20) == code
+    assert wait_gone(pids) == set()
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+def test_twrun_is_ended(tmp_path, sent):
+    script = start(tmp_path, "wait", TWRUN)
+    pids = pids_of(script)
+    pids += [child.pid for child in psutil.Process(script.pid).children(recursive=True)]
+    script.send_signal(sent)
+    assert script.wait(20) != 0
+    assert wait_gone(pids) == set()
+
+
+def test_twrun_reports_a_killed_script(tmp_path):
+    script = start(tmp_path, "wait", TWRUN)
+    pids = pids_of(script)
+    [controller] = [
+        child for child in psutil.Process(script.pid).children() if "torchways.launch.script" in child.cmdline()
+    ]
+    controller.kill()
+    assert script.wait(20) == 128 + signal.SIGKILL
+    assert "ended by SIGKILL" in script.stderr.read()
+    assert wait_gone(pids) == set()
+
+
+def test_twrun_without_a_script():
+    done = subprocess.run([*TWRUN, "no/such/script.py"], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 2
+    assert "there is no script 'no/such/script.py'" in done.stderr
+
+
+def test_twrun_help_is_loud():
+    done = subprocess.run([*TWRUN, "--help"], capture_output=True, text=True, timeout=60, check=False)
+    assert "ONLY THE CONTROLLER RUNS THE SCRIPT" in done.stdout

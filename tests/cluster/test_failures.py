@@ -1,0 +1,96 @@
+"""Processes that die, and sessions that end."""
+
+import os
+import signal
+import time
+
+import pytest
+import torch
+
+import torchways as tw
+from tests.cluster.conftest import wait_gone
+from torchways.errors import ClusterLost, ExecutorLost, PlacementError, SessionClosed, UserError
+
+
+def pid_of(name):
+    return dict(tw.cluster_info().processes)[name]
+
+
+def busy(x):
+    for _ in range(300):
+        x = (x @ x).softmax(-1)
+    return x
+
+
+def test_executor_killed_mid_step_is_named_and_the_other_island_goes_on():
+    with tw.init():
+        a, b = (tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=island) for island in (0, 1))
+        first = tw.function(busy, mesh=a)
+        second = tw.function(lambda x: x.sum(0), mesh=b)
+        ours = first(torch.rand(1024, 1024))
+        theirs = second(ours)  # waits for a transfer from the executor that dies
+        alone = second(torch.ones(4, 2))
+        [name] = [name for name, _ in tw.cluster_info().processes if name.startswith("executor i0")]
+        executor_id = name.removeprefix("executor ")
+        os.kill(pid_of(name), signal.SIGKILL)
+        started = time.monotonic()
+        for array in (ours, theirs):
+            with pytest.raises(ExecutorLost, match=executor_id.replace(".", r"\.")):
+                array.cpu()
+        assert time.monotonic() - started < 10
+        assert alone.tolist() == [4, 4]
+        with pytest.raises((ExecutorLost, PlacementError), match=r"lost|closed"):
+            first(torch.rand(1024, 1024)).cpu()
+        # A new slice of the same island works.
+        again = tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=0)
+        assert tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("name", ["resource manager", "scheduler i0"])
+def test_lost_control_processes_surface_at_the_next_read(name):
+    with tw.init():
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+        run = tw.function(lambda x: x @ x, mesh=mesh)
+        run(torch.rand(64, 64)).cpu()
+        os.kill(pid_of(name), signal.SIGKILL)
+        started = time.monotonic()
+        with pytest.raises(ClusterLost):
+            for _ in range(1000):
+                run(torch.rand(64, 64)).cpu()
+        assert time.monotonic() - started < 10
+
+
+def test_closed_sessions():
+    with pytest.raises(SessionClosed, match=r"tw\.init"):
+        tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+    with tw.init(islands=1, devices_per_island=1):
+        with pytest.raises(UserError, match="already"):
+            tw.init()
+        old = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        array = tw.distribute_tensor(torch.ones(2), old)
+        assert array.tolist() == [1, 1]
+        pids = [pid for _, pid in tw.cluster_info().processes if pid]
+    assert wait_gone(pids) == set()
+    tw.shutdown()  # idempotent
+    assert "float32[2]" in repr(array)
+    with pytest.raises(SessionClosed, match=r"tw\.shutdown\(\) has closed"):
+        array.cpu()
+    with tw.init(islands=1, devices_per_island=1):
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        with pytest.raises(PlacementError, match=r"closed|another session"):
+            tw.function(lambda x: x + 1, mesh=mesh)(array).cpu()
+        with pytest.raises(PlacementError, match=r"closed|another session"):
+            tw.function(lambda x: x + 1, mesh=old)(torch.ones(2))
+
+
+def test_released_slices_free_their_devices():
+    with tw.init(islands=1, devices_per_island=2):
+        mesh = tw.init_device_mesh((2,), mesh_dim_names=("dp",))
+        array = tw.distribute_tensor(torch.ones(2), mesh)
+        array.cpu()
+        [pid] = [pid for name, pid in tw.cluster_info().processes if name.startswith("executor")]
+        mesh.close()
+        mesh.close()
+        assert wait_gone([pid]) == set()
+        with pytest.raises(PlacementError, match="closed"):
+            array.cpu()
