@@ -243,7 +243,8 @@ class _TraceMode(TorchDispatchMode):
         else:
             region, line = self.region, user_line()
             # The sequence number was raised when the operator's autograd node was made, just before this dispatch.
-            self._of_sequence[torch.autograd._get_sequence_nr() - 1] = (region, line)
+            # An operator that needs no gradient makes none, and finds the number of the one before.
+            self._of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, (region, line))
         node = before.next
         while node is not graph._root:
             if node.op != "placeholder":

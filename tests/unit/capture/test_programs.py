@@ -121,6 +121,24 @@ def test_adam_state_lives_where_its_parameter_does():
     assert str(step).count(" transfer ") == 2
 
 
+def test_backward_runs_where_its_forward_ran():
+    session = LocalSession()
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 10))
+    model = pipelined(session, model, {"2": SplitPoint.BEGINNING}, [session.mesh(), session.mesh()])
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def train_step(x, y):
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        return loss
+
+    step = ProgramFunction(train_step, None, lambda: session)
+    step(torch.randn(64, 32), torch.randint(0, 10, (64,)))
+    assert str(step).count(" transfer ") == 2  # the activation there, its gradient back
+
+
 def test_nothing_leaks_and_old_state_is_donated():
     session = LocalSession()
     model = pipelined(session, Model(), {"layers.1": SplitPoint.BEGINNING}, [session.mesh(), session.mesh()])
