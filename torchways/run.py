@@ -6,8 +6,10 @@ Spelled as torchrun where it means the same. But there is one copy of the script
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +17,8 @@ from collections.abc import Sequence
 
 from torchways.config import PLATFORMS, ClusterConfig
 from torchways.errors import TorchwaysError
-from torchways.launch.embedded import start_cluster
+from torchways.launch.embedded import EmbeddedCluster, start_cluster
+from torchways.launch.script import bound_command
 from torchways.observability.process import LOG_LEVEL_VARIABLE, LOG_LEVELS, setup_logging
 from torchways.rpc.channel import TOKEN_VARIABLE
 
@@ -34,13 +37,16 @@ def parser() -> argparse.ArgumentParser:
         description="Runs a script as the single controller of a cluster of torchways islands on this machine.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     result.add_argument("--islands", type=int, default=2, help="islands of the cluster (default: 2)")
     result.add_argument("--devices-per-island", type=int, default=2, help="devices of each island (default: 2)")
     result.add_argument("--platform", choices=PLATFORMS, default="cpu", help="PJRT platform (default: cpu)")
     result.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="of every process")
     result.add_argument("--log-dir", help="folder for one log file a process; default: all to stderr")
-    result.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    kind = result.add_mutually_exclusive_group()
+    kind.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
+    kind.add_argument("--no-python", action="store_true", help="the script is a command of its own, not Python's")
     result.add_argument("script", help="path of the script, or the module's name with -m")
     result.add_argument("script_args", nargs=argparse.REMAINDER, help="arguments of the script")
     return result
@@ -62,8 +68,8 @@ def normalize(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `twrun`; exits with the script's code (128 + n where signal n ended it)."""
     parsed = parser().parse_args(normalize(sys.argv[1:] if arguments is None else arguments))
-    if not parsed.module and not os.path.isfile(parsed.script):
-        print(f"twrun: there is no script {parsed.script!r} (in {os.getcwd()})", file=sys.stderr)
+    if (missing := _missing(parsed)) is not None:
+        print(f"twrun: {missing}", file=sys.stderr)
         sys.exit(2)
     os.environ[LOG_LEVEL_VARIABLE] = parsed.log_level
     setup_logging("twrun")
@@ -82,29 +88,56 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(code)
 
 
+def _missing(parsed: argparse.Namespace) -> str | None:
+    """Says what is wrong with the script's name, before anything is started; None if it is found."""
+    if parsed.module:
+        sys.path.insert(0, os.getcwd())  # as python -m has it
+        try:
+            found = importlib.util.find_spec(parsed.script) is not None
+        except ImportError:
+            found = False
+        return None if found else f"there is no module {parsed.script!r}"
+    if parsed.no_python:
+        return None if shutil.which(parsed.script) else f"there is no command {parsed.script!r}"
+    if not os.path.isfile(parsed.script):
+        return f"there is no script {parsed.script!r} (in {os.getcwd()})"
+    return None
+
+
+def _command(parsed: argparse.Namespace) -> list[str]:
+    if parsed.no_python:
+        return [parsed.script, *parsed.script_args]
+    return [sys.executable, *(["-m"] if parsed.module else []), parsed.script, *parsed.script_args]
+
+
+class _Interrupted(BaseException):
+    """A signal came before the script was running."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _raise_interrupted(number: int, _: object) -> None:
+    raise _Interrupted(number)
+
+
 def _run(config: ClusterConfig, parsed: argparse.Namespace) -> int:
-    # Signals that come while the cluster starts must not leave it behind: they raise, and `finally` ends it.
-    signal.signal(signal.SIGTERM, _raise_interrupt)
-    cluster = start_cluster(config)
+    # A signal that comes while the cluster starts must not leave it behind: it raises, and everything is ended.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _raise_interrupted)
+    cluster: EmbeddedCluster | None = None
     try:
+        cluster = start_cluster(config)
         environment = {**os.environ, "TORCHWAYS_ADDRESS": cluster.address, TOKEN_VARIABLE: cluster.token}
-        kind = "module" if parsed.module else "path"
-        script = subprocess.Popen(
-            [
-                *(sys.executable, "-m", "torchways.launch.script", str(os.getpid())),
-                *(kind, parsed.script, *parsed.script_args),
-            ],
-            env=environment,
-        )
-        return _wait(script)
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+        return _wait(subprocess.Popen(bound_command(_command(parsed)), env=environment))
+    except _Interrupted as interrupted:
+        return 128 + interrupted.number
     finally:
-        cluster.close()
-
-
-def _raise_interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)  # ending takes seconds, and must not be left half done
+        if cluster is not None:
+            cluster.close()
 
 
 def _wait(script: subprocess.Popen[bytes]) -> int:
@@ -116,7 +149,7 @@ def _wait(script: subprocess.Popen[bytes]) -> int:
         interrupts += 1
         if interrupts > 1:
             script.kill()
-        elif not sys.stdin.isatty():  # a terminal sends Ctrl-C to the script by itself
+        elif not _in_foreground():  # there the terminal sends Ctrl-C to the script as well
             script.send_signal(signal.SIGINT)
 
     signal.signal(signal.SIGINT, interrupt)
@@ -126,6 +159,20 @@ def _wait(script: subprocess.Popen[bytes]) -> int:
         print(f"twrun: the script was ended by {signal.Signals(-code).name}", file=sys.stderr)
         return 128 - code
     return code
+
+
+def _in_foreground() -> bool:
+    """Whether this process belongs to the terminal's foreground group, all of which gets Ctrl-C."""
+    try:
+        terminal = os.open("/dev/tty", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(terminal) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(terminal)
 
 
 if __name__ == "__main__":

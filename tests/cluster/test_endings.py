@@ -84,9 +84,7 @@ def test_twrun_is_ended(tmp_path, sent):
 def test_twrun_reports_a_killed_script(tmp_path):
     script = start(tmp_path, "wait", TWRUN)
     pids = pids_of(script)
-    [controller] = [
-        child for child in psutil.Process(script.pid).children() if "torchways.launch.script" in child.cmdline()
-    ]
+    [controller] = [child for child in psutil.Process(script.pid).children() if "script.py" in str(child.cmdline())]
     controller.kill()
     assert script.wait(20) == 128 + signal.SIGKILL
     assert "ended by SIGKILL" in script.stderr.read()

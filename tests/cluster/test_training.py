@@ -3,6 +3,7 @@
 import asyncio
 import copy
 from datetime import timedelta
+from pathlib import Path
 
 import psutil
 import pytest
@@ -31,7 +32,7 @@ def make_step(model, optimizer):
 
 
 def batches(num, batch_size=16, length=128):
-    text = torch.tensor(bytearray(open(torch.__file__, "rb").read()), dtype=torch.int64)
+    text = torch.tensor(bytearray(Path(torch.__file__).read_bytes()), dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     for _ in range(num):
         starts = torch.randint(0, len(text) - length - 1, (batch_size,), generator=generator)

@@ -9,7 +9,8 @@ import logging
 import os
 import signal
 from collections import defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import assert_never
 
 import grpc
 import grpc.aio
@@ -25,6 +26,8 @@ from torchways.rpc import torchways_pb2_grpc as pb_grpc
 logger = logging.getLogger(__name__)
 
 _CALL_SECONDS = 30.0
+#: How long streams may take to end once their clients were told that the cluster is closing.
+_CLOSING_SECONDS = 0.5
 
 
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
@@ -35,9 +38,9 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._metadata = channel.metadata(token)
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._clients: dict[ClientId, asyncio.Queue[pb.ClusterEvent]] = {}
-        self._nodes: dict[int, asyncio.Queue[pb.NodeCommand]] = {}
+        #: None: the node's stream has ended.
+        self._nodes: dict[int, asyncio.Queue[pb.NodeCommand | None]] = {}
         self._agents: dict[int, pb.NodeJoined] = {}
-        self._executor_pids: dict[str, int] = {}
         self._settled: dict[SliceId, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -61,20 +64,38 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                     self._start(self._disconnect(command), f"disconnect slice {command.slice.slice_id}")
                 case core.SettleSlice():
                     self._settled[command.slice_id].set()
+                    if command.slice_id not in self.core.slices:
+                        del self._settled[command.slice_id]  # released; who waits holds the event
                 case core.TellLost():
                     lost = pb.ExecutorLost(
                         executor_id=command.executor_id, slice_id=command.slice_id, reason=command.reason
                     )
                     self._tell(command.client_id, pb.ClusterEvent(executor_lost=lost))
                 case core.TellClosing():
-                    for client_id in self._clients:
-                        closing = pb.ClusterClosing(reason=command.reason)
-                        self._tell(client_id, pb.ClusterEvent(closing=closing))
+                    self.tell_closing(command.reason)
+                case _:
+                    assert_never(command)
 
-    def _start(self, coroutine, name: str) -> None:  # type: ignore[no-untyped-def]
+    def close(self, reason: str) -> None:
+        """Ends all streams, of clients with a reason."""
+        self._carry_out(self.core.close(reason))
+        for queue in self._nodes.values():
+            queue.put_nowait(None)
+
+    def tell_closing(self, reason: str) -> None:
+        """Tells every client that the cluster cannot go on."""
+        for client_id in self._clients:
+            self._tell(client_id, pb.ClusterEvent(closing=pb.ClusterClosing(reason=reason)))
+
+    def _start(self, coroutine: Coroutine[None, None, None], name: str) -> None:
         task = asyncio.create_task(coroutine, name=name)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._task_ended)
+
+    def _task_ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.error("%s failed", task.get_name(), exc_info=error)
 
     def _order(self, node_id: int, command: pb.NodeCommand) -> None:
         if node_id in self._nodes:
@@ -110,7 +131,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             stub = self._scheduler(command.scheduler_address)
             await stub.RemoveSlice(request, metadata=self._metadata, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
-            logger.warning("the scheduler of island %d cannot be reached: %s", command.slice.island_id, error.code())
+            # If it died, its node reports that; if the cluster is ending, this is how it should be.
+            logger.info("the scheduler of island %d cannot be reached: %s", command.slice.island_id, error.code())
 
     # ---- clients
 
@@ -124,8 +146,13 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         logger.info("client %d attached: %s", client_id, request.name)
         try:
             yield pb.ClusterEvent(attached=pb.Attached(client_id=client_id))
-            while True:
-                yield await queue.get()
+            if self.core.closing:
+                self.tell_closing(self.core.closing)
+            closing = False
+            while not closing:
+                event = await queue.get()
+                closing = event.HasField("closing")
+                yield event
         finally:
             del self._clients[client_id]
             logger.info("client %d is gone", client_id)
@@ -204,7 +231,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a node is `joined`")
             return
         node_id = len(self._agents)
-        queue: asyncio.Queue[pb.NodeCommand] = asyncio.Queue()
+        queue: asyncio.Queue[pb.NodeCommand | None] = asyncio.Queue()
         self._nodes[node_id], self._agents[node_id] = queue, first.joined
         first_island = len(self.core.islands)
         joined = first.joined
@@ -218,15 +245,12 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         )
         island_ids = range(first_island, first_island + len(joined.devices_per_island))
         reading = asyncio.create_task(self._read_node(request_iterator), name=f"node {node_id}")
+        reading.add_done_callback(self._task_ended)
+        reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids))
-            while not reading.done():
-                getting = asyncio.create_task(queue.get(), name="next command")
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if getting.done():
-                    yield getting.result()
-                else:
-                    getting.cancel()
+            while (command := await queue.get()) is not None:
+                yield command
         finally:
             reading.cancel()
             del self._nodes[node_id]
@@ -240,9 +264,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 case "exited":
                     exited = event.exited
                     logger.warning("%s (pid %d) ended: %s", exited.name, exited.pid, exited.reason)
-                    self.handle(
-                        core.ProcessExited(name=exited.name, reason=f"process {exited.pid} ended by {exited.reason}")
-                    )
+                    reason = f"process {exited.pid} ended by {exited.reason}"
+                    self.handle(core.ProcessExited(name=exited.name, reason=reason, log_tail=exited.log_tail))
 
     def _process_ready(self, ready: pb.ProcessReady) -> None:
         if ready.HasField("executor"):
@@ -280,12 +303,18 @@ async def serve(host: str, ready_fd: int) -> None:
     """Runs the resource manager until it is told to end."""
     token = channel.cluster_token()
     server = channel.make_server(token)
-    pb_grpc.add_ResourceManagerServicer_to_server(ResourceManagerServer(token), server)
+    manager = ResourceManagerServer(token)
+    pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
+    ending = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     address = await channel.start_server(server, host)
     with os.fdopen(ready_fd, "w") as pipe:
         pipe.write(json.dumps({"address": address}) + "\n")
     logger.info("ready at %s; waiting for nodes", address)
-    await server.wait_for_termination()
+    await ending.wait()
+    manager.close("it was told to end")
+    await server.stop(_CLOSING_SECONDS)
+    os._exit(0)  # do not wait for gRPC's threads
 
 
 def main() -> None:
@@ -297,6 +326,5 @@ def main() -> None:
     arguments = parser.parse_args()
     setup_process("resource manager")
     die_with_parent(arguments.parent_pid)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     asyncio.run(serve(arguments.host, arguments.ready_fd))

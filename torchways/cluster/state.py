@@ -1,7 +1,8 @@
 """The resource manager's core: islands, slices, clients.
 
 Pure: events in, commands out; no clock, no socket. A slice is reserved on the least used devices of its island, its
-executor is started by the island's node, and it is ready when the island's scheduler knows the executor.
+executor is started by the island's node, and it is ready when the island's scheduler knows the executor. An event
+that cannot follow what came before it raises `InternalError` with the slice's history.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
-from torchways.errors import Failure, PlacementError, ResourceExhausted
+from torchways.errors import ClusterLost, Failure, InternalError, PlacementError, ResourceExhausted
 from torchways.ids import ClientId, IslandId, SliceId
 from torchways.mesh import check_mesh, mesh_text
 
@@ -62,6 +63,8 @@ class ProcessExited:
 
     name: str
     reason: str
+    #: The last lines that it wrote.
+    log_tail: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -169,6 +172,13 @@ class Island:
     scheduler_pid: int = 0
 
 
+#: What a slice can become, by what it is.
+_SLICE_STATES = {"starting": ("ready", "failed"), "ready": ("failed",), "failed": ()}
+
+#: Platforms on which several processes can have a PJRT client with the same device.
+_SHARING_PLATFORMS = ("cpu",)
+
+
 @dataclass(slots=True)
 class Slice:
     """A reserved virtual slice."""
@@ -183,6 +193,19 @@ class Slice:
     state: str = "starting"
     executor: Any = None
     failure: Failure | None = None
+    #: The states that it went through, for error messages.
+    history: list[str] = field(default_factory=lambda: ["starting"])
+
+    def become(self, state: str) -> None:
+        """Changes its state.
+
+        Raises:
+            InternalError: it cannot go from where it is to `state`.
+        """
+        if state not in _SLICE_STATES[self.state]:
+            raise InternalError(f"slice {self.slice_id} cannot become {state}; it was {' -> '.join(self.history)}")
+        self.state = state
+        self.history.append(state)
 
     @property
     def executor_id(self) -> str:
@@ -201,6 +224,8 @@ class ClusterState:
 
     islands: dict[IslandId, Island] = field(default_factory=dict)
     slices: dict[SliceId, Slice] = field(default_factory=dict)
+    #: Why the cluster cannot go on; empty while it can. Then nothing can be reserved.
+    closing: str = ""
     _next_slice: int = 1
     _next_client: int = 1
 
@@ -216,8 +241,11 @@ class ClusterState:
 
         Raises:
             PlacementError: shape, names or island make no sense.
-            ResourceExhausted: no island is large enough.
+            ResourceExhausted: no island is large enough, or (TPU) none has that many free devices.
+            ClusterLost: the cluster is closing.
         """
+        if self.closing:
+            raise ClusterLost(f"the cluster is closing: {self.closing}")
         check_mesh(shape, axis_names)
         size = math.prod(shape)
         if island_id is not None and IslandId(island_id) not in self.islands:
@@ -230,7 +258,14 @@ class ClusterState:
                 f"a slice {mesh_text(shape, axis_names)} needs {size} devices of one island; {have}. Ask for a smaller "
                 "mesh, or start the cluster with more --devices-per-island"
             )
-        island = min(fitting, key=lambda item: (sum(sorted(item.load)[:size]), item.island_id))
+        usable = [i for i in fitting if i.platform in _SHARING_PLATFORMS or i.load.count(0) >= size]
+        if not usable:
+            free = ", ".join(f"island {i.island_id} has {i.load.count(0)} of {len(i.load)} free" for i in fitting)
+            raise ResourceExhausted(
+                f"a slice {mesh_text(shape, axis_names)} needs {size} free devices of one island; {free}. Close a mesh "
+                f"that is no longer used: a {fitting[0].platform} device belongs to one slice at a time"
+            )
+        island = min(usable, key=lambda item: (sum(sorted(item.load)[:size]), item.island_id))
         devices = sorted(sorted(range(len(island.load)), key=lambda device: (island.load[device], device))[:size])
         for device in devices:
             island.load[device] += 1
@@ -245,20 +280,22 @@ class ClusterState:
             case NodeJoined():
                 return self._join(event)
             case NodeLost():
-                return [TellClosing(reason=f"node agent {event.node_id} is gone")]
+                return self.close(f"node agent {event.node_id} is gone")
             case SchedulerReady():
                 island = self.islands[event.island_id]
                 island.scheduler_address, island.scheduler_pid = event.address, event.pid
                 return [
                     ConnectSlice(slice=item, scheduler_address=event.address)
                     for item in self.slices.values()
-                    if item.island_id == event.island_id and item.executor is not None
+                    if item.island_id == event.island_id and item.executor is not None and item.state == "starting"
                 ]
             case ExecutorReady():
                 return self._executor_ready(event)
             case SliceConnected():
-                if event.slice_id in self.slices:
-                    self.slices[event.slice_id].state = "ready"
+                item = self.slices.get(event.slice_id)
+                if item is None or item.state == "failed":
+                    return []  # released, or its executor died, while the scheduler was connecting
+                item.become("ready")
                 return [SettleSlice(slice_id=event.slice_id)]
             case ProcessExited():
                 return self._exited(event)
@@ -269,6 +306,11 @@ class ClusterState:
                 return [command for slice_id in mine for command in self._release(slice_id, "its client is gone")]
             case _:
                 assert_never(event)
+
+    def close(self, reason: str) -> list[Command]:
+        """Refuses reservations from here on, and tells all clients why."""
+        self.closing = self.closing or reason
+        return [TellClosing(reason=reason)]
 
     def _join(self, event: NodeJoined) -> list[Command]:
         commands: list[Command] = []
@@ -282,6 +324,8 @@ class ClusterState:
     def _executor_ready(self, event: ExecutorReady) -> list[Command]:
         for item in self.slices.values():
             if item.executor_id == event.executor_id:
+                if item.executor is not None or item.state != "starting":
+                    raise InternalError(f"executor {item.executor_id} is ready again; {' -> '.join(item.history)}")
                 item.executor = event.info
                 address = self.islands[item.island_id].scheduler_address
                 return [ConnectSlice(slice=item, scheduler_address=address)] if address else []
@@ -291,7 +335,10 @@ class ClusterState:
         for item in self.slices.values():
             if item.process_name == event.name and item.state != "failed":
                 message = f"executor {item.executor_id} is lost: {event.reason}"
-                item.state, item.failure = "failed", Failure(kind="ExecutorLost", message=message)
+                if item.state == "starting" and event.log_tail:
+                    message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
+                item.failure = Failure(kind="ExecutorLost", message=message)
+                item.become("failed")
                 address = self.islands[item.island_id].scheduler_address
                 return [
                     TellLost(
@@ -304,7 +351,7 @@ class ClusterState:
                     SettleSlice(slice_id=item.slice_id),
                 ]
         if event.name.startswith("scheduler"):
-            return [TellClosing(reason=f"{event.name} ended: {event.reason}")]
+            return self.close(f"{event.name} ended: {event.reason}")
         return []
 
     def _release(self, slice_id: SliceId, reason: str) -> list[Command]:
@@ -315,8 +362,7 @@ class ClusterState:
         for device in item.device_indices:
             island.load[device] -= 1
         commands: list[Command] = [SettleSlice(slice_id=slice_id)]
-        if item.state != "failed":
-            if island.scheduler_address:
-                commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
-            commands.append(EndProcess(node_id=island.node_id, name=item.process_name))
-        return commands
+        if item.state != "failed" and island.scheduler_address:
+            commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
+        # Also where the slice failed: its executor may live, and only its scheduler be out of reach.
+        return [*commands, EndProcess(node_id=island.node_id, name=item.process_name)]

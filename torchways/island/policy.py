@@ -30,3 +30,7 @@ class FirstComeFirstServed:
     def next(self) -> PendingRun | None:
         """Returns the run to order next, or None to wait."""
         return self._queue.popleft() if self._queue else None
+
+    def drop_client(self, client_id: ClientId) -> None:
+        """Forgets the runs of a client that is gone."""
+        self._queue = deque(run for run in self._queue if run.client_id != client_id)

@@ -9,11 +9,12 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator
+from typing import assert_never
 
 import grpc
 import grpc.aio
 
-from torchways.errors import Failure
+from torchways.errors import Failure, InternalError, failure_from
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
 from torchways.island import state as core
 from torchways.observability.process import die_with_parent, setup_process
@@ -29,8 +30,8 @@ class _ExecutorLink:
 
     def __init__(self, server: SchedulerServer, slice_id: SliceId, executor: pb.ExecutorInfo, token: str) -> None:
         self.executor_id = executor.executor_id
+        self.slice_id = slice_id
         self._server = server
-        self._slice_id = slice_id
         self._queue: asyncio.Queue[pb.ExecutorCommand | None] = asyncio.Queue()
         self._channel = channel.open_channel(executor.address)
         self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=channel.metadata(token))
@@ -51,7 +52,11 @@ class _ExecutorLink:
                 self._server.on_executor_event(self.executor_id, event)
         except grpc.aio.AioRpcError as error:
             reason = f"its connection broke ({error.code().name})"
-        self._server.handle(core.SliceRemoved(slice_id=self._slice_id, reason=reason))
+        except InternalError as error:
+            logger.error("executor %s is given up: %s", self.executor_id, error)
+            reason = f"it did not keep to the protocol: {error}"
+        logger.info("executor %s is gone: %s", self.executor_id, reason)
+        self._server.handle(core.SliceRemoved(slice_id=self.slice_id, reason=reason))
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -66,7 +71,8 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         self.core = core.SchedulerState()
         self._token = token
         self._links: dict[str, _ExecutorLink] = {}
-        self._clients: dict[ClientId, asyncio.Queue[pb.SchedulerMessage]] = {}
+        #: None: the client's stream has ended.
+        self._clients: dict[ClientId, asyncio.Queue[pb.SchedulerMessage | None]] = {}
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
@@ -85,6 +91,8 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 case core.TellLoaded():
                     ready = pb.ProgramReady(program_id=command.program_id, failure=_optional(command.failure))
                     self._tell(command.client_id, pb.SchedulerMessage(program_ready=ready))
+                case _:
+                    assert_never(command)
 
     def _send(self, executor_id: str, command: pb.ExecutorCommand) -> None:
         link = self._links.get(executor_id)
@@ -117,18 +125,18 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a client is its hello")
             return
         client_id = ClientId(first.hello.client_id)
-        queue: asyncio.Queue[pb.SchedulerMessage] = asyncio.Queue()
+        if client_id in self._clients:
+            await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
+            return
+        queue: asyncio.Queue[pb.SchedulerMessage | None] = asyncio.Queue()
         self._clients[client_id] = queue
         reading = asyncio.create_task(self._read_client(client_id, request_iterator), name=f"client {client_id}")
+        reading.add_done_callback(lambda _: queue.put_nowait(None))
+        logger.info("client %d connected; waiting for its programs", client_id)
         try:
-            while True:
-                getting = asyncio.create_task(queue.get(), name="next message")
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    reading.result()
-                    return
-                yield getting.result()
+            while (message := await queue.get()) is not None:
+                yield message
+            reading.result()  # what was not foreseen breaks the stream
         finally:
             reading.cancel()
             del self._clients[client_id]
@@ -136,30 +144,38 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             logger.info("client %d is gone", client_id)
 
     async def _read_client(self, client_id: ClientId, messages: AsyncIterator[pb.ClientMessage]) -> None:
-        async for message in messages:
-            event = _client_event(client_id, message)
-            if event is not None:
-                self.handle(event)
+        try:
+            async for message in messages:
+                event = _client_event(client_id, message)
+                if event is not None:
+                    self.handle(event)
+        except InternalError as error:
+            logger.error("client %d is given up: %s", client_id, error)
+            failure = convert.failure_to_proto(failure_from(error))
+            self._tell(client_id, pb.SchedulerMessage(client_failure=pb.ClientFailure(failure=failure)))
 
     async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
         """Connects to a new slice's executors."""
         slice_id = SliceId(request.slice_id)
-        for executor in request.executors:
-            self._links[executor.executor_id] = _ExecutorLink(self, slice_id, executor, self._token)
         ids = tuple(executor.executor_id for executor in request.executors)
         self.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids))
+        for executor in request.executors:
+            self._links[executor.executor_id] = _ExecutorLink(self, slice_id, executor, self._token)
+        logger.info("slice %d has executors %s", slice_id, ", ".join(ids))
         return pb.AddSliceResponse()
 
     async def RemoveSlice(
         self, request: pb.RemoveSliceRequest, context: grpc.aio.ServicerContext
     ) -> pb.RemoveSliceResponse:
         """Forgets a slice."""
-        executors = self.core.slices.get(SliceId(request.slice_id), ())
-        self.handle(core.SliceRemoved(slice_id=SliceId(request.slice_id), reason=request.reason))
-        for executor_id in executors:
-            link = self._links.pop(executor_id, None)
-            if link is not None:
-                await link.close()
+        slice_id = SliceId(request.slice_id)
+        self.handle(core.SliceRemoved(slice_id=slice_id, reason=request.reason))
+        # The core may have forgotten the slice already, when the stream to its executor broke.
+        links = [link for link in self._links.values() if link.slice_id == slice_id]
+        for link in links:
+            del self._links[link.executor_id]
+            await link.close()
+        logger.info("slice %d is gone: %s", slice_id, request.reason)
         return pb.RemoveSliceResponse()
 
 

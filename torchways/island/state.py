@@ -3,6 +3,9 @@
 Pure: events in, commands out; no clock, no socket. Every run gets a sequence number of the island and is sent to all
 executors that take part before any later run is, so that executors of one slice see one order whatever the order in
 which clients' messages arrived elsewhere. The order itself is the policy's (policy.py).
+
+What names a slice or program that is not here fails for who sent it. An event that cannot follow what came before it
+raises `InternalError` with the history of what it is about. Reports about what was dropped meanwhile are no errors.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
-from torchways.errors import Failure
+from torchways.errors import Failure, InternalError
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
 from torchways.island.policy import FirstComeFirstServed, PendingRun
 
@@ -173,7 +176,13 @@ class _Run:
     sequence: int
     #: Executors whose part is not over.
     running: set[str]
+    #: Executors that have reported, in order.
+    ended: list[str] = field(default_factory=list)
     failure: Failure | None = None
+
+    def history(self) -> str:
+        """What happened to the run, for error messages."""
+        return f"enqueued as sequence {self.sequence}, ended on {self.ended}, running on {sorted(self.running)}"
 
 
 @dataclass(slots=True)
@@ -193,7 +202,7 @@ class SchedulerState:
             case RunRequested():
                 return self._request(event)
             case RunEnded():
-                return self._end(event.executor_id, event.run_id, event.failure)
+                return self._end(event)
             case BuffersReleased():
                 return [
                     SendDrop(executor_id=executor_id, buffer_ids=event.buffer_ids)
@@ -206,7 +215,7 @@ class SchedulerState:
             case ProgramForgotten():
                 return self._forget(event.program_id)
             case SliceAdded():
-                self.slices[event.slice_id] = event.executor_ids
+                self._add_slice(event)
                 return []
             case SliceRemoved():
                 return self._remove_slice(event)
@@ -215,7 +224,21 @@ class SchedulerState:
             case _:
                 assert_never(event)
 
+    def _add_slice(self, event: SliceAdded) -> None:
+        if event.slice_id in self.slices:
+            raise InternalError(f"slice {event.slice_id} was added twice; it has {self.slices[event.slice_id]}")
+        if event.slice_id in self._gone_slices:
+            reason = self._gone_slices[event.slice_id]
+            raise InternalError(f"slice {event.slice_id} was added again after it was removed: {reason}")
+        self.slices[event.slice_id] = event.executor_ids
+
     def _register(self, event: ProgramRegistered) -> list[Command]:
+        if event.program_id in self.programs:
+            known = self.programs[event.program_id]
+            raise InternalError(
+                f"program {event.program_id} ({event.name}) was registered twice; it was registered as {known.name} by "
+                f"client {known.client_id}, {len(known.loading)} executors still load it"
+            )
         failure = self._missing(event.parts)
         executors = [] if failure else [(e, part) for s, part in event.parts.items() for e in self.slices[s]]
         self.programs[event.program_id] = _Program(
@@ -239,12 +262,8 @@ class SchedulerState:
         return [TellLoaded(client_id=program.client_id, program_id=program_id, failure=program.failure)]
 
     def _request(self, event: RunRequested) -> list[Command]:
-        failure = self._missing(event.arguments)
-        if failure is None and event.program_id not in self.programs:
-            message = f"run {event.run_id} names program {event.program_id}, which is not registered"
-            failure = Failure(kind="InternalError", message=message, run_id=event.run_id)
-        if failure is not None:
-            return [TellFinished(client_id=event.client_id, run_id=event.run_id, failure=failure)]
+        if event.run_id in self.runs:
+            raise InternalError(f"run {event.run_id} was requested twice; {self.runs[event.run_id].history()}")
         self.policy.add(PendingRun(client_id=event.client_id, request=event))
         commands: list[Command] = []
         while (pending := self.policy.next()) is not None:
@@ -252,6 +271,12 @@ class SchedulerState:
         return commands
 
     def _enqueue(self, request: RunRequested) -> list[Command]:
+        failure = self._missing(request.arguments)
+        if failure is None and request.program_id not in self.programs:
+            message = f"run {request.run_id} names program {request.program_id}, which is not registered"
+            failure = Failure(kind="InternalError", message=message, run_id=request.run_id)
+        if failure is not None:
+            return [TellFinished(client_id=request.client_id, run_id=request.run_id, failure=failure)]
         self._sequence += 1
         targets = [(e, arguments) for s, arguments in request.arguments.items() for e in self.slices[s]]
         self.runs[request.run_id] = _Run(request.client_id, self._sequence, {executor_id for executor_id, _ in targets})
@@ -260,12 +285,19 @@ class SchedulerState:
             for executor_id, arguments in targets
         ]
 
-    def _end(self, executor_id: str, run_id: RunId, failure: Failure | None) -> list[Command]:
-        run = self.runs.get(run_id)
-        if run is None or executor_id not in run.running:
-            return []
+    def _end(self, event: RunEnded) -> list[Command]:
+        run = self.runs.get(event.run_id)
+        if run is None:
+            return []  # its client is gone
+        if event.executor_id not in run.running:
+            raise InternalError(f"run {event.run_id} ended on {event.executor_id}, not running it; {run.history()}")
+        return self._end_part(run, event.executor_id, event.run_id, event.failure)
+
+    def _end_part(self, run: _Run, executor_id: str, run_id: RunId, failure: Failure | None) -> list[Command]:
         run.running.discard(executor_id)
-        run.failure = run.failure or failure
+        run.ended.append(executor_id)
+        if failure is not None and (run.failure is None or _cause(failure, run_id) < _cause(run.failure, run_id)):
+            run.failure = failure
         if run.running:
             return []
         del self.runs[run_id]
@@ -283,11 +315,13 @@ class SchedulerState:
             failure = Failure(kind="ExecutorLost", message=f"executor {executor_id} is lost: {event.reason}")
             for program_id in list(self.programs):
                 commands += self._loaded(executor_id, program_id, failure)
-            for run_id in list(self.runs):
-                commands += self._end(executor_id, run_id, failure)
+            for run_id, run in list(self.runs.items()):
+                if executor_id in run.running:
+                    commands += self._end_part(run, executor_id, run_id, failure)
         return commands
 
     def _drop_client(self, client_id: ClientId) -> list[Command]:
+        self.policy.drop_client(client_id)
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
         for run_id in [key for key, run in self.runs.items() if run.client_id == client_id]:
@@ -296,9 +330,16 @@ class SchedulerState:
         return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
 
     def _missing(self, slices: Mapping[SliceId, Any]) -> Failure | None:
+        if not slices:
+            return Failure(kind="InternalError", message="a program's part on an island must have a slice")
         for slice_id in slices:
             if slice_id not in self.slices:
                 reason = self._gone_slices.get(slice_id, "it was never added")
                 kind = "ExecutorLost" if slice_id in self._gone_slices else "InternalError"
                 return Failure(kind=kind, message=f"slice {slice_id} is not on this island: {reason}")
         return None
+
+
+def _cause(failure: Failure, run_id: RunId) -> int:
+    """Returns the run in which a failure of run `run_id` began: this one, unless it is inherited from an earlier."""
+    return failure.run_id or run_id

@@ -73,21 +73,29 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         *("--platform", config.platform),
         *("--host", config.host),
         *("--ready-fd", str(write_fd)),
+        *("--owner-pid", str(os.getpid())),
         *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),
     ]
     # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
-    agent = subprocess.Popen(
-        command, stdin=subprocess.PIPE, pass_fds=(write_fd,), env=environment, start_new_session=True
-    )
-    os.close(write_fd)
     try:
-        line = _read_line(read_fd, time.monotonic() + config.start_timeout.total_seconds())
+        agent = subprocess.Popen(
+            command, stdin=subprocess.PIPE, pass_fds=(write_fd,), env=environment, start_new_session=True
+        )
+    except BaseException:
+        os.close(read_fd)
+        raise
+    finally:
+        os.close(write_fd)
+    try:
+        ready = json.loads(_read_line(read_fd, time.monotonic() + config.start_timeout.total_seconds()))
+        if "error" in ready:
+            raise ClusterLost(f"the cluster could not start: {ready['error']}")
     except BaseException:
         end_agent(agent)
         raise
     finally:
         os.close(read_fd)
-    return EmbeddedCluster(agent, json.loads(line)["address"], token)
+    return EmbeddedCluster(agent, ready["address"], token)
 
 
 def _read_line(fd: int, deadline: float) -> bytes:

@@ -1,28 +1,27 @@
 """The node agent: starts, watches and ends the torchways processes of one machine.
 
-It lives as long as its stdin is open: the pipe is held by whoever started it (a controller or twrun), so that a
-controller that is killed takes its cluster along. Its children die with it (PR_SET_PDEATHSIG).
+It lives as long as its stdin is open and its owner lives: the pipe is held by whoever started it (a controller or
+twrun), so that a controller that is killed takes its cluster along. Its children die with it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import json
 import logging
 import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
 import grpc
 import grpc.aio
 
+from torchways.errors import ClusterLost, TorchwaysError
+from torchways.launch.child import Child
 from torchways.launch.environment import executor_environment
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
@@ -31,20 +30,8 @@ from torchways.rpc import torchways_pb2_grpc as pb_grpc
 
 logger = logging.getLogger(__name__)
 
-_TAIL_LINES = 40
-_TERM_SECONDS = 2.0
+_MANAGER = "resource manager"
 _READY_SECONDS = 120.0
-
-
-@dataclass(slots=True)
-class _Child:
-    """A process that this agent started."""
-
-    name: str
-    process: asyncio.subprocess.Process
-    tail: collections.deque[str] = field(default_factory=lambda: collections.deque(maxlen=_TAIL_LINES))
-    #: It was told to end.
-    ending: bool = False
 
 
 class NodeAgent:
@@ -52,45 +39,86 @@ class NodeAgent:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
-        self._children: dict[str, _Child] = {}
+        self._children: dict[str, Child] = {}
         self._outgoing: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
         self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._ready_fd: int | None = arguments.ready_fd
 
     async def run(self) -> None:
         """Runs until the owner is gone or the cluster cannot go on; then ends all children."""
-        self._start(self._watch_owner(), "watch the owner")
-        self._start(self._join(), "join")
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._over.set)
+        self._start(self._watch_owner(), "watching the owner")
+        if self._arguments.owner_pid is not None:
+            self._watch_owner_pid(self._arguments.owner_pid)
+        self._start(self._join(), "joining the cluster")
         await self._over.wait()
-        await asyncio.gather(*(self._end(child) for child in list(self._children.values())))
+        self._answer({"error": "the node agent was told to end"})
+        await asyncio.gather(*(child.end() for child in self._children.values()))
 
-    def _start(self, coroutine, name: str) -> None:  # type: ignore[no-untyped-def]
+    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
         async def run() -> None:
             try:
                 await coroutine
-            except asyncio.CancelledError:
-                raise
-            except Exception:
-                logger.exception("%s failed; ending the cluster", name)
-                self._over.set()
+            except TorchwaysError as error:
+                self._give_up(str(error))
+            except Exception as error:
+                logger.exception("%s failed", name)
+                self._give_up(f"{name} failed: {error!r}")
 
         task = asyncio.create_task(run(), name=name)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    def _give_up(self, reason: str) -> None:
+        """Ends the cluster, telling the owner why if it still waits for the start."""
+        if not self._over.is_set():
+            logger.error("ending the cluster: %s", reason)
+            self._answer({"error": reason})
+            self._over.set()
+
+    def _answer(self, message: dict[str, str]) -> None:
+        """Writes the ready line, once."""
+        fd, self._ready_fd = self._ready_fd, None
+        if fd is not None:
+            try:
+                with os.fdopen(fd, "w") as pipe:
+                    pipe.write(json.dumps(message) + "\n")
+            except BrokenPipeError:
+                logger.info("the owner does not wait for the cluster any more")
+
+    # ---- the owner
+
     async def _watch_owner(self) -> None:
         reader = asyncio.StreamReader()
         await asyncio.get_running_loop().connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), sys.stdin)
-        await reader.read()
-        logger.info("the owner is gone")
+        while await reader.read(4096):
+            pass
+        logger.info("the owner has closed our stdin; ending the cluster")
         self._over.set()
+
+    def _watch_owner_pid(self, pid: int) -> None:
+        """Notices the owner's end also where a process that it forked still holds our stdin open."""
+        if not hasattr(os, "pidfd_open"):
+            return
+        try:
+            fd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._over.set()
+            return
+        loop = asyncio.get_running_loop()
+
+        def gone() -> None:
+            loop.remove_reader(fd)
+            logger.info("the owner (pid %d) is gone; ending the cluster", pid)
+            self._over.set()
+
+        loop.add_reader(fd, gone)
 
     # ---- the resource manager
 
     async def _join(self) -> None:
-        address = self._arguments.join
-        if address is None:
-            address = (await self._spawn("resource manager", "torchways.cluster", [], dict(os.environ)))["address"]
+        address = self._arguments.join or await self._start_manager()
         stub = pb_grpc.ResourceManagerStub(channel.open_channel(address))
         joined = pb.NodeJoined(
             host=socket.gethostname(),
@@ -106,9 +134,15 @@ class NodeAgent:
                 self._obey(command, address)
         except grpc.aio.AioRpcError as error:
             reason = f"{error.code().name}: {error.details()}"
-        if not self._over.is_set():
-            logger.error("the resource manager at %s is gone (%s); ending the cluster", address, reason)
-            self._over.set()
+        if _MANAGER in self._children:  # ours: how its process ended says more
+            await asyncio.sleep(0.5)
+        self._give_up(f"the resource manager at {address} is gone ({reason})")
+
+    async def _start_manager(self) -> str:
+        ready = await self._spawn(_MANAGER, "torchways.cluster", [], dict(os.environ))
+        if ready is None:
+            raise ClusterLost("the resource manager ended while it was starting")
+        return str(ready["address"])
 
     async def _events(self) -> AsyncIterator[pb.NodeEvent]:
         while True:
@@ -117,8 +151,8 @@ class NodeAgent:
     def _obey(self, command: pb.NodeCommand, address: str) -> None:
         match command.WhichOneof("command"):
             case "accepted":
-                with os.fdopen(self._arguments.ready_fd, "w") as pipe:
-                    pipe.write(json.dumps({"address": address}) + "\n")
+                logger.info("joined %s as islands %s", address, list(command.accepted.island_ids))
+                self._answer({"address": address})
             case "start_scheduler":
                 self._start(self._start_scheduler(command.start_scheduler), command.start_scheduler.name)
             case "start_executor":
@@ -126,14 +160,14 @@ class NodeAgent:
             case "end_process":
                 child = self._children.get(command.end_process.name)
                 if child is not None:
-                    self._start(self._end(child), f"end {child.name}")
+                    self._start(child.end(), f"ending {child.name}")
 
     # ---- children
 
     async def _start_scheduler(self, order: pb.StartScheduler) -> None:
         flags = ["--island-id", str(order.island_id)]
         ready = await self._spawn(order.name, "torchways.island", flags, dict(os.environ))
-        if ready:
+        if ready is not None:
             scheduler = pb.SchedulerReady(address=ready["address"])
             self._report_ready(order.name, pb.ProcessReady(scheduler=scheduler))
 
@@ -147,83 +181,49 @@ class NodeAgent:
         ]
         environment = executor_environment(self._arguments.platform, order.device_indices, os.environ)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment)
-        if ready:
+        if ready is not None:
             self._report_ready(order.name, pb.ProcessReady(executor=pb.ExecutorInfo(**ready)))
 
     def _report_ready(self, name: str, ready: pb.ProcessReady) -> None:
-        ready.name, ready.pid = name, self._children[name].process.pid
-        self._outgoing.put_nowait(pb.NodeEvent(ready=ready))
+        child = self._children.get(name)
+        if child is not None:
+            ready.name, ready.pid = name, child.pid
+            self._outgoing.put_nowait(pb.NodeEvent(ready=ready))
 
-    async def _spawn(self, name: str, module: str, flags: list[str], environment: dict[str, str]) -> dict[str, Any]:
-        """Starts a child and waits for its ready line; returns an empty dict if it ended before."""
-        read_fd, write_fd = os.pipe()
-        host = self._arguments.host
-        common = ["--ready-fd", str(write_fd), "--host", host, "--parent-pid", str(os.getpid())]
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", module, *common, *flags),
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,  # gloo and others chat there; logs and errors go to stderr
-            stderr=asyncio.subprocess.PIPE,
-            pass_fds=(write_fd,),
-            env=environment,
-        )
-        os.close(write_fd)
-        child = self._children[name] = _Child(name, process)
-        self._start(self._watch(child), f"watch {name}")
-        reader = asyncio.StreamReader(limit=1 << 24)
-        loop = asyncio.get_running_loop()
-        transport, _ = await loop.connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(read_fd, "rb")
-        )
-        try:
-            line = await asyncio.wait_for(reader.readline(), _READY_SECONDS)
-        except TimeoutError:
-            logger.error("%s was not ready in %g s; ending it", name, _READY_SECONDS)
-            await self._end(child, asked=False)
-            line = b""
-        finally:
-            transport.close()
-        return dict(json.loads(line)) if line else {}
-
-    async def _watch(self, child: _Child) -> None:
-        """Passes on what a child prints; reports its end, and ends the cluster if it was the resource manager."""
-        log = self._log_file(child.name)
-        assert child.process.stderr is not None
-        while line := await child.process.stderr.readline():
-            text = line.decode(errors="replace")
-            child.tail.append(text)
-            print(text, end="", file=log or sys.stderr, flush=True)
-        code = await child.process.wait()
-        if log is not None:
-            log.close()
-        self._children.pop(child.name, None)
-        if child.ending or self._over.is_set():
-            return
-        reason = f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
-        logger.warning("%s (pid %d) ended: %s", child.name, child.process.pid, reason)
-        exited = pb.ProcessExited(name=child.name, pid=child.process.pid, reason=reason, log_tail="".join(child.tail))
-        self._outgoing.put_nowait(pb.NodeEvent(exited=exited))
-        if child.name == "resource manager":
-            self._over.set()
-
-    def _log_file(self, name: str) -> Any:
-        if self._arguments.log_dir is None:
+    async def _spawn(
+        self, name: str, module: str, flags: list[str], environment: dict[str, str]
+    ) -> dict[str, Any] | None:
+        """Starts a child and waits for its ready line; returns None if it ended, or was ended, before."""
+        if self._over.is_set():
             return None
-        folder = Path(self._arguments.log_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        return (folder / f"{name.replace(' ', '_')}.log").open("a")
+        command = [sys.executable, "-m", module, "--host", self._arguments.host, *flags]
+        child = self._children[name] = Child(name, command, environment, self._arguments.log_dir)
+        self._start(self._watch(child), f"watching {name}")
+        logger.info("waiting for %s (pid %d)", name, child.pid)
+        try:
+            return await child.wait_ready(_READY_SECONDS)
+        except TimeoutError as error:
+            logger.error("%s; ending it", error)
+            await child.end(asked=False)
+            return None
 
-    async def _end(self, child: _Child, *, asked: bool = True) -> None:
-        child.ending = asked
-        for send, seconds in ((child.process.terminate, _TERM_SECONDS), (child.process.kill, _TERM_SECONDS)):
-            try:
-                send()
-                await asyncio.wait_for(child.process.wait(), seconds)
-                return
-            except ProcessLookupError:
-                return
-            except TimeoutError:
-                logger.warning("%s does not end", child.name)
+    async def _watch(self, child: Child) -> None:
+        """Waits for a child's end and reports it, if nobody asked for it."""
+        reason = await child.wait()
+        del self._children[child.name]
+        if child.asked or self._over.is_set():
+            return
+        logger.error("%s (pid %d) ended: %s%s", child.name, child.pid, reason, self._tail_of(child))
+        exited = pb.ProcessExited(name=child.name, pid=child.pid, reason=reason, log_tail=child.log_tail())
+        self._outgoing.put_nowait(pb.NodeEvent(exited=exited))
+        if child.name == _MANAGER:
+            self._give_up(f"the resource manager ended by {reason}; the last lines that it wrote:\n{child.log_tail()}")
+
+    def _tail_of(self, child: Child) -> str:
+        """Returns the child's last lines where they went to a file, so that they are seen as well."""
+        if self._arguments.log_dir is None or not child.log_tail():
+            return ""
+        return f"; the last lines that it wrote:\n{child.log_tail().rstrip()}"
 
 
 def main() -> None:
@@ -235,7 +235,8 @@ def main() -> None:
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--log-dir")
-    parser.add_argument("--ready-fd", type=int, required=True)
+    parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
+    parser.add_argument("--owner-pid", type=int, help="end with this process, even while stdin is open")
     arguments = parser.parse_args()
     setup_process("node agent")
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,25 +1,31 @@
-"""Runs the user's script as the controller, so that it dies with twrun: `python -m torchways.launch.script`."""
+"""Becomes another command that dies with its parent: ``python -m torchways.launch.script PARENT_PID COMMAND...``.
+
+The kernel's order to kill this process when its parent ends outlives `exec`, so that it holds from the first moment,
+also for a command that takes seconds to import. For twrun's script and for the processes of a node.
+"""
 
 from __future__ import annotations
 
 import os
-import runpy
 import sys
 
 from torchways.observability.process import die_with_parent
 
 
+def bound_command(command: list[str]) -> list[str]:
+    """Returns the command line that runs `command` so that it dies with this process (its forking thread)."""
+    return [sys.executable, "-m", "torchways.launch.script", str(os.getpid()), *command]
+
+
 def main() -> None:
-    """Arguments: the parent's pid, "path" or "module", the script, its arguments."""
-    parent_pid, kind, script, *arguments = sys.argv[1:]
+    """Arguments: the parent's pid, the command."""
+    parent_pid, *command = sys.argv[1:]
     die_with_parent(int(parent_pid))
-    sys.argv = [script, *arguments]
-    if kind == "module":
-        sys.path.insert(0, os.getcwd())
-        runpy.run_module(script, run_name="__main__", alter_sys=True)
-    else:
-        sys.path.insert(0, os.path.dirname(os.path.abspath(script)))
-        runpy.run_path(script, run_name="__main__")
+    try:
+        os.execvp(command[0], command)
+    except OSError as error:
+        print(f"cannot run {command[0]!r}: {error.strerror}", file=sys.stderr)
+        sys.exit(127 if isinstance(error, FileNotFoundError) else 126)
 
 
 if __name__ == "__main__":

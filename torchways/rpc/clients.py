@@ -127,7 +127,7 @@ class ManagerClient:
 
         async def read() -> None:
             try:
-                while (event := await stream.read()) is not grpc.aio.EOF:
+                while (event := await stream.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                     match event.WhichOneof("event"):
                         case "executor_lost":
                             on_executor_lost(event.executor_lost.executor_id, event.executor_lost.reason)

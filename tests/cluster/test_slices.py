@@ -1,0 +1,112 @@
+"""Slices with real executors: they start, die and end with their slice, client and agent."""
+
+import asyncio
+import contextlib
+from datetime import timedelta
+
+import pytest
+
+from tests.cluster.test_launch import assert_gone, family, named, wait_for
+from torchways.config import ClusterConfig
+from torchways.errors import ExecutorLost, PlacementError, ResourceExhausted
+from torchways.launch import embedded
+from torchways.rpc import channel
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.clients import ManagerClient
+
+_START = timedelta(seconds=90)
+
+
+@pytest.fixture
+def cluster():
+    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=2))
+    yield running
+    processes = family(running.agent_pid)
+    running.close()
+    assert_gone(processes, 2)
+
+
+@contextlib.asynccontextmanager
+async def attached(cluster):
+    """A client; yields it and the stream of what it is told."""
+    client = ManagerClient(cluster.address, cluster.token)
+    async with channel.open_channel(cluster.address) as opened:
+        stub = pb_grpc.ResourceManagerStub(opened)
+        told = stub.Attach(pb.AttachRequest(name="a test"), metadata=channel.metadata(cluster.token))
+        client.client_id = (await told.read()).attached.client_id
+        yield client, told
+    await client.close()
+
+
+def test_a_slice_starts_is_lost_with_its_executor_and_is_released_with_its_client(cluster):
+    async def call():
+        async with attached(cluster) as (client, told):
+            with pytest.raises(ResourceExhausted, match="needs 4 devices of one island; island 0 has 2"):
+                await client.reserve_slice((4,), ("dp",), None)
+            with pytest.raises(PlacementError, match="there is no island 3"):
+                await client.reserve_slice((1,), ("dp",), 3)
+            slice_id, island = await client.reserve_slice((2,), ("dp",), None)
+            assert (slice_id, island) == (1, 0)
+            address = await client.wait_slice(slice_id, _START)
+            (executor,) = address.executors
+            assert executor.executor_id == "i0.s1"
+            assert "aten::mm" in {name.partition(".")[0] for name in executor.lowered_ops}
+            process = named(cluster.agent_pid, "executor i0.s1")
+            assert process.pid == executor.pid
+
+            process.kill()
+            lost = (await asyncio.wait_for(told.read(), 10)).executor_lost
+            assert (lost.executor_id, lost.slice_id) == ("i0.s1", 1)
+            assert lost.reason == f"process {process.pid} ended by signal 9 (SIGKILL)"
+            with pytest.raises(ExecutorLost, match=r"executor i0\.s1 is lost: process \d+ ended by signal 9"):
+                await client.wait_slice(slice_id, _START)
+
+            await client.reserve_slice((1,), ("dp",), None)
+            second = await _child(cluster, 4)
+        assert_gone([second], 5)  # its client is gone
+
+    asyncio.run(call())
+
+
+async def _child(cluster, count):
+    found = await asyncio.to_thread(
+        wait_for, lambda: len(members := family(cluster.agent_pid)) == count and members, f"{count} processes"
+    )
+    return found[-1]
+
+
+def test_executors_that_still_start_die_with_a_killed_agent():
+    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=2))
+
+    async def call():
+        async with attached(running) as (client, _):
+            named(running.agent_pid, "scheduler i0")
+            await client.reserve_slice((1,), ("dp",), None)
+            await client.reserve_slice((1,), ("dp",), None)
+            await _child(running, 5)
+            await asyncio.sleep(0.3)  # in the middle of their imports
+            processes = family(running.agent_pid)
+            assert len(processes) == 5
+            processes[0].kill()
+            await asyncio.to_thread(assert_gone, processes, 2)
+
+    asyncio.run(call())
+    running.close()
+
+
+def test_an_executor_that_cannot_start_says_why(monkeypatch, tmp_path):
+    (tmp_path / "torch_xla.py").write_text("raise ImportError('no such library today')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=1))
+
+    async def call():
+        async with attached(running) as (client, _):
+            slice_id, _ = await client.reserve_slice((1,), ("dp",), None)
+            with pytest.raises(ExecutorLost, match=r"(?s)ended by exit code 1; the last lines.*no such library today"):
+                await client.wait_slice(slice_id, _START)
+
+    try:
+        asyncio.run(call())
+    finally:
+        running.close()

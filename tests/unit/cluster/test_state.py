@@ -1,0 +1,178 @@
+"""The resource manager's core: reservations, releases, lost processes."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchways.cluster import state as core
+from torchways.errors import ClusterLost, InternalError, PlacementError, ResourceExhausted
+
+
+def make_cluster(*devices, platform="cpu"):
+    cluster = core.ClusterState()
+    joined = core.NodeJoined(node_id=0, host="here", platform=platform, devices_per_island=devices)
+    commands = cluster.handle(joined)
+    assert [c.name for c in commands] == [f"scheduler i{i}" for i in range(len(devices))]
+    for island in cluster.islands:
+        cluster.handle(core.SchedulerReady(island_id=island, address=f"address {island}", pid=1))
+    return cluster
+
+
+def reserve(cluster, *shape, client=1, island=None):
+    names = ("dp", "tp", "pp")[: len(shape)]
+    return cluster.reserve(client, shape, names, island)[0]
+
+
+def make_ready(cluster, item):
+    (connect,) = cluster.handle(core.ExecutorReady(executor_id=item.executor_id, info="info"))
+    assert connect == core.ConnectSlice(slice=item, scheduler_address=f"address {item.island_id}")
+    assert cluster.handle(core.SliceConnected(slice_id=item.slice_id)) == [core.SettleSlice(slice_id=item.slice_id)]
+    assert item.state == "ready"
+
+
+def test_free_devices_come_first_then_the_least_used():
+    cluster = make_cluster(4)
+    assert reserve(cluster, 2).device_indices == (0, 1)
+    assert reserve(cluster, 2).device_indices == (2, 3)
+    assert reserve(cluster, 3).device_indices == (0, 1, 2)
+    assert reserve(cluster, 1).device_indices == (3,)
+    assert cluster.islands[0].load == [2, 2, 2, 2]
+
+
+def test_the_freest_island_is_chosen_unless_one_is_asked_for():
+    cluster = make_cluster(2, 2)
+    assert [reserve(cluster, 2).island_id for _ in range(4)] == [0, 1, 0, 1]
+    assert reserve(cluster, 2, island=1).island_id == 1
+
+
+def test_a_slice_starts_an_executor_on_the_islands_node():
+    cluster = make_cluster(2)
+    item, commands = cluster.reserve(1, (2,), ("dp",), None)
+    assert commands == [core.StartExecutor(node_id=0, name="executor i0.s1", slice=item)]
+
+
+def test_too_large_a_slice_is_refused_with_what_there_is():
+    cluster = make_cluster(2, 2)
+    with pytest.raises(ResourceExhausted) as caught:
+        reserve(cluster, 2, 2)
+    assert str(caught.value) == (
+        "a slice ('dp'=2, 'tp'=2) needs 4 devices of one island; island 0 has 2, island 1 has 2. "
+        "Ask for a smaller mesh, or start the cluster with more --devices-per-island"
+    )
+    assert not cluster.slices
+    assert cluster.islands[0].load == [0, 0]
+
+
+def test_tpu_devices_are_not_shared():
+    cluster = make_cluster(4, platform="tpu")
+    first = reserve(cluster, 3)
+    with pytest.raises(ResourceExhausted, match=r"island 0 has 1 of 4 free\. Close a mesh"):
+        reserve(cluster, 2)
+    cluster.handle(core.SliceReleased(slice_id=first.slice_id))
+    assert reserve(cluster, 2).device_indices == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names", "island", "text"),
+    [
+        ((2,), ("dp", "tp"), None, "must be of one length"),
+        ((1, 2), ("dp", "dp"), None, "names different"),
+        ((), (), None, "not empty"),
+        ((0,), ("dp",), None, "size 0"),
+        ((1,), ("dp",), 7, r"there is no island 7; the cluster has islands \[0\]"),
+    ],
+)
+def test_nonsense_is_refused(shape, names, island, text):
+    with pytest.raises(PlacementError, match=text):
+        make_cluster(2).reserve(1, shape, names, island)
+
+
+def test_a_client_that_is_gone_leaves_nothing():
+    cluster = make_cluster(2)
+    one, two, other = reserve(cluster, 2, client=1), reserve(cluster, 1, client=1), reserve(cluster, 1, client=2)
+    make_ready(cluster, one)
+    commands = cluster.handle(core.ClientGone(client_id=1))
+    assert {c.name for c in commands if isinstance(c, core.EndProcess)} == {one.process_name, two.process_name}
+    assert {c.slice_id for c in commands if isinstance(c, core.SettleSlice)} == {one.slice_id, two.slice_id}
+    assert list(cluster.slices.values()) == [other]
+    assert sum(cluster.islands[0].load) == 1
+
+
+def test_a_dead_executor_fails_its_slice_and_tells_client_and_scheduler():
+    cluster = make_cluster(2)
+    item = reserve(cluster, 2)
+    make_ready(cluster, item)
+    commands = cluster.handle(core.ProcessExited(name=item.process_name, reason="signal 9", log_tail="bye"))
+    assert commands == [
+        core.TellLost(client_id=1, executor_id="i0.s1", slice_id=item.slice_id, reason="signal 9"),
+        core.DisconnectSlice(slice=item, scheduler_address="address 0", reason="signal 9"),
+        core.SettleSlice(slice_id=item.slice_id),
+    ]
+    assert item.failure.kind == "ExecutorLost"
+    assert item.failure.message == "executor i0.s1 is lost: signal 9"
+    assert cluster.handle(core.SliceConnected(slice_id=item.slice_id)) == []
+    assert item.state == "failed"
+
+
+def test_an_executor_that_never_started_shows_what_it_wrote():
+    cluster = make_cluster(2)
+    item = reserve(cluster, 2)
+    cluster.handle(core.ProcessExited(name=item.process_name, reason="exit code 1", log_tail="ImportError: x\n"))
+    assert item.failure.message.endswith("exit code 1; the last lines that it wrote:\nImportError: x")
+
+
+def test_a_lost_scheduler_or_node_closes_the_cluster():
+    cluster = make_cluster(2, 2)
+    commands = cluster.handle(core.ProcessExited(name="scheduler i1", reason="signal 9"))
+    assert commands == [core.TellClosing(reason="scheduler i1 ended: signal 9")]
+    with pytest.raises(ClusterLost, match="the cluster is closing: scheduler i1 ended: signal 9"):
+        reserve(cluster, 1)
+    assert make_cluster(1).handle(core.NodeLost(node_id=0)) == [core.TellClosing(reason="node agent 0 is gone")]
+
+
+def test_executors_that_are_ready_before_their_scheduler_wait_for_it():
+    cluster = core.ClusterState()
+    cluster.handle(core.NodeJoined(node_id=0, host="here", platform="cpu", devices_per_island=(1,)))
+    item = reserve(cluster, 1)
+    assert cluster.handle(core.ExecutorReady(executor_id=item.executor_id, info="info")) == []
+    commands = cluster.handle(core.SchedulerReady(island_id=0, address="late", pid=1))
+    assert commands == [core.ConnectSlice(slice=item, scheduler_address="late")]
+
+
+def test_an_impossible_transition_shows_the_slices_history():
+    cluster = make_cluster(2)
+    item = reserve(cluster, 2)
+    make_ready(cluster, item)
+    with pytest.raises(InternalError, match=r"slice 1 cannot become ready; it was starting -> ready"):
+        cluster.handle(core.SliceConnected(slice_id=item.slice_id))
+    with pytest.raises(InternalError, match=r"executor i0\.s1 is ready again; starting -> ready"):
+        cluster.handle(core.ExecutorReady(executor_id="i0.s1", info="info"))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_the_load_is_always_that_of_the_slices(data):
+    cluster = make_cluster(3, 2)
+    for _ in range(data.draw(st.integers(1, 20))):
+        match data.draw(st.sampled_from(["reserve", "reserve", "release", "gone", "exited"])):
+            case "reserve":
+                reserve(cluster, data.draw(st.integers(1, 2)), client=data.draw(st.integers(1, 3)))
+            case "release" if cluster.slices:
+                chosen = data.draw(st.sampled_from(sorted(cluster.slices)))
+                cluster.handle(core.SliceReleased(slice_id=chosen))
+            case "gone":
+                client = data.draw(st.integers(1, 3))
+                cluster.handle(core.ClientGone(client_id=client))
+                assert all(item.client_id != client for item in cluster.slices.values())
+            case "exited" if cluster.slices:
+                chosen = data.draw(st.sampled_from(sorted(cluster.slices)))
+                cluster.handle(core.ProcessExited(name=cluster.slices[chosen].process_name, reason="signal 9"))
+        for island in cluster.islands.values():
+            mine = [item for item in cluster.slices.values() if item.island_id == island.island_id]
+            expected = [sum(d in item.device_indices for item in mine) for d in range(len(island.load))]
+            assert island.load == expected
+            assert max(expected) - min(expected) <= 1 + len(mine)
+    for client in (1, 2, 3):
+        cluster.handle(core.ClientGone(client_id=client))
+    assert all(not any(island.load) for island in cluster.islands.values())
+    assert not cluster.slices

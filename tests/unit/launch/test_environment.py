@@ -1,0 +1,29 @@
+"""Which devices an executor sees."""
+
+from torchways.launch.environment import executor_environment
+
+
+def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
+    environment = executor_environment("cpu", [1, 3], {"PATH": "/bin"})
+    assert environment["PJRT_DEVICE"] == "CPU"
+    assert environment["CPU_NUM_DEVICES"] == "2"
+    assert environment["NPROC"] == "32"
+    assert environment["OMP_NUM_THREADS"] == "1"
+    assert environment["PATH"] == "/bin"
+
+
+def test_tpu_executors_see_the_chips_of_their_slice():
+    environment = executor_environment("tpu", [2, 3], {})
+    assert environment["PJRT_DEVICE"] == "TPU"
+    assert environment["TPU_VISIBLE_CHIPS"] == "2,3"
+    assert environment["TPU_PROCESS_BOUNDS"] == "1,1,1"
+    assert environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
+    assert "CPU_NUM_DEVICES" not in environment
+
+
+def test_what_the_user_set_for_threads_is_kept_and_devices_are_ours():
+    base = {"OMP_NUM_THREADS": "4", "NPROC": "64", "PJRT_DEVICE": "GPU", "CPU_NUM_DEVICES": "9"}
+    environment = executor_environment("cpu", [0], base)
+    assert (environment["OMP_NUM_THREADS"], environment["NPROC"]) == ("4", "64")
+    assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "1")
+    assert base["PJRT_DEVICE"] == "GPU"

@@ -1,0 +1,163 @@
+"""One process in a node agent's care: its start, its ready line, what it prints, and its end.
+
+Must be used on the main thread: children die when the thread that started them ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import contextlib
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+from torchways.launch.script import bound_command
+
+logger = logging.getLogger(__name__)
+
+_TAIL_LINES = 40
+#: A longer line is passed on, and kept, in pieces.
+_LINE_BYTES = 1 << 16
+_TERM_SECONDS = 2.0
+#: How long what a process printed last may be on its way after it has ended (a process of its own may hold the pipe).
+_DRAIN_SECONDS = 0.5
+
+
+class Child:
+    """A running process.
+
+    Attributes:
+        name: "executor i0.s1".
+        asked: it was told to end.
+    """
+
+    def __init__(self, name: str, command: list[str], environment: dict[str, str], log_dir: str | None) -> None:
+        """Starts `command`, which gets the flags ``--ready-fd`` and ``--parent-pid`` as well."""
+        self.name = name
+        self.asked = False
+        self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
+        self._log: IO[str] | None = _log_file(log_dir, name) if log_dir is not None else None
+        ready_read, ready_write = os.pipe()
+        output_read, output_write = os.pipe()
+        try:
+            self._process = subprocess.Popen(
+                bound_command([*command, "--ready-fd", str(ready_write), "--parent-pid", str(os.getpid())]),
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,  # gloo and others chat there; logs and errors go to stderr
+                stderr=output_write,
+                pass_fds=(ready_write,),
+                env=environment,
+            )
+        finally:
+            os.close(ready_write)
+            os.close(output_write)
+        self._ready = asyncio.create_task(_read_line(ready_read), name=f"ready line of {name}")
+        self._output = asyncio.create_task(self._pass_on(output_read), name=f"output of {name}")
+        self._exited = asyncio.create_task(_wait_exit(self._process), name=f"exit of {name}")
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    async def wait_ready(self, seconds: float) -> dict[str, Any] | None:
+        """Waits for its ready line; None if it ended before.
+
+        Raises:
+            TimeoutError: neither happened in `seconds`.
+        """
+        await asyncio.wait({self._ready, self._exited}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done() and not self._exited.done():
+            raise TimeoutError(f"{self.name} was not ready in {seconds:g} s")
+        with contextlib.suppress(TimeoutError):
+            line = await asyncio.wait_for(asyncio.shield(self._ready), _DRAIN_SECONDS)
+            return dict(json.loads(line)) if line else None
+        return None
+
+    async def wait(self) -> str:
+        """Waits until it has ended; returns how, "exit code 1" or "signal 9 (SIGKILL)"."""
+        code = await asyncio.shield(self._exited)
+        await asyncio.wait({self._output}, timeout=_DRAIN_SECONDS)
+        return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+
+    async def end(self, *, asked: bool = True) -> None:
+        """Ends it: SIGTERM, after two seconds SIGKILL. Idempotent."""
+        self.asked = self.asked or asked
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            if self._exited.done():
+                return
+            self._process.send_signal(number)
+            await asyncio.wait({self._exited}, timeout=_TERM_SECONDS)
+        if not self._exited.done():
+            logger.error("%s (pid %d) does not end, even by SIGKILL", self.name, self.pid)
+
+    def log_tail(self) -> str:
+        """Returns the last lines that it wrote."""
+        return "".join(self._tail)
+
+    async def _pass_on(self, fd: int) -> None:
+        reader = await _open_reader(fd)
+        while line := await _next_line(reader):
+            text = line.decode(errors="replace")
+            self._tail.append(text)
+            with contextlib.suppress(OSError):  # the terminal or disk behind it is gone; the process is not to blame
+                print(text, end="", file=self._log or sys.stderr, flush=True)
+        if self._log is not None:
+            self._log.close()
+
+
+async def _wait_exit(process: subprocess.Popen[bytes]) -> int:
+    if not hasattr(os, "pidfd_open"):
+        while process.poll() is None:  # noqa: ASYNC110 - no event to wait for on this platform
+            await asyncio.sleep(0.05)
+        return process.wait()
+    fd = os.pidfd_open(process.pid)
+    exited = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_reader(fd, exited.set)
+    try:
+        await exited.wait()
+    finally:
+        loop.remove_reader(fd)
+        os.close(fd)
+    return process.wait()
+
+
+async def _open_reader(fd: int) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=_LINE_BYTES)
+    loop = asyncio.get_running_loop()
+    await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(fd, "rb", 0))
+    return reader
+
+
+async def _next_line(reader: asyncio.StreamReader) -> bytes:
+    try:
+        return await reader.readuntil(b"\n")
+    except asyncio.IncompleteReadError as error:
+        return error.partial
+    except asyncio.LimitOverrunError as error:
+        return await reader.read(error.consumed or _LINE_BYTES)
+
+
+async def _read_line(fd: int) -> bytes:
+    """Reads one line of any length; empty if the pipe was closed before its end."""
+    reader = await _open_reader(fd)
+    data = b""
+    while not data.endswith(b"\n"):
+        piece = await _next_line(reader)
+        if not piece:
+            return b""
+        data += piece
+    return data
+
+
+def _log_file(log_dir: str, name: str) -> IO[str]:
+    folder = Path(log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return (folder / f"{name.replace(' ', '_')}.log").open("a")
