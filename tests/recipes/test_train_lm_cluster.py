@@ -1,0 +1,37 @@
+"""The main job's command, shortened, on a real cluster: what it prints and what it leaves."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_train_lm_on_two_islands(tmp_path):
+    command = [
+        *(sys.executable, "-m", "torchways.run", "--islands", "2", "--devices-per-island", "2"),
+        *(str(ROOT / "recipes" / "train_lm.py"), "model=tiny", "train.steps=6", "train.log_every=3"),
+        *("train.trace_step=4", "train.eval_batches=2", f"hydra.run.dir={tmp_path / 'run'}"),
+    ]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "validation loss" in done.stdout
+    run = tmp_path / "run"
+    assert {"config.yaml", "loss.png", "metrics.jsonl", "tensorboard", "trace.json"} <= {p.name for p in run.iterdir()}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss_metrics/global_avg_loss"] for record in records if "grad_norm" in record]
+    assert len(losses) == 6
+    assert losses[-1] < losses[0]
+    events = json.loads((run / "trace.json").read_text())["traceEvents"]
+    rows = [(event["pid"], event["args"]["name"]) for event in events if event["name"] == "thread_name"]
+    assert sum(name.startswith("device") for _, name in rows) == 4
+
+
+def test_bad_settings_are_one_clear_line(tmp_path):
+    for override, text in (("model.n_head=3", "n_head"), ("data.path=/no/such/file", "/no/such/file")):
+        command = [sys.executable, "-m", "torchways.run", "recipes/train_lm.py", override, f"hydra.run.dir={tmp_path}"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+        assert done.returncode == 1
+        assert text in done.stderr
+        assert "Traceback" not in done.stderr
