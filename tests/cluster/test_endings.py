@@ -24,17 +24,24 @@ while how == "wait":
 """
 
 
-def start(tmp_path, how, prefix=()):
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(
-        [*(prefix or [sys.executable]), str(path), how],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=environment,
-    )
+@pytest.fixture
+def start(tmp_path):
+    """Starts the script; what a failed test leaves running is killed."""
+    started = []
+
+    def start_script(how, prefix=()):
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT)
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+        command = [*(prefix or [sys.executable]), str(path), how]
+        pipe = subprocess.PIPE
+        started.append(subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, env=environment))
+        return started[-1]
+
+    yield start_script
+    for script in started:
+        script.kill()
+        script.wait()
 
 
 def pids_of(script):
@@ -43,8 +50,8 @@ def pids_of(script):
 
 
 @pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
-def test_script_ends(tmp_path, how, code):
-    script = start(tmp_path, how)
+def test_script_ends(start, how, code):
+    script = start(how)
     pids = pids_of(script)
     assert len(pids) == 4  # resource manager, agent, scheduler, executor
     assert script.wait(20) == code
@@ -52,8 +59,8 @@ def test_script_ends(tmp_path, how, code):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
-def test_script_is_ended(tmp_path, sent):
-    script = start(tmp_path, "wait")
+def test_script_is_ended(start, sent):
+    script = start("wait")
     pids = pids_of(script)
     script.send_signal(sent)
     assert script.wait(20) != 0
@@ -64,16 +71,16 @@ TWRUN = [sys.executable, "-m", "torchways.run", "--islands", "1", "--devices_per
 
 
 @pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
-def test_twrun_returns_the_scripts_code(tmp_path, how, code):
-    script = start(tmp_path, how, TWRUN)
+def test_twrun_returns_the_scripts_code(start, how, code):
+    script = start(how, TWRUN)
     pids = pids_of(script)
     assert script.wait(20) == code
     assert wait_gone(pids) == set()
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
-def test_twrun_is_ended(tmp_path, sent):
-    script = start(tmp_path, "wait", TWRUN)
+def test_twrun_is_ended(start, sent):
+    script = start("wait", TWRUN)
     pids = pids_of(script)
     pids += [child.pid for child in psutil.Process(script.pid).children(recursive=True)]
     script.send_signal(sent)
@@ -81,8 +88,8 @@ def test_twrun_is_ended(tmp_path, sent):
     assert wait_gone(pids) == set()
 
 
-def test_twrun_reports_a_killed_script(tmp_path):
-    script = start(tmp_path, "wait", TWRUN)
+def test_twrun_reports_a_killed_script(start):
+    script = start("wait", TWRUN)
     pids = pids_of(script)
     [controller] = [child for child in psutil.Process(script.pid).children() if "script.py" in str(child.cmdline())]
     controller.kill()

@@ -14,7 +14,16 @@ from torch import nn
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
 from torchways import api
-from torchways.errors import CaptureError, DeadlineExceeded, PlacementError, ResourceExhausted, UserError
+from torchways.capture.state import HostContent
+from torchways.controller.buffers import HostBuffer
+from torchways.errors import (
+    CaptureError,
+    DeadlineExceeded,
+    PlacementError,
+    RemoteError,
+    ResourceExhausted,
+    UserError,
+)
 
 TINY = GPTConfig()
 
@@ -133,6 +142,34 @@ def test_a_timed_out_read_does_not_consume_the_future(cluster, meshes):
     with pytest.raises(DeadlineExceeded):
         y.cpu(timeout=timedelta(seconds=0.001))
     assert y.shape == y.cpu().shape
+
+
+def test_long_chains_of_calls_release_what_they_used_in_order(cluster, meshes):
+    add_one = tw.function(lambda x: x + 1, mesh=meshes[0])
+    for _ in range(5):
+        y = tw.distribute_tensor(torch.zeros(2), meshes[0], ["S(0)"])
+        for _ in range(150):
+            y = add_one(y)
+        assert y.tolist() == [150, 150]
+    assert all(status.num_buffers < 500 for status in tw.executor_status())
+
+
+def test_a_node_that_fails_is_reported_with_its_line_and_poisons_only_what_follows(cluster, meshes):
+    """More memory than any machine has: the executor's own error, not one that is injected."""
+
+    def too_much(x):
+        return x.sum() + 1
+
+    huge = tw.Array(HostBuffer(HostContent((1 << 45,), torch.float32, 0.0)), (1 << 45,), torch.float32)
+    failing = tw.function(too_much, mesh=meshes[0])
+    fine = tw.function(lambda x: x * 2, mesh=meshes[0])
+    first, second = failing(huge), fine(torch.ones(2))
+    third = tw.function(lambda x: x + 1, mesh=meshes[1])(first)
+    for array in (first, third):
+        with pytest.raises(RemoteError, match=r"too_much[\s\S]*test_training\.py:\d+") as raised:
+            array.cpu()
+        assert "allocate" in raised.value.remote_traceback
+    assert second.tolist() == [2, 2]
 
 
 def test_distributed_tensors(cluster, meshes):

@@ -88,7 +88,8 @@ class Session:
     _lost_executors: dict[str, str] = field(default_factory=dict)
     _lost_event: asyncio.Event | None = None
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
-    _lock: threading.Lock = field(default_factory=threading.Lock)
+    #: Re-entrant: the garbage collector may call `release` while this thread holds it.
+    _lock: threading.RLock = field(default_factory=threading.RLock)
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _puts: dict[BufferId, concurrent.futures.Future[None]] = field(default_factory=dict)
 
@@ -303,6 +304,10 @@ class Session:
     def _flush_releases(self) -> None:
         with self._lock:
             batches, self._releases = self._releases, defaultdict(list)
+        # Runs that read these buffers may be queued on the loop behind this call: they go first.
+        self.loop.loop.call_soon(self._send_releases, batches)
+
+    def _send_releases(self, batches: dict[SliceId, list[BufferId]]) -> None:
         for slice_id, buffer_ids in batches.items():
             entry = self._slices.get(slice_id)
             if entry is None or entry.address is None:

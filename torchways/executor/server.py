@@ -100,7 +100,15 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands. On the loop."""
-        for command in self.core.handle(event):
+        try:
+            self._carry_out(self.core.handle(event))
+        except Exception:
+            # Our bug. To go on would leave somebody waiting for ever: a lost executor is an error that users see.
+            logger.exception("the executor's core failed on %s; ending", type(event).__name__)
+            os._exit(70)
+
+    def _carry_out(self, commands: list[core.Command]) -> None:
+        for command in commands:
             match command:
                 case core.Execute():
                     self._devices.submit(lambda command=command: self._execute(command))  # type: ignore[misc]

@@ -565,7 +565,9 @@ class ExecutorState:
         instruction = step.instruction
         assert isinstance(instruction, ReceiveInstruction)
         cell = step.run.cells[instruction.slot]
-        assert cell is not None
+        if cell is None:  # all that would read it has failed already
+            self._end_step(step)
+            return
         program_id = step.run.program.program_id
         self._commands.append(Place(cell=cell, program_id=program_id, slot=instruction.slot, data=arrived.data))
         self._end_step(step)
@@ -596,8 +598,8 @@ class ExecutorState:
         run.failure = _lowest([run.failure, failure])
         for slot in _writes(step.instruction):
             cell = run.cells[slot]
-            assert cell is not None
-            self._settle(cell, None, failure)
+            if cell is not None:  # else all that would read it has failed already
+                self._settle(cell, None, failure)
         self._end_reads(step)
         self._end_step(step)
 

@@ -67,6 +67,7 @@ class World:
         self.delivered = {}
         self.executed = 0
         self.fail_at = None
+        self.uncompilable = None
 
     def post(self, queue, name, event):
         self.pending.append((queue, name, event))
@@ -85,7 +86,8 @@ class World:
     def carry_out(self, name, command):
         match command:
             case core.Compile():
-                self.post(None, name, core.ProgramCompiled(program_id=command.program_id, failure=None))
+                failure = Failure(kind="CaptureError", message="injected") if name == self.uncompilable else None
+                self.post(None, name, core.ProgramCompiled(program_id=command.program_id, failure=failure))
             case core.Place():
                 buffer = command.data if isinstance(command.data, _Buffer) else _Buffer(int(command.data[1:]))
                 self.post(f"device {name}", name, core.CellFilled(cell=command.cell, buffer=buffer))
@@ -122,10 +124,14 @@ class World:
         self.post(f"device {name}", name, core.ComputationFinished(step=command.step))
 
 
-def drive(draw, num_runs, fail_at=None):
+def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=()):
     """Runs the step `num_runs` times with state carried on, in an order that hypothesis draws."""
     world = World(draw)
     world.fail_at = fail_at
+    world.uncompilable = uncompilable
+    for name in lost:
+        failure = Failure(kind="ExecutorLost", message="injected")
+        world.post(None, "b" if name == "a" else "a", core.PeerLost(peer=name, failure=failure))
     for name, program in train_parts().items():
         world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
     w, v = BufferId(BASE + 2), BufferId(BASE + 3)
@@ -174,6 +180,15 @@ def test_a_failure_poisons_what_follows_and_every_run_still_ends(data, num_runs,
     for name in "ab":
         assert len(world.ended[name]) == num_runs
         assert world.states[name].runs == {}
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data(), st.integers(1, 3), st.sampled_from("ab"), st.booleans())
+def test_a_program_that_does_not_compile_fails_all_its_runs(data, num_runs, uncompilable, peers_are_lost):
+    world = drive(data.draw, num_runs, uncompilable=uncompilable, lost="ab" if peers_are_lost else "")
+    assert world.delivered[1000].message == "injected"
+    for name in "ab":
+        assert len(world.ended[name]) == num_runs
 
 
 @settings(max_examples=50, deadline=None)

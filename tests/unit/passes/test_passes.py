@@ -84,9 +84,7 @@ def test_print_after(capsys):
     printed = capsys.readouterr().out
     assert printed.index("--- before insert_transfers") < printed.index("--- after insert_transfers")
     assert printed.count("transfer @0 -> @1") == 1
-    with pytest.raises(
-        ConfigError, match=r"no pass is called 'place'; the passes are verify"
-    ):
+    with pytest.raises(ConfigError, match=r"no pass is called 'place'; the passes are verify"):
         lower(two_stages(), print_after="place")
 
 
