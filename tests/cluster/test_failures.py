@@ -98,3 +98,16 @@ def test_released_slices_free_their_devices():
         assert wait_gone([pid]) == set()
         with pytest.raises(PlacementError, match="closed"):
             array.cpu()
+
+
+def test_sigusr1_prints_the_stacks_of_any_process(capfd):
+    with tw.init(islands=1, devices_per_island=1):
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        tw.function(lambda x: x + 1, mesh=mesh)(torch.zeros(2)).cpu()
+        for name, pid in tw.cluster_info().processes:
+            os.kill(pid, signal.SIGUSR1)
+            deadline, printed = time.monotonic() + 5, ""
+            while "most recent call first" not in printed and time.monotonic() < deadline:
+                time.sleep(0.05)
+                printed += capfd.readouterr().err
+            assert "most recent call first" in printed, name

@@ -3,22 +3,38 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.errors import SessionClosed
-from torchways.ids import BufferId
+from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc.programs import InlineValue
 
-if TYPE_CHECKING:
-    from torchways.controller.session import Session
+
+class BufferHome(Protocol):
+    """What a remote buffer needs of the session that it belongs to."""
+
+    closed: bool
+
+    def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
+        """Waits for a buffer's value."""
+
+    def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
+        """Starts waiting for a buffer's value."""
+
+    def is_ready(self, buffer: RemoteBuffer) -> bool:
+        """Whether a read would not wait for a computation."""
+
+    def release(self, slice_id: SliceId, buffer_id: BufferId) -> None:
+        """Gives a buffer back."""
 
 
 @dataclass(eq=False, slots=True)
@@ -65,7 +81,7 @@ class RemoteBuffer:
 
     __slots__ = ("buffer_id", "consumed", "mesh", "placements", "session")
 
-    def __init__(self, session: Session, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
+    def __init__(self, session: BufferHome, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
         self.session = session
         self.mesh = mesh
         self.placements = placements
@@ -116,7 +132,7 @@ def array_like(content: HostContent, follows: torch.Tensor) -> Array:
     return Array(HostBuffer(content, follows=follows), content.shape, content.dtype)
 
 
-def check_open(session: Session, what: str) -> None:
+def check_open(session: BufferHome, what: str) -> None:
     """Raises SessionClosed if the session is over."""
     if session.closed:
         raise SessionClosed(
