@@ -22,6 +22,7 @@ from torchways.errors import (
     PlacementError,
     RemoteError,
     ResourceExhausted,
+    ShapeError,
     UserError,
 )
 
@@ -206,8 +207,11 @@ def test_wrong_shape_and_dtype_name_the_users_line(cluster, meshes):
     model = tw.function(nn.Linear(4, 2), mesh=meshes[0])
     with pytest.raises(CaptureError, match=r"\[2, 5\] X \[4, 2\][\s\S]*test_training\.py:\d+"):
         model(torch.ones(2, 5))
-    with pytest.raises(CaptureError, match=r"dtype[\s\S]*test_training\.py:\d+"):
+    with pytest.raises(ShapeError, match=r"one dtype, not float32 and int64 and float32, at test_training\.py:\d+"):
         model(torch.ones(2, 4, dtype=torch.int64))
+    embedding = tw.function(nn.Embedding(4, 2), mesh=meshes[0])
+    with pytest.raises(ShapeError, match=r"indices of dtype int64 or int32, not float32, at test_training\.py:\d+"):
+        embedding(torch.ones(2, 3))
     assert model(torch.ones(2, 4)).shape == (2, 2)
 
 

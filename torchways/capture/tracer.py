@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.source import user_line
-from torchways.errors import CaptureError
+from torchways.errors import CaptureError, ShapeError
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 
@@ -52,6 +52,13 @@ _HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.equal.default,
+}
+_ONE_DTYPE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.convolution.default,
 }
 #: Operators whose result is one constant everywhere, and how to tell it from their arguments.
 _CONSTANT_VALUE: dict[Any, Callable[[Any], float]] = {
@@ -166,6 +173,7 @@ class _TraceMode(TorchDispatchMode):
             raise CaptureError(_data_dependent(str(func)))
         if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
             return func(*args)
+        _check_dtypes(func, args)
         new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
         tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
         before = _last_node(tracer.graph)
@@ -354,6 +362,20 @@ def _is_known_constant(value: Any) -> bool:
 
 def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:
     return graph._root.prev
+
+
+def _check_dtypes(func: Any, args: Any) -> None:
+    """Refuses mixed dtypes where eager PyTorch does but fake tensors and XLA do not."""
+    if func in _ONE_DTYPE:
+        dtypes = [value.dtype for value in args if isinstance(value, torch.Tensor)]
+        if len(set(dtypes)) > 1:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ShapeError(
+                f"{func} needs arguments of one dtype, not {names}, at {user_line()}; convert one with .to(dtype)"
+            )
+    if func is torch.ops.aten.embedding.default and args[1].dtype not in (torch.int32, torch.int64):
+        dtype = str(args[1].dtype).removeprefix("torch.")
+        raise ShapeError(f"embedding needs indices of dtype int64 or int32, not {dtype}, at {user_line()}")
 
 
 def _data_dependent(operator: str) -> str:

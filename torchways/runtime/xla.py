@@ -229,11 +229,7 @@ class XlaRuntime:
 
     def lowered_ops(self) -> list[str]:
         """Names of the operators that torch-xla compiles: own kernels, and what PyTorch decomposes into these."""
-        decomposed = (
-            "CompositeImplicitAutograd",
-            "CompositeExplicitAutograd",
-            "CompositeExplicitAutogradNonFunctional",
-        )
+        decomposed = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public call lists kernels
         return [
             name

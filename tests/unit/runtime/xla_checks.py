@@ -1,0 +1,94 @@
+"""Run by test_xla.py in a process of its own: torch-xla's SPMD mode is process-wide. Arguments: devices, executions."""
+
+import sys
+
+import psutil
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from torchways.errors import CaptureError
+from torchways.graphs import serialize_graph
+from torchways.runtime.base import BufferSpec
+from torchways.runtime.xla import XlaRuntime
+
+NUM_DEVICES, NUM_EXECUTIONS = int(sys.argv[1]), int(sys.argv[2])
+SPLIT = "S(0)" if NUM_DEVICES > 1 else "R"
+
+
+def spec(dtype, *shape, placement="R"):
+    return BufferSpec(dtype=dtype, shape=shape, placements=(placement,))
+
+
+def graph(function, *arguments):
+    return serialize_graph(make_fx(function, tracing_mode="fake")(*arguments))
+
+
+def check_values(runtime):
+    """Constants, unused inputs, inputs passed through, repeated outputs, and reductions over what is split."""
+
+    def function(p, x, unused, same):
+        doubled = x * 2
+        return p + x.sum(), doubled, same, torch.arange(4), doubled, x.argmax()
+
+    x, p = torch.randn(8, 6), torch.tensor(1.0)
+    data = graph(function, p, x, torch.empty(3), torch.empty(2))
+    inputs = [spec("float32"), spec("float32", 8, 6, placement=SPLIT), spec("float32", 3), spec("float32", 2)]
+    split = spec("float32", 8, 6, placement=SPLIT)
+    outputs = [spec("float32"), split, spec("float32", 2), spec("int64", 4), split, spec("int64")]
+    executable = runtime.compile(data, inputs, outputs, [])
+    same = torch.tensor([5.0, 6.0])
+    values = [runtime.put(v, s.placements) for v, s in zip((p, x, torch.zeros(3), same), inputs, strict=True)]
+    results = [runtime.to_host(buffer) for buffer in runtime.execute(executable, values)]
+    for result, expected in zip(results, function(p, x, None, same), strict=True):
+        torch.testing.assert_close(result, expected)
+    assert runtime.compile(data, inputs, outputs, []) is executable
+
+
+def check_copies(runtime):
+    for dtype in (torch.float64, torch.int32, torch.bool, torch.bfloat16, torch.int64, torch.uint8):
+        value = torch.tensor([[0, 1], [2, 3]]).to(dtype)
+        for host in (value, value[0, 1], value[:0]):
+            back = runtime.to_host(runtime.put(host, ("R",)))
+            assert back.dtype == dtype
+            assert torch.equal(back, host)
+    split = torch.randn(8, 3)
+    assert torch.equal(runtime.to_host(runtime.put(split, (SPLIT,))), split)
+
+
+def check_soak_and_donation(runtime):
+    """A chain with a collective in each link, all in flight; the donated state is always in the same memory."""
+    size = 1_000_000
+    data = graph(lambda p, x: (p + x.mean(),), torch.empty(size), torch.empty(8, 1000))
+    inputs = [spec("float32", size), spec("float32", 8, 1000, placement=SPLIT)]
+    executable = runtime.compile(data, inputs, inputs[:1], [0])
+    state, x = runtime.fill(inputs[0], 0.0), runtime.put(torch.ones(8, 1000), (SPLIT,))
+    resident = []
+    for number in range(NUM_EXECUTIONS):
+        [state] = runtime.execute(executable, [state, x])
+        if number in (NUM_EXECUTIONS // 10, NUM_EXECUTIONS - 1):
+            resident.append(psutil.Process().memory_info().rss)
+    assert runtime.to_host(state)[0] == NUM_EXECUTIONS
+    assert resident[1] < 1.05 * resident[0] + 16 * 4 * size, resident
+
+
+def check_operators(runtime):
+    names = set(runtime.lowered_ops())
+    assert {"aten::add.Tensor", "aten::mm", "aten::native_layer_norm"} <= names
+    assert names.isdisjoint({"aten::native_layer_norm_backward", "aten::_linalg_det"})
+    assert runtime.fallback_counters() == {}
+    data = graph(lambda x: (torch.linalg.det(x),), torch.eye(4))
+    with pytest.raises(CaptureError, match="would run on the host"):
+        runtime.compile(data, [spec("float32", 4, 4)], [spec("float32")], [])
+
+
+def main():
+    runtime = XlaRuntime((NUM_DEVICES,), ("dp",))
+    check_values(runtime)
+    check_copies(runtime)
+    check_soak_and_donation(runtime)
+    check_operators(runtime)
+    print("all right")
+
+
+main()
