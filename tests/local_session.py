@@ -87,6 +87,9 @@ class LocalSession:
         self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
         return program_id
 
+    def forget_program(self, program_id, islands):
+        del self.programs[program_id]
+
     def run_program(self, program_id, name, first_buffer_id, arguments):
         self.num_runs += 1
         parts, slice_ids, graphs = self.programs[program_id]

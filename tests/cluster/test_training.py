@@ -2,6 +2,7 @@
 
 import asyncio
 import copy
+import gc
 from datetime import timedelta
 from pathlib import Path
 
@@ -143,6 +144,15 @@ def test_a_timed_out_read_does_not_consume_the_future(cluster, meshes):
     with pytest.raises(DeadlineExceeded):
         y.cpu(timeout=timedelta(seconds=0.001))
     assert y.shape == y.cpu().shape
+
+
+def test_functions_that_nobody_keeps_are_forgotten(cluster, meshes):
+    sent = [counts.get("forget_program", 0) for counts in api._current().num_messages().values()]
+    results = [tw.function(lambda x, n=n: x * n, mesh=meshes[0])(torch.ones(2)) for n in range(5)]
+    gc.collect()
+    assert [result.tolist() for result in results] == [[n, n] for n in range(5)]
+    after = [counts.get("forget_program", 0) for counts in api._current().num_messages().values()]
+    assert sum(after) - sum(sent) >= 5
 
 
 def test_long_chains_of_calls_release_what_they_used_in_order(cluster, meshes):

@@ -34,7 +34,7 @@ from torchways.rpc.programs import Binding, InlineValue
 
 logger = logging.getLogger(__name__)
 
-#: Variants kept for one function; the least recently used goes first.
+#: Argument signatures kept for one function; the oldest goes first.
 _MAX_VARIANTS = 32
 
 
@@ -80,6 +80,9 @@ class Variant:
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
     guards: list[Callable[[], bool]]
+
+    def __del__(self) -> None:
+        self.session.forget_program(self.program_id, sorted({mesh.island for mesh in self.meshes}))
 
     def holds(self, session: Session) -> bool:
         """Whether the trace is valid for Python's state now."""

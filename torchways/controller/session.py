@@ -347,6 +347,16 @@ class Session:
             self.loop.call(self._schedulers[island].send, register_message(program_id, name, island_parts, peers))
         return program_id
 
+    def forget_program(self, program_id: ProgramId, islands: Sequence[IslandId]) -> None:
+        """Lets executors free a program once its last run is over. Called by the garbage collector: no waiting."""
+        if self.closed or self.broken is not None:
+            return
+        try:
+            for island in islands:
+                self.loop.call(self._schedulers[island].forget, program_id)
+        except RuntimeError:  # the loop is closed: the interpreter is shutting down
+            pass
+
     def run_program(
         self,
         program_id: ProgramId,

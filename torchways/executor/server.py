@@ -29,7 +29,7 @@ import torch
 from torchways.errors import CaptureError, Failure, failure_from
 from torchways.executor import state as core
 from torchways.executor.transfer import DataPlane, Outgoing
-from torchways.ids import BufferId, ClientId, ProgramId, RunId
+from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -86,6 +86,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.core = core.ExecutorState(executor_id)
         self.data_plane = DataPlane(executor_id, host, self._on_arrived, self._on_lost)
         self._programs: dict[ProgramId, _Program] = {}
+        #: Programs that were dropped but still have runs in flight.
+        self._dropped: set[ProgramId] = set()
         self._devices = _Worker("pjrt")
         self._copies = _Worker("copy to host")
         self._events: asyncio.Queue[pb.ExecutorEvent] | None = None
@@ -126,6 +128,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                     self._devices.submit(lambda command=command: self._compile(command.program_id))  # type: ignore[misc]
                 case core.ReportEnded():
                     self._report(pb.ExecutorEvent(run_ended=pb.RunEnded(run_id=command.run_id)), command.failure)
+                    if self._dropped:
+                        self._forget_dropped()
                 case core.ReportLoaded():
                     loaded = pb.ProgramLoaded(program_id=command.program_id)
                     self._report(pb.ExecutorEvent(program_loaded=loaded), command.failure)
@@ -146,7 +150,9 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
     # ---- on the device thread
 
     def _compile(self, program_id: ProgramId) -> None:
-        program = self._programs[program_id]
+        program = self._programs.get(program_id)
+        if program is None:  # dropped before any run
+            return
         name = program.message.name
         failure = None
         started = time.time_ns()
@@ -284,9 +290,20 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                     ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
                     self.handle(core.BuffersDropped(buffer_ids=ids))
                 case "drop_program":
+                    self._dropped.add(ProgramId(command.drop_program.program_id))
                     self.handle(core.ProgramDropped(program_id=ProgramId(command.drop_program.program_id)))
+                    self._forget_dropped()
                 case "drop_client":
-                    self.handle(core.ClientDropped(client_id=ClientId(command.drop_client.client_id)))
+                    client_id = ClientId(command.drop_client.client_id)
+                    self._dropped.update(key for key in self._programs if owner(key) == client_id)
+                    self.handle(core.ClientDropped(client_id=client_id))
+                    self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        """Frees what was compiled for dropped programs once their last run is over."""
+        for program_id in [key for key in self._dropped if not self.core.is_needed(key)]:
+            self._dropped.discard(program_id)
+            self._programs.pop(program_id, None)
 
     def _enqueue(self, message: pb.Enqueue) -> None:
         self.handle(

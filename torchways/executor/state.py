@@ -407,6 +407,10 @@ class ExecutorState:
         commands, self._commands = self._commands, []
         return commands
 
+    def is_needed(self, program_id: ProgramId) -> bool:
+        """Whether runs of a program are in flight, or may come."""
+        return program_id in self.programs or any(run.program.program_id == program_id for run in self.runs.values())
+
     def waiting_for(self) -> list[str]:
         """Returns, for people, what each run in flight waits for."""
         lines = []
@@ -639,9 +643,9 @@ class ExecutorState:
     # ---- programs, transfers, fetches, drops
 
     def _program_compiled(self, event: ProgramCompiled) -> None:
-        if event.program_id not in self.programs:
-            return  # dropped meanwhile
-        self._compiled[event.program_id] = event.failure
+        # A program that was dropped meanwhile may still have runs that wait for this.
+        if event.program_id in self.programs or event.failure is not None:
+            self._compiled[event.program_id] = event.failure
         self._ready.extend(self._uncompiled.pop(event.program_id, []))
         self._commands.append(ReportLoaded(program_id=event.program_id, failure=event.failure))
 

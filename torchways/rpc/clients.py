@@ -226,6 +226,10 @@ class SchedulerClient:
         """Frees buffers once everything sent before has read them."""
         self.send(pb.ClientMessage(release_buffers=pb.ReleaseBuffers(slice_id=slice_id, buffer_ids=buffer_ids)))
 
+    def forget(self, program_id: ProgramId) -> None:
+        """Says that no run of a program will follow."""
+        self.send(pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id)))
+
     async def _outgoing(self) -> AsyncIterator[pb.ClientMessage]:
         while (message := await self._queue.get()) is not None:
             yield message

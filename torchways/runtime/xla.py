@@ -39,6 +39,9 @@ _XLAC = torch_xla._XLAC
 #: Executions that may be unfinished at a time. More gain nothing on one device queue and grow XLA's thread demand.
 _MAX_IN_FLIGHT = 64
 
+#: Compiled graphs that are remembered to be shared by equal functions; torch-xla's own cache holds 2,048.
+_MAX_SHARED = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class _Executable:
@@ -104,6 +107,8 @@ class XlaRuntime:
         """Compiles a serialized graph, without running it; see `Runtime.compile`."""
         key = (graph, tuple(inputs), tuple(outputs), tuple(donated))
         if key not in self._compiled:
+            if len(self._compiled) >= _MAX_SHARED:
+                del self._compiled[next(iter(self._compiled))]
             self._compiled[key] = self._compile(graph, inputs, outputs, donated)
         return self._compiled[key]
 

@@ -124,7 +124,7 @@ class World:
         self.post(f"device {name}", name, core.ComputationFinished(step=command.step))
 
 
-def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=()):
+def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False):
     """Runs the step `num_runs` times with state carried on, in an order that hypothesis draws."""
     world = World(draw)
     world.fail_at = fail_at
@@ -146,14 +146,17 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=()):
         world.post(None, "a", core.FetchRequested(fetch_id=number, buffer_id=BufferId(first + 1)))
         w, v = BufferId(first), BufferId(first + 2)
     world.post(None, "a", core.FetchRequested(fetch_id=1000, buffer_id=w))
+    if drop_program:  # in the stream's order: behind the last run, maybe before the compilation ends
+        for name in "ab":
+            world.post(f"scheduler of {name}", name, core.ProgramDropped(program_id=ProgramId(BASE + 1)))
     world.run()
     return world
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data(), st.integers(1, 4))
-def test_any_order_of_events_gives_the_same_values(data, num_runs):
-    world = drive(data.draw, num_runs)
+@given(st.data(), st.integers(1, 4), st.booleans())
+def test_any_order_of_events_gives_the_same_values(data, num_runs, drop_program):
+    world = drive(data.draw, num_runs, drop_program=drop_program)
     w, v = 1, 1
     for number in range(num_runs):
         y = w + number
@@ -167,6 +170,7 @@ def test_any_order_of_events_gives_the_same_values(data, num_runs):
         ]
         assert all(failure is None for _, failure in world.ended[name])
         assert world.states[name].runs == {}
+        assert world.states[name].is_needed(ProgramId(BASE + 1)) is not drop_program
         # Donated state is gone: what is named is what the last run left, and the y's that were not dropped.
         assert len(world.states[name].named) == (num_runs + 1 if name == "a" else 1)
 
