@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 import queue
+import socket
 import struct
 import threading
 from collections.abc import Callable
@@ -98,15 +99,17 @@ class _Link:
         self._rank = 0 if plane.executor_id < peer else 1
         self._group: Any = None
         self._broken: str | None = None
+        #: The link is up, or broken.
+        self._settled = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name=f"send to {peer}", daemon=True).start()
 
     def _run(self) -> None:
-        try:
-            self._group = self._open()
-            threading.Thread(target=self._receive_all, name=f"receive from {self.peer}", daemon=True).start()
-        except Exception as error:
-            self._lose(f"no link could be opened: {error}")
+        threading.Thread(target=self._try_open, name=f"connect to {self.peer}", daemon=True).start()
+        # Neither the store nor gloo notices a peer that dies before the link is up: they retry until their timeout.
+        while not self._settled.wait(timeout=1.0):
+            if not _listens(self.address):
+                self._lose("it is gone")
         header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
         while True:
             outgoing = self.outgoing.get()
@@ -120,12 +123,21 @@ class _Link:
                 failure = Failure(kind="ExecutorLost", message=f"executor {self.peer} is lost ({self._broken})")
             outgoing.on_sent(failure)
 
+    def _try_open(self) -> None:
+        try:
+            self._group = self._open()
+        except Exception as error:
+            self._lose(f"no link could be opened: {str(error).splitlines()[0]}")
+            return
+        threading.Thread(target=self._receive_all, name=f"receive from {self.peer}", daemon=True).start()
+        self._settled.set()
+
     def _open(self) -> Any:
         names = sorted((self.plane.executor_id, self.peer))
         store = PrefixStore(f"link/{names[0]}/{names[1]}", self.plane.store_for(self.peer, self.address))
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=self.plane.host)]
-        options._timeout = _RECEIVE_TIMEOUT
+        options._timeout = _CONNECT_TIMEOUT
         return ProcessGroupGloo(store, self._rank, 2, options)
 
     def _send(self, outgoing: Outgoing, header: torch.Tensor) -> None:
@@ -141,23 +153,23 @@ class _Link:
         if inside and size:
             header[len(fields) : len(fields) + size] = payload
         other = 1 - self._rank
-        self._group.send([header], other, _HEADER_TAG).wait()
+        self._group.send([header], other, _HEADER_TAG).wait(_RECEIVE_TIMEOUT)
         if not inside:
-            self._group.send([payload], other, _PAYLOAD_TAG).wait()
+            self._group.send([payload], other, _PAYLOAD_TAG).wait(_RECEIVE_TIMEOUT)
 
     def _receive_all(self) -> None:
         header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
         other = 1 - self._rank
         try:
             while True:
-                self._group.recv([header], other, _HEADER_TAG).wait()
+                self._group.recv([header], other, _HEADER_TAG).wait(_RECEIVE_TIMEOUT)
                 raw = header.numpy().tobytes()
                 kind, run_id, edge_id, size = _FIELDS.unpack_from(raw)
                 payload = torch.empty(size, dtype=torch.uint8)
                 if size <= _HEADER_BYTES - _FIELDS.size:
                     payload.copy_(header[_FIELDS.size : _FIELDS.size + size])
                 else:
-                    self._group.recv([payload], other, _PAYLOAD_TAG).wait()
+                    self._group.recv([payload], other, _PAYLOAD_TAG).wait(_RECEIVE_TIMEOUT)
                 if kind == _FAILURE:
                     failure = Failure(**json.loads(payload.numpy().tobytes()))
                     self.plane.on_arrived(RunId(run_id), edge_id, None, failure)
@@ -171,8 +183,19 @@ class _Link:
             if self._broken is not None:
                 return
             self._broken = reason
+        self._settled.set()
         logger.warning("link to executor %s: %s", self.peer, reason)
         self.plane.on_lost(self.peer, reason)
+
+
+def _listens(address: str) -> bool:
+    """Whether something accepts connections there: an executor's store does from before it is announced."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except OSError:
+        return False
+    return True
 
 
 def _bytes_tensor(data: bytes) -> torch.Tensor:
