@@ -1,7 +1,7 @@
 """The executor process: carries out what the core (state.py) commands, on the devices of one slice.
 
-One asyncio loop alone touches the core. One thread owns the PJRT client (compile, place, enqueue), one copies values
-to the host once they are computed, and each link of the data plane has its own; all report back to the loop.
+One asyncio loop alone touches the core. One thread owns the PJRT client (compile, place, enqueue, copy to the host what
+is computed), and each link of the data plane has its own; all report back to the loop.
 """
 
 from __future__ import annotations
@@ -89,7 +89,6 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         #: Programs that were dropped but still have runs in flight.
         self._dropped: set[ProgramId] = set()
         self._devices = _Worker("pjrt")
-        self._copies = _Worker("copy to host")
         self._events: asyncio.Queue[pb.ExecutorEvent] | None = None
         self._unsent: list[pb.ExecutorEvent] = []
         self._fetches: dict[int, asyncio.Future[core.Cell]] = {}
@@ -236,14 +235,24 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         outgoing = Outgoing(
             run_id=run_id,
             edge_id=command.edge_id,
-            read=None if command.failure is not None else lambda: self.runtime.to_host(buffer),
+            read=None if command.failure is not None else lambda: host[0],
             failure=command.failure,
             on_sent=sent,
         )
+        host: list[torch.Tensor] = []
+
+        def copy_and_send() -> None:
+            host.append(self.runtime.to_host(buffer))
+            self.data_plane.send(command.peer, outgoing)
+
         if command.failure is not None:
             self.data_plane.send(command.peer, outgoing)
-        else:  # queued when computed, so that what is ready first goes first
-            self.runtime.on_ready([buffer], lambda: self.data_plane.send(command.peer, outgoing))
+        else:  # copied when computed, so that what is ready first goes first
+            self._when_computed(buffer, copy_and_send)
+
+    def _when_computed(self, buffer: Any, work: Callable[[], None]) -> None:
+        """Runs `work` on the device thread once a buffer is computed."""
+        self._devices.submit(lambda: self.runtime.on_ready([buffer], lambda: self._devices.submit(work)))
 
     def _on_arrived(self, run_id: RunId, edge_id: int, data: torch.Tensor | None, failure: Failure | None) -> None:
         now = time.time_ns()
@@ -416,7 +425,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             except Exception as error:
                 self.loop.call_soon_threadsafe(_set_if_waiting, future, None, error)
 
-        self.runtime.on_ready([buffer], lambda: self._copies.submit(copy))
+        self._when_computed(buffer, copy)
         return await future
 
     async def _is_computed(self, buffer_id: BufferId) -> bool:
@@ -430,7 +439,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         def ready() -> None:
             self.loop.call_soon_threadsafe(event.set)
 
-        self.runtime.on_ready([cell.buffer], ready)
+        self._when_computed(cell.buffer, ready)
         try:
             await asyncio.wait_for(event.wait(), 0.02)
         except TimeoutError:

@@ -29,7 +29,7 @@ class BufferSpec:
 
 
 class Runtime(Protocol):
-    """Devices of one slice on one host. One thread calls all methods but `wait_ready` and `to_host`."""
+    """Devices of one slice on one host. One thread calls all methods."""
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> Any:
         """Copies a CPU tensor to the devices; returns the buffer."""

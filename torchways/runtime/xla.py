@@ -184,7 +184,7 @@ class XlaRuntime:
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
         )
         done = threading.Event()
-        _XLAC._on_ready_callback(results[0], done.set)
+        self.on_ready(results, done.set)
         self._in_flight.append(done)
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs]
 
@@ -198,12 +198,16 @@ class XlaRuntime:
     def on_ready(self, buffers: Sequence[torch.Tensor], callback: Callable[[], None]) -> None:
         """Calls back, on a thread of XLA's, when the first buffer (and so its whole computation) is computed."""
         if buffers:
+            # `_on_ready_callback` waits for launches under way while it holds the GIL; a launch may wait for an
+            # earlier computation, whose callback waits for the GIL. So wait first, without the GIL.
+            xm.wait_device_ops()
             _XLAC._on_ready_callback(buffers[0], callback)  # no public call tells of completion without waiting
         else:
             callback()
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:
         """Waits for a buffer and returns it as a CPU tensor."""
+        xm.wait_device_ops()  # see on_ready
         if self._num_devices == 1 and xr.device_type() == "CPU" and buffer.numel():
             # A zero-copy view of the device's memory (`.cpu()` runs at 0.3 GB/s), copied once it is computed: the
             # buffer may be donated next.
