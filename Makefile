@@ -23,7 +23,7 @@ check: $(STAMP)
 
 # Rewrites torchways/rpc/*_pb2* from the .proto file.
 proto: $(STAMP)
-	$(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. torchways/rpc/torchways.proto
+	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --grpc_python_out=. --mypy_out=. torchways/rpc/torchways.proto
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -1,24 +1,18 @@
-"""The executor process: carries out what the core (state.py) commands, on the devices of one slice.
+"""The executor process: gRPC in front of its engine (engine.py).
 
-One asyncio loop alone touches the core. One thread owns the PJRT client (compile, place, enqueue, copy to the host what
-is computed), and each link of the data plane has its own; all report back to the loop.
+The asyncio loop only turns messages into events and values into messages.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import collections
 import json
 import logging
 import os
-import queue
 import signal
 import socket
-import threading
-import time
-import traceback
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -26,253 +20,47 @@ import grpc.aio
 import psutil
 import torch
 
-from torchways.errors import CaptureError, Failure, failure_from
+from torchways.errors import Failure
 from torchways.executor import state as core
-from torchways.executor.transfer import DataPlane, Outgoing
-from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
+from torchways.executor.engine import Engine, device_bytes, spec_of
+from torchways.ids import BufferId, ClientId, ProgramId, RunId
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.runtime.base import BufferSpec, Runtime
+from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
 #: A fetch may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
 _UNKNOWN_BUFFER_SECONDS = 60.0
-_MAX_SPANS = 50_000
-
-
-class _Worker:
-    """A thread that runs what it is given, in order."""
-
-    def __init__(self, name: str) -> None:
-        self._queue: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._run, name=name, daemon=True).start()
-
-    def submit(self, work: Callable[[], None]) -> None:
-        """Runs `work` after all that was submitted before."""
-        self._queue.put(work)
-
-    def _run(self) -> None:
-        while True:
-            work = self._queue.get()
-            try:
-                work()
-            except Exception:
-                logger.exception("a task of the executor failed")
-
-
-class _Program:
-    """What the server keeps of a loaded program beside the core's view."""
-
-    def __init__(self, message: pb.LoadProgram) -> None:
-        self.message = message
-        self.loaded = _loaded(message)
-        self.slots = [_spec(slot) for slot in message.program.slots]
-        #: By position of the instruction: two calls of one function may donate differently.
-        self.executables: dict[int, Any] = {}
 
 
 class ExecutorServer(pb_grpc.ExecutorServicer):
     """See the module's docstring."""
 
-    def __init__(self, executor_id: str, runtime: Runtime, num_devices: int, host: str) -> None:
-        self.executor_id = executor_id
-        self.runtime = runtime
-        self.num_devices = num_devices
+    def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        self.core = core.ExecutorState(executor_id)
-        self.data_plane = DataPlane(executor_id, host, self._on_arrived, self._on_lost)
-        self._programs: dict[ProgramId, _Program] = {}
-        #: Programs that were dropped but still have runs in flight.
-        self._dropped: set[ProgramId] = set()
-        self._devices = _Worker("pjrt")
-        self._events: asyncio.Queue[pb.ExecutorEvent] | None = None
-        self._unsent: list[pb.ExecutorEvent] = []
-        self._fetches: dict[int, asyncio.Future[core.Cell]] = {}
-        self._next_fetch = 0
+        self.engine: Engine
+        self._events: asyncio.Queue[pb.ExecutorEvent] = asyncio.Queue()
         self._num_messages = 0
-        self._spans: collections.deque[pb.Span] = collections.deque(maxlen=_MAX_SPANS)
-        self._device_free_ns = 0
+        self._num_batches = 0
 
-    # ---- the core
+    def report(self, events: list[pb.ExecutorEvent]) -> None:
+        """Queues events for the scheduler; on the engine's thread."""
+        self.loop.call_soon_threadsafe(self._queue_events, events)
 
-    def handle(self, event: core.Event) -> None:
-        """Gives the core an event and carries out its commands. On the loop."""
-        try:
-            self._carry_out(self.core.handle(event))
-        except Exception:
-            # Our bug. To go on would leave somebody waiting for ever: a lost executor is an error that users see.
-            logger.exception("the executor's core failed on %s; ending", type(event).__name__)
-            os._exit(70)
-
-    def _carry_out(self, commands: list[core.Command]) -> None:
-        for command in commands:
-            match command:
-                case core.Execute():
-                    self._devices.submit(lambda command=command: self._execute(command))  # type: ignore[misc]
-                case core.Place():
-                    self._devices.submit(lambda command=command: self._place(command))  # type: ignore[misc]
-                case core.Send():
-                    self._send(command)
-                case core.Deliver():
-                    future = self._fetches.pop(command.fetch_id, None)
-                    if future is not None and not future.done():
-                        future.set_result(command.cell)
-                    else:
-                        self.post(core.FetchEnded(fetch_id=command.fetch_id, cell=command.cell))
-                case core.Compile():
-                    self._devices.submit(lambda command=command: self._compile(command.program_id))  # type: ignore[misc]
-                case core.ReportEnded():
-                    self._report(pb.ExecutorEvent(run_ended=pb.RunEnded(run_id=command.run_id)), command.failure)
-                    if self._dropped:
-                        self._forget_dropped()
-                case core.ReportLoaded():
-                    loaded = pb.ProgramLoaded(program_id=command.program_id)
-                    self._report(pb.ExecutorEvent(program_loaded=loaded), command.failure)
-
-    def post(self, event: core.Event) -> None:
-        """Gives the core an event, from any thread."""
-        self.loop.call_soon_threadsafe(self.handle, event)
-
-    def _report(self, event: pb.ExecutorEvent, failure: Failure | None) -> None:
-        if failure is not None:
-            part = event.run_ended if event.HasField("run_ended") else event.program_loaded
-            part.failure.CopyFrom(convert.failure_to_proto(failure))
-        if self._events is None:
-            self._unsent.append(event)
-        else:
+    def _queue_events(self, events: list[pb.ExecutorEvent]) -> None:
+        for event in events:
             self._events.put_nowait(event)
-
-    # ---- on the device thread
-
-    def _compile(self, program_id: ProgramId) -> None:
-        program = self._programs.get(program_id)
-        if program is None:  # dropped before any run
-            return
-        name = program.message.name
-        failure = None
-        started = time.time_ns()
-        try:
-            for position, step in enumerate(program.loaded.instructions):
-                if isinstance(step, core.ComputeInstruction) and failure is None:
-                    failure = self._compile_step(program, position, step)
-        except Exception as error:
-            failure = self._failure("RemoteError", f"{name} could not be compiled: {error}", error)
-        self._note(f"compile {name}", "host", started, time.time_ns(), 0)
-        logger.info("compiled %s in %.2f s", name, (time.time_ns() - started) / 1e9)
-        self.post(core.ProgramCompiled(program_id=program_id, failure=failure))
-
-    def _compile_step(self, program: _Program, position: int, step: core.ComputeInstruction) -> Failure | None:
-        function = program.message.program.functions[step.function_index]
-        try:
-            executable = self.runtime.compile(
-                function.graph,
-                [program.slots[slot] for slot in step.inputs],
-                [program.slots[slot] for slot in step.outputs],
-                step.donated,
-            )
-        except CaptureError as error:
-            return failure_from(error, process=f"executor {self.executor_id}")
-        except Exception as error:
-            message = f"compiled function {function.name} could not be compiled: {error}"
-            return self._failure("RemoteError", message, error, function.name, function.source)
-        program.executables[position] = executable
-        return None
-
-    def _execute(self, command: core.Execute) -> None:
-        program = self._programs[command.program_id]
-        function = program.message.program.functions[command.function_index]
-        run_id = command.step.run.run_id
-        issued = time.time_ns()
-        try:
-            outputs = self.runtime.execute(program.executables[command.step.position], command.inputs)
-        except Exception as error:
-            message = f"compiled function {function.name} failed: {error}"
-            failure = self._failure("RemoteError", message, error, function.name, function.source, run_id)
-            self.post(core.ComputationEnqueued(step=command.step, outputs=(), failure=failure))
-            return
-        self.post(core.ComputationEnqueued(step=command.step, outputs=outputs))
-
-        def finished() -> None:
-            ended = time.time_ns()
-            started = max(issued, self._device_free_ns)
-            self._device_free_ns = ended
-            for device in range(self.num_devices):
-                self._note(function.name, f"device {device}", started, ended, run_id)
-            self.post(core.ComputationFinished(step=command.step))
-
-        self.runtime.on_ready(outputs, finished)
-
-    def _place(self, command: core.Place) -> None:
-        spec = self._programs[command.program_id].slots[command.slot]
-        try:
-            buffer = self._to_device(command.data, spec)
-            self.post(core.CellFilled(cell=command.cell, buffer=buffer))
-        except Exception as error:
-            failure = self._failure("RemoteError", f"a value of shape {spec.shape} could not be placed: {error}", error)
-            self.post(core.CellFilled(cell=command.cell, buffer=None, failure=failure))
-
-    def _to_device(self, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
-        if isinstance(data, torch.Tensor):  # bytes from a peer
-            return self.runtime.put(_typed(data, spec), spec.placements)
-        if data.WhichOneof("content") == "fill":
-            return self.runtime.fill(spec, data.fill)
-        return self.runtime.put(_typed(_byte_tensor(data.data), spec), spec.placements)
-
-    # ---- transfers
-
-    def _send(self, command: core.Send) -> None:
-        buffer, run_id = command.buffer, command.run_id
-        started = time.time_ns()
-
-        def sent(failure: Failure | None) -> None:
-            self._note(f"send edge {command.edge_id} to {command.peer}", "transfer", started, time.time_ns(), run_id)
-            self.post(core.TransferSent(step=command.step, failure=failure))
-
-        outgoing = Outgoing(
-            run_id=run_id,
-            edge_id=command.edge_id,
-            read=None if command.failure is not None else lambda: host[0],
-            failure=command.failure,
-            on_sent=sent,
-        )
-        host: list[torch.Tensor] = []
-
-        def copy_and_send() -> None:
-            host.append(self.runtime.to_host(buffer))
-            self.data_plane.send(command.peer, outgoing)
-
-        if command.failure is not None:
-            self.data_plane.send(command.peer, outgoing)
-        else:  # copied when computed, so that what is ready first goes first
-            self._when_computed(buffer, copy_and_send)
-
-    def _when_computed(self, buffer: Any, work: Callable[[], None]) -> None:
-        """Runs `work` on the device thread once a buffer is computed."""
-        self._devices.submit(lambda: self.runtime.on_ready([buffer], lambda: self._devices.submit(work)))
-
-    def _on_arrived(self, run_id: RunId, edge_id: int, data: torch.Tensor | None, failure: Failure | None) -> None:
-        now = time.time_ns()
-        self._note(f"receive edge {edge_id}", "transfer", now, now, run_id)
-        self.post(core.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
-
-    def _on_lost(self, peer: str, reason: str) -> None:
-        failure = self._failure("ExecutorLost", f"executor {peer} is lost: {reason}")
-        self.post(core.PeerLost(peer=peer, failure=failure))
 
     # ---- service
 
     async def Control(
-        self, request_iterator: AsyncIterator[pb.ExecutorCommand], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ExecutorEvent]:
+        self, request_iterator: AsyncIterator[pb.ExecutorCommands], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ExecutorEvents]:
         """The scheduler's stream."""
-        self._events = asyncio.Queue()
-        for event in self._unsent:
-            self._events.put_nowait(event)
-        self._unsent.clear()
         reading = asyncio.create_task(self._read_commands(request_iterator), name="control")
         try:
             while True:
@@ -282,57 +70,30 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                     getting.cancel()
                     reading.result()
                     return
-                yield getting.result()
+                yield pb.ExecutorEvents(events=[getting.result(), *channel.drain(self._events)])
         finally:
             reading.cancel()
-            self._events = None
 
-    async def _read_commands(self, commands: AsyncIterator[pb.ExecutorCommand]) -> None:
-        async for command in commands:
-            self._num_messages += 1
-            match command.WhichOneof("command"):
-                case "enqueue":
-                    self._enqueue(command.enqueue)
-                case "load_program":
-                    self._load(command.load_program)
-                case "drop_buffers":
-                    ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
-                    self.handle(core.BuffersDropped(buffer_ids=ids))
-                case "drop_program":
-                    self._dropped.add(ProgramId(command.drop_program.program_id))
-                    self.handle(core.ProgramDropped(program_id=ProgramId(command.drop_program.program_id)))
-                    self._forget_dropped()
-                case "drop_client":
-                    client_id = ClientId(command.drop_client.client_id)
-                    self._dropped.update(key for key in self._programs if owner(key) == client_id)
-                    self.handle(core.ClientDropped(client_id=client_id))
-                    self._forget_dropped()
-
-    def _forget_dropped(self) -> None:
-        """Frees what was compiled for dropped programs once their last run is over."""
-        for program_id in [key for key in self._dropped if not self.core.is_needed(key)]:
-            self._dropped.discard(program_id)
-            self._programs.pop(program_id, None)
-
-    def _enqueue(self, message: pb.Enqueue) -> None:
-        self.handle(
-            core.RunEnqueued(
-                program_id=ProgramId(message.program_id),
-                run_id=RunId(message.run_id),
-                sequence=message.sequence,
-                first_buffer_id=BufferId(message.first_buffer_id),
-                arguments=[
-                    a.buffer_id if a.WhichOneof("source") == "buffer_id" else a.value for a in message.arguments
-                ],
-            )
-        )
-
-    def _load(self, message: pb.LoadProgram) -> None:
-        program = _Program(message)
-        self._programs[ProgramId(message.program_id)] = program
-        for peer in message.program.peers:
-            self.data_plane.connect(peer.executor_id, peer.data_address)
-        self.handle(core.ProgramArrived(program=program.loaded))
+    async def _read_commands(self, batches: AsyncIterator[pb.ExecutorCommands]) -> None:
+        engine = self.engine
+        async for batch in batches:
+            self._num_batches += 1
+            self._num_messages += len(batch.commands)
+            for command in batch.commands:
+                match command.WhichOneof("command"):
+                    case "enqueue":
+                        engine.post(_run_enqueued(command.enqueue))
+                    case "grant":
+                        engine.post(core.UnitGranted(run_id=RunId(command.grant.run_id), unit=command.grant.unit))
+                    case "load_program":
+                        engine.load(command.load_program)
+                    case "drop_buffers":
+                        ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
+                        engine.post(core.BuffersDropped(buffer_ids=ids))
+                    case "drop_program":
+                        engine.drop_program(ProgramId(command.drop_program.program_id))
+                    case "drop_client":
+                        engine.drop_client(ClientId(command.drop_client.client_id))
 
     async def PutBuffer(
         self, request_iterator: AsyncIterator[pb.PutChunk], context: grpc.aio.ServicerContext
@@ -351,22 +112,9 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         value = first.value
         if parts:
             value.data = b"".join([value.data, *parts])
-        spec, buffer_id = _spec(value.spec), BufferId(first.buffer_id)
-        done = self.loop.create_future()
-
-        def place() -> None:
-            failure, buffer = None, None
-            try:
-                buffer = self._to_device(value, spec)
-            except Exception as error:
-                failure = self._failure(
-                    "RemoteError", f"a value of shape {spec.shape} could not be placed: {error}", error
-                )
-            self.post(core.BufferPut(buffer_id=buffer_id, buffer=buffer, failure=failure))
-            self.loop.call_soon_threadsafe(done.set_result, None)
-
-        self._devices.submit(place)
-        await done
+        spec = spec_of(value.spec)
+        nbytes = device_bytes(spec, self.engine.axis_sizes)
+        self.engine.post(core.BufferPut(buffer_id=BufferId(first.buffer_id), data=value, spec=spec, nbytes=nbytes))
         return pb.PutResponse()
 
     async def FetchBuffer(
@@ -377,191 +125,127 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         if request.only_ready:
             yield pb.FetchChunk(ready=await self._is_computed(buffer_id))
             return
-        cell = await self._settled_cell(buffer_id)
-        if isinstance(cell, Failure):
-            yield pb.FetchChunk(failure=convert.failure_to_proto(cell))
+        value = await self._value(buffer_id)
+        if isinstance(value, Failure):
+            yield pb.FetchChunk(failure=convert.failure_to_proto(value))
             return
-        try:
-            if cell.failure is not None:
-                yield pb.FetchChunk(failure=convert.failure_to_proto(cell.failure))
-                return
-            host = await self._host_copy(cell.buffer)
-        finally:
-            self.handle(core.FetchEnded(fetch_id=-1, cell=cell))
-        dtype = str(host.dtype).removeprefix("torch.")
-        data = host.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        dtype = str(value.dtype).removeprefix("torch.")
+        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         yield pb.FetchChunk(
-            spec=pb.TensorSpec(dtype=dtype, shape=host.shape), ready=True, data=bytes(data[:_CHUNK_BYTES])
+            spec=pb.TensorSpec(dtype=dtype, shape=value.shape), ready=True, data=bytes(data[:_CHUNK_BYTES])
         )
         for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
             yield pb.FetchChunk(data=bytes(data[start : start + _CHUNK_BYTES]))
 
-    async def _settled_cell(self, buffer_id: BufferId) -> core.Cell | Failure:
-        """Waits until a buffer is filled or poisoned; the core counts a read until FetchEnded."""
-        self._next_fetch += 1
-        fetch_id = self._next_fetch
-        future: asyncio.Future[core.Cell] = self.loop.create_future()
-        self._fetches[fetch_id] = future
-        self.handle(core.FetchRequested(fetch_id=fetch_id, buffer_id=buffer_id))
-        try:
-            while True:
-                done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
-                if done:
-                    return future.result()
-                if not self.core.runs:
-                    message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
-                    return self._failure("DeadlineExceeded", message)
-                logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, self.core.waiting_for()[:4])
-        finally:
-            self._fetches.pop(fetch_id, None)
+    async def _value(self, buffer_id: BufferId) -> torch.Tensor | Failure:
+        """Waits until a buffer is computed or poisoned."""
+        future: asyncio.Future[torch.Tensor | Failure] = self.loop.create_future()
 
-    async def _host_copy(self, buffer: Any) -> torch.Tensor:
-        future: asyncio.Future[torch.Tensor] = self.loop.create_future()
+        def fetched(value: torch.Tensor | Failure) -> None:
+            # Cloned on the engine's thread: the buffer may be donated next.
+            value = value.clone() if isinstance(value, torch.Tensor) else value
+            self.loop.call_soon_threadsafe(_set_if_waiting, future, value)
 
-        def copy() -> None:
-            try:
-                host = self.runtime.to_host(buffer)
-                self.loop.call_soon_threadsafe(_set_if_waiting, future, host, None)
-            except Exception as error:
-                self.loop.call_soon_threadsafe(_set_if_waiting, future, None, error)
-
-        self._when_computed(buffer, copy)
-        return await future
+        self.engine.fetch(buffer_id, fetched)
+        while True:
+            done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
+            if done:
+                return future.result()
+            runs = self.engine.core.waiting_for()
+            if not runs:
+                message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
+                return self.engine.failure("DeadlineExceeded", message)
+            logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, runs[:4])
 
     async def _is_computed(self, buffer_id: BufferId) -> bool:
-        cell = self.core.named.get(buffer_id)
-        if cell is None or not cell.is_settled:
-            return False
-        if cell.failure is not None:
-            return True
-        event = asyncio.Event()
+        future: asyncio.Future[bool] = self.loop.create_future()
 
-        def ready() -> None:
-            self.loop.call_soon_threadsafe(event.set)
+        def computed() -> None:
+            self.loop.call_soon_threadsafe(_set_if_waiting, future, True)
 
-        self._when_computed(cell.buffer, ready)
-        try:
-            await asyncio.wait_for(event.wait(), 0.02)
-        except TimeoutError:
-            return False
-        return True
+        self.engine.ask_computed(buffer_id, computed)
+        done, _ = await asyncio.wait({future}, timeout=0.02)
+        return bool(done)
 
     async def GetStatus(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.ExecutorStatus:
         """Says how this executor does."""
-        buffers = [cell.buffer for cell in self.core.named.values() if cell.buffer is not None]
+        return await asyncio.wrap_future(self.engine.run(self._status))
+
+    def _status(self) -> pb.ExecutorStatus:
+        state = self.engine.core
+        buffers = [cell.buffer for cell in state.named.values() if cell.buffer is not None]
         return pb.ExecutorStatus(
-            executor_id=self.executor_id,
+            executor_id=self.engine.executor_id,
             rss_bytes=psutil.Process().memory_info().rss,
-            num_buffers=len(self.core.named),
+            num_buffers=len(state.named),
             buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
-            num_runs_in_flight=len(self.core.runs),
+            num_runs_in_flight=len(state.runs),
             num_messages=self._num_messages,
-            fallback_counters=self.runtime.fallback_counters(),
-            waiting_for=self.core.waiting_for(),
+            num_control_batches=self._num_batches,
+            fallback_counters=self.engine.runtime.fallback_counters(),
+            waiting_for=state.waiting_for(),
+            budget_bytes=state.budget_bytes,
+            used_bytes=state.used_bytes,
+            client_bytes={int(client): size for client, size in state.client_bytes().items()},
         )
 
     async def CollectTrace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext) -> pb.TraceResponse:
         """Returns the spans since a time."""
-        return pb.TraceResponse(spans=[span for span in list(self._spans) if span.end_ns >= request.since_ns])
-
-    # ---- helpers
-
-    def _note(self, name: str, track: str, start_ns: int, end_ns: int, run_id: int) -> None:
-        self._spans.append(pb.Span(name=name, track=track, start_ns=start_ns, end_ns=end_ns, run_id=run_id))
-
-    def _failure(
-        self,
-        kind: str,
-        message: str,
-        error: BaseException | None = None,
-        function: str = "",
-        source: str = "",
-        run_id: int = 0,
-    ) -> Failure:
-        lines = "".join(traceback.format_exception(error)) if error is not None else ""
-        return Failure(
-            kind=kind,
-            message=message,
-            function=function,
-            source=source,
-            traceback=lines,
-            run_id=run_id,
-            process=f"executor {self.executor_id}",
+        spans = [span for span in list(self.engine.spans) if span[3] >= request.since_ns]
+        return pb.TraceResponse(
+            spans=[
+                pb.Span(name=name, track=track, start_ns=start, end_ns=end, run_id=run_id)
+                for name, track, start, end, run_id in spans
+            ]
         )
 
 
-def _set_if_waiting(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if future.done():
-        return
-    if error is not None:
-        future.set_exception(error)
-    else:
+def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
         future.set_result(value)
 
 
-def _spec(message: pb.TensorSpec) -> BufferSpec:
-    return BufferSpec(dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements))
-
-
-def _byte_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
-    return data.view(spec.torch_dtype).reshape(spec.shape)
-
-
-def _loaded(message: pb.LoadProgram) -> core.LoadedProgram:
-    part = message.program
-    instructions: list[core.Instruction] = []
-    for item in part.instructions:
-        match item.WhichOneof("instruction"):
-            case "compute":
-                instructions.append(
-                    core.ComputeInstruction(
-                        function_index=item.compute.function_id,
-                        inputs=tuple(item.compute.inputs),
-                        outputs=tuple(item.compute.outputs),
-                        donated=tuple(item.compute.donated),
-                    )
-                )
-            case "send":
-                send = item.send
-                instructions.append(core.SendInstruction(slot=send.slot, edge_id=send.edge_id, peer=send.peer))
-            case "receive":
-                receive = item.receive
-                instructions.append(
-                    core.ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=receive.peer)
-                )
-            # "free" needs no instruction here: the core counts the reads that are left of each slot.
-    return core.LoadedProgram(
+def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
+    arguments = pb.Arguments.FromString(message.arguments)
+    bound: list[Any] = list(arguments.buffer_ids)
+    if arguments.values:
+        values = iter(arguments.values)
+        bound = [buffer_id or next(values) for buffer_id in bound]
+    return core.RunEnqueued(
         program_id=ProgramId(message.program_id),
-        name=message.name,
-        num_slots=len(part.slots),
-        num_args=part.num_args,
-        instructions=tuple(instructions),
-        results=tuple((result.slot, result.result_index) for result in part.results),
+        run_id=RunId(message.run_id),
+        sequence=message.sequence,
+        first_buffer_id=BufferId(message.first_buffer_id),
+        arguments=bound,
     )
 
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Runs the executor until it is told to end."""
-    from torchways.runtime.xla import XlaRuntime  # takes seconds: not before the arguments are known to be good
-
     shape = [int(size) for size in arguments.shape.split(",")]
-    runtime = XlaRuntime(shape, arguments.axis_names.split(","))
+    runtime = _runtime(arguments, shape)
     token = channel.cluster_token()
     server = channel.make_server(token)
-    executor = ExecutorServer(arguments.executor_id, runtime, torch.Size(shape).numel(), arguments.host)
+    executor = ExecutorServer()
+    executor.engine = Engine(
+        arguments.executor_id,
+        runtime,
+        shape,
+        arguments.host,
+        executor.report,
+        budget_bytes=arguments.budget_bytes,
+        memory_wait=arguments.memory_wait,
+        gang=arguments.gang,
+    )
     pb_grpc.add_ExecutorServicer_to_server(executor, server)
     address = await channel.start_server(server, arguments.host)
     ready = {
         "executor_id": arguments.executor_id,
         "address": address,
-        "data_address": executor.data_plane.address,
+        "data_address": executor.engine.data_plane.address,
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "num_devices": executor.num_devices,
+        "num_devices": torch.Size(shape).numel(),
         "lowered_ops": runtime.lowered_ops(),
         "platform": arguments.platform,
     }
@@ -569,6 +253,13 @@ async def serve(arguments: argparse.Namespace) -> None:
         pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for the scheduler", address)
     await server.wait_for_termination()
+
+
+def _runtime(arguments: argparse.Namespace, shape: list[int]) -> Runtime:
+    # The import takes seconds: not before the arguments are known to be good.
+    from torchways.runtime.xla import XlaRuntime
+
+    return XlaRuntime(shape, arguments.axis_names.split(","))
 
 
 def main() -> None:
@@ -581,6 +272,9 @@ def main() -> None:
     parser.add_argument("--axis-names", required=True)
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--budget-bytes", type=int, default=0)
+    parser.add_argument("--memory-wait", type=float, default=60.0)
+    parser.add_argument("--gang", choices=["", "leader", "member"], default="")
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process(f"executor {arguments.executor_id}")

@@ -1,11 +1,13 @@
-"""The executor's core: which instruction can run, what it waits for, and what a failure poisons.
+"""The executor's core: which unit can be issued, what it waits for, and what a failure poisons.
 
-Pure: events go in, commands come out; no clock, no socket, no device. Device buffers are opaque objects here: a buffer
-is freed when nothing refers to its cell any more.
+Pure: events go in, commands come out; no clock, no socket, no device. Device buffers are opaque objects here: the
+shell puts them into cells, and a buffer is freed when nothing refers to its cell any more.
 
-A run is a set of instructions over cells. An instruction is issued when all cells that it reads are filled; those
-that become ready together are issued in (sequence, position) order. A computation counts as filling its outputs once
-it is *enqueued* on the device: what reads them can be enqueued behind it, long before it ends.
+A run is a set of units (plan.py) over cells. A unit is issued when all cells that it reads are *scheduled*: filled, or
+to be filled by a command that was given before. The shell carries commands out in their order on one thread, so what
+reads a computation's output is enqueued right behind it, long before it ends. Units that become ready together are
+issued in (sequence, position) order. A gang (an executor of several that compute together) issues computations only as
+the island's scheduler grants them, in the order of grants. A computation that finds the memory budget spent waits.
 """
 
 from __future__ import annotations
@@ -16,117 +18,104 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
 from torchways.errors import Failure
+from torchways.executor.plan import (
+    AllReduceInstruction,
+    ComputeInstruction,
+    LoadedProgram,
+    ReceiveInstruction,
+    SendInstruction,
+    Unit,
+)
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
 
 
-# ---- programs
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputeInstruction:
-    """Run a compiled function: slots in, slots out; `donated` are positions in `inputs`."""
-
-    function_index: int
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    donated: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendInstruction:
-    """Send a slot to a peer."""
-
-    slot: int
-    edge_id: int
-    peer: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiveInstruction:
-    """Fill a slot with what a peer sends."""
-
-    slot: int
-    edge_id: int
-    peer: str
-
-
-Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstruction
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadedProgram:
-    """A program's part on this executor's slice.
-
-    Attributes:
-        program_id, name: the program's.
-        num_slots: values that it sees; the first `num_args` are bound by each run.
-        instructions: in program order.
-        results: (slot, result number) pairs.
-        function_names, function_sources: for failures.
-    """
-
-    program_id: ProgramId
-    name: str
-    num_slots: int
-    num_args: int
-    instructions: tuple[Instruction, ...]
-    results: tuple[tuple[int, int], ...]
-    function_names: tuple[str, ...] = ()
-    function_sources: tuple[str, ...] = ()
-
-
 @dataclass(eq=False, slots=True)
 class Cell:
-    """One logical buffer: empty, filled or poisoned.
+    """One logical buffer: empty, scheduled (a command that was given fills it), filled or poisoned.
 
     Attributes:
-        buffer: the device buffer, once filled.
-        failure: why it will never be filled.
-        reads: registered reads that are not over; a donation waits until its own is the last.
-        waiters: instructions to look at again when something changes.
+        nbytes: its size, bytes a device.
+        scheduled: what reads it may be issued.
+        buffer: the device buffer; the shell's to set.
+        failure: why there is none; the shell's to set, or the core's.
+        readers: units that will read it and host copies under way; a donation waits until its own is the last.
+        holders: names, runs and copies that keep its memory.
+        is_charged: its bytes count as used.
+        waiters: tasks to look at again when something changes.
         fetches: reads of the controller that wait for it.
     """
 
+    nbytes: int = 0
+    scheduled: bool = False
     buffer: Any = None
     failure: Failure | None = None
-    reads: int = 0
-    waiters: list[_Step] = field(default_factory=list)
+    readers: int = 0
+    holders: int = 0
+    is_charged: bool = False
+    waiters: list[Task | _Placing] = field(default_factory=list)
     fetches: list[int] = field(default_factory=list)
-
-    @property
-    def is_settled(self) -> bool:
-        """Filled or poisoned."""
-        return self.buffer is not None or self.failure is not None
 
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """One run of a program's part."""
+    """One run of a program's part. `reads_left` counts, for each slot, the units that have not finished reading it."""
 
     program: LoadedProgram
     run_id: RunId
     sequence: int
     cells: list[Cell | None]
-    steps_left: int = 0
-    #: Reads of each slot that are not over; at zero the run forgets the cell.
-    reads_left: list[int] = field(default_factory=list)
+    reads_left: dict[int, int]
+    units_left: int
+    tasks: list[Task] = field(default_factory=list)
     failure: Failure | None = None
 
 
 @dataclass(eq=False, slots=True)
-class _Step:
-    """One instruction of one run."""
+class Task:
+    """One unit of one run."""
 
     run: Run
-    position: int
+    unit: Unit
+    number: int
     issued: bool = False
 
     @property
-    def instruction(self) -> Instruction:
-        return self.run.program.instructions[self.position]
+    def need_bytes(self) -> int:
+        """Device memory that it allocates, a device."""
+        return self.unit.need_bytes
+
+    @property
+    def sequence(self) -> int:
+        """Its run's place in the island's order."""
+        return self.run.sequence
+
+    def cells_of(self, slots: Sequence[int]) -> list[Cell]:
+        """Returns the cells of its run in these slots."""
+        cells = self.run.cells
+        return [cells[slot] for slot in slots]  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        return f"unit {self.number} of run {self.run.run_id} of {self.run.program.name}"
+
+
+@dataclass(eq=False, slots=True)
+class _Placing:
+    """A host value on its way to the devices."""
+
+    cell: Cell
+    command: Place
+    sequence: int
+    issued: bool = False
+
+    @property
+    def need_bytes(self) -> int:
+        return self.cell.nbytes
+
+    def __str__(self) -> str:
+        return "a value from a host"
 
 
 # ---- events and commands
@@ -147,7 +136,7 @@ class ProgramCompiled:
     failure: Failure | None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class RunEnqueued:
     """The scheduler ordered a run. `arguments` are buffer ids, or host values (anything that is not an int)."""
 
@@ -159,44 +148,28 @@ class RunEnqueued:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitGranted:
+    """The scheduler lets a gang issue a unit."""
+
+    run_id: RunId
+    unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPut:
-    """The controller's value for a named buffer is on the device."""
+    """The controller's value for a named buffer has come, for `spec`'s place on the devices."""
 
     buffer_id: BufferId
-    buffer: Any
-    failure: Failure | None = None
+    data: Any
+    spec: Any
+    nbytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CellFilled:
-    """A `Place` command ended."""
+class UnitFinished:
+    """A unit has ended: its computations on all devices, its sends, or (reductions) its value's exchange."""
 
-    cell: Cell
-    buffer: Any
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputationEnqueued:
-    """An `Execute` command was carried out: its outputs exist, though they may not be computed yet."""
-
-    step: _Step
-    outputs: Sequence[Any]
-    failure: Failure | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ComputationFinished:
-    """A computation has ended on all devices."""
-
-    step: _Step
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TransferSent:
-    """A `Send` command ended; the device buffer is no longer read."""
-
-    step: _Step
+    task: Task
     failure: Failure | None = None
 
 
@@ -206,6 +179,15 @@ class TransferArrived:
 
     run_id: RunId
     edge_id: int
+    data: Any
+    failure: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduced:
+    """The sum of a reduction is known (host data), or that there will be none."""
+
+    task: Task
     data: Any
     failure: Failure | None = None
 
@@ -230,7 +212,6 @@ class FetchRequested:
 class FetchEnded:
     """The read of a cell is over, or given up."""
 
-    fetch_id: int
     cell: Cell
 
 
@@ -255,22 +236,29 @@ class ClientDropped:
     client_id: ClientId
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryStalled:
+    """For a long time nothing ended that could free memory, and something waits for it."""
+
+    seconds: float
+
+
 Event: TypeAlias = (
     ProgramArrived
     | ProgramCompiled
     | RunEnqueued
+    | UnitGranted
     | BufferPut
-    | CellFilled
-    | ComputationEnqueued
-    | ComputationFinished
-    | TransferSent
+    | UnitFinished
     | TransferArrived
+    | Reduced
     | PeerLost
     | FetchRequested
     | FetchEnded
     | BuffersDropped
     | ProgramDropped
     | ClientDropped
+    | MemoryStalled
 )
 
 
@@ -281,42 +269,51 @@ class Compile:
     program_id: ProgramId
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Execute:
-    """Enqueue a computation; answer with ComputationEnqueued, later ComputationFinished."""
+    """Enqueue a unit's computations; answer with UnitFinished when they have ended.
 
-    step: _Step
-    program_id: ProgramId
-    function_index: int
-    inputs: Sequence[Any]
-    donates: bool
+    `inputs` and `outputs` are the cells of the unit's `reads` and `writes`. An input that is poisoned when its turn
+    comes poisons what depends on it.
+    """
+
+    task: Task
+    inputs: list[Cell]
+    outputs: list[Cell]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """Copy a host value to the device as slot `slot` of a program; answer with CellFilled."""
+    """Copy a host value to the devices into a cell: as slot `slot` of a program, or as `spec` says."""
 
     cell: Cell
-    program_id: ProgramId
-    slot: int
     data: Any
+    program_id: ProgramId = ProgramId(0)
+    slot: int = 0
+    spec: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Send:
-    """Send a value, or a failure in its place; answer with TransferSent."""
+    """Send a cell's value, or its failure, when computed; answer with UnitFinished."""
 
-    step: _Step
-    peer: str
-    run_id: RunId
-    edge_id: int
-    buffer: Any
-    failure: Failure | None
+    task: Task
+    instruction: SendInstruction
+    cell: Cell
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reduce:
+    """Add a cell's value, or its failure, to a reduction; answer with Reduced."""
+
+    task: Task
+    instruction: AllReduceInstruction
+    cell: Cell
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Deliver:
-    """Answer a fetch with a cell that is settled; answer with FetchEnded."""
+    """Answer a fetch with a cell that is scheduled; answer with FetchEnded."""
 
     fetch_id: int
     cell: Cell
@@ -338,61 +335,94 @@ class ReportEnded:
     failure: Failure | None
 
 
-Command: TypeAlias = Compile | Execute | Place | Send | Deliver | ReportLoaded | ReportEnded
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportReady:
+    """Tell the scheduler that a gang's unit has all that it needs."""
+
+    run_id: RunId
+    unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportEnqueued:
+    """Tell the scheduler that a granted unit is in the device queues; behind its Execute."""
+
+    run_id: RunId
+    unit: int
+
+
+Command: TypeAlias = (
+    Compile | Execute | Place | Send | Reduce | Deliver | ReportLoaded | ReportEnded | ReportReady | ReportEnqueued
+)
 
 
 class ExecutorState:
-    """See the module's docstring."""
+    """See the module's docstring.
 
-    def __init__(self, executor_id: str) -> None:
+    Args:
+        executor_id: for messages.
+        budget_bytes: device memory, bytes a device; 0: no limit.
+        gang: "" (no gang), "leader" (says when units are ready) or "member".
+    """
+
+    def __init__(self, executor_id: str, *, budget_bytes: int = 0, gang: str = "") -> None:
         self._executor_id = executor_id
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
         #: Buffers that the controller can name.
         self.named: dict[BufferId, Cell] = {}
         self.programs: dict[ProgramId, LoadedProgram] = {}
         #: Runs that are not over.
         self.runs: dict[RunId, Run] = {}
+        #: What waits for memory, oldest first.
+        self.starved: list[Task | _Placing] = []
+        self._gang = gang
+        self._granted: deque[tuple[RunId, int]] = deque()
+        self._gang_ready: dict[tuple[RunId, int], Task] = {}
+        #: Computations and sends that have not ended; while there are some, memory may yet be freed.
+        self._in_flight = 0
         self._compiled: dict[ProgramId, Failure | None] = {}
-        #: Steps whose program is still being compiled.
-        self._uncompiled: dict[ProgramId, list[_Step]] = {}
+        #: Tasks whose program is still being compiled.
+        self._uncompiled: dict[ProgramId, list[Task]] = {}
         self._arrived: dict[tuple[RunId, int], TransferArrived] = {}
-        self._receiving: dict[tuple[RunId, int], _Step] = {}
+        self._receiving: dict[tuple[RunId, int], Task] = {}
         #: Cells that have no name any more, but whose value a Put still brings.
         self._expected: dict[BufferId, Cell] = {}
         self._lost_peers: dict[str, Failure] = {}
         self._gone: dict[BufferId, str] = {}
         self._gone_order: deque[BufferId] = deque()
         self._commands: list[Command] = []
-        self._ready: list[_Step] = []
+        self._ready: list[Task | _Placing] = []
 
     def handle(self, event: Event) -> list[Command]:
-        """Takes an event; returns what to do."""
+        """Takes an event; returns what to do, in order."""
         match event:
             case RunEnqueued():
                 self._enqueue(event)
-            case ComputationEnqueued():
-                self._computation_enqueued(event)
-            case ComputationFinished():
-                self._end_step(event.step)
-            case CellFilled():
-                self._settle(event.cell, event.buffer, event.failure)
-            case TransferSent():
-                self._transfer_sent(event)
+            case UnitFinished():
+                self._unit_finished(event.task, event.failure)
             case TransferArrived():
                 self._transfer_arrived(event)
+            case Reduced():
+                self._reduced(event)
+            case UnitGranted():
+                self._granted.append((event.run_id, event.unit))
+                self._issue_granted()
             case FetchRequested():
                 self._fetch(event)
             case FetchEnded():
-                self._end_read(event.cell)
+                self._end_reader(event.cell)
+                self._let_go(event.cell)
             case BufferPut():
-                cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
-                self._settle(cell, event.buffer, event.failure)
+                self._put(event)
             case BuffersDropped():
                 for buffer_id in event.buffer_ids:
                     self._drop(buffer_id, "was released")
             case ProgramArrived():
-                self.programs[event.program.program_id] = event.program
-                self._uncompiled[event.program.program_id] = []
-                self._commands.append(Compile(program_id=event.program.program_id))
+                program_id = ProgramId(event.program.program_id)
+                self.programs[program_id] = event.program
+                self._uncompiled[program_id] = []
+                self._commands.append(Compile(program_id=program_id))
             case ProgramCompiled():
                 self._program_compiled(event)
             case PeerLost():
@@ -401,9 +431,12 @@ class ExecutorState:
                 self._drop_program(event.program_id)
             case ClientDropped():
                 self._drop_client(event.client_id)
+            case MemoryStalled():
+                self._memory_stalled(event.seconds)
             case _:
                 assert_never(event)
-        self._issue_ready()
+        if self._ready:
+            self._issue_ready()
         commands, self._commands = self._commands, []
         return commands
 
@@ -411,22 +444,31 @@ class ExecutorState:
         """Whether runs of a program are in flight, or may come."""
         return program_id in self.programs or any(run.program.program_id == program_id for run in self.runs.values())
 
+    def client_bytes(self) -> dict[ClientId, int]:
+        """Returns the bytes, a device, of the named buffers that each client owns."""
+        found: dict[ClientId, int] = {}
+        for buffer_id, cell in self.named.items():
+            if cell.is_charged:
+                found[owner(buffer_id)] = found.get(owner(buffer_id), 0) + cell.nbytes
+        return found
+
     def waiting_for(self) -> list[str]:
         """Returns, for people, what each run in flight waits for."""
-        lines = []
+        lines = [
+            f"{item} waits for {item.need_bytes:,} bytes of device memory: {self.used_bytes:,} of "
+            f"{self.budget_bytes:,} are used"
+            for item in self.starved
+        ]
         for run in self.runs.values():
             if run.program.program_id in self._uncompiled:
                 lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
                 continue
-            empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.is_settled]
-            receives = [
-                f"edge {edge} from {step.instruction.peer}"  # type: ignore[union-attr]
-                for (run_id, edge), step in self._receiving.items()
-                if run_id == run.run_id
-            ]
+            empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.scheduled]
+            receives = [edge for run_id, edge in self._receiving if run_id == run.run_id]
+            ungranted = [unit for run_id, unit in self._gang_ready if run_id == run.run_id]
             lines.append(
-                f"run {run.run_id} of {run.program.name}: {run.steps_left} instructions left; empty slots {empty[:8]}; "
-                f"receives {receives[:8]}"
+                f"run {run.run_id} of {run.program.name}: {run.units_left} units left; empty slots {empty[:8]}; "
+                f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
             )
         return lines
 
@@ -438,244 +480,378 @@ class ExecutorState:
             failure = self._failure("InternalError", f"run {event.run_id} names program {event.program_id}: not loaded")
             self._commands.append(ReportEnded(run_id=event.run_id, failure=failure))
             return
-        cells: list[Cell | None] = [Cell() for _ in range(program.num_slots)]
-        run = Run(program, event.run_id, event.sequence, cells)
+        sizes = program.slot_bytes
+        cells: list[Cell | None] = [None] * len(sizes)
+        for unit in program.units:
+            for slot in unit.writes:
+                cells[slot] = Cell(sizes[slot], holders=1)
         for slot, argument in enumerate(event.arguments):
             if isinstance(argument, int):
-                cells[slot] = self._named_cell(BufferId(argument))
+                cell = self._named_cell(BufferId(argument))
+                cell.holders += 1
+                cells[slot] = cell
             else:
-                cell = cells[slot]
-                assert cell is not None
-                self._commands.append(Place(cell=cell, program_id=program.program_id, slot=slot, data=argument))
+                cell = cells[slot] = Cell(sizes[slot], holders=1)
+                place = Place(cell=cell, program_id=event.program_id, slot=slot, data=argument)
+                self._place(place, event.sequence)
         for slot, number in program.results:
             result = cells[slot]
             assert result is not None
             self._name(BufferId(event.first_buffer_id + number), result)
-        self._start(run, event)
-
-    def _name(self, buffer_id: BufferId, cell: Cell) -> None:
-        early = self.named.get(buffer_id)
-        if early is not None:  # fetches that overtook the run wait for it already
-            cell.fetches += early.fetches
-            cell.reads += early.reads
-        self.named[buffer_id] = cell
-
-    def _start(self, run: Run, event: RunEnqueued) -> None:
-        program = run.program
-        run.reads_left = [0] * program.num_slots
-        steps = [_Step(run, position) for position in range(len(program.instructions))]
-        run.steps_left = len(steps)
-        for step in steps:
-            for slot in _reads(step.instruction):
-                run.reads_left[slot] += 1
-                cell = run.cells[slot]
-                assert cell is not None
-                cell.reads += 1
-        for slot in range(program.num_slots):
-            if run.reads_left[slot] == 0 and slot < program.num_args:
-                run.cells[slot] = None
-        for step in steps:
-            instruction = step.instruction
-            if isinstance(instruction, ComputeInstruction):
-                for position in instruction.donated:
-                    slot = instruction.inputs[position]
-                    if slot < program.num_args and isinstance(event.arguments[slot], int):
-                        self._drop(BufferId(event.arguments[slot]), "was donated to a later computation")
-        if not steps:
+        reads_left = dict(program.read_counts)
+        run = Run(program, event.run_id, event.sequence, cells, reads_left, len(program.units))
+        for slot, count in program.read_counts:
+            cells[slot].readers += count  # type: ignore[union-attr]
+        for slot in range(program.num_args):
+            if slot not in reads_left:
+                self._leave(run, slot)
+        self._drop_donated(run, event)
+        if not program.units:
             self._commands.append(ReportEnded(run_id=run.run_id, failure=None))
             return
         self.runs[run.run_id] = run
-        if program.program_id in self._uncompiled:
-            self._uncompiled[program.program_id].extend(steps)
+        run.tasks = [Task(run, unit, number) for number, unit in enumerate(program.units)]
+        if event.program_id in self._uncompiled:
+            self._uncompiled[event.program_id].extend(run.tasks)
         else:
-            self._ready.extend(steps)
+            self._ready.extend(run.tasks)
+
+    def _drop_donated(self, run: Run, event: RunEnqueued) -> None:
+        for unit in run.program.units:
+            for slot in unit.donated:
+                if slot < run.program.num_args and isinstance(event.arguments[slot], int):
+                    self._drop(BufferId(event.arguments[slot]), "was donated to a later computation")
+
+    def _name(self, buffer_id: BufferId, cell: Cell) -> None:
+        early = self.named.get(buffer_id)
+        if early is not None:  # fetches and runs that overtook the one that makes it wait for it already
+            cell.fetches += early.fetches
+            cell.readers += early.readers
+            cell.holders += early.holders - 1
+        cell.holders += 1
+        self.named[buffer_id] = cell
 
     def _issue_ready(self) -> None:
-        """Issues every step that can be; a poisoned one poisons what it fills, at once."""
+        """Issues every task that can be; a poisoned one poisons what it fills, at once."""
         while self._ready:
             batch, self._ready = self._ready, []
-            batch.sort(key=lambda step: (step.run.sequence, step.position))
-            for step in batch:
-                if not step.issued:
-                    self._try_issue(step)
+            if len(batch) > 1:
+                batch.sort(key=_priority)
+            for task in batch:
+                if task.issued:
+                    continue
+                if isinstance(task, _Placing):
+                    self._try_place(task)
+                else:
+                    self._try_issue(task)
 
-    def _try_issue(self, step: _Step) -> None:
-        run, instruction = step.run, step.instruction
-        failure = self._compiled.get(run.program.program_id)
-        cells: list[Cell] = []
-        for slot in _reads(instruction):
-            cell = run.cells[slot]
-            assert cell is not None
-            if not cell.is_settled and failure is None:
-                cell.waiters.append(step)
+    def _try_issue(self, task: Task) -> None:
+        run, unit = task.run, task.unit
+        cells = run.cells
+        failure = self._compiled.get(ProgramId(run.program.program_id))
+        for slot in unit.reads:
+            cell = cells[slot]
+            if not cell.scheduled and failure is None:  # type: ignore[union-attr]
+                cell.waiters.append(task)  # type: ignore[union-attr]
                 return
-            cells.append(cell)
-        failure = failure or _lowest([cell.failure for cell in cells])
-        match instruction:
-            case ComputeInstruction():
-                self._issue_compute(step, instruction, cells, failure)
-            case SendInstruction():
-                step.issued = True
-                self._commands.append(
-                    Send(
-                        step=step,
-                        peer=instruction.peer,
-                        run_id=run.run_id,
-                        edge_id=instruction.edge_id,
-                        buffer=cells[0].buffer,
-                        failure=failure,
-                    )
-                )
-            case ReceiveInstruction():
-                self._issue_receive(step, instruction)
-
-    def _issue_compute(
-        self, step: _Step, instruction: ComputeInstruction, cells: list[Cell], failure: Failure | None
-    ) -> None:
-        if failure is not None:
-            step.issued = True
-            self._fail_step(step, failure)
+        instruction = unit.instructions[0]
+        if isinstance(instruction, ComputeInstruction):
+            self._try_compute(task, failure)
             return
-        for position in instruction.donated:
-            if cells[position].reads > 1:  # somebody still reads what this would overwrite
-                cells[position].waiters.append(step)
-                return
-        step.issued = True
-        self._commands.append(
-            Execute(
-                step=step,
-                program_id=step.run.program.program_id,
-                function_index=instruction.function_index,
-                inputs=[cell.buffer for cell in cells],
-                donates=bool(instruction.donated),
-            )
-        )
+        task.issued = True
+        if isinstance(instruction, ReceiveInstruction):
+            self._issue_receive(task, instruction)
+            return
+        self._in_flight += 1
+        cell = cells[unit.reads[0]]
+        assert cell is not None
+        if failure is not None and not cell.scheduled:
+            cell = Cell(scheduled=True, failure=failure)
+        if isinstance(instruction, SendInstruction):
+            self._commands.append(Send(task=task, instruction=instruction, cell=cell))
+        else:
+            self._commands.append(Reduce(task=task, instruction=instruction, cell=cell))
 
-    def _issue_receive(self, step: _Step, instruction: ReceiveInstruction) -> None:
-        step.issued = True
-        key = (step.run.run_id, instruction.edge_id)
+    def _try_compute(self, task: Task, failure: Failure | None) -> None:
+        unit, cells = task.unit, task.run.cells
+        if failure is None:
+            known = [cells[slot].failure for slot in unit.reads]  # type: ignore[union-attr]
+            failures = [item for item in known if item is not None]
+            # Of several computations, those that can run do: the shell sees to it.
+            if failures and (len(unit.instructions) == 1 or len(failures) == len(known)):
+                failure = lowest(failures)
+        if failure is not None:
+            task.issued = True
+            self._fail_task(task, failure)
+            return
+        for slot in unit.donated:
+            cell = cells[slot]
+            if cell.readers > 1:  # type: ignore[union-attr]
+                cell.waiters.append(task)  # type: ignore[union-attr]
+                return
+        if self._gang:
+            key = (task.run.run_id, task.number)
+            if self._gang_ready.get(key) is not task:
+                self._gang_ready[key] = task
+                if self._gang == "leader":
+                    self._commands.append(ReportReady(run_id=task.run.run_id, unit=task.number))
+            self._issue_granted()
+            return
+        if self._may_allocate(task):
+            self._issue_compute(task)
+
+    def _issue_granted(self) -> None:
+        """Issues what is ready at the head of the granted order; a unit that failed here is passed over."""
+        while self._granted:
+            run_id, number = key = self._granted[0]
+            run = self.runs.get(run_id)
+            if run is not None and not run.tasks[number].issued:
+                task = self._gang_ready.get(key)
+                if task is None or (not self._may_allocate(task) and not task.issued):
+                    return
+                del self._gang_ready[key]
+                if not task.issued:
+                    self._issue_compute(task)
+            self._granted.popleft()
+            self._commands.append(ReportEnqueued(run_id=run_id, unit=number))
+
+    def _issue_compute(self, task: Task) -> None:
+        task.issued = True
+        unit = task.unit
+        self._in_flight += 1
+        self.used_bytes += unit.need_bytes
+        for cell in self._reused(task):
+            cell.is_charged = False
+            self.used_bytes -= cell.nbytes
+        outputs = task.cells_of(unit.writes)
+        self._commands.append(Execute(task=task, inputs=task.cells_of(unit.reads), outputs=outputs))
+        for cell in outputs:
+            cell.is_charged = True
+            self._schedule(cell)
+        for cell in task.cells_of(unit.reads):  # what is issued later runs later: a donation need not wait for it
+            self._end_reader(cell)
+
+    def _issue_receive(self, task: Task, instruction: ReceiveInstruction) -> None:
+        key = (task.run.run_id, instruction.edge_id)
         arrived = self._arrived.pop(key, None)
         if arrived is not None:
-            self._receive(step, arrived)
+            self._receive(task, arrived)
         elif instruction.peer in self._lost_peers:
-            self._fail_step(step, self._lost_peers[instruction.peer])
+            self._fail_task(task, self._lost_peers[instruction.peer])
         else:
-            self._receiving[key] = step
+            self._receiving[key] = task
 
-    def _receive(self, step: _Step, arrived: TransferArrived) -> None:
+    def _receive(self, task: Task, arrived: TransferArrived) -> None:
         if arrived.failure is not None:
-            self._fail_step(step, arrived.failure)
-            return
-        instruction = step.instruction
-        assert isinstance(instruction, ReceiveInstruction)
-        cell = step.run.cells[instruction.slot]
-        if cell is None:  # all that would read it has failed already
-            self._end_step(step)
-            return
-        program_id = step.run.program.program_id
-        self._commands.append(Place(cell=cell, program_id=program_id, slot=instruction.slot, data=arrived.data))
-        self._end_step(step)
+            self._fail_task(task, arrived.failure)
+        else:
+            self._place_output(task, arrived.data)
+            self._end_unit(task, None)
 
-    def _computation_enqueued(self, event: ComputationEnqueued) -> None:
-        step, instruction = event.step, event.step.instruction
-        assert isinstance(instruction, ComputeInstruction)
+    def _place_output(self, task: Task, data: Any) -> None:
+        [slot] = task.unit.writes or (None,)
+        if slot is None:  # nobody reads it
+            return
+        cell = task.run.cells[slot]
+        if cell is not None:
+            program_id = ProgramId(task.run.program.program_id)
+            self._place(Place(cell=cell, program_id=program_id, slot=slot, data=data), task.run.sequence)
+
+    def _reduced(self, event: Reduced) -> None:
+        self._in_flight -= 1
+        task = event.task
+        for cell in task.cells_of(task.unit.reads):
+            self._end_reader(cell)
         if event.failure is not None:
-            self._fail_step(step, event.failure)
-            return
-        for slot, buffer in zip(instruction.outputs, event.outputs, strict=True):
-            cell = step.run.cells[slot]
-            assert cell is not None
-            self._settle(cell, buffer, None)
-            if step.run.reads_left[slot] == 0:
-                step.run.cells[slot] = None
-        self._end_reads(step)
+            self._fail_task(task, event.failure, end_readers=False)
+        else:
+            self._place_output(task, event.data)
+            self._end_unit(task, None)
 
-    def _transfer_sent(self, event: TransferSent) -> None:
-        self._end_reads(event.step)
-        if event.failure is not None and event.step.run.failure is None:
-            event.step.run.failure = event.failure
-        self._end_step(event.step)
+    def _unit_finished(self, task: Task, failure: Failure | None) -> None:
+        self._in_flight -= 1
+        unit = task.unit
+        if isinstance(unit.instructions[0], SendInstruction):
+            for cell in task.cells_of(unit.reads):
+                self._end_reader(cell)
+        else:
+            sizes = task.run.program.slot_bytes
+            self.used_bytes -= unit.need_bytes - sum(sizes[slot] for slot in unit.writes)
+        self._end_unit(task, failure)
 
-    def _fail_step(self, step: _Step, failure: Failure) -> None:
-        """Poisons what a step would have filled, and ends it."""
-        run = step.run
-        run.failure = _lowest([run.failure, failure])
-        for slot in _writes(step.instruction):
-            cell = run.cells[slot]
+    def _fail_task(self, task: Task, failure: Failure, *, end_readers: bool = True) -> None:
+        """Poisons what a task would have filled, and ends it."""
+        for slot in task.unit.writes:
+            cell = task.run.cells[slot]
             if cell is not None:  # else all that would read it has failed already
-                self._settle(cell, None, failure)
-        self._end_reads(step)
-        self._end_step(step)
+                cell.failure = failure
+                self._schedule(cell)
+        if end_readers:
+            for read in task.cells_of(task.unit.reads):
+                self._end_reader(read)
+        self._end_unit(task, failure)
 
-    def _settle(self, cell: Cell, buffer: Any, failure: Failure | None) -> None:
-        if cell.is_settled:
-            return
-        cell.buffer, cell.failure = buffer, failure
-        waiters, cell.waiters = cell.waiters, []
-        self._ready.extend(waiters)
-        fetches, cell.fetches = cell.fetches, []
-        for fetch_id in fetches:
-            self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
-
-    def _end_reads(self, step: _Step) -> None:
-        run = step.run
-        for slot in _reads(step.instruction):
-            cell = run.cells[slot]
-            assert cell is not None
+    def _end_unit(self, task: Task, failure: Failure | None) -> None:
+        run, unit = task.run, task.unit
+        if failure is not None:
+            run.failure = lowest([run.failure, failure])
+        for slot in unit.reads:
             run.reads_left[slot] -= 1
             if run.reads_left[slot] == 0:
-                run.cells[slot] = None
-            self._end_read(cell)
-
-    def _end_read(self, cell: Cell) -> None:
-        cell.reads -= 1
-        if cell.waiters and cell.is_settled:  # a donation may have waited for this
-            waiters, cell.waiters = cell.waiters, []
-            self._ready.extend(waiters)
-
-    def _end_step(self, step: _Step) -> None:
-        run = step.run
-        run.steps_left -= 1
-        if run.steps_left == 0:
+                self._leave(run, slot)
+        for slot in unit.writes:
+            if run.reads_left.get(slot, 0) == 0:
+                self._leave(run, slot)
+        run.units_left -= 1
+        if run.units_left == 0:
             del self.runs[run.run_id]
             self._commands.append(ReportEnded(run_id=run.run_id, failure=run.failure))
+        if self.starved:
+            self._ready.extend(self.starved)
+            self.starved = []
+
+    def _leave(self, run: Run, slot: int) -> None:
+        cell = run.cells[slot]
+        if cell is not None:
+            run.cells[slot] = None
+            self._let_go(cell)
+
+    # ---- cells
+
+    def _schedule(self, cell: Cell) -> None:
+        """What fills a cell was commanded, or it is poisoned: what reads it can follow."""
+        cell.scheduled = True
+        if cell.waiters:
+            self._ready.extend(cell.waiters)
+            cell.waiters = []
+        if cell.fetches:
+            fetches, cell.fetches = cell.fetches, []
+            for fetch_id in fetches:
+                self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
+
+    def _end_reader(self, cell: Cell) -> None:
+        cell.readers -= 1
+        if cell.waiters and cell.scheduled:  # a donation may have waited for this
+            self._ready.extend(cell.waiters)
+            cell.waiters = []
+
+    def _let_go(self, cell: Cell) -> None:
+        cell.holders -= 1
+        if cell.holders == 0 and cell.is_charged:
+            cell.is_charged = False
+            self.used_bytes -= cell.nbytes
+            if self.starved:
+                self._ready.extend(self.starved)
+                self.starved = []
+
+    # ---- memory
+
+    def _may_allocate(self, item: Task | _Placing) -> bool:
+        """Whether an item fits into the budget; it waits (or fails) otherwise."""
+        if not self.budget_bytes or item.need_bytes == 0:
+            return True
+        need, freed = item.need_bytes, 0
+        if isinstance(item, Task):
+            freed = sum(cell.nbytes for cell in self._reused(item))
+        if need - freed > self.budget_bytes:
+            self._refuse(item, f"it needs {need - freed:,} bytes a device at once, and the whole budget is")
+            return False
+        oldest = min((other.sequence for other in self.starved), default=item.sequence)
+        # While memory may yet be freed, younger runs do not take it from older ones.
+        in_turn = item.sequence <= oldest or not self._in_flight
+        if in_turn and self.used_bytes + need - freed <= self.budget_bytes:
+            return True
+        self.starved.append(item)
+        return False
+
+    @staticmethod
+    def _reused(task: Task) -> list[Cell]:
+        """Returns the inputs whose memory the outputs take over."""
+        return [cell for cell in task.cells_of(task.unit.donated) if cell.holders == 1 and cell.is_charged]
+
+    def _refuse(self, item: Task | _Placing, reason: str) -> None:
+        item.issued = True
+        failure = self._failure(
+            "ResourceExhausted",
+            f"{item} is refused: {reason} {self.budget_bytes:,} bytes. Use a larger slice, or shard its values",
+        )
+        if isinstance(item, Task):
+            self._fail_task(item, failure)
+        else:
+            item.cell.failure = failure
+            self._schedule(item.cell)
+
+    def _memory_stalled(self, seconds: float) -> None:
+        if not self.starved or self._in_flight:
+            return
+        item = min(self.starved, key=_priority)
+        self.starved.remove(item)
+        held = ", ".join(f"client {client}: {size:,} bytes" for client, size in sorted(self.client_bytes().items()))
+        self._refuse(
+            item,
+            f"it waited {seconds:g} s for {item.need_bytes:,} bytes a device while {self.used_bytes:,} were in use "
+            f"(arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is",
+        )
+
+    def _place(self, command: Place, sequence: int) -> None:
+        self._try_place(_Placing(command.cell, command, sequence))
+
+    def _try_place(self, item: _Placing) -> None:
+        if not self._may_allocate(item):
+            return
+        item.issued = True
+        cell = item.cell
+        self.used_bytes += cell.nbytes
+        cell.is_charged = True
+        self._commands.append(item.command)
+        self._schedule(cell)
+        if cell.holders == 0:  # released while it was on its way
+            cell.holders = 1
+            self._let_go(cell)
+
+    def _put(self, event: BufferPut) -> None:
+        cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
+        cell.nbytes = event.nbytes
+        self._place(Place(cell=cell, data=event.data, spec=event.spec), 0)
 
     # ---- programs, transfers, fetches, drops
 
     def _program_compiled(self, event: ProgramCompiled) -> None:
         # A program that was dropped meanwhile may still have runs that wait for this.
-        if event.program_id in self.programs or event.failure is not None:
+        if event.failure is not None:
             self._compiled[event.program_id] = event.failure
         self._ready.extend(self._uncompiled.pop(event.program_id, []))
         self._commands.append(ReportLoaded(program_id=event.program_id, failure=event.failure))
 
     def _transfer_arrived(self, event: TransferArrived) -> None:
-        step = self._receiving.pop((event.run_id, event.edge_id), None)
-        if step is None:
+        task = self._receiving.pop((event.run_id, event.edge_id), None)
+        if task is None:
             self._arrived[(event.run_id, event.edge_id)] = event
         else:
-            self._receive(step, event)
+            self._receive(task, event)
 
     def _peer_lost(self, event: PeerLost) -> None:
         self._lost_peers[event.peer] = event.failure
-        for key, step in list(self._receiving.items()):
-            if step.instruction.peer == event.peer:  # type: ignore[union-attr]
+        for key, task in list(self._receiving.items()):
+            if task.unit.instructions[0].peer == event.peer:  # type: ignore[union-attr]
                 del self._receiving[key]
-                self._fail_step(step, event.failure)
+                self._fail_task(task, event.failure)
 
     def _fetch(self, event: FetchRequested) -> None:
         if event.buffer_id in self._gone:
             cell = Cell(
+                scheduled=True,
                 failure=self._failure(
                     "UserError",
                     f"the array's buffer {self._gone[event.buffer_id]}; read an array before the program that "
                     "replaces it runs, or keep what the program returns",
-                )
+                ),
             )
         else:
             cell = self._named_cell(event.buffer_id)
-        cell.reads += 1
-        if cell.is_settled:
+        cell.readers += 1
+        cell.holders += 1
+        if cell.scheduled:
             self._commands.append(Deliver(fetch_id=event.fetch_id, cell=cell))
         else:
             cell.fetches.append(event.fetch_id)
@@ -685,14 +861,16 @@ class ExecutorState:
         if cell is None:
             if buffer_id in self._gone:
                 reason = f"a program reads a buffer that {self._gone[buffer_id]}"
-                return Cell(failure=self._failure("UserError", reason))
-            cell = self.named[buffer_id] = Cell()
+                return Cell(scheduled=True, failure=self._failure("UserError", reason))
+            cell = self.named[buffer_id] = Cell(holders=1)
         return cell
 
     def _drop(self, buffer_id: BufferId, reason: str) -> None:
         cell = self.named.pop(buffer_id, None)
-        if cell is not None and not cell.is_settled and (cell.reads or cell.waiters):
-            self._expected[buffer_id] = cell  # a run reads it, but its value is still on the way
+        if cell is not None:
+            if not cell.scheduled and (cell.readers or cell.waiters):
+                self._expected[buffer_id] = cell  # a run reads it, but its value is still on the way
+            self._let_go(cell)
         self._gone[buffer_id] = reason
         self._gone_order.append(buffer_id)
         if len(self._gone_order) > _MAX_REMEMBERED:
@@ -700,7 +878,8 @@ class ExecutorState:
 
     def _drop_program(self, program_id: ProgramId) -> None:
         self.programs.pop(program_id, None)
-        self._compiled.pop(program_id, None)
+        if not any(run.program.program_id == program_id for run in self.runs.values()):
+            self._compiled.pop(program_id, None)
 
     def _drop_client(self, client_id: ClientId) -> None:
         for buffer_id in [buffer_id for buffer_id in self.named if owner(buffer_id) == client_id]:
@@ -710,36 +889,20 @@ class ExecutorState:
         for key in [key for key in self._arrived if owner(key[0]) == client_id]:
             del self._arrived[key]
         gone = self._failure("SessionClosed", "the client is gone")
-        for key, step in list(self._receiving.items()):
+        for key, task in list(self._receiving.items()):
             if owner(key[0]) == client_id:
                 del self._receiving[key]
-                self._fail_step(step, gone)
+                self._fail_task(task, gone)
 
     def _failure(self, kind: str, message: str) -> Failure:
         return Failure(kind=kind, message=message, process=f"executor {self._executor_id}")
 
 
-def _reads(instruction: Instruction) -> tuple[int, ...]:
-    match instruction:
-        case ComputeInstruction():
-            return instruction.inputs
-        case SendInstruction():
-            return (instruction.slot,)
-        case ReceiveInstruction():
-            return ()
+def _priority(item: Task | _Placing) -> tuple[int, int]:
+    return (item.sequence, item.unit.position if isinstance(item, Task) else -1)
 
 
-def _writes(instruction: Instruction) -> tuple[int, ...]:
-    match instruction:
-        case ComputeInstruction():
-            return instruction.outputs
-        case SendInstruction():
-            return ()
-        case ReceiveInstruction():
-            return (instruction.slot,)
-
-
-def _lowest(failures: Sequence[Failure | None]) -> Failure | None:
+def lowest(failures: Sequence[Failure | None]) -> Failure | None:
     """Returns the failure of the lowest run: of several, that came first."""
     real = [failure for failure in failures if failure is not None]
     return min(real, key=lambda failure: failure.run_id) if real else None

@@ -1,22 +1,22 @@
 """The data plane: values between executors, over gloo pairs, without the controller.
 
-A link is one gloo pair. Either end sends messages in the order in which its values are ready: a header of fixed size
-(a small payload rides inside it), then the payload. The receiver always drains its end, so that no order of sends can
-deadlock; it holds what arrived until the run that needs it is there. gloo moves bytes with no GIL held.
+A link is one gloo pair. What is small and ready at the same time goes in one frame; a large value follows its frame as
+a message of its own, straight from where it lies. Sends are queued in the order in which values are ready and never
+block; the receiver always drains its end, so that no order of sends can deadlock. gloo moves bytes with no GIL held.
 """
 
 from __future__ import annotations
 
+import collections
 import json
 import logging
-import queue
 import socket
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, Store, TCPStore
@@ -26,26 +26,33 @@ from torchways.ids import RunId
 
 logger = logging.getLogger(__name__)
 
-#: Bytes of a header message; a payload that fits behind the fields rides inside.
-_HEADER_BYTES = 4096
-_FIELDS = struct.Struct("<BQQQ")  # kind, run_id, edge_id, payload bytes
+#: Most bytes of a frame.
+_FRAME_BYTES = 64 << 10
+#: A larger value is a message of its own.
+_INLINE_BYTES = 4096
+_MAX_ENTRY_BYTES = 16 << 10
+_COUNT = struct.Struct("<I")
+_ENTRY = struct.Struct("<BBQQQ")  # kind, phase, run_id, edge_id, bytes
 _VALUE, _FAILURE = 0, 1
-_HEADER_TAG, _PAYLOAD_TAG = 0, 1
+_FRAME_TAG, _VALUE_TAG = 0, 1
 #: Both ends load a program at about the same time; compiling happens elsewhere.
 _CONNECT_TIMEOUT = timedelta(seconds=120)
 #: A peer may compute for hours between messages; one that dies closes the connection, which ends the wait at once.
 _RECEIVE_TIMEOUT = timedelta(days=30)
 
+#: Called with (peer, run, edge, phase, bytes or failure).
+OnArrived: TypeAlias = Callable[[str, RunId, int, int, "torch.Tensor | Failure"], None]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outgoing:
-    """A value to send: `read` waits for it and returns it as a CPU tensor, or it is a failure."""
+    """A value to send: a CPU tensor that must not change until `on_sent` (called on some thread), or a failure."""
 
     run_id: RunId
     edge_id: int
-    read: Callable[[], torch.Tensor] | None
-    failure: Failure | None
-    on_sent: Callable[[Failure | None], None]
+    phase: int
+    value: torch.Tensor | Failure
+    on_sent: Callable[[Failure | None], None] | None = None
 
 
 class DataPlane:
@@ -54,17 +61,11 @@ class DataPlane:
     Args:
         executor_id: this executor.
         host: address to listen on.
-        on_arrived: called on a receiver thread with (run_id, edge_id, bytes or None, failure or None).
+        on_arrived: called on a receiver thread for each value; `phase` is the sender's.
         on_lost: called with (peer, reason) when a link breaks.
     """
 
-    def __init__(
-        self,
-        executor_id: str,
-        host: str,
-        on_arrived: Callable[[RunId, int, torch.Tensor | None, Failure | None], None],
-        on_lost: Callable[[str, str], None],
-    ) -> None:
+    def __init__(self, executor_id: str, host: str, on_arrived: OnArrived, on_lost: Callable[[str, str], None]) -> None:
         self.executor_id = executor_id
         self.host = host
         self.on_arrived = on_arrived
@@ -79,8 +80,13 @@ class DataPlane:
             self._links[peer] = _Link(self, peer, address)
 
     def send(self, peer: str, outgoing: Outgoing) -> None:
-        """Sends a value when the link is up and the value ready."""
-        self._links[peer].outgoing.put(outgoing)
+        """Queues a value; it goes out with `flush` at the latest."""
+        self._links[peer].send(outgoing)
+
+    def flush(self) -> None:
+        """Sends what is queued, small values together."""
+        for link in list(self._links.values()):
+            link.flush()
 
     def store_for(self, peer: str, address: str) -> Store:
         """Returns the store of the end that hosts the link's rendezvous: the lexicographically smaller id."""
@@ -95,33 +101,100 @@ class _Link:
         self.plane = plane
         self.peer = peer
         self.address = address
-        self.outgoing: queue.SimpleQueue[Outgoing] = queue.SimpleQueue()
-        self._rank = 0 if plane.executor_id < peer else 1
+        self._other = 1 if plane.executor_id < peer else 0
         self._group: Any = None
         self._broken: str | None = None
+        #: What was not given to gloo yet.
+        self._queued: collections.deque[Outgoing] = collections.deque()
+        #: What gloo works on: its handle, the tensor it reads, and what to call behind it.
+        self._under_way: collections.deque[tuple[Any, torch.Tensor, list[Outgoing]]] = collections.deque()
+        self._sent = threading.Condition()
         #: The link is up, or broken.
         self._settled = threading.Event()
         self._lock = threading.Lock()
         threading.Thread(target=self._run, name=f"send to {peer}", daemon=True).start()
 
+    # ---- sending
+
+    def send(self, outgoing: Outgoing) -> None:
+        """Queues a value."""
+        self._queued.append(outgoing)
+
+    def flush(self) -> None:
+        """Gives what is queued to gloo, or fails it where the link is broken."""
+        if not self._queued or not self._settled.is_set():
+            return
+        try:
+            with self._lock:
+                while self._queued and self._broken is None:
+                    self._send_frame()
+        except Exception as error:
+            self._lose(f"sending failed: {error}")
+        if self._broken is not None:
+            self._fail_all()
+
+    def _send_frame(self) -> None:
+        frame = bytearray(_COUNT.size)
+        inside: list[Outgoing] = []
+        large: Outgoing | None = None
+        while self._queued and large is None and len(frame) + _ENTRY.size + _MAX_ENTRY_BYTES <= _FRAME_BYTES:
+            item = self._queued.popleft()
+            data = b""
+            if isinstance(item.value, Failure):
+                kind, data = _FAILURE, _failure_bytes(item.value)
+                size = len(data)
+            else:
+                kind, size = _VALUE, item.value.numel() * item.value.element_size()
+                if size <= _INLINE_BYTES:
+                    data = _as_bytes(item.value).numpy().tobytes()
+                else:
+                    large = item
+            frame += _ENTRY.pack(kind, item.phase, item.run_id, item.edge_id, size)
+            frame += data
+            if item is not large:
+                inside.append(item)
+        _COUNT.pack_into(frame, 0, len(inside) + (large is not None))
+        self._start(torch.frombuffer(frame, dtype=torch.uint8), _FRAME_TAG, inside)
+        if large is not None:
+            assert isinstance(large.value, torch.Tensor)
+            self._start(_as_bytes(large.value), _VALUE_TAG, [large])
+
+    def _start(self, data: torch.Tensor, tag: int, items: list[Outgoing]) -> None:
+        with self._sent:
+            self._under_way.append((self._group.send([data], self._other, tag), data, items))
+            self._sent.notify()
+
     def _run(self) -> None:
+        """Opens the link; then waits for what gloo sends, in order."""
         threading.Thread(target=self._try_open, name=f"connect to {self.peer}", daemon=True).start()
         # Neither the store nor gloo notices a peer that dies before the link is up: they retry until their timeout.
         while not self._settled.wait(timeout=1.0):
             if not _listens(self.address):
                 self._lose("it is gone")
-        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
+        self.flush()
         while True:
-            outgoing = self.outgoing.get()
+            with self._sent:
+                while not self._under_way:
+                    self._sent.wait()
+                work, _, items = self._under_way[0]
             failure = None
             try:
-                if self._broken is None:
-                    self._send(outgoing, header)
+                work.wait(_RECEIVE_TIMEOUT)
             except Exception as error:
-                self._lose(f"sending failed: {error}")
+                self._lose(f"sending failed: {str(error).splitlines()[0]}")
             if self._broken is not None:
-                failure = Failure(kind="ExecutorLost", message=f"executor {self.peer} is lost ({self._broken})")
-            outgoing.on_sent(failure)
+                failure = self._failure()
+            self._under_way.popleft()
+            _tell(items, failure)
+
+    def _fail_all(self) -> None:
+        while self._queued:
+            _tell([self._queued.popleft()], self._failure())
+
+    def _failure(self) -> Failure:
+        return Failure(kind="ExecutorLost", message=f"executor {self.peer} is lost ({self._broken})")
+
+    # ---- opening and receiving
 
     def _try_open(self) -> None:
         try:
@@ -138,43 +211,26 @@ class _Link:
         options = ProcessGroupGloo._Options()  # type: ignore[attr-defined]
         options._devices = [ProcessGroupGloo.create_device(hostname=self.plane.host)]
         options._timeout = _CONNECT_TIMEOUT
-        return ProcessGroupGloo(store, self._rank, 2, options)
-
-    def _send(self, outgoing: Outgoing, header: torch.Tensor) -> None:
-        kind, payload = _VALUE, torch.empty(0, dtype=torch.uint8)
-        if outgoing.failure is not None:
-            kind, payload = _FAILURE, _bytes_tensor(json.dumps(asdict(outgoing.failure)).encode())
-        elif outgoing.read is not None:
-            payload = outgoing.read().contiguous().reshape(-1).view(torch.uint8)
-        size = payload.numel()
-        fields = _FIELDS.pack(kind, outgoing.run_id, outgoing.edge_id, size)
-        header[: len(fields)] = _bytes_tensor(fields)
-        inside = size <= _HEADER_BYTES - len(fields)
-        if inside and size:
-            header[len(fields) : len(fields) + size] = payload
-        other = 1 - self._rank
-        self._group.send([header], other, _HEADER_TAG).wait(_RECEIVE_TIMEOUT)
-        if not inside:
-            self._group.send([payload], other, _PAYLOAD_TAG).wait(_RECEIVE_TIMEOUT)
+        return ProcessGroupGloo(store, 1 - self._other, 2, options)
 
     def _receive_all(self) -> None:
-        header = torch.zeros(_HEADER_BYTES, dtype=torch.uint8)
-        other = 1 - self._rank
+        frame = torch.zeros(_FRAME_BYTES, dtype=torch.uint8)
+        view = memoryview(frame.numpy())  # type: ignore[arg-type]
         try:
             while True:
-                self._group.recv([header], other, _HEADER_TAG).wait(_RECEIVE_TIMEOUT)
-                raw = header.numpy().tobytes()
-                kind, run_id, edge_id, size = _FIELDS.unpack_from(raw)
-                payload = torch.empty(size, dtype=torch.uint8)
-                if size <= _HEADER_BYTES - _FIELDS.size:
-                    payload.copy_(header[_FIELDS.size : _FIELDS.size + size])
-                else:
-                    self._group.recv([payload], other, _PAYLOAD_TAG).wait(_RECEIVE_TIMEOUT)
-                if kind == _FAILURE:
-                    failure = Failure(**json.loads(payload.numpy().tobytes()))
-                    self.plane.on_arrived(RunId(run_id), edge_id, None, failure)
-                else:
-                    self.plane.on_arrived(RunId(run_id), edge_id, payload, None)
+                self._group.recv([frame], self._other, _FRAME_TAG).wait(_RECEIVE_TIMEOUT)
+                offset = _COUNT.size
+                for _ in range(_COUNT.unpack_from(view)[0]):
+                    kind, phase, run_id, edge_id, size = _ENTRY.unpack_from(view, offset)
+                    offset += _ENTRY.size
+                    if kind == _VALUE and size > _INLINE_BYTES:
+                        value = torch.empty(size, dtype=torch.uint8)
+                        self._group.recv([value], self._other, _VALUE_TAG).wait(_RECEIVE_TIMEOUT)
+                        self.plane.on_arrived(self.peer, RunId(run_id), edge_id, phase, value)
+                        continue
+                    data = bytearray(view[offset : offset + size])
+                    offset += size
+                    self.plane.on_arrived(self.peer, RunId(run_id), edge_id, phase, _unpacked(kind, data))
         except Exception as error:
             self._lose(f"the connection broke: {str(error).splitlines()[0]}")
 
@@ -188,6 +244,31 @@ class _Link:
         self.plane.on_lost(self.peer, reason)
 
 
+def _unpacked(kind: int, data: bytearray) -> torch.Tensor | Failure:
+    if kind == _FAILURE:
+        return Failure(**json.loads(data))
+    return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _failure_bytes(failure: Failure) -> bytes:
+    data = json.dumps(asdict(failure)).encode()
+    if len(data) > _MAX_ENTRY_BYTES:  # long texts: their beginning and their end say most
+        short = replace(failure, message=failure.message[:2000], traceback=failure.traceback[-2000:])
+        data = json.dumps(asdict(short)).encode()
+    return data
+
+
+def _tell(items: list[Outgoing], failure: Failure | None) -> None:
+    for item in items:
+        if item.on_sent is not None:
+            item.on_sent(failure)
+
+
+def _as_bytes(value: torch.Tensor) -> torch.Tensor:
+    flat = value.contiguous().reshape(-1)
+    return flat if flat.dtype == torch.uint8 else flat.view(torch.uint8)
+
+
 def _listens(address: str) -> bool:
     """Whether something accepts connections there: an executor's store does from before it is announced."""
     host, _, port = address.rpartition(":")
@@ -196,7 +277,3 @@ def _listens(address: str) -> bool:
     except OSError:
         return False
     return True
-
-
-def _bytes_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import assert_never
 
 import grpc
@@ -41,15 +41,16 @@ class _ExecutorLink:
         """Queues a command; order is kept."""
         self._queue.put_nowait(command)
 
-    async def _outgoing(self) -> AsyncIterator[pb.ExecutorCommand]:
+    async def _outgoing(self) -> AsyncIterator[pb.ExecutorCommands]:
         while (command := await self._queue.get()) is not None:
-            yield command
+            yield pb.ExecutorCommands(commands=[command, *filter(None, channel.drain(self._queue))])
 
     async def _read(self) -> None:
         reason = "it closed its stream"
         try:
-            async for event in self._stream:
-                self._server.on_executor_event(self.executor_id, event)
+            async for batch in self._stream:
+                for event in batch.events:
+                    self._server.on_executor_event(self.executor_id, event)
         except grpc.aio.AioRpcError as error:
             reason = f"its connection broke ({error.code().name})"
         except InternalError as error:
@@ -117,25 +118,30 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 self.handle(core.ProgramLoaded(executor_id=executor_id, program_id=program_id, failure=failure))
 
     async def Connect(
-        self, request_iterator: AsyncIterator[pb.ClientMessage], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.SchedulerMessage]:
+        self, request_iterator: AsyncIterator[pb.ClientMessages], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.SchedulerMessages]:
         """A client's stream."""
         first = await anext(aiter(request_iterator), None)
-        if first is None or not first.HasField("hello"):
+        if first is None or not first.messages or not first.messages[0].HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a client is its hello")
             return
-        client_id = ClientId(first.hello.client_id)
+        client_id = ClientId(first.messages[0].hello.client_id)
         if client_id in self._clients:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
             return
         queue: asyncio.Queue[pb.SchedulerMessage | None] = asyncio.Queue()
         self._clients[client_id] = queue
-        reading = asyncio.create_task(self._read_client(client_id, request_iterator), name=f"client {client_id}")
+        reading = asyncio.create_task(
+            self._read_client(client_id, first.messages[1:], request_iterator), name=f"client {client_id}"
+        )
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         logger.info("client %d connected; waiting for its programs", client_id)
         try:
             while (message := await queue.get()) is not None:
-                yield message
+                rest = channel.drain(queue)
+                yield pb.SchedulerMessages(messages=[message, *filter(None, rest)])
+                if None in rest:
+                    break
             reading.result()  # what was not foreseen breaks the stream
         finally:
             reading.cancel()
@@ -143,16 +149,23 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             self.handle(core.ClientGone(client_id=client_id))
             logger.info("client %d is gone", client_id)
 
-    async def _read_client(self, client_id: ClientId, messages: AsyncIterator[pb.ClientMessage]) -> None:
+    async def _read_client(
+        self, client_id: ClientId, first: Sequence[pb.ClientMessage], batches: AsyncIterator[pb.ClientMessages]
+    ) -> None:
         try:
-            async for message in messages:
-                event = _client_event(client_id, message)
-                if event is not None:
-                    self.handle(event)
+            self._take(client_id, first)
+            async for batch in batches:
+                self._take(client_id, batch.messages)
         except InternalError as error:
             logger.error("client %d is given up: %s", client_id, error)
             failure = convert.failure_to_proto(failure_from(error))
             self._tell(client_id, pb.SchedulerMessage(client_failure=pb.ClientFailure(failure=failure)))
+
+    def _take(self, client_id: ClientId, messages: Sequence[pb.ClientMessage]) -> None:
+        for message in messages:
+            event = _client_event(client_id, message)
+            if event is not None:
+                self.handle(event)
 
     async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
         """Connects to a new slice's executors."""

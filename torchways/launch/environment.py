@@ -20,6 +20,11 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     # Size of XLA's thread pool. With the default, collectives of several executions in flight take all threads, wait
     # for each other, and XLA aborts the process after ten seconds.
     environment.setdefault("NPROC", "32")
+    # glibc would give every large block back to the kernel and take it anew: received values are then written to fresh
+    # pages, at a quarter of the speed. (Thread arenas are too small for large blocks: one arena.)
+    environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
+    environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
+    environment.setdefault("MALLOC_ARENA_MAX", "1")
     if platform == "tpu":
         # Untested on hardware: one process that sees just these chips of one host.
         environment["PJRT_DEVICE"] = "TPU"

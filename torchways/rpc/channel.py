@@ -6,11 +6,12 @@ machine is gone within about ten seconds; a process that ends is noticed at once
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -19,8 +20,13 @@ from torchways.errors import ClusterLost, ConfigError
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
+
 TOKEN_KEY = "torchways-token"
 TOKEN_VARIABLE = "TORCHWAYS_TOKEN"
+
+#: Messages in a batch.
+_MAX_BATCH = 256
 
 _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_receive_message_length", -1),
@@ -117,6 +123,11 @@ async def start_server(server: grpc.aio.Server, host: str) -> str:
     port = server.add_insecure_port(f"{host}:0")
     await server.start()
     return f"{host}:{port}"
+
+
+def drain(queue: asyncio.Queue[_T]) -> list[_T]:
+    """Returns what is in a queue now: what was to be said while the message before was on its way goes as one."""
+    return [queue.get_nowait() for _ in range(min(queue.qsize(), _MAX_BATCH))]
 
 
 def lost(what: str, error: grpc.aio.AioRpcError) -> ClusterLost:

@@ -89,6 +89,10 @@ class ExecutorStatus:
     num_messages: int
     fallback_counters: dict[str, int]
     waiting_for: tuple[str, ...]
+    budget_bytes: int
+    used_bytes: int
+    client_bytes: dict[int, int]
+    num_control_batches: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -211,6 +215,8 @@ class SchedulerClient:
         self._address = address
         #: Messages sent so far, by kind; what a test counts.
         self.num_sent: dict[str, int] = {}
+        #: Batches that they went in.
+        self.num_batches = 0
 
     def send(self, message: pb.ClientMessage) -> None:
         """Queues a message; order is kept."""
@@ -230,9 +236,12 @@ class SchedulerClient:
         """Says that no run of a program will follow."""
         self.send(pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id)))
 
-    async def _outgoing(self) -> AsyncIterator[pb.ClientMessage]:
+    async def _outgoing(self) -> AsyncIterator[pb.ClientMessages]:
         while (message := await self._queue.get()) is not None:
-            yield message
+            # While one batch is on its way, what follows becomes the next.
+            batch = pb.ClientMessages(messages=[message, *filter(None, channel.drain(self._queue))])
+            self.num_batches += 1
+            yield batch
 
     async def read(
         self,
@@ -242,14 +251,16 @@ class SchedulerClient:
     ) -> None:
         """Reads the stream until it ends; it ends by `close`, or because the scheduler is gone."""
         try:
-            async for message in self._stream:
-                match message.WhichOneof("message"):
-                    case "program_ready":
-                        on_program_ready(ProgramId(message.program_ready.program_id), _failure(message.program_ready))
-                    case "run_finished":
-                        on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
-                    case "client_failure":
-                        on_lost(message.client_failure.failure.message)
+            async for batch in self._stream:
+                for message in batch.messages:
+                    match message.WhichOneof("message"):
+                        case "run_finished":
+                            on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
+                        case "program_ready":
+                            ready = message.program_ready
+                            on_program_ready(ProgramId(ready.program_id), _failure(ready))
+                        case "client_failure":
+                            on_lost(message.client_failure.failure.message)
             on_lost("the scheduler closed the stream")
         except grpc.aio.AioRpcError as error:
             on_lost(f"the gang scheduler at {self._address} cannot be reached ({error.code().name}: {error.details()})")
@@ -319,6 +330,10 @@ class ExecutorClient:
             num_messages=status.num_messages,
             fallback_counters=dict(status.fallback_counters),
             waiting_for=tuple(status.waiting_for),
+            budget_bytes=status.budget_bytes,
+            used_bytes=status.used_bytes,
+            client_bytes=dict(status.client_bytes),
+            num_control_batches=status.num_control_batches,
         )
 
     async def trace(self, since_ns: int) -> list[Span]:

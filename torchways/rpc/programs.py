@@ -70,8 +70,7 @@ def run_message(
             run_id=run_id,
             first_buffer_id=first_buffer_id,
             slices=[
-                pb.SliceArguments(slice_id=slice_id, arguments=[_argument(binding) for binding in bindings])
-                for slice_id, bindings in arguments
+                pb.SliceArguments(slice_id=slice_id, arguments=_arguments(bindings)) for slice_id, bindings in arguments
             ],
         )
     )
@@ -85,10 +84,12 @@ def host_value(value: InlineValue) -> pb.HostValue:
     return pb.HostValue(spec=spec, fill=value.data)
 
 
-def _argument(binding: Binding) -> pb.Argument:
-    if isinstance(binding, InlineValue):
-        return pb.Argument(value=host_value(binding))
-    return pb.Argument(buffer_id=binding)
+def _arguments(bindings: Sequence[Binding]) -> bytes:
+    message = pb.Arguments(
+        buffer_ids=[0 if isinstance(binding, InlineValue) else binding for binding in bindings],
+        values=[host_value(binding) for binding in bindings if isinstance(binding, InlineValue)],
+    )
+    return message.SerializeToString()
 
 
 def _part(slice_id: SliceId, part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:

@@ -96,32 +96,34 @@ class HostValue(_message.Message):
 Global___HostValue: _TypeAlias = HostValue  # noqa: Y015
 
 @_typing.final
-class Argument(_message.Message):
-    """What a program argument is bound to in one run."""
+class Arguments(_message.Message):
+    """What a slice program's arguments are bound to in one run. Travels as bytes: schedulers pass it on unread."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    BUFFER_ID_FIELD_NUMBER: _builtins.int
-    VALUE_FIELD_NUMBER: _builtins.int
-    buffer_id: _builtins.int
-    """a buffer that the slice's executors hold or will hold"""
+    BUFFER_IDS_FIELD_NUMBER: _builtins.int
+    VALUES_FIELD_NUMBER: _builtins.int
     @_builtins.property
-    def value(self) -> Global___HostValue: ...
+    def buffer_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """one an argument: a buffer that the slice's executors hold or will hold; 0: a value"""
+
+    @_builtins.property
+    def values(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostValue]:
+        """for the zeros, in order"""
+
     def __init__(
         self,
         *,
-        buffer_id: _builtins.int = ...,
-        value: Global___HostValue | None = ...,
+        buffer_ids: _abc.Iterable[_builtins.int] | None = ...,
+        values: _abc.Iterable[Global___HostValue] | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "source", b"source", "value", b"value"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "source", b"source", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_ids", b"buffer_ids", "values", b"values"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_source: _TypeAlias = _typing.Literal["buffer_id", "value"]  # noqa: Y015
-    _WhichOneofArgType_source: _TypeAlias = _typing.Literal["source", b"source"]  # noqa: Y015
-    def WhichOneof(self, oneof_group: _WhichOneofArgType_source) -> _WhichOneofReturnType_source | None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Argument: _TypeAlias = Argument  # noqa: Y015
+Global___Arguments: _TypeAlias = Arguments  # noqa: Y015
 
 @_typing.final
 class Failure(_message.Message):
@@ -934,6 +936,26 @@ class EndProcess(_message.Message):
 Global___EndProcess: _TypeAlias = EndProcess  # noqa: Y015
 
 @_typing.final
+class ClientMessages(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___ClientMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientMessages: _TypeAlias = ClientMessages  # noqa: Y015
+
+@_typing.final
 class ClientMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1114,6 +1136,7 @@ class Instruction(_message.Message):
     SEND_FIELD_NUMBER: _builtins.int
     RECEIVE_FIELD_NUMBER: _builtins.int
     FREE_FIELD_NUMBER: _builtins.int
+    ALL_REDUCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def compute(self) -> Global___Compute: ...
     @_builtins.property
@@ -1122,6 +1145,8 @@ class Instruction(_message.Message):
     def receive(self) -> Global___Receive: ...
     @_builtins.property
     def free(self) -> Global___Free: ...
+    @_builtins.property
+    def all_reduce(self) -> Global___AllReduce: ...
     def __init__(
         self,
         *,
@@ -1129,12 +1154,13 @@ class Instruction(_message.Message):
         send: Global___Send | None = ...,
         receive: Global___Receive | None = ...,
         free: Global___Free | None = ...,
+        all_reduce: Global___AllReduce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "free"]  # noqa: Y015
+    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "free", "all_reduce"]  # noqa: Y015
     _WhichOneofArgType_instruction: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_instruction) -> _WhichOneofReturnType_instruction | None: ...
 
@@ -1228,6 +1254,40 @@ class Receive(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Receive: _TypeAlias = Receive  # noqa: Y015
+
+@_typing.final
+class AllReduce(_message.Message):
+    """Fills `output` with the sum of `input` over all members, which are in the same order on each of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    OUTPUT_FIELD_NUMBER: _builtins.int
+    EDGE_ID_FIELD_NUMBER: _builtins.int
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    input: _builtins.int
+    """slots"""
+    output: _builtins.int
+    edge_id: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """executor ids, this executor's among them"""
+
+    def __init__(
+        self,
+        *,
+        input: _builtins.int = ...,
+        output: _builtins.int = ...,
+        edge_id: _builtins.int = ...,
+        members: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["edge_id", b"edge_id", "input", b"input", "members", b"members", "output", b"output"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AllReduce: _TypeAlias = AllReduce  # noqa: Y015
 
 @_typing.final
 class Free(_message.Message):
@@ -1333,15 +1393,13 @@ class SliceArguments(_message.Message):
     SLICE_ID_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
-    @_builtins.property
-    def arguments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Argument]:
-        """one for each of the slice program's args"""
-
+    arguments: _builtins.bytes
+    """a serialized `Arguments`"""
     def __init__(
         self,
         *,
         slice_id: _builtins.int = ...,
-        arguments: _abc.Iterable[Global___Argument] | None = ...,
+        arguments: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1392,6 +1450,26 @@ class ForgetProgram(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ForgetProgram: _TypeAlias = ForgetProgram  # noqa: Y015
+
+@_typing.final
+class SchedulerMessages(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MESSAGES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SchedulerMessage]: ...
+    def __init__(
+        self,
+        *,
+        messages: _abc.Iterable[Global___SchedulerMessage] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SchedulerMessages: _TypeAlias = SchedulerMessages  # noqa: Y015
 
 @_typing.final
 class SchedulerMessage(_message.Message):
@@ -1579,6 +1657,26 @@ class RemoveSliceResponse(_message.Message):
 Global___RemoveSliceResponse: _TypeAlias = RemoveSliceResponse  # noqa: Y015
 
 @_typing.final
+class ExecutorCommands(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    COMMANDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorCommand]: ...
+    def __init__(
+        self,
+        *,
+        commands: _abc.Iterable[Global___ExecutorCommand] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorCommands: _TypeAlias = ExecutorCommands  # noqa: Y015
+
+@_typing.final
 class ExecutorCommand(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1587,6 +1685,7 @@ class ExecutorCommand(_message.Message):
     DROP_BUFFERS_FIELD_NUMBER: _builtins.int
     DROP_PROGRAM_FIELD_NUMBER: _builtins.int
     DROP_CLIENT_FIELD_NUMBER: _builtins.int
+    GRANT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_program(self) -> Global___LoadProgram: ...
     @_builtins.property
@@ -1597,6 +1696,8 @@ class ExecutorCommand(_message.Message):
     def drop_program(self) -> Global___DropProgram: ...
     @_builtins.property
     def drop_client(self) -> Global___DropClient: ...
+    @_builtins.property
+    def grant(self) -> Global___Grant: ...
     def __init__(
         self,
         *,
@@ -1605,16 +1706,42 @@ class ExecutorCommand(_message.Message):
         drop_buffers: Global___DropBuffers | None = ...,
         drop_program: Global___DropProgram | None = ...,
         drop_client: Global___DropClient | None = ...,
+        grant: Global___Grant | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "load_program", b"load_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "load_program", b"load_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___ExecutorCommand: _TypeAlias = ExecutorCommand  # noqa: Y015
+
+@_typing.final
+class Grant(_message.Message):
+    """A gang slice (several hosts, or devices shared with another slice) issues computations only as granted, in this order."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    unit: _builtins.int
+    """position of the unit in the run's plan (executor/plan.py)"""
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        unit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Grant: _TypeAlias = Grant  # noqa: Y015
 
 @_typing.final
 class LoadProgram(_message.Message):
@@ -1657,8 +1784,8 @@ class Enqueue(_message.Message):
     program_id: _builtins.int
     run_id: _builtins.int
     first_buffer_id: _builtins.int
-    @_builtins.property
-    def arguments(self) -> _containers.RepeatedCompositeFieldContainer[Global___Argument]: ...
+    arguments: _builtins.bytes
+    """a serialized `Arguments`"""
     def __init__(
         self,
         *,
@@ -1666,7 +1793,7 @@ class Enqueue(_message.Message):
         program_id: _builtins.int = ...,
         run_id: _builtins.int = ...,
         first_buffer_id: _builtins.int = ...,
-        arguments: _abc.Iterable[Global___Argument] | None = ...,
+        arguments: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1736,30 +1863,106 @@ class DropClient(_message.Message):
 Global___DropClient: _TypeAlias = DropClient  # noqa: Y015
 
 @_typing.final
+class ExecutorEvents(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___ExecutorEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorEvents: _TypeAlias = ExecutorEvents  # noqa: Y015
+
+@_typing.final
 class ExecutorEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROGRAM_LOADED_FIELD_NUMBER: _builtins.int
     RUN_ENDED_FIELD_NUMBER: _builtins.int
+    UNIT_READY_FIELD_NUMBER: _builtins.int
+    UNIT_ENQUEUED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_loaded(self) -> Global___ProgramLoaded: ...
     @_builtins.property
     def run_ended(self) -> Global___RunEnded: ...
+    @_builtins.property
+    def unit_ready(self) -> Global___UnitReady: ...
+    @_builtins.property
+    def unit_enqueued(self) -> Global___UnitEnqueued: ...
     def __init__(
         self,
         *,
         program_loaded: Global___ProgramLoaded | None = ...,
         run_ended: Global___RunEnded | None = ...,
+        unit_ready: Global___UnitReady | None = ...,
+        unit_enqueued: Global___UnitEnqueued | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_enqueued", b"unit_enqueued", "unit_ready", b"unit_ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_enqueued", b"unit_enqueued", "unit_ready", b"unit_ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_enqueued"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___ExecutorEvent: _TypeAlias = ExecutorEvent  # noqa: Y015
+
+@_typing.final
+class UnitReady(_message.Message):
+    """The gang's leader (its first host) has all inputs of a unit."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    unit: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        unit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitReady: _TypeAlias = UnitReady  # noqa: Y015
+
+@_typing.final
+class UnitEnqueued(_message.Message):
+    """A granted unit is in this host's device queues."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    unit: _builtins.int
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        unit: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UnitEnqueued: _TypeAlias = UnitEnqueued  # noqa: Y015
 
 @_typing.final
 class ProgramLoaded(_message.Message):
@@ -1948,6 +2151,26 @@ class ExecutorStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class ClientBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
     NUM_BUFFERS_FIELD_NUMBER: _builtins.int
@@ -1956,6 +2179,10 @@ class ExecutorStatus(_message.Message):
     NUM_MESSAGES_FIELD_NUMBER: _builtins.int
     FALLBACK_COUNTERS_FIELD_NUMBER: _builtins.int
     WAITING_FOR_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CLIENT_BYTES_FIELD_NUMBER: _builtins.int
+    NUM_CONTROL_BATCHES_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     rss_bytes: _builtins.int
     num_buffers: _builtins.int
@@ -1964,6 +2191,12 @@ class ExecutorStatus(_message.Message):
     num_runs_in_flight: _builtins.int
     num_messages: _builtins.int
     """commands received on Control"""
+    budget_bytes: _builtins.int
+    """of device memory, a device; 0: no limit"""
+    used_bytes: _builtins.int
+    """of it"""
+    num_control_batches: _builtins.int
+    """Control messages received; several commands may share one"""
     @_builtins.property
     def fallback_counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """torch-xla's "aten::" counters: operators run on the host"""
@@ -1971,6 +2204,10 @@ class ExecutorStatus(_message.Message):
     @_builtins.property
     def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """for people: what runs in flight wait for"""
+
+    @_builtins.property
+    def client_bytes(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """of named buffers, by owning client, a device"""
 
     def __init__(
         self,
@@ -1983,10 +2220,14 @@ class ExecutorStatus(_message.Message):
         num_messages: _builtins.int = ...,
         fallback_counters: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         waiting_for: _abc.Iterable[_builtins.str] | None = ...,
+        budget_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        client_bytes: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+        num_control_batches: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_bytes", b"buffer_bytes", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_control_batches", b"num_control_batches", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

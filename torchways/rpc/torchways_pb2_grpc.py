@@ -335,8 +335,8 @@ class SchedulerStub:
         """
         self.Connect = channel.stream_stream(
                 '/torchways.v1.Scheduler/Connect',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessage.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessage.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessages.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.FromString,
                 _registered_method=True)
         self.AddSlice = channel.unary_unary(
                 '/torchways.v1.Scheduler/AddSlice',
@@ -357,6 +357,7 @@ class SchedulerServicer:
 
     def Connect(self, request_iterator, context):
         """One stream for each client. Messages of one client keep their order.
+        A batch is what was to be said while the one before was on its way.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -380,8 +381,8 @@ def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Connect': grpc.stream_stream_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessage.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessage.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessages.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.SerializeToString,
             ),
             'AddSlice': grpc.unary_unary_rpc_method_handler(
                     servicer.AddSlice,
@@ -421,8 +422,8 @@ class Scheduler:
             request_iterator,
             target,
             '/torchways.v1.Scheduler/Connect',
-            torchways_dot_rpc_dot_torchways__pb2.ClientMessage.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.SchedulerMessage.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.ClientMessages.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.FromString,
             options,
             channel_credentials,
             insecure,
@@ -501,8 +502,8 @@ class ExecutorStub:
         """
         self.Control = channel.stream_stream(
                 '/torchways.v1.Executor/Control',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommand.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvent.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.FromString,
                 _registered_method=True)
         self.PutBuffer = channel.stream_unary(
                 '/torchways.v1.Executor/PutBuffer',
@@ -568,8 +569,8 @@ def add_ExecutorServicer_to_server(servicer, server):
     rpc_method_handlers = {
             'Control': grpc.stream_stream_rpc_method_handler(
                     servicer.Control,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommand.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvent.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.SerializeToString,
             ),
             'PutBuffer': grpc.stream_unary_rpc_method_handler(
                     servicer.PutBuffer,
@@ -619,8 +620,8 @@ class Executor:
             request_iterator,
             target,
             '/torchways.v1.Executor/Control',
-            torchways_dot_rpc_dot_torchways__pb2.ExecutorCommand.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.ExecutorEvent.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.FromString,
             options,
             channel_credentials,
             insecure,

@@ -32,7 +32,7 @@ class Runtime(Protocol):
     """Devices of one slice on one host. One thread calls all methods."""
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> Any:
-        """Copies a CPU tensor to the devices; returns the buffer."""
+        """Copies a CPU tensor, which must not change any more, to the devices; returns the buffer."""
 
     def fill(self, spec: BufferSpec, value: float) -> Any:
         """Returns a buffer with one value everywhere."""
@@ -50,14 +50,17 @@ class Runtime(Protocol):
             CaptureError: an operator would run on the host.
         """
 
-    def execute(self, executable: Any, inputs: Sequence[Any]) -> list[Any]:
-        """Starts a computation; returns its outputs before it ends."""
+    def execute(self, executable: Any, inputs: Sequence[Any], gang_key: str) -> list[Any]:
+        """Starts a computation; returns its outputs before it ends. `gang_key` is the same on all hosts of a gang."""
 
-    def on_ready(self, buffers: Sequence[Any], callback: Callable[[], None]) -> None:
-        """Calls back, on some thread, when the buffers are computed."""
+    def on_ready(self, buffer: Any, callback: Callable[[], None]) -> None:
+        """Calls back, on some thread, when a buffer is computed. `progress` must be called meanwhile."""
+
+    def progress(self) -> bool:
+        """Does what `on_ready` waits for; returns whether it must be called again soon."""
 
     def to_host(self, buffer: Any) -> torch.Tensor:
-        """Waits for a buffer and returns it as a CPU tensor."""
+        """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
 
     def fallback_counters(self) -> dict[str, int]:
         """Operators that ran on the host since the start, with counts."""

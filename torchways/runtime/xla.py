@@ -26,7 +26,7 @@ import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
 from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
-from torch_xla.utils.dlpack import to_dlpack
+from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
@@ -36,8 +36,13 @@ logger = logging.getLogger(__name__)
 
 _XLAC = torch_xla._XLAC
 
-#: Executions that may be unfinished at a time. More gain nothing on one device queue and grow XLA's thread demand.
+#: Executions that may be unfinished at a time (counted in steps of a marker). More gain nothing on one device queue and
+#: grow XLA's thread demand.
 _MAX_IN_FLIGHT = 64
+_MARKER_EVERY = 16
+
+#: Bytes; XLA's CPU client takes only memory that is aligned to it. PyTorch's own is.
+_XLA_ALIGNMENT = 64
 
 #: Compiled graphs that are remembered to be shared by equal functions; torch-xla's own cache holds 2,048.
 _MAX_SHARED = 1024
@@ -71,12 +76,22 @@ class XlaRuntime:
         self._device = torch_xla.device()
         self._axis_names = tuple(axis_names)
         self._mesh = xs.Mesh(np.arange(self._num_devices), tuple(shape), self._axis_names)
-        self._in_flight: collections.deque[threading.Event] = collections.deque()
+        #: Set when the execution of each marker has ended.
+        self._markers: collections.deque[threading.Event] = collections.deque()
+        self._since_marker = 0
+        #: Buffers whose launch may be under way, and who waits for them, in order.
+        self._waiting: collections.deque[tuple[torch.Tensor, Callable[[], None]]] = collections.deque()
+        #: Host memory can be a buffer, and a buffer host memory, without a copy.
+        self._shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
         self._compiled: dict[Any, _Executable] = {}
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> torch.Tensor:
-        """Copies a CPU tensor to the devices; returns the buffer."""
-        return self._place(host.contiguous(), placements)
+        """Puts a CPU tensor, which must not change any more, on the devices; returns the buffer."""
+        host = host.contiguous()
+        if self._shares_memory and host.numel() and host.dtype != torch.bool:
+            host = host if host.data_ptr() % _XLA_ALIGNMENT == 0 else host.clone()
+            return from_dlpack(torch.utils.dlpack.to_dlpack(host))
+        return self._place(host, placements)
 
     def fill(self, spec: BufferSpec, value: float) -> torch.Tensor:
         """Returns a buffer with one value everywhere."""
@@ -174,7 +189,9 @@ class XlaRuntime:
                 f"{', '.join(sorted(lines)) or 'an unknown line'}. Write it with other operators"
             )
 
-    def execute(self, executable: _Executable, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    def execute(
+        self, executable: _Executable, inputs: Sequence[torch.Tensor], gang_key: str = ""
+    ) -> list[torch.Tensor]:
         """Starts a computation; returns its outputs before it ends."""
         if executable.graph_hash is None:
             return [inputs[~source] for source in executable.outputs]
@@ -183,38 +200,44 @@ class XlaRuntime:
         results = _XLAC._run_cached_graph(
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
         )
-        done = threading.Event()
-        self.on_ready(results, done.set)
-        self._in_flight.append(done)
+        self._since_marker += 1
+        if self._since_marker == _MARKER_EVERY:
+            self._since_marker = 0
+            marker = threading.Event()
+            self._markers.append(marker)
+            self.on_ready(results[0], marker.set)
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs]
 
     def _wait_for_room(self) -> None:
-        while self._in_flight and (self._in_flight[0].is_set() or len(self._in_flight) >= _MAX_IN_FLIGHT):
-            if not self._in_flight[0].wait(timeout=30):
-                logger.warning("waiting for the oldest of %d computations in flight", len(self._in_flight))
-                continue
-            self._in_flight.popleft()
+        markers = self._markers
+        while markers and (markers[0].is_set() or len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT):
+            waited = 0
+            while not markers[0].wait(timeout=0.001 if self.progress() else 1.0):
+                waited += 1
+                if waited % 30_000 == 0:
+                    logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
+            markers.popleft()
 
-    def on_ready(self, buffers: Sequence[torch.Tensor], callback: Callable[[], None]) -> None:
-        """Calls back, on a thread of XLA's, when the first buffer (and so its whole computation) is computed."""
-        if buffers:
-            # `_on_ready_callback` waits for launches under way while it holds the GIL; a launch may wait for an
-            # earlier computation, whose callback waits for the GIL. So wait first, without the GIL.
-            xm.wait_device_ops()
-            _XLAC._on_ready_callback(buffers[0], callback)  # no public call tells of completion without waiting
-        else:
-            callback()
+    def on_ready(self, buffer: torch.Tensor, callback: Callable[[], None]) -> None:
+        """Calls back, on a thread of XLA's, when a buffer (and so its whole computation) is computed."""
+        self._waiting.append((buffer, callback))
+
+    def progress(self) -> bool:
+        """Asks for the completion of what is launched; returns whether something is not launched yet."""
+        # A launch goes on in the background. `_on_ready_callback` would wait for it with the GIL held, and the launch
+        # may wait for an earlier computation, whose callback needs the GIL: so it is asked of launched buffers only.
+        # No public call tells of a launch's or a computation's end without waiting for it (wait_device_ops waits for
+        # all computations, and holds up launches meanwhile).
+        waiting = self._waiting
+        while waiting and not _XLAC._is_placecholder(waiting[0][0]):
+            buffer, callback = waiting.popleft()
+            _XLAC._on_ready_callback(buffer, callback)
+        return bool(waiting)
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:
-        """Waits for a buffer and returns it as a CPU tensor."""
-        xm.wait_device_ops()  # see on_ready
-        if self._num_devices == 1 and xr.device_type() == "CPU" and buffer.numel():
-            # A zero-copy view of the device's memory (`.cpu()` runs at 0.3 GB/s), copied once it is computed: the
-            # buffer may be donated next.
-            done = threading.Event()
-            self.on_ready([buffer], done.set)
-            done.wait()
-            return torch.utils.dlpack.from_dlpack(to_dlpack(buffer)).clone()
+        """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
+        if self._shares_memory and buffer.numel():
+            return torch.utils.dlpack.from_dlpack(to_dlpack(buffer))  # `.cpu()` runs at 0.3 GB/s
         if self._num_devices == 1 or not _XLAC._get_xla_sharding_spec(buffer):
             return buffer.cpu()
         # Local shards come at 1.3 to 3 GB/s (measured on the reference machine); of a replicated buffer one is enough.

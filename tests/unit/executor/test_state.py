@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from torchways.errors import Failure
 from torchways.executor import state as core
+from torchways.executor.plan import ComputeInstruction, ReceiveInstruction, SendInstruction, load_program
 from torchways.ids import BufferId, ClientId, ProgramId, RunId
 
 CLIENT = 1
@@ -28,30 +29,30 @@ class _Buffer:
 
 def train_parts():
     """Two executors, one step: a: y = w + x, send y; b: v' = v + y (v donated), send v'; a: w' = w + v' (w donated)."""
-    a = core.LoadedProgram(
-        program_id=ProgramId(BASE + 1),
-        name="step",
-        num_slots=5,  # w, x, y, v', w'
-        num_args=2,
-        instructions=(
-            core.ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=()),
-            core.SendInstruction(slot=2, edge_id=0, peer="b"),
-            core.ReceiveInstruction(slot=3, edge_id=1, peer="b"),
-            core.ComputeInstruction(function_index=0, inputs=(0, 3), outputs=(4,), donated=(0,)),
+    a = load_program(
+        BASE + 1,
+        "step",
+        2,
+        [10] * 5,  # w, x, y, v', w'
+        (
+            ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=()),
+            SendInstruction(slot=2, edge_id=0, peer="b"),
+            ReceiveInstruction(slot=3, edge_id=1, peer="b"),
+            ComputeInstruction(function_index=0, inputs=(0, 3), outputs=(4,), donated=(0,)),
         ),
-        results=((4, 0), (2, 1)),
+        ((4, 0), (2, 1)),
     )
-    b = core.LoadedProgram(
-        program_id=ProgramId(BASE + 1),
-        name="step",
-        num_slots=3,  # v, y, v'
-        num_args=1,
-        instructions=(
-            core.ReceiveInstruction(slot=1, edge_id=0, peer="a"),
-            core.ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=(0,)),
-            core.SendInstruction(slot=2, edge_id=1, peer="a"),
+    b = load_program(
+        BASE + 1,
+        "step",
+        1,
+        [10] * 3,  # v, y, v'
+        (
+            ReceiveInstruction(slot=1, edge_id=0, peer="a"),
+            ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=(0,)),
+            SendInstruction(slot=2, edge_id=1, peer="a"),
         ),
-        results=((2, 2),),
+        ((2, 2),),
     )
     return {"a": a, "b": b}
 
@@ -59,15 +60,16 @@ def train_parts():
 class World:
     """Executors, and everything that is under way between them, in no particular order."""
 
-    def __init__(self, draw):
+    def __init__(self, draw, budget=0):
         self.draw = draw
-        self.states = {name: core.ExecutorState(name) for name in "ab"}
-        self.pending = []  # (queue, executor, event): within a queue, order is kept
+        self.states = {name: core.ExecutorState(name, budget_bytes=budget) for name in "ab"}
+        self.pending = []  # (queue, executor, event or work): within a queue, order is kept
         self.ended = {name: [] for name in "ab"}
         self.delivered = {}
         self.executed = 0
         self.fail_at = None
         self.uncompilable = None
+        self.peak = 0
 
     def post(self, queue, name, event):
         self.pending.append((queue, name, event))
@@ -80,8 +82,12 @@ class World:
                     seen.add(queue)
                     firsts.append(index)
             _, name, event = self.pending.pop(self.draw(st.sampled_from(firsts)))
+            if callable(event):
+                event()
+                continue
             for command in self.states[name].handle(event):
                 self.carry_out(name, command)
+            self.peak = max(self.peak, *(state.used_bytes for state in self.states.values()))
 
     def carry_out(self, name, command):
         match command:
@@ -89,44 +95,48 @@ class World:
                 failure = Failure(kind="CaptureError", message="injected") if name == self.uncompilable else None
                 self.post(None, name, core.ProgramCompiled(program_id=command.program_id, failure=failure))
             case core.Place():
-                buffer = command.data if isinstance(command.data, _Buffer) else _Buffer(int(command.data[1:]))
-                self.post(f"device {name}", name, core.CellFilled(cell=command.cell, buffer=buffer))
+                data = command.data
+                command.cell.buffer = data if isinstance(data, _Buffer) else _Buffer(int(data[1:]))
             case core.Execute():
                 self.execute(name, command)
-            case core.Send():
-                other = "b" if name == "a" else "a"
-                data = None if command.failure else _Buffer(command.buffer.read())
-                arrived = core.TransferArrived(
-                    run_id=command.run_id, edge_id=command.edge_id, data=data, failure=command.failure
-                )
-                self.post(f"link to {other}", other, arrived)
-                self.post(None, name, core.TransferSent(step=command.step))
+            case core.Send():  # the value is read when it is computed, which is later
+                self.post(f"device {name}", name, lambda: self.send(name, command))
             case core.Deliver():
-                self.delivered[command.fetch_id] = (
-                    command.cell.failure if command.cell.failure else command.cell.buffer.read()
-                )
-                self.post(None, name, core.FetchEnded(fetch_id=command.fetch_id, cell=command.cell))
+                self.post(f"device {name}", name, lambda: self.deliver(name, command))
             case core.ReportEnded():
                 self.ended[name].append((command.run_id, command.failure))
 
+    def send(self, name, command):
+        other = "b" if name == "a" else "a"
+        failure = command.cell.failure
+        data = None if failure else _Buffer(command.cell.buffer.read())
+        edge_id = command.instruction.edge_id
+        arrived = core.TransferArrived(run_id=command.task.run.run_id, edge_id=edge_id, data=data, failure=failure)
+        self.post(f"link to {other}", other, arrived)
+        self.post(None, name, core.UnitFinished(task=command.task))
+
+    def deliver(self, name, command):
+        cell = command.cell
+        self.delivered[command.fetch_id] = cell.failure or cell.buffer.read()
+        self.post(None, name, core.FetchEnded(cell=cell))
+
     def execute(self, name, command):
+        task = command.task
         self.executed += 1
+        failure = core.lowest([cell.failure for cell in command.inputs])
         if self.executed == self.fail_at:
-            failure = Failure(kind="RemoteError", message="injected", run_id=command.step.run.run_id)
-            event = core.ComputationEnqueued(step=command.step, outputs=(), failure=failure)
-            self.post(f"device {name}", name, event)
-            return
-        total = sum(buffer.read() for buffer in command.inputs)
-        for position in command.step.instruction.donated:
-            command.inputs[position].alive = False
-        outputs = [_Buffer(total) for _ in command.step.instruction.outputs]
-        self.post(f"device {name}", name, core.ComputationEnqueued(step=command.step, outputs=outputs))
-        self.post(f"device {name}", name, core.ComputationFinished(step=command.step))
+            failure = Failure(kind="RemoteError", message="injected", run_id=task.run.run_id)
+        total = 0 if failure else sum(cell.buffer.read() for cell in command.inputs)
+        for slot in () if failure else task.unit.donated:
+            command.inputs[task.unit.reads.index(slot)].buffer.alive = False
+        for cell in command.outputs:
+            cell.buffer, cell.failure = None if failure else _Buffer(total), failure
+        self.post(f"device {name}", name, core.UnitFinished(task=task, failure=failure))
 
 
-def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False):
+def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False, budget=0):
     """Runs the step `num_runs` times with state carried on, in an order that hypothesis draws."""
-    world = World(draw)
+    world = World(draw, budget)
     world.fail_at = fail_at
     world.uncompilable = uncompilable
     for name in lost:
@@ -135,8 +145,8 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program
     for name, program in train_parts().items():
         world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
     w, v = BufferId(BASE + 2), BufferId(BASE + 3)
-    world.post(None, "a", core.BufferPut(buffer_id=w, buffer=_Buffer(1)))
-    world.post(None, "b", core.BufferPut(buffer_id=v, buffer=_Buffer(1)))
+    world.post(None, "a", core.BufferPut(buffer_id=w, data=_Buffer(1), spec=None, nbytes=10))
+    world.post(None, "b", core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, nbytes=10))
     for number in range(num_runs):
         first = BASE + 100 + 10 * number
         run = {"program_id": ProgramId(BASE + 1), "run_id": RunId(first + 9), "sequence": number}
@@ -209,7 +219,7 @@ def test_a_lost_peer_fails_receives_now_and_later():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
     state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), buffer=_Buffer(1)))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
     lost = Failure(kind="ExecutorLost", message="executor a is lost")
     commands = []
     for number in range(2):
@@ -226,8 +236,8 @@ def test_a_lost_peer_fails_receives_now_and_later():
         if number == 0:
             commands += state.handle(core.PeerLost(peer="a", failure=lost))
     for command in [command for command in commands if isinstance(command, core.Send)]:
-        assert command.failure == lost
-        commands += state.handle(core.TransferSent(step=command.step))
+        assert command.cell.failure == lost
+        commands += state.handle(core.UnitFinished(task=command.task))
     ended = [command for command in commands if isinstance(command, core.ReportEnded)]
     assert [command.failure for command in ended] == [lost, lost]
 
@@ -235,7 +245,7 @@ def test_a_lost_peer_fails_receives_now_and_later():
 def test_a_donated_buffer_cannot_be_read_again():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), buffer=_Buffer(1)))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
     run = core.RunEnqueued(
         program_id=ProgramId(BASE + 1),
         run_id=RunId(BASE + 50),
@@ -261,4 +271,114 @@ def test_status_says_what_a_run_waits_for():
     state.handle(run)
     assert state.waiting_for() == ["run 7 of step: its compilation"]
     state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    assert "edge 0 from a" in state.waiting_for()[0]
+    assert "receives edges [0]" in state.waiting_for()[0]
+
+
+# ---- memory
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data(), st.integers(1, 4), st.integers(0, 80))
+def test_a_budget_delays_computations_and_is_never_exceeded(data, num_runs, spare):
+    budget = 40 + 10 * num_runs + spare  # state, what one run makes, and every run's argument
+    world = drive(data.draw, num_runs, budget=budget)
+    stalled = True
+    while stalled:  # the controller reads, and drops what it has read
+        stalled = False
+        for name, state in world.states.items():
+            names = [b for b, cell in state.named.items() if cell.buffer is not None and (b - BASE) % 10 == 1]
+            if state.starved and names:
+                world.post(None, name, core.BuffersDropped(buffer_ids=names))
+                stalled = True
+        world.run()
+    assert not any(state.starved for state in world.states.values())
+    assert world.peak <= budget
+    assert world.delivered[1000] == drive(data.draw, num_runs).delivered[1000]
+    for name, state in world.states.items():
+        assert len(world.ended[name]) == num_runs
+        state.handle(core.ClientDropped(client_id=ClientId(CLIENT)))
+        assert state.used_bytes == 0
+
+
+def _one_call(slot_bytes, num_args=1):
+    call = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
+    return load_program(BASE + 1, "grow", num_args, slot_bytes, [call], [(1, 0)])
+
+
+def _starving(budget, slot_bytes):
+    state = core.ExecutorState("a", budget_bytes=budget)
+    state.handle(core.ProgramArrived(program=_one_call(slot_bytes)))
+    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=slot_bytes[0]))
+    run = core.RunEnqueued(
+        program_id=ProgramId(BASE + 1),
+        run_id=RunId(BASE + 3),
+        sequence=1,
+        first_buffer_id=BufferId(BASE + 4),
+        arguments=[BufferId(BASE + 2)],
+    )
+    return state, state.handle(run)
+
+
+def test_a_computation_larger_than_the_budget_is_refused_at_once_with_sizes():
+    state, commands = _starving(100, [50, 101])
+    [ended] = commands
+    assert ended.failure.kind == "ResourceExhausted"
+    assert "101 bytes" in ended.failure.message
+    assert "100 bytes" in ended.failure.message
+    assert state.starved == []
+
+
+def test_a_computation_waits_for_memory_and_status_says_so():
+    state, commands = _starving(100, [50, 60])
+    assert commands == []
+    assert "waits for 60 bytes of device memory: 50 of 100 are used" in state.waiting_for()[0]
+    # Its input stays in memory until it has run: only another array's end can help. There is none, so it fails.
+    [ended] = state.handle(core.MemoryStalled(seconds=3))
+    assert ended.failure.kind == "ResourceExhausted"
+    assert f"client {CLIENT}: 50 bytes" in ended.failure.message
+
+
+def test_a_released_array_lets_the_next_computation_go():
+    state, _ = _starving(100, [50, 10])
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, nbytes=40))
+    run = core.RunEnqueued(
+        program_id=ProgramId(BASE + 1),
+        run_id=RunId(BASE + 21),
+        sequence=2,
+        first_buffer_id=BufferId(BASE + 22),
+        arguments=[BufferId(BASE + 2)],
+    )
+    assert state.handle(run) == []
+    commands = state.handle(core.BuffersDropped(buffer_ids=[BufferId(BASE + 20)]))
+    assert [type(command) for command in commands] == [core.Execute]
+
+
+# ---- gangs
+
+
+def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
+    for role in ("leader", "member"):
+        state = core.ExecutorState("a", gang=role)
+        state.handle(core.ProgramArrived(program=_one_call([1, 1])))
+        state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+        state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=1))
+        asked = []
+        for number in range(2):
+            asked += state.handle(
+                core.RunEnqueued(
+                    program_id=ProgramId(BASE + 1),
+                    run_id=RunId(BASE + 30 + number),
+                    sequence=number,
+                    first_buffer_id=BufferId(BASE + 40 + number),
+                    arguments=[BufferId(BASE + 2)],
+                )
+            )
+        expected = [core.ReportReady] * 2 if role == "leader" else []
+        assert [type(command) for command in asked] == expected
+        # Granted the other way round.
+        commands = state.handle(core.UnitGranted(run_id=RunId(BASE + 31), unit=0))
+        commands += state.handle(core.UnitGranted(run_id=RunId(BASE + 30), unit=0))
+        ran = [command.task.run.run_id for command in commands if isinstance(command, core.Execute)]
+        assert ran == [BASE + 31, BASE + 30]
+        assert sum(isinstance(command, core.ReportEnqueued) for command in commands) == 2

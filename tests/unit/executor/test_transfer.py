@@ -24,10 +24,8 @@ class End:
         self.lost.put((peer, reason))
 
     def send(self, peer, run_id, value):
-        failure = value if isinstance(value, Failure) else None
-        read = None if failure else lambda: value
-        outgoing = Outgoing(run_id=RunId(run_id), edge_id=7, read=read, failure=failure, on_sent=self.sent.put)
-        self.plane.send(peer, outgoing)
+        self.plane.send(peer, Outgoing(run_id=RunId(run_id), edge_id=7, phase=1, value=value, on_sent=self.sent.put))
+        self.plane.flush()
 
 
 def test_values_and_failures_arrive_in_both_directions():
@@ -41,11 +39,29 @@ def test_values_and_failures_arrive_in_both_directions():
         failure = Failure(kind="RemoteError", message="m" * 10_000, run_id=5)
         sender.send(peer, 99, failure)
         for expected_id, value in enumerate(values):
-            run_id, edge_id, data, none = receiver.arrived.get(timeout=20)
-            assert (run_id, edge_id, none) == (expected_id, 7, None)
+            origin, run_id, edge_id, phase, data = receiver.arrived.get(timeout=20)
+            assert (origin, run_id, edge_id, phase) == (sender.plane.executor_id, expected_id, 7, 1)
             assert torch.equal(data.view(value.dtype).reshape(value.shape), value)
             assert sender.sent.get(timeout=20) is None
-        assert receiver.arrived.get(timeout=20) == (99, 7, None, failure)
+        *_, received = receiver.arrived.get(timeout=20)
+        assert (received.kind, received.run_id) == ("RemoteError", 5)
+        assert failure.message.startswith(received.message)
+
+
+def test_small_values_that_are_ready_together_share_a_frame():
+    a, b = End("a"), End("b")
+    a.plane.connect("b", b.plane.address)
+    b.plane.connect("a", a.plane.address)
+    for run_id in range(1000):
+        a.plane.send("b", Outgoing(run_id=RunId(run_id), edge_id=0, phase=0, value=torch.tensor(run_id)))
+    link = a.plane._links["b"]
+    assert link._settled.wait(20)
+    frames = []
+    link._start = lambda data, tag, items, start=link._start: (frames.append(tag), start(data, tag, items))
+    a.plane.flush()
+    arrived = [b.arrived.get(timeout=20) for _ in range(1000)]
+    assert [int(value.view(torch.int64)) for *_, value in arrived] == list(range(1000))
+    assert len(frames) < 10
 
 
 def test_a_peer_that_is_gone_before_the_link_is_up():
@@ -84,7 +100,7 @@ def test_a_peer_that_is_killed_ends_a_wait_for_it():
         address = peer.stdout.readline().strip()
         print(a.plane.address, file=peer.stdin, flush=True)
         a.plane.connect("b", address)
-        assert a.arrived.get(timeout=30)[0] == 1
+        assert a.arrived.get(timeout=30)[:2] == ("b", 1)
         peer.kill()
         assert a.lost.get(timeout=10)[0] == "b"
     finally:

@@ -1,0 +1,109 @@
+"""Sums between executors: any order of messages, any number of members, failures and lost peers."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchways.errors import Failure
+from torchways.executor.reduce import Reducer
+from torchways.ids import ClientId, RunId
+
+
+class World:
+    """Members whose messages are delivered in an order that a test draws."""
+
+    def __init__(self, count):
+        self.names = tuple(f"e{index}" for index in range(count))
+        self.messages, self.results, self.sent_bytes = [], {}, dict.fromkeys(self.names, 0)
+        self.members = {name: Reducer(name, self.sender(name)) for name in self.names}
+
+    def sender(self, name):
+        def send(peer, run_id, edge_id, phase, piece):
+            if isinstance(piece, torch.Tensor):
+                self.sent_bytes[name] += piece.numel() * piece.element_size()
+                piece = piece.clone().view(torch.uint8)  # as it arrives: bytes
+            self.messages.append((peer, name, run_id, edge_id, phase, piece))
+
+        return send
+
+    def start(self, name, value, shape, run_id=1):
+        def done(total, failure):
+            assert (run_id, name) not in self.results
+            self.results[run_id, name] = failure if failure is not None else total.reshape(shape)
+
+        self.members[name].start(RunId(run_id), 0, self.names, value, shape, torch.float32, done)
+
+    def deliver(self, index):
+        peer, name, *rest = self.messages.pop(index)
+        self.members[peer].arrived(name, *rest)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(1, 5), st.sampled_from([(), (3, 2), (0,), (40_000,), (7, 5_000)]))
+def test_every_member_gets_the_same_sum_in_any_order(data, count, shape):
+    world = World(count)
+    values = [torch.randn(shape) for _ in range(count)]
+    waiting = list(range(count))
+    while waiting or world.messages:
+        if waiting and (not world.messages or data.draw(st.booleans())):
+            index = waiting.pop(data.draw(st.integers(0, len(waiting) - 1)))
+            world.start(world.names[index], values[index], shape)
+        else:
+            world.deliver(data.draw(st.integers(0, len(world.messages) - 1)))
+    expected = torch.stack(values).sum(0)
+    totals = [world.results[1, name] for name in world.names]
+    assert all(torch.equal(total, totals[0]) for total in totals)
+    torch.testing.assert_close(totals[0], expected)
+    assert all(member.num_open == 0 for member in world.members.values())
+
+
+@pytest.mark.parametrize("count", [2, 4, 8])
+def test_no_member_sends_more_than_twice_the_value(count):
+    world = World(count)
+    numel = 1 << 20
+    for name in world.names:
+        world.start(name, torch.ones(numel), (numel,))
+    while world.messages:
+        world.deliver(0)
+    assert torch.equal(world.results[1, "e0"], torch.full((numel,), float(count)))
+    assert max(world.sent_bytes.values()) <= 2 * 4 * numel  # a star's centre would send count - 1 times
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data(), st.integers(2, 4), st.sampled_from([(), (40_000,)]))
+def test_a_poisoned_value_poisons_the_sum_everywhere(data, count, shape):
+    world = World(count)
+    failure = Failure(kind="RemoteError", message="boom")
+    for index, name in enumerate(world.names):
+        world.start(name, failure if index == count - 1 else torch.ones(shape), shape)
+    while world.messages:
+        world.deliver(data.draw(st.integers(0, len(world.messages) - 1)))
+    assert all(world.results[1, name] == failure for name in world.names)
+    assert all(member.num_open == 0 for member in world.members.values())
+
+
+@pytest.mark.parametrize("shape", [(), (40_000,)])
+def test_a_lost_member_fails_sums_now_and_later(shape):
+    world = World(3)
+    lost = Failure(kind="ExecutorLost", message="executor e2 is lost")
+    world.start("e0", torch.ones(shape), shape)
+    world.start("e1", torch.ones(shape), shape)
+    for name in ("e0", "e1"):
+        world.members[name].lose("e2", lost)
+        world.start(name, torch.ones(shape), shape, run_id=2)
+    while world.messages:
+        peer, name, *rest = world.messages.pop(0)
+        if peer != "e2":
+            world.members[peer].arrived(name, *rest)
+    assert all(world.results[run_id, name] == lost for run_id in (1, 2) for name in ("e0", "e1"))
+
+
+def test_a_client_that_is_gone_leaves_nothing():
+    world = World(2)
+    run_id = (3 << 40) + 1
+    world.start("e0", torch.ones(2), (2,), run_id=run_id)
+    world.deliver(0)
+    assert world.members["e1"].num_open == 1
+    world.members["e1"].drop_client(ClientId(3))
+    assert world.members["e1"].num_open == 0

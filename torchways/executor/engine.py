@@ -1,0 +1,612 @@
+"""The executor's engine: one thread that feeds the core (state.py) events and carries out its commands.
+
+The thread owns the core, the PJRT client (through `Runtime`) and the sending end of the data plane, so between an event
+and the computation that it enables there is no hand-over. Everybody else (the gRPC loop, receiver threads, XLA's
+completion callbacks) only posts events.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import logging
+import os
+import queue
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar
+
+import torch
+
+from torchways.errors import CaptureError, Failure, failure_from
+from torchways.executor import state as core
+from torchways.executor.plan import (
+    AllReduceInstruction,
+    ComputeInstruction,
+    Instruction,
+    ReceiveInstruction,
+    SendInstruction,
+    Unit,
+    load_program,
+)
+from torchways.executor.reduce import Reducer
+from torchways.executor.transfer import DataPlane, Outgoing
+from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
+from torchways.rpc import convert
+from torchways.rpc import torchways_pb2 as pb
+from torchways.runtime.base import BufferSpec, Runtime
+
+logger = logging.getLogger(__name__)
+
+#: name, track, start and end (Unix nanoseconds), run.
+Span: TypeAlias = tuple[str, str, int, int, int]
+#: Called with the value on the host, or why there is none.
+OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
+
+_T = TypeVar("_T")
+
+_MAX_SPANS = 50_000
+#: Events taken before launches, sends and reports of the commands so far go on.
+_BATCH = 128
+#: How often launches under way are looked at; it grows to the second figure while nothing happens.
+_POLL_SECONDS = (0.00005, 0.002)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """One computation of a unit, ready to run. `dead` are slots that nothing reads after it."""
+
+    executable: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    function_index: int
+    is_leaf: bool
+
+
+class _Program:
+    """What the engine keeps of a loaded program beside the core's view."""
+
+    def __init__(self, message: pb.LoadProgram, axis_sizes: Sequence[int]) -> None:
+        part = message.program
+        self.name = message.name
+        self.functions = part.functions
+        self.peers = [(peer.executor_id, peer.data_address) for peer in part.peers]
+        self.slots = [spec_of(slot) for slot in part.slots]
+        self.loaded = load_program(
+            message.program_id,
+            message.name,
+            part.num_args,
+            [device_bytes(spec, axis_sizes) for spec in self.slots],
+            _instructions(part),
+            [(result.slot, result.result_index) for result in part.results],
+        )
+        #: By number of the unit.
+        self.calls: dict[int, list[_Call]] = {}
+
+
+class Engine:
+    """See the module's docstring.
+
+    Args:
+        executor_id: this executor.
+        runtime: its devices.
+        axis_sizes: sizes of the slice's mesh axes.
+        host: address that the data plane listens on.
+        report: takes events for the scheduler, on the engine's thread.
+        budget_bytes: device memory, bytes a device; 0: no limit.
+        memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
+        gang: "", "leader" or "member"; see `ExecutorState`.
+    """
+
+    def __init__(
+        self,
+        executor_id: str,
+        runtime: Runtime,
+        axis_sizes: Sequence[int],
+        host: str,
+        report: Callable[[list[pb.ExecutorEvent]], None],
+        *,
+        budget_bytes: int = 0,
+        memory_wait: float = 60.0,
+        gang: str = "",
+    ) -> None:
+        self.executor_id = executor_id
+        self.runtime = runtime
+        self.core = core.ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
+        self.data_plane = DataPlane(executor_id, host, self._on_arrived, self._on_lost)
+        self.reducer = Reducer(executor_id, self._send_piece)
+        self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
+        self.axis_sizes = tuple(axis_sizes)
+        self._num_devices = torch.Size(axis_sizes).numel()
+        self._memory_wait = memory_wait
+        self._report = report
+        self._events: list[pb.ExecutorEvent] = []
+        self._inbox: queue.SimpleQueue[core.Event | Callable[[], None]] = queue.SimpleQueue()
+        self._programs: dict[ProgramId, _Program] = {}
+        #: Programs that were dropped but still have runs in flight.
+        self._dropped: set[ProgramId] = set()
+        self._fetches: dict[int, OnFetched] = {}
+        self._num_fetches = 0
+        self._starved_since = 0.0
+        self._starved_spans: dict[int, tuple[str, int]] = {}
+        self._device_free_ns = 0
+        threading.Thread(target=self._run, name="engine", daemon=True).start()
+
+    # ---- from any thread
+
+    def post(self, event: core.Event) -> None:
+        """Gives the core an event."""
+        self._inbox.put(event)
+
+    def call(self, work: Callable[[], None]) -> None:
+        """Runs `work` on the engine's thread."""
+        self._inbox.put(work)
+
+    def load(self, message: pb.LoadProgram) -> None:
+        """Loads a program: compiles it, and opens the links that it needs."""
+        self.call(lambda: self._load(message))
+
+    def drop_program(self, program_id: ProgramId) -> None:
+        """Forgets a program once its last run is over."""
+        self.call(lambda: self._drop_program(program_id))
+
+    def drop_client(self, client_id: ClientId) -> None:
+        """Frees all that a client owned."""
+        self.call(lambda: self._drop_client(client_id))
+
+    def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
+        """Waits for a buffer and copies it to the host."""
+        self.call(lambda: self._fetch(buffer_id, on_fetched))
+
+    def run(self, work: Callable[[], _T]) -> concurrent.futures.Future[_T]:
+        """Runs `work` on the engine's thread; returns its result."""
+        future: concurrent.futures.Future[_T] = concurrent.futures.Future()
+
+        def run() -> None:
+            try:
+                future.set_result(work())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._inbox.put(run)
+        return future
+
+    def ask_computed(self, buffer_id: BufferId, callback: Callable[[], None]) -> None:
+        """Calls back once a buffer is computed or poisoned; not at all if nobody makes it yet."""
+
+        def ask() -> None:
+            cell = self.core.named.get(buffer_id)
+            if cell is not None and cell.failure is not None:
+                callback()
+            elif cell is not None and cell.scheduled:
+                self.runtime.on_ready(cell.buffer, callback)
+
+        self._inbox.put(ask)
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        poll = _POLL_SECONDS[0]
+        while True:
+            busy = self.runtime.progress()
+            try:
+                item = self._inbox.get(timeout=poll if busy else 1.0 if self.core.starved else None)
+                poll = _POLL_SECONDS[0]
+            except queue.Empty:
+                poll = min(poll * 2, _POLL_SECONDS[1])
+                self._check_starved()
+                continue
+            try:
+                self._take(item)
+                for _ in range(_BATCH):
+                    self._take(self._inbox.get_nowait())
+            except queue.Empty:
+                pass
+            except Exception:
+                # Our bug. To go on would leave somebody waiting for ever: a lost executor is an error that users see.
+                logger.exception("the executor's engine failed; ending")
+                os._exit(70)
+            self.data_plane.flush()
+            if self._events:
+                events, self._events = self._events, []
+                self._report(events)
+            if self.core.starved or self._starved_spans:
+                self._note_starved()
+
+    def _take(self, item: core.Event | Callable[[], None]) -> None:
+        if callable(item):
+            item()
+        else:
+            self._handle(item)
+
+    def _handle(self, event: core.Event) -> None:
+        for command in self.core.handle(event):
+            match command:
+                case core.Execute():
+                    self._execute(command)
+                case core.Place():
+                    self._place(command)
+                case core.Send():
+                    self._send(command)
+                case core.Reduce():
+                    self._reduce(command)
+                case core.Deliver():
+                    self._deliver(command)
+                case core.Compile():
+                    self._compile(command.program_id)
+                case core.ReportEnded():
+                    ended = pb.RunEnded(run_id=command.run_id, failure=_optional(command.failure))
+                    self._events.append(pb.ExecutorEvent(run_ended=ended))
+                    if self._dropped:
+                        self._forget_dropped()
+                case core.ReportLoaded():
+                    loaded = pb.ProgramLoaded(program_id=command.program_id, failure=_optional(command.failure))
+                    self._events.append(pb.ExecutorEvent(program_loaded=loaded))
+                case core.ReportReady():
+                    ready = pb.UnitReady(run_id=command.run_id, unit=command.unit)
+                    self._events.append(pb.ExecutorEvent(unit_ready=ready))
+                case core.ReportEnqueued():
+                    enqueued = pb.UnitEnqueued(run_id=command.run_id, unit=command.unit)
+                    self._events.append(pb.ExecutorEvent(unit_enqueued=enqueued))
+
+    # ---- memory
+
+    def _check_starved(self) -> None:
+        if not self.core.starved:
+            self._starved_since = 0.0
+        elif not self._starved_since:
+            self._starved_since = time.monotonic()
+        elif time.monotonic() - self._starved_since > self._memory_wait:
+            self._starved_since = 0.0
+            self.post(core.MemoryStalled(seconds=self._memory_wait))
+
+    def _note_starved(self) -> None:
+        """Keeps a span of every wait for memory, for the trace."""
+        now = time.time_ns()
+        waiting = {id(item): item for item in self.core.starved}
+        for key, item in waiting.items():
+            if key not in self._starved_spans:
+                logger.info("%s waits for %d bytes of device memory", item, item.need_bytes)
+                self._starved_spans[key] = (f"waits for memory: {item}", now)
+        for key in [key for key in self._starved_spans if key not in waiting]:
+            name, started = self._starved_spans.pop(key)
+            self._note(name, "memory", started, now, 0)
+        if not waiting:
+            self._starved_since = 0.0
+
+    # ---- programs
+
+    def _load(self, message: pb.LoadProgram) -> None:
+        program = _Program(message, self.axis_sizes)
+        self._programs[ProgramId(message.program_id)] = program
+        for peer, address in program.peers:
+            if peer != self.executor_id:
+                self.data_plane.connect(peer, address)
+        self._handle(core.ProgramArrived(program=program.loaded))
+
+    def _compile(self, program_id: ProgramId) -> None:
+        program = self._programs.get(program_id)
+        if program is None:  # dropped before any run
+            return
+        failure = None
+        started = time.time_ns()
+        try:
+            for number, unit in enumerate(program.loaded.units):
+                if failure is None and isinstance(unit.instructions[0], ComputeInstruction):
+                    failure = self._compile_unit(program, number, unit)
+        except Exception as error:
+            failure = self.failure("RemoteError", f"{program.name} could not be compiled: {error}", error)
+        self._note(f"compile {program.name}", "host", started, time.time_ns(), 0)
+        logger.info("compiled %s in %.2f s", program.name, (time.time_ns() - started) / 1e9)
+        self.post(core.ProgramCompiled(program_id=program_id, failure=failure))
+
+    def _compile_unit(self, program: _Program, number: int, unit: Unit) -> Failure | None:
+        last_use: dict[int, int] = {}
+        for index, step in enumerate(unit.instructions):
+            assert isinstance(step, ComputeInstruction)
+            last_use.update((slot, index) for slot in (*step.inputs, *step.outputs))
+        read_inside = {slot for step in unit.instructions for slot in step.inputs}  # type: ignore[union-attr]
+        calls: list[_Call] = []
+        for index, step in enumerate(unit.instructions):
+            assert isinstance(step, ComputeInstruction)
+            executable = self._compile_call(program, step)
+            if isinstance(executable, Failure):
+                return executable
+            dead = [slot for slot, last in last_use.items() if last == index and slot not in unit.writes]
+            is_leaf = not any(slot in read_inside for slot in step.outputs)
+            calls.append(_Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index, is_leaf))
+        program.calls[number] = calls
+        return None
+
+    def _compile_call(self, program: _Program, step: ComputeInstruction) -> Any:
+        function = program.functions[step.function_index]
+        try:
+            return self.runtime.compile(
+                function.graph,
+                [program.slots[slot] for slot in step.inputs],
+                [program.slots[slot] for slot in step.outputs],
+                step.donated,
+            )
+        except CaptureError as error:
+            return failure_from(error, process=f"executor {self.executor_id}")
+        except Exception as error:
+            message = f"compiled function {function.name} could not be compiled: {error}"
+            return self.failure("RemoteError", message, error, function.name, function.source)
+
+    def _drop_program(self, program_id: ProgramId) -> None:
+        self._dropped.add(program_id)
+        self._handle(core.ProgramDropped(program_id=program_id))
+        self._forget_dropped()
+
+    def _drop_client(self, client_id: ClientId) -> None:
+        self._dropped.update(key for key in self._programs if owner(key) == client_id)
+        self.reducer.drop_client(client_id)
+        self._handle(core.ClientDropped(client_id=client_id))
+        self._forget_dropped()
+
+    def _forget_dropped(self) -> None:
+        """Frees what was compiled for dropped programs once their last run is over."""
+        for program_id in [key for key in self._dropped if not self.core.is_needed(key)]:
+            self._dropped.discard(program_id)
+            self._programs.pop(program_id, None)
+
+    # ---- computations
+
+    def _execute(self, command: core.Execute) -> None:
+        task = command.task
+        run_id = task.run.run_id
+        program = self._programs[ProgramId(task.run.program.program_id)]
+        calls = program.calls[task.number]
+        issued = time.time_ns()
+        poisoned: dict[int, Failure] = {}
+        values: dict[int, Any] = {}
+        for slot, cell in zip(task.unit.reads, command.inputs, strict=True):
+            values[slot] = cell.buffer
+            if cell.failure is not None:
+                poisoned[slot] = cell.failure
+        leaves: list[Any] = []
+        execute = self.runtime.execute
+        for call in calls:
+            failure = core.lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
+            if failure is None:
+                try:
+                    outputs = execute(call.executable, [values[slot] for slot in call.inputs], self._gang_key(task))
+                    for slot, buffer in zip(call.outputs, outputs, strict=True):
+                        values[slot] = buffer
+                    if call.is_leaf and outputs:
+                        leaves.append(outputs[0])
+                except Exception as error:
+                    function = program.functions[call.function_index]
+                    message = f"compiled function {function.name} failed: {error}"
+                    failure = self.failure("RemoteError", message, error, function.name, function.source, run_id)
+            if failure is not None:
+                for slot in call.outputs:
+                    poisoned[slot], values[slot] = failure, None
+            for slot in call.dead:
+                values.pop(slot, None)
+        for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
+            cell.buffer, cell.failure = values[slot], poisoned.get(slot)
+        self._await_leaves(task, leaves, core.lowest(list(poisoned.values())) if poisoned else None, issued)
+
+    def _gang_key(self, task: core.Task) -> str:
+        return f"{task.run.run_id}.{task.number}"
+
+    def _await_leaves(self, task: core.Task, leaves: list[Any], failure: Failure | None, issued: int) -> None:
+        if not leaves:
+            self.post(core.UnitFinished(task=task, failure=failure))
+            return
+        left = len(leaves)
+
+        def finished() -> None:
+            nonlocal left
+            left -= 1
+            if left == 0:
+                self._note_computed(task, issued, time.time_ns())
+                self._inbox.put(core.UnitFinished(task=task, failure=failure))
+
+        for buffer in leaves:
+            self.runtime.on_ready(buffer, finished)
+
+    def _note_computed(self, task: core.Task, issued: int, ended: int) -> None:
+        started = max(issued, self._device_free_ns)
+        self._device_free_ns = ended
+        program = self._programs.get(ProgramId(task.run.program.program_id))
+        if program is None:
+            return
+        instructions = task.unit.instructions
+        name = program.functions[instructions[0].function_index].name  # type: ignore[union-attr]
+        if len(instructions) > 1:
+            name += f" and {len(instructions) - 1} more"
+        for device in range(self._num_devices):
+            self.spans.append((name, f"device {device}", started, ended, task.run.run_id))
+
+    def _place(self, command: core.Place) -> None:
+        cell = command.cell
+        spec = command.spec
+        if spec is None:
+            program = self._programs.get(command.program_id)
+            if program is None:  # its run is over, and nobody reads this
+                return
+            spec = program.slots[command.slot]
+        try:
+            cell.buffer = self._to_device(command.data, spec)
+        except Exception as error:
+            message = f"a value of shape {spec.shape} could not be placed: {error}"
+            cell.failure = self.failure("RemoteError", message, error)
+
+    def _to_device(self, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
+        if isinstance(data, torch.Tensor):  # bytes of a peer, which nobody else has
+            return self.runtime.put(_typed(data, spec), spec.placements)
+        if data.WhichOneof("content") == "fill":
+            return self.runtime.fill(spec, data.fill)
+        return self.runtime.put(_typed(_byte_tensor(data.data), spec), spec.placements)
+
+    # ---- transfers, sums and fetches
+
+    def _send(self, command: core.Send) -> None:
+        task, instruction, cell = command.task, command.instruction, command.cell
+        run_id = task.run.run_id
+        started = time.time_ns()
+
+        def sent(failure: Failure | None) -> None:
+            name = f"send edge {instruction.edge_id} to {instruction.peer}"
+            self._note(name, "transfer", started, time.time_ns(), run_id)
+            self._inbox.put(core.UnitFinished(task=task, failure=failure))
+
+        def send(value: torch.Tensor | Failure) -> None:
+            outgoing = Outgoing(run_id=run_id, edge_id=instruction.edge_id, phase=0, value=value, on_sent=sent)
+            self.data_plane.send(instruction.peer, outgoing)
+
+        self._when_on_host(cell, send)
+
+    def _reduce(self, command: core.Reduce) -> None:
+        task, instruction = command.task, command.instruction
+        program = self._programs[ProgramId(task.run.program.program_id)]
+        spec = program.slots[instruction.input]
+        started = time.time_ns()
+
+        def done(total: torch.Tensor | None, failure: Failure | None) -> None:
+            self._note(f"sum edge {instruction.edge_id}", "transfer", started, time.time_ns(), task.run.run_id)
+            self._inbox.put(core.Reduced(task=task, data=total, failure=failure))
+
+        def start(value: torch.Tensor | Failure) -> None:
+            edge, members = instruction.edge_id, instruction.members
+            self.reducer.start(task.run.run_id, edge, members, value, spec.shape, spec.torch_dtype, done)
+
+        self._when_on_host(command.cell, start)
+
+    def _send_piece(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
+        self.data_plane.send(peer, Outgoing(run_id=run_id, edge_id=edge_id, phase=phase, value=piece))
+        self.data_plane.flush()
+
+    def _when_on_host(self, cell: core.Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
+        """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""
+        if cell.failure is not None:
+            take(cell.failure)
+            return
+
+        def copy() -> None:
+            try:
+                host: torch.Tensor | Failure = self.runtime.to_host(cell.buffer)
+            except Exception as error:
+                host = self.failure("RemoteError", f"a value could not be read from its devices: {error}", error)
+            take(host)
+
+        self.runtime.on_ready(cell.buffer, lambda: self._inbox.put(copy))
+
+    def _fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
+        self._num_fetches += 1
+        self._fetches[self._num_fetches] = on_fetched
+        self._handle(core.FetchRequested(fetch_id=self._num_fetches, buffer_id=buffer_id))
+
+    def _deliver(self, command: core.Deliver) -> None:
+        on_fetched, cell = self._fetches.pop(command.fetch_id), command.cell
+
+        def take(value: torch.Tensor | Failure) -> None:
+            on_fetched(value)
+            self._handle(core.FetchEnded(cell=cell))
+
+        self._when_on_host(cell, take)
+
+    def _on_arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, value: torch.Tensor | Failure) -> None:
+        if phase:
+            self.reducer.arrived(peer, run_id, edge_id, phase, value)
+            return
+        now = time.time_ns()
+        self._note(f"receive edge {edge_id}", "transfer", now, now, run_id)
+        data, failure = (None, value) if isinstance(value, Failure) else (value, None)
+        self._inbox.put(core.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
+
+    def _on_lost(self, peer: str, reason: str) -> None:
+        failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")
+        self.reducer.lose(peer, failure)
+        self._inbox.put(core.PeerLost(peer=peer, failure=failure))
+
+    # ---- helpers
+
+    def _note(self, name: str, track: str, start_ns: int, end_ns: int, run_id: int) -> None:
+        self.spans.append((name, track, start_ns, end_ns, run_id))
+
+    def failure(
+        self,
+        kind: str,
+        message: str,
+        error: BaseException | None = None,
+        function: str = "",
+        source: str = "",
+        run_id: int = 0,
+    ) -> Failure:
+        """Returns a failure of this process."""
+        lines = "".join(traceback.format_exception(error)) if error is not None else ""
+        return Failure(
+            kind=kind,
+            message=message,
+            function=function,
+            source=source,
+            traceback=lines,
+            run_id=run_id,
+            process=f"executor {self.executor_id}",
+        )
+
+
+def spec_of(message: pb.TensorSpec) -> BufferSpec:
+    """Returns a message as a spec."""
+    return BufferSpec(dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements))
+
+
+def device_bytes(spec: BufferSpec, axis_sizes: Sequence[int]) -> int:
+    """Returns what a buffer takes on each device of a mesh with these axes, bytes."""
+    shape = list(spec.shape)
+    for placement, size in zip(spec.placements, axis_sizes, strict=False):
+        if placement != "R":
+            shape[int(placement[2:-1])] = -(-shape[int(placement[2:-1])] // size)
+    return spec.torch_dtype.itemsize * torch.Size(shape).numel()
+
+
+def _optional(failure: Failure | None) -> pb.Failure | None:
+    return convert.failure_to_proto(failure) if failure is not None else None
+
+
+def _byte_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
+    return data.view(spec.torch_dtype).reshape(spec.shape)
+
+
+def _instructions(part: pb.SliceProgram) -> list[Instruction]:
+    instructions: list[Instruction] = []
+    for item in part.instructions:
+        match item.WhichOneof("instruction"):
+            case "compute":
+                instructions.append(
+                    ComputeInstruction(
+                        function_index=item.compute.function_id,
+                        inputs=tuple(item.compute.inputs),
+                        outputs=tuple(item.compute.outputs),
+                        donated=tuple(item.compute.donated),
+                    )
+                )
+            case "send":
+                send = item.send
+                instructions.append(SendInstruction(slot=send.slot, edge_id=send.edge_id, peer=send.peer))
+            case "receive":
+                receive = item.receive
+                instructions.append(ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=receive.peer))
+            case "all_reduce":
+                reduce = item.all_reduce
+                instructions.append(
+                    AllReduceInstruction(
+                        input=reduce.input,
+                        output=reduce.output,
+                        edge_id=reduce.edge_id,
+                        members=tuple(reduce.members),
+                    )
+                )
+            # "free" needs no instruction here: the core counts the reads that are left of each slot.
+    return instructions

@@ -1,0 +1,221 @@
+"""From a program's instructions to what the executor's core issues: its units.
+
+Computations that stand next to each other and wait for the same transfers form one unit: it is issued whole, and what
+flows only inside it needs no bookkeeping. Sends, receives and reductions are units of their own.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeInstruction:
+    """Run a compiled function: slots in, slots out; `donated` are positions in `inputs`."""
+
+    function_index: int
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    donated: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendInstruction:
+    """Send a slot to a peer."""
+
+    slot: int
+    edge_id: int
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiveInstruction:
+    """Fill a slot with what a peer sends."""
+
+    slot: int
+    edge_id: int
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceInstruction:
+    """Fill `output` with the sum of `input` over all members, this executor among them."""
+
+    input: int
+    output: int
+    edge_id: int
+    members: tuple[str, ...]
+
+
+Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstruction | AllReduceInstruction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What is issued at once.
+
+    Attributes:
+        position: of its first instruction; an earlier unit has priority.
+        instructions: computations, or one instruction of another kind.
+        reads, writes: slots that it shares with other units, arguments or results, each once.
+        donated: those of `reads` whose buffers it may reuse.
+        need_bytes: device memory that it allocates, a device.
+    """
+
+    position: int
+    instructions: tuple[Instruction, ...]
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    donated: tuple[int, ...] = ()
+    need_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedProgram:
+    """A program's part on this executor's slice.
+
+    Attributes:
+        program_id, name: the program's.
+        num_args: the first slots, bound by each run.
+        slot_bytes: size of every slot's value, bytes a device.
+        units: in program order.
+        read_counts: (slot, number of units that read it).
+        results: (slot, result number) pairs.
+    """
+
+    program_id: int
+    name: str
+    num_args: int
+    slot_bytes: tuple[int, ...]
+    units: tuple[Unit, ...]
+    read_counts: tuple[tuple[int, int], ...]
+    results: tuple[tuple[int, int], ...]
+
+
+def load_program(
+    program_id: int,
+    name: str,
+    num_args: int,
+    slot_bytes: Sequence[int],
+    instructions: Sequence[Instruction],
+    results: Sequence[tuple[int, int]],
+) -> LoadedProgram:
+    """Returns a program's part with its instructions grouped into units."""
+    units = _units(instructions, num_args, slot_bytes, {slot for slot, _ in results})
+    counts = Counter(slot for unit in units for slot in unit.reads)
+    return LoadedProgram(
+        program_id=program_id,
+        name=name,
+        num_args=num_args,
+        slot_bytes=tuple(slot_bytes),
+        units=tuple(units),
+        read_counts=tuple(sorted(counts.items())),
+        results=tuple(results),
+    )
+
+
+def instruction_reads(instruction: Instruction) -> tuple[int, ...]:
+    """Returns the slots that an instruction reads."""
+    match instruction:
+        case ComputeInstruction():
+            return instruction.inputs
+        case SendInstruction():
+            return (instruction.slot,)
+        case AllReduceInstruction():
+            return (instruction.input,)
+        case ReceiveInstruction():
+            return ()
+
+
+def instruction_writes(instruction: Instruction) -> tuple[int, ...]:
+    """Returns the slots that an instruction fills."""
+    match instruction:
+        case ComputeInstruction():
+            return instruction.outputs
+        case ReceiveInstruction():
+            return (instruction.slot,)
+        case AllReduceInstruction():
+            return (instruction.output,)
+        case SendInstruction():
+            return ()
+
+
+def _units(
+    instructions: Sequence[Instruction], num_args: int, slot_bytes: Sequence[int], results: set[int]
+) -> list[Unit]:
+    groups = _groups(instructions)
+    readers: dict[int, set[int]] = {}
+    for number, (_, group) in enumerate(groups):
+        for instruction in group:
+            for slot in instruction_reads(instruction):
+                readers.setdefault(slot, set()).add(number)
+    return [
+        _unit(position, group, {slot for slot, numbers in readers.items() if numbers - {number}} | results, slot_bytes)
+        for number, (position, group) in enumerate(groups)
+    ]
+
+
+def _groups(instructions: Sequence[Instruction]) -> list[tuple[int, list[Instruction]]]:
+    """Returns (position of the first, instructions) of each unit."""
+    groups: list[tuple[int, list[Instruction]]] = []
+    #: What each slot waits for: a bit for every receive or reduction.
+    waits: dict[int, int] = {}
+    open_waits: int | None = None
+    for position, instruction in enumerate(instructions):
+        waited = 0
+        for slot in instruction_reads(instruction):
+            waited |= waits.get(slot, 0)
+        if not isinstance(instruction, ComputeInstruction):
+            if not isinstance(instruction, SendInstruction):
+                waited |= 1 << position
+                open_waits = open_waits if isinstance(instruction, ReceiveInstruction) else None
+            else:
+                open_waits = None  # what is sent must not wait for computations that follow
+            groups.append((position, [instruction]))
+        elif open_waits == waited and isinstance(groups[-1][1][-1], ComputeInstruction):
+            groups[-1][1].append(instruction)
+        else:
+            groups.append((position, [instruction]))
+            open_waits = waited
+        for slot in instruction_writes(instruction):
+            waits[slot] = waited
+    return groups
+
+
+def _unit(position: int, group: list[Instruction], shared: set[int], slot_bytes: Sequence[int]) -> Unit:
+    made: set[int] = set()
+    reads: dict[int, None] = {}
+    donated: dict[int, None] = {}
+    for instruction in group:
+        inputs = instruction_reads(instruction)
+        reads.update((slot, None) for slot in inputs if slot not in made)
+        if isinstance(instruction, ComputeInstruction):
+            donated.update((inputs[index], None) for index in instruction.donated if inputs[index] not in made)
+        made.update(instruction_writes(instruction))
+    writes = tuple(sorted(made & shared))
+    return Unit(
+        position=position,
+        instructions=tuple(group),
+        reads=tuple(reads),
+        writes=writes,
+        donated=tuple(donated),
+        need_bytes=_need_bytes(group, set(writes), slot_bytes),
+    )
+
+
+def _need_bytes(group: list[Instruction], kept: set[int], slot_bytes: Sequence[int]) -> int:
+    """Returns the most that a group has allocated at a time; what only it reads is freed on the way."""
+    last = {slot: index for index, item in enumerate(group) for slot in instruction_reads(item)}
+    held, peak = 0, 0
+    made: set[int] = set()
+    for index, instruction in enumerate(group):
+        held += sum(slot_bytes[slot] for slot in instruction_writes(instruction))
+        peak = max(peak, held)
+        made.update(instruction_writes(instruction))
+        for slot in {*instruction_reads(instruction), *instruction_writes(instruction)}:
+            if slot in made and slot not in kept and last.get(slot, index) == index:
+                held -= slot_bytes[slot]
+    return peak
