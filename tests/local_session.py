@@ -15,7 +15,7 @@ from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
 from torchways.graphs import deserialize_graph
 from torchways.ids import SliceId
 from torchways.mesh import VirtualSlice
-from torchways.passes.split import ComputeStep, FreeStep, ReceiveStep, SendStep
+from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep
 from torchways.rpc.clients import ExecutorAddress, SliceAddress
 from torchways.rpc.programs import InlineValue
 
@@ -135,6 +135,13 @@ class LocalSession:
                     while step.edge_id not in wires:
                         yield "waiting"
                     slots[step.slot] = wires.pop(step.edge_id)
+                case AllReduceStep():
+                    me = step.members.index(part.slice_index)
+                    wires["sum", step.edge_id, me] = slots[step.input]
+                    keys = [("sum", step.edge_id, member) for member in range(len(step.members))]
+                    while not all(key in wires for key in keys):
+                        yield "waiting"
+                    slots[step.output] = sum(wires[key] for key in keys)
                 case FreeStep():
                     for slot in step.slots:
                         del slots[slot]

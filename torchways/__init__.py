@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         shutdown,
     )
     from torchways.array import Array
+    from torchways.capture.collectives import all_reduce
     from torchways.mesh import VirtualSlice
     from torchways.parallel.pipeline import SplitPoint
 
@@ -47,6 +48,7 @@ _MODULE_OF = {
         "torchways.api",
     ),
     "Array": "torchways.array",
+    "all_reduce": "torchways.capture.collectives",
     "VirtualSlice": "torchways.mesh",
     "SplitPoint": "torchways.parallel.pipeline",
 }
@@ -55,6 +57,7 @@ __all__ = [
     "Array",
     "SplitPoint",
     "VirtualSlice",
+    "all_reduce",
     "cluster_info",
     "distribute_tensor",
     "executor_status",

@@ -12,16 +12,31 @@ optimizer's update never delays the gradient that the stage before needs).
 
 from __future__ import annotations
 
+import heapq
 import operator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
+from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.tracer import REGION_KEY, Region
-from torchways.errors import PlacementError
+from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, serialize_graph
-from torchways.ir.program import Arg, Compute, Function, Node, Program, Result, SliceSpec, Value, ValueIndex
+from torchways.ir.program import (
+    AllReduce,
+    Arg,
+    Compute,
+    Function,
+    Node,
+    Program,
+    Result,
+    SliceSpec,
+    Value,
+    ValueIndex,
+    node_inputs,
+    node_outputs,
+)
 from torchways.mesh import DATA_AXIS, Placements, VirtualSlice, data_placements
 
 _VIEWS = {
@@ -125,6 +140,11 @@ class _Partitioner:
         self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
         self._position = {node: position for position, node in enumerate(self.placeholders)}
         self.operators = [node for node in self.graph.nodes if node.op == "call_function"]
+        #: Operators that span slices, with what they give to each slice; neither belongs to a compiled function.
+        self.sums = {node: list(node.users) for node in self.operators if node.target is ALL_REDUCE}
+        self._of_sums = {node for users in self.sums.values() for node in users} | self.sums.keys()
+        for node in self._of_sums:
+            node.meta.pop(REGION_KEY, None)
         self.outputs: list[torch.fx.Node] = list(self.graph.output_node().args[0])  # type: ignore[arg-type]
         self.default_mesh = default_mesh
         #: Slice of each placed node; nodes without an entry float.
@@ -145,9 +165,9 @@ class _Partitioner:
             for node, spec in zip(self.placeholders, self.inputs, strict=True)
             if spec.is_state
         }
-        computes = [self._make_compute(group) for group in groups]
+        computes: list[Compute | AllReduce] = [*map(self._make_compute, groups), *map(self._make_sum, self.sums)]
         results = tuple(self._value(node, self._slice(node)) for node in self.outputs)
-        nodes: list[Node] = [*self._args(), *computes, Result(inputs=results)]
+        nodes: list[Node] = [*self._args(), *_in_order(computes, set(self.arg_inputs)), Result(inputs=results)]
         program = Program(
             name=self.name,
             slices=tuple(SliceSpec(shape=mesh.shape, axis_names=mesh.mesh_dim_names) for mesh in self.meshes),
@@ -185,8 +205,12 @@ class _Partitioner:
             if leader in self.slice_of and node not in self.slice_of:
                 self.slice_of[node] = self.slice_of[leader]
         free = self._float_repeatable()
-        for node in self.operators:
-            if node not in self.slice_of and node not in free:
+        for node in list(self.operators):
+            if node in self.sums:
+                self._place_sum_inputs(node)
+            elif node in self._of_sums:
+                self.slice_of[node] = self._slice(_summed(node))
+            elif node not in self.slice_of and node not in free:
                 bytes_on: dict[int, int] = {}
                 for argument in self._placed_inputs(node):
                     if argument in self.slice_of:
@@ -206,10 +230,32 @@ class _Partitioner:
             inputs = node.all_input_nodes
             from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
             is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+            if node in self._of_sums:
+                continue
             if (from_constants and not is_random) or (node.target in _VIEWS and all(a in free for a in inputs)):
                 free.add(node)
                 self.slice_of.pop(node, None)
         return free
+
+    def _place_sum_inputs(self, node: torch.fx.Node) -> None:
+        """A sum has no slice; its item i is where its input i is.
+
+        Inputs that float, or are on one slice (the gradient of a sum may be one tensor for all slices), are taken to
+        where their item is used.
+        """
+        inputs: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        slices = [self.slice_of.get(item) for item in inputs]
+        for item in self.sums[node]:
+            number: int = item.args[1]  # type: ignore[assignment]
+            homes = [self.slice_of[user] for user in item.users if user in self.slice_of]
+            if homes and homes[0] != slices[number] and (slices[number] is None or slices.count(slices[number]) > 1):
+                with self.graph.inserting_before(node):
+                    copy = self.graph.call_function(torch.ops.aten.clone.default, (inputs[number],))
+                copy.meta = {key: value for key, value in inputs[number].meta.items() if key != REGION_KEY}
+                self.operators.insert(self.operators.index(node), copy)
+                self.slice_of[copy] = slices[number] = homes[0]
+                inputs[number] = copy
+        node.args = (inputs,)
 
     def _default_slice(self) -> int:
         if self.default_mesh is not None:
@@ -247,7 +293,7 @@ class _Partitioner:
         groups: dict[_GroupKey, _Group] = {}
         group_of: dict[Any, _Group] = {}
         for node in self.operators:
-            if node not in self.slice_of:
+            if node not in self.slice_of or node in self._of_sums:
                 continue
             if node.target is operator.getitem:  # an item is made where its tuple is
                 maker = group_of[node.args[0]]
@@ -281,6 +327,7 @@ class _Partitioner:
                 if call >= 0 and other == call:
                     continue
                 crosses = self.slice_of[argument] != self.slice_of[node] or call >= 0 or other >= 0
+                crosses = crosses or node in self._of_sums
                 phase = max(phase, phase_of[argument] + crosses)
             if call >= 0:
                 call_phase[call] = max(call_phase.get(call, 0), phase)
@@ -308,10 +355,14 @@ class _Partitioner:
         awaited: set[torch.fx.Node] = set()
         for node in reversed(self.operators):
             for user in node.users:
-                if user in awaited or (
-                    user in self.slice_of
-                    and node in self.slice_of
-                    and (self.slice_of[user] != self.slice_of[node] or _call_of(user) >= 0)
+                if (
+                    user in awaited
+                    or user in self.sums
+                    or (
+                        user in self.slice_of
+                        and node in self.slice_of
+                        and (self.slice_of[user] != self.slice_of[node] or _call_of(user) >= 0)
+                    )
                 ):
                     awaited.add(node)
                     break
@@ -350,6 +401,9 @@ class _Partitioner:
     def _placements(self, node: torch.fx.Node, slice_index: int) -> Placements:
         mesh = self.meshes[slice_index]
         shape = tuple(node.meta["val"].shape)
+        if node in self._of_sums:
+            source = _summed(node)
+            return self.values[self._value(source, slice_index)].placements
         if node.op == "placeholder":
             spec = self.inputs[self._position[node]]
             if spec.placements is not None:
@@ -399,6 +453,23 @@ class _Partitioner:
         outputs = tuple(self._value(node, group.key.slice_index) for node in dict.fromkeys(needed_outside))
         module = torch.fx.GraphModule({}, graph)
         return Compute(function_index=self._function(module, group, inputs, outputs), inputs=inputs, outputs=outputs)
+
+    def _make_sum(self, node: torch.fx.Node) -> AllReduce:
+        inputs: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+        slices = [self._slice(item) for item in inputs]
+        line = node.meta.get(SOURCE_KEY, "")
+        if len(set(slices)) < len(slices):
+            raise PlacementError(f"tw.all_reduce at {line} has two tensors on one slice: add these first")
+        sums = {item.args[1]: item for item in self.sums[node]}
+        read = tuple(self._value(item, index) for item, index in zip(inputs, slices, strict=True))
+        outputs = []
+        for number, value in enumerate(read):
+            if number in sums:
+                outputs.append(self._value(sums[number], slices[number]))
+            else:  # nobody reads the sum there
+                outputs.append(len(self.values))
+                self.values.append(self.values[value])
+        return AllReduce(inputs=read, outputs=tuple(outputs), source=line)
 
     def _read_outside(self, user: torch.fx.Node, members: set[torch.fx.Node]) -> bool:
         """Whether `user`, or a placed node that reads it through floating ones, is not among `members`."""
@@ -457,6 +528,35 @@ class _Partitioner:
                 Function(name=name, source=source, graph=serialize_graph(module), num_operators=len(group.nodes))
             )
         return self._function_of[key]
+
+
+def _in_order(nodes: list[Compute | AllReduce], given: set[ValueIndex]) -> list[Compute | AllReduce]:
+    """Returns nodes in an order in which they can run: sums as early as they can, the rest as it was."""
+    readers: dict[ValueIndex, list[int]] = {}
+    missing = [set(node_inputs(node)) - given for node in nodes]
+    for number, values in enumerate(missing):
+        for value in values:
+            readers.setdefault(value, []).append(number)
+    ready = [(isinstance(nodes[number], Compute), number) for number, values in enumerate(missing) if not values]
+    heapq.heapify(ready)
+    ordered: list[Compute | AllReduce] = []
+    while ready:
+        node = nodes[heapq.heappop(ready)[1]]
+        ordered.append(node)
+        for value in node_outputs(node):
+            for number in readers.get(value, ()):
+                missing[number].discard(value)
+                if not missing[number]:
+                    heapq.heappush(ready, (isinstance(nodes[number], Compute), number))
+    if len(ordered) < len(nodes):
+        raise InternalError(f"{len(nodes) - len(ordered)} nodes of a program wait for each other")
+    return ordered
+
+
+def _summed(item: torch.fx.Node) -> torch.fx.Node:
+    """Returns what a sum's output is the sum of, on its slice: the sum's input of the same number."""
+    total, number = item.args
+    return total.args[0][number]  # type: ignore[union-attr, index, return-value]
 
 
 def _call_of(node: torch.fx.Node) -> int:

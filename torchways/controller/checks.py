@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from torchways.capture.collectives import ALL_REDUCE
 from torchways.controller.session import Session
 from torchways.errors import CaptureError
 from torchways.graphs import SOURCE_KEY
@@ -19,7 +20,7 @@ def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: 
     supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
     missing: dict[str, list[str]] = {}
     for node in graph_module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload):
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target is ALL_REDUCE:
             continue
         name = operator_name(node.target)
         if not all(name in operators for operators in supported):

@@ -7,6 +7,7 @@ lost processes into typed errors at the next read. It knows nothing of graphs.
 from __future__ import annotations
 
 import asyncio
+import collections
 import concurrent.futures
 import logging
 import os
@@ -84,6 +85,9 @@ class Session:
     _slices: dict[SliceId, _Slice] = field(default_factory=dict)
     _schedulers: dict[IslandId, SchedulerClient] = field(default_factory=dict)
     _runs: dict[RunId, _Run] = field(default_factory=dict)
+    #: Run messages that the loop has not sent yet, and whether it was told of them.
+    _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
+    _sending: bool = False
     _room: threading.Condition = field(default_factory=threading.Condition)
     _lost_executors: dict[str, str] = field(default_factory=dict)
     _lost_event: asyncio.Event | None = None
@@ -335,7 +339,8 @@ class Session:
         addresses = [self.slice_address(mesh) for mesh in meshes]
         peers: Mapping[int, PeerAddress] = {
             index: PeerAddress(
-                executor_id=address.executors[0].executor_id, data_address=address.executors[0].data_address
+                slice_id=address.slice_id,
+                executors=tuple((executor.executor_id, executor.data_address) for executor in address.executors),
             )
             for index, address in enumerate(addresses)
         }
@@ -371,20 +376,22 @@ class Session:
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
         for slice_id, bindings in arguments.items():
             by_island[self._slices[slice_id].mesh.island].append((slice_id, bindings))
-        messages = [
-            (self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))
-            for island, slices in by_island.items()
-        ]
-        self._runs[run_id] = _Run(name, len(messages), started_ns)
-        self.loop.call(self._send_all, messages)
+        self._runs[run_id] = _Run(name, len(by_island), started_ns)
+        for island, slices in by_island.items():
+            message = run_message(program_id, run_id, first_buffer_id, slices)
+            self._unsent.append((self._schedulers[island], message))
+        if not self._sending:  # else what was called before takes these along
+            self._sending = True
+            self.loop.call(self._send_all)
         self._note(
             Span(name=f"dispatch {name}", track="dispatch", start_ns=started_ns, end_ns=time.time_ns(), run_id=run_id)
         )
         return run_id
 
-    @staticmethod
-    def _send_all(messages: list[tuple[SchedulerClient, Any]]) -> None:
-        for scheduler, message in messages:
+    def _send_all(self) -> None:
+        self._sending = False
+        while self._unsent:
+            scheduler, message = self._unsent.popleft()
             scheduler.send(message)
 
     def _wait_for_room(self, name: str) -> None:
@@ -430,7 +437,9 @@ class Session:
             run.islands_left -= 1
             if run.islands_left == 0:
                 del self._runs[run_id]
-                self._room.notify_all()
+                # Who waits is not woken for every single run.
+                if not self._runs or len(self._runs) == self.max_runs_in_flight * 3 // 4:
+                    self._room.notify_all()
         if failure is not None:
             logger.info("run %d of %s failed: %s", run_id, run.name, failure.message)
 

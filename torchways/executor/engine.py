@@ -15,7 +15,7 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
@@ -70,18 +70,21 @@ class _Call:
 class _Program:
     """What the engine keeps of a loaded program beside the core's view."""
 
-    def __init__(self, message: pb.LoadProgram, axis_sizes: Sequence[int]) -> None:
+    def __init__(self, message: pb.LoadProgram, executor_id: str, axis_sizes: Sequence[int]) -> None:
         part = message.program
         self.name = message.name
         self.functions = part.functions
         self.peers = [(peer.executor_id, peer.data_address) for peer in part.peers]
+        hosts: dict[int, list[str]] = {}
+        for peer in part.peers:
+            hosts.setdefault(peer.slice_id, []).append(peer.executor_id)
         self.slots = [spec_of(slot) for slot in part.slots]
         self.loaded = load_program(
             message.program_id,
             message.name,
             part.num_args,
             [device_bytes(spec, axis_sizes) for spec in self.slots],
-            _instructions(part),
+            _instructions(part, executor_id, hosts),
             [(result.slot, result.result_index) for result in part.results],
         )
         #: By number of the unit.
@@ -183,7 +186,7 @@ class Engine:
             if cell is not None and cell.failure is not None:
                 callback()
             elif cell is not None and cell.scheduled:
-                self.runtime.on_ready(cell.buffer, callback)
+                self.runtime.on_ready([cell.buffer], callback)
 
         self._inbox.put(ask)
 
@@ -281,7 +284,7 @@ class Engine:
     # ---- programs
 
     def _load(self, message: pb.LoadProgram) -> None:
-        program = _Program(message, self.axis_sizes)
+        program = _Program(message, self.executor_id, self.axis_sizes)
         self._programs[ProgramId(message.program_id)] = program
         for peer, address in program.peers:
             if peer != self.executor_id:
@@ -368,17 +371,18 @@ class Engine:
             values[slot] = cell.buffer
             if cell.failure is not None:
                 poisoned[slot] = cell.failure
-        leaves: list[Any] = []
+        leaves: list[Sequence[Any]] = []
         execute = self.runtime.execute
         for call in calls:
             failure = core.lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
             if failure is None:
                 try:
-                    outputs = execute(call.executable, [values[slot] for slot in call.inputs], self._gang_key(task))
+                    inputs = [values[slot] for slot in call.inputs]
+                    outputs, computed = execute(call.executable, inputs, self._gang_key(task))
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
-                    if call.is_leaf and outputs:
-                        leaves.append(outputs[0])
+                    if call.is_leaf and computed:
+                        leaves.append(computed)
                 except Exception as error:
                     function = program.functions[call.function_index]
                     message = f"compiled function {function.name} failed: {error}"
@@ -395,7 +399,7 @@ class Engine:
     def _gang_key(self, task: core.Task) -> str:
         return f"{task.run.run_id}.{task.number}"
 
-    def _await_leaves(self, task: core.Task, leaves: list[Any], failure: Failure | None, issued: int) -> None:
+    def _await_leaves(self, task: core.Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
         if not leaves:
             self.post(core.UnitFinished(task=task, failure=failure))
             return
@@ -408,8 +412,8 @@ class Engine:
                 self._note_computed(task, issued, time.time_ns())
                 self._inbox.put(core.UnitFinished(task=task, failure=failure))
 
-        for buffer in leaves:
-            self.runtime.on_ready(buffer, finished)
+        for buffers in leaves:
+            self.runtime.on_ready(buffers, finished)
 
     def _note_computed(self, task: core.Task, issued: int, ended: int) -> None:
         started = max(issued, self._device_free_ns)
@@ -452,15 +456,26 @@ class Engine:
         run_id = task.run.run_id
         started = time.time_ns()
 
+        left = len(instruction.peers)
+        failures: list[Failure] = []
+
         def sent(failure: Failure | None) -> None:
-            name = f"send edge {instruction.edge_id} to {instruction.peer}"
-            self._note(name, "transfer", started, time.time_ns(), run_id)
-            self._inbox.put(core.UnitFinished(task=task, failure=failure))
+            nonlocal left
+            left -= 1
+            failures.extend([failure] if failure is not None else [])
+            if left == 0:
+                name = f"send edge {instruction.edge_id} to {', '.join(instruction.peers)}"
+                self._note(name, "transfer", started, time.time_ns(), run_id)
+                self._inbox.put(core.UnitFinished(task=task, failure=core.lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
-            outgoing = Outgoing(run_id=run_id, edge_id=instruction.edge_id, phase=0, value=value, on_sent=sent)
-            self.data_plane.send(instruction.peer, outgoing)
+            for peer in instruction.peers:
+                outgoing = Outgoing(run_id=run_id, edge_id=instruction.edge_id, phase=0, value=value, on_sent=sent)
+                self.data_plane.send(peer, outgoing)
 
+        if not instruction.peers:  # another host sends it
+            self._inbox.put(core.UnitFinished(task=task))
+            return
         self._when_on_host(cell, send)
 
     def _reduce(self, command: core.Reduce) -> None:
@@ -496,7 +511,7 @@ class Engine:
                 host = self.failure("RemoteError", f"a value could not be read from its devices: {error}", error)
             take(host)
 
-        self.runtime.on_ready(cell.buffer, lambda: self._inbox.put(copy))
+        self.runtime.on_ready([cell.buffer], lambda: self._inbox.put(copy))
 
     def _fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
         self._num_fetches += 1
@@ -579,7 +594,14 @@ def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
     return data.view(spec.torch_dtype).reshape(spec.shape)
 
 
-def _instructions(part: pb.SliceProgram) -> list[Instruction]:
+def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, Sequence[str]]) -> list[Instruction]:
+    """Returns a part's instructions as this host carries them out.
+
+    Every host of a slice has what the slice has. Host r of a receiving slice gets it from host r, counted around, of
+    the sending slice; sums are taken between hosts of the same number.
+    """
+    mine = hosts.get(part.slice_id, [executor_id])
+    me = mine.index(executor_id)
     instructions: list[Instruction] = []
     for item in part.instructions:
         match item.WhichOneof("instruction"):
@@ -594,18 +616,19 @@ def _instructions(part: pb.SliceProgram) -> list[Instruction]:
                 )
             case "send":
                 send = item.send
-                instructions.append(SendInstruction(slot=send.slot, edge_id=send.edge_id, peer=send.peer))
+                peers = tuple(peer for r, peer in enumerate(hosts[send.peer]) if r % len(mine) == me)
+                instructions.append(SendInstruction(slot=send.slot, edge_id=send.edge_id, peers=peers))
             case "receive":
                 receive = item.receive
-                instructions.append(ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=receive.peer))
+                senders = hosts[receive.peer]
+                peer = senders[me % len(senders)]
+                instructions.append(ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=peer))
             case "all_reduce":
                 reduce = item.all_reduce
+                members = tuple(hosts[member][me] for member in reduce.members)
                 instructions.append(
                     AllReduceInstruction(
-                        input=reduce.input,
-                        output=reduce.output,
-                        edge_id=reduce.edge_id,
-                        members=tuple(reduce.members),
+                        input=reduce.input, output=reduce.output, edge_id=reduce.edge_id, members=members
                     )
                 )
             # "free" needs no instruction here: the core counts the reads that are left of each slot.

@@ -24,11 +24,11 @@ class ComputeInstruction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendInstruction:
-    """Send a slot to a peer."""
+    """Send a slot to peers: those hosts of the other slice that get it from this one."""
 
     slot: int
     edge_id: int
-    peer: str
+    peers: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -125,13 +125,28 @@ class Transfer:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduce:
+    """Sums values of several slices, elementwise; every slice gets the sum.
+
+    Attributes:
+        inputs: one value of each slice, all of one shape and dtype.
+        outputs: the sum on each of the same slices.
+        source: the user's line.
+    """
+
+    inputs: tuple[ValueIndex, ...]
+    outputs: tuple[ValueIndex, ...]
+    source: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Result:
     """The values that outlive the run, in the order of their result numbers."""
 
     inputs: tuple[ValueIndex, ...]
 
 
-Node: TypeAlias = Arg | Compute | Transfer | Result
+Node: TypeAlias = Arg | Compute | Transfer | AllReduce | Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,7 +170,7 @@ def node_inputs(node: Node) -> tuple[ValueIndex, ...]:
             return ()
         case Transfer():
             return (node.input,)
-        case Compute() | Result():
+        case Compute() | AllReduce() | Result():
             return node.inputs
 
 
@@ -164,7 +179,7 @@ def node_outputs(node: Node) -> tuple[ValueIndex, ...]:
     match node:
         case Arg() | Transfer():
             return (node.output,)
-        case Compute():
+        case Compute() | AllReduce():
             return node.outputs
         case Result():
             return ()
@@ -226,6 +241,9 @@ def _lines(program: Program) -> Iterator[str]:
                 source, target = program.values[node.input], program.values[node.output]
                 made = _made(program, node.output)
                 yield f"  {made} = transfer @{source.slice_index} -> @{target.slice_index} %{node.input}"
+            case AllReduce():
+                outputs = ", ".join(_made(program, value) for value in node.outputs)
+                yield f"  {outputs} = all_reduce({', '.join(f'%{value}' for value in node.inputs)})"
             case Result():
                 yield f"  result {', '.join(f'%{value}' for value in node.inputs)}"
 

@@ -20,6 +20,8 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     # Size of XLA's thread pool. With the default, collectives of several executions in flight take all threads, wait
     # for each other, and XLA aborts the process after ten seconds.
     environment.setdefault("NPROC", "32")
+    # Threads that launch computations; idle ones of a large pool wake each other and spin.
+    environment.setdefault("XLA_THREAD_POOL_SIZE", "4")
     # glibc would give every large block back to the kernel and take it anew: received values are then written to fresh
     # pages, at a quarter of the speed. (Thread arenas are too small for large blocks: one arena.)
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))

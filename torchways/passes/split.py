@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from torchways.ir.program import (
+    AllReduce,
     Arg,
     Compute,
     Function,
@@ -50,13 +51,23 @@ class ReceiveStep:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceStep:
+    """Fill slot `output` with the sum of `input` over the slices `members`, this one among them."""
+
+    input: int
+    output: int
+    edge_id: int
+    members: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FreeStep:
     """Drop values that no later instruction reads."""
 
     slots: tuple[int, ...]
 
 
-Step: TypeAlias = ComputeStep | SendStep | ReceiveStep | FreeStep
+Step: TypeAlias = ComputeStep | SendStep | ReceiveStep | AllReduceStep | FreeStep
 
 
 @dataclass(slots=True, kw_only=True)
@@ -128,6 +139,19 @@ def split(program: Program) -> list[SlicePart]:
                     ReceiveStep(slot=receiver.slot(program, node.output), edge_id=edges, peer=source)
                 )
                 edges += 1
+            case AllReduce():
+                members = tuple(program.values[value].slice_index for value in node.inputs)
+                for member, read, made in zip(members, node.inputs, node.outputs, strict=True):
+                    builder = builders[member]
+                    builder.part.steps.append(
+                        AllReduceStep(
+                            input=builder.slot(program, read),
+                            output=builder.slot(program, made),
+                            edge_id=edges,
+                            members=members,
+                        )
+                    )
+                edges += 1
             case Result():
                 for number, value in enumerate(node.inputs):
                     builder = builders[program.values[value].slice_index]
@@ -164,5 +188,7 @@ def _touched(step: Step) -> tuple[int, ...]:
             return (*step.inputs, *step.outputs)
         case SendStep() | ReceiveStep():
             return (step.slot,)
+        case AllReduceStep():
+            return (step.input, step.output)
         case FreeStep():
             return ()

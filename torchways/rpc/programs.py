@@ -8,7 +8,7 @@ from typing import TypeAlias
 
 from torchways.ids import BufferId, ProgramId, RunId, SliceId
 from torchways.ir.program import Value
-from torchways.passes.split import ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart, Step
+from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart, Step
 from torchways.rpc import torchways_pb2 as pb
 
 
@@ -33,10 +33,10 @@ Binding: TypeAlias = BufferId | InlineValue
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerAddress:
-    """An executor at the other end of transfers."""
+    """A slice at the other end of transfers: (executor id, data address) of each of its hosts."""
 
-    executor_id: str
-    data_address: str
+    slice_id: SliceId
+    executors: tuple[tuple[str, str], ...]
 
 
 def register_message(
@@ -48,7 +48,7 @@ def register_message(
         program_id: the program's.
         name: for people.
         parts: of the island's slices.
-        peers: executor of each of the program's slices, by slice index.
+        peers: where each of the program's slices is, by slice index.
     """
     return pb.ClientMessage(
         register_program=pb.RegisterProgram(
@@ -93,7 +93,7 @@ def _arguments(bindings: Sequence[Binding]) -> bytes:
 
 
 def _part(slice_id: SliceId, part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:
-    used = sorted({step.peer for step in part.steps if isinstance(step, (SendStep, ReceiveStep))})
+    used = sorted({index for step in part.steps for index in _step_peers(step)} | {part.slice_index})
     return pb.SliceProgram(
         slice_id=slice_id,
         functions=[
@@ -104,8 +104,22 @@ def _part(slice_id: SliceId, part: SlicePart, peers: Mapping[int, PeerAddress]) 
         num_args=len(part.args),
         instructions=[_instruction(step, peers) for step in part.steps],
         results=[pb.ResultSlot(slot=slot, result_index=number) for slot, number in part.results],
-        peers=[pb.Peer(executor_id=peers[index].executor_id, data_address=peers[index].data_address) for index in used],
+        peers=[
+            pb.Peer(executor_id=executor_id, data_address=data_address, slice_id=peers[index].slice_id)
+            for index in used
+            for executor_id, data_address in peers[index].executors
+        ],
     )
+
+
+def _step_peers(step: Step) -> tuple[int, ...]:
+    match step:
+        case SendStep() | ReceiveStep():
+            return (step.peer,)
+        case AllReduceStep():
+            return step.members
+        case ComputeStep() | FreeStep():
+            return ()
 
 
 def _spec(value: Value) -> pb.TensorSpec:
@@ -121,10 +135,15 @@ def _instruction(step: Step, peers: Mapping[int, PeerAddress]) -> pb.Instruction
                 )
             )
         case SendStep():
-            return pb.Instruction(send=pb.Send(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].executor_id))
+            return pb.Instruction(send=pb.Send(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].slice_id))
         case ReceiveStep():
             return pb.Instruction(
-                receive=pb.Receive(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].executor_id)
+                receive=pb.Receive(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].slice_id)
+            )
+        case AllReduceStep():
+            members = [peers[index].slice_id for index in step.members]
+            return pb.Instruction(
+                all_reduce=pb.AllReduce(input=step.input, output=step.output, edge_id=step.edge_id, members=members)
             )
         case FreeStep():
             return pb.Instruction(free=pb.Free(slots=step.slots))

@@ -1075,7 +1075,7 @@ class SliceProgram(_message.Message):
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResultSlot]: ...
     @_builtins.property
     def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
-        """executors that it sends to or receives from"""
+        """executors of the slices that it shares edges with, and its own"""
 
     def __init__(
         self,
@@ -1213,14 +1213,14 @@ class Send(_message.Message):
     slot: _builtins.int
     edge_id: _builtins.int
     """the same number on both ends, unique in the program"""
-    peer: _builtins.str
-    """executor_id"""
+    peer: _builtins.int
+    """slice_id"""
     def __init__(
         self,
         *,
         slot: _builtins.int = ...,
         edge_id: _builtins.int = ...,
-        peer: _builtins.str = ...,
+        peer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1239,13 +1239,14 @@ class Receive(_message.Message):
     PEER_FIELD_NUMBER: _builtins.int
     slot: _builtins.int
     edge_id: _builtins.int
-    peer: _builtins.str
+    peer: _builtins.int
+    """slice_id"""
     def __init__(
         self,
         *,
         slot: _builtins.int = ...,
         edge_id: _builtins.int = ...,
-        peer: _builtins.str = ...,
+        peer: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1270,8 +1271,8 @@ class AllReduce(_message.Message):
     output: _builtins.int
     edge_id: _builtins.int
     @_builtins.property
-    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """executor ids, this executor's among them"""
+    def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slice ids, this slice's among them"""
 
     def __init__(
         self,
@@ -1279,7 +1280,7 @@ class AllReduce(_message.Message):
         input: _builtins.int = ...,
         output: _builtins.int = ...,
         edge_id: _builtins.int = ...,
-        members: _abc.Iterable[_builtins.str] | None = ...,
+        members: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
@@ -1340,17 +1341,21 @@ class Peer(_message.Message):
 
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     data_address: _builtins.str
+    slice_id: _builtins.int
+    """executors of one slice are in the order of its hosts"""
     def __init__(
         self,
         *,
         executor_id: _builtins.str = ...,
         data_address: _builtins.str = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "executor_id", b"executor_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "executor_id", b"executor_id", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,11 +50,18 @@ class Runtime(Protocol):
             CaptureError: an operator would run on the host.
         """
 
-    def execute(self, executable: Any, inputs: Sequence[Any], gang_key: str) -> list[Any]:
-        """Starts a computation; returns its outputs before it ends. `gang_key` is the same on all hosts of a gang."""
+    def execute(self, executable: Any, inputs: Sequence[Any], gang_key: str) -> tuple[list[Any], Sequence[Any]]:
+        """Starts a computation.
 
-    def on_ready(self, buffer: Any, callback: Callable[[], None]) -> None:
-        """Calls back, on some thread, when a buffer is computed. `progress` must be called meanwhile."""
+        Returns, before it ends, its outputs, and those buffers that it computes (none where all outputs are inputs).
+        `gang_key` is the same on all hosts of a gang.
+        """
+
+    def on_ready(self, buffers: Sequence[Any], callback: Callable[[], None]) -> None:
+        """Calls back, on some thread, when the computation of which these are outputs has ended.
+
+        `progress` must be called meanwhile. Buffers may be donated before: then it may call back a computation later.
+        """
 
     def progress(self) -> bool:
         """Does what `on_ready` waits for; returns whether it must be called again soon."""

@@ -56,11 +56,21 @@ class _Executable:
         graph_hash: its key in torch-xla's cache; None where nothing is computed.
         inputs: what the cached graph takes, in its order: positions of our inputs, or constants.
         outputs: for each of our outputs, its position in the cached graph's, or ~position of the input that it is.
+        donated: positions of our inputs whose memory it may reuse.
     """
 
     graph_hash: Any
     inputs: tuple[int | torch.Tensor, ...]
     outputs: tuple[int, ...]
+    donated: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """Who waits for a computation. `buffers` are its outputs that nobody took over, or a later computation's."""
+
+    buffers: Sequence[torch.Tensor]
+    callback: Callable[[], None]
 
 
 class XlaRuntime:
@@ -79,8 +89,8 @@ class XlaRuntime:
         #: Set when the execution of each marker has ended.
         self._markers: collections.deque[threading.Event] = collections.deque()
         self._since_marker = 0
-        #: Buffers whose launch may be under way, and who waits for them, in order.
-        self._waiting: collections.deque[tuple[torch.Tensor, Callable[[], None]]] = collections.deque()
+        #: Who waits for computations whose launch may be under way, in order.
+        self._waiting: collections.deque[_Waiting] = collections.deque()
         #: Host memory can be a buffer, and a buffer host memory, without a copy.
         self._shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
         self._compiled: dict[Any, _Executable] = {}
@@ -160,13 +170,13 @@ class XlaRuntime:
                 sources.append(len(computed))
                 computed.append(result)
         if not computed:
-            return _Executable(None, (), tuple(sources))
+            return _Executable(None, (), tuple(sources), ())
         # Ids tell which device data of the graph is which of our inputs; only the private call gives them.
         position_of = {_XLAC._xla_get_tensor_id(argument): index for index, argument in enumerate(arguments)}
         tensor_ids, device_data = _XLAC._get_tensors_xla_device_data_node(computed)
         graph_hash = self._warm_up(computed)
         taken = tuple(position_of.get(tensor_id, data) for tensor_id, data in zip(tensor_ids, device_data, strict=True))
-        return _Executable(graph_hash, taken, tuple(sources))
+        return _Executable(graph_hash, taken, tuple(sources), tuple(donated))
 
     def _warm_up(self, computed: list[torch.Tensor]) -> Any:
         """Compiles the pending graph of `computed` into torch-xla's cache and drops it; returns its key."""
@@ -191,22 +201,30 @@ class XlaRuntime:
 
     def execute(
         self, executable: _Executable, inputs: Sequence[torch.Tensor], gang_key: str = ""
-    ) -> list[torch.Tensor]:
-        """Starts a computation; returns its outputs before it ends."""
+    ) -> tuple[list[torch.Tensor], Sequence[torch.Tensor]]:
+        """Starts a computation; see `Runtime.execute`."""
         if executable.graph_hash is None:
-            return [inputs[~source] for source in executable.outputs]
+            return [inputs[~source] for source in executable.outputs], ()
         self._wait_for_room()
         # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
         results = _XLAC._run_cached_graph(
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
         )
+        if executable.donated and self._waiting:
+            self._redirect([inputs[position] for position in executable.donated], results)
         self._since_marker += 1
         if self._since_marker == _MARKER_EVERY:
             self._since_marker = 0
             marker = threading.Event()
             self._markers.append(marker)
-            self.on_ready(results[0], marker.set)
-        return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs]
+            self.on_ready(results, marker.set)
+        return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
+
+    def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
+        """Lets who waits for a donated buffer, which can tell nothing any more, wait for another one."""
+        taken = {id(buffer) for buffer in donated}
+        for item in self._waiting:
+            item.buffers = [buffer for buffer in item.buffers if id(buffer) not in taken] or results
 
     def _wait_for_room(self) -> None:
         markers = self._markers
@@ -218,9 +236,9 @@ class XlaRuntime:
                     logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
             markers.popleft()
 
-    def on_ready(self, buffer: torch.Tensor, callback: Callable[[], None]) -> None:
-        """Calls back, on a thread of XLA's, when a buffer (and so its whole computation) is computed."""
-        self._waiting.append((buffer, callback))
+    def on_ready(self, buffers: Sequence[torch.Tensor], callback: Callable[[], None]) -> None:
+        """Calls back, on a thread of XLA's, when a computation of which these are outputs has ended."""
+        self._waiting.append(_Waiting(buffers, callback))
 
     def progress(self) -> bool:
         """Asks for the completion of what is launched; returns whether something is not launched yet."""
@@ -229,9 +247,9 @@ class XlaRuntime:
         # No public call tells of a launch's or a computation's end without waiting for it (wait_device_ops waits for
         # all computations, and holds up launches meanwhile).
         waiting = self._waiting
-        while waiting and not _XLAC._is_placecholder(waiting[0][0]):
-            buffer, callback = waiting.popleft()
-            _XLAC._on_ready_callback(buffer, callback)
+        while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
+            item = waiting.popleft()
+            _XLAC._on_ready_callback(item.buffers[0], item.callback)
         return bool(waiting)
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:

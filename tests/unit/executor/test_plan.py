@@ -21,7 +21,7 @@ def test_a_chain_is_one_unit_that_shares_only_its_ends():
 
 
 def test_what_is_sent_does_not_wait_for_what_follows():
-    items = [compute((0,), (1,)), SendInstruction(slot=1, edge_id=0, peer="b"), compute((1,), (2,))]
+    items = [compute((0,), (1,)), SendInstruction(slot=1, edge_id=0, peers=("b",)), compute((1,), (2,))]
     units = load_program(1, "sends", 1, [8] * 3, items, [(2, 0)]).units
     assert [unit.position for unit in units] == [0, 1, 2]
     assert units[0].writes == (1,)

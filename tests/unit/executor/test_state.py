@@ -36,7 +36,7 @@ def train_parts():
         [10] * 5,  # w, x, y, v', w'
         (
             ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=()),
-            SendInstruction(slot=2, edge_id=0, peer="b"),
+            SendInstruction(slot=2, edge_id=0, peers=("b",)),
             ReceiveInstruction(slot=3, edge_id=1, peer="b"),
             ComputeInstruction(function_index=0, inputs=(0, 3), outputs=(4,), donated=(0,)),
         ),
@@ -50,7 +50,7 @@ def train_parts():
         (
             ReceiveInstruction(slot=1, edge_id=0, peer="a"),
             ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=(0,)),
-            SendInstruction(slot=2, edge_id=1, peer="a"),
+            SendInstruction(slot=2, edge_id=1, peers=("a",)),
         ),
         ((2, 2),),
     )

@@ -1,6 +1,7 @@
 """Run by test_xla.py in a process of its own: torch-xla's SPMD mode is process-wide. Arguments: devices, executions."""
 
 import sys
+import threading
 
 import psutil
 import pytest
@@ -24,6 +25,21 @@ def graph(function, *arguments):
     return serialize_graph(make_fx(function, tracing_mode="fake")(*arguments))
 
 
+def read(runtime, buffer):
+    wait(runtime, [buffer])
+    return runtime.to_host(buffer)
+
+
+def wait(runtime, buffers):
+    ready = threading.Event()
+    runtime.on_ready(buffers, ready.set)
+    for _ in range(100_000):
+        runtime.progress()
+        if ready.wait(0.001):
+            return
+    raise AssertionError("the computation never ended")
+
+
 def check_values(runtime):
     """Constants, unused inputs, inputs passed through, repeated outputs, and reductions over what is split."""
 
@@ -39,7 +55,9 @@ def check_values(runtime):
     executable = runtime.compile(data, inputs, outputs, [])
     same = torch.tensor([5.0, 6.0])
     values = [runtime.put(v, s.placements) for v, s in zip((p, x, torch.zeros(3), same), inputs, strict=True)]
-    results = [runtime.to_host(buffer) for buffer in runtime.execute(executable, values)]
+    made, computed = runtime.execute(executable, values)
+    assert not any(buffer is value for buffer in computed for value in values)
+    results = [read(runtime, buffer) for buffer in made]
     for result, expected in zip(results, function(p, x, None, same), strict=True):
         torch.testing.assert_close(result, expected)
     assert runtime.compile(data, inputs, outputs, []) is executable
@@ -49,11 +67,11 @@ def check_copies(runtime):
     for dtype in (torch.float64, torch.int32, torch.bool, torch.bfloat16, torch.int64, torch.uint8):
         value = torch.tensor([[0, 1], [2, 3]]).to(dtype)
         for host in (value, value[0, 1], value[:0]):
-            back = runtime.to_host(runtime.put(host, ("R",)))
+            back = read(runtime, runtime.put(host, ("R",)))
             assert back.dtype == dtype
             assert torch.equal(back, host)
     split = torch.randn(8, 3)
-    assert torch.equal(runtime.to_host(runtime.put(split, (SPLIT,))), split)
+    assert torch.equal(read(runtime, runtime.put(split, (SPLIT,))), split)
 
 
 def check_soak_and_donation(runtime):
@@ -65,11 +83,25 @@ def check_soak_and_donation(runtime):
     state, x = runtime.fill(inputs[0], 0.0), runtime.put(torch.ones(8, 1000), (SPLIT,))
     resident = []
     for number in range(NUM_EXECUTIONS):
-        [state] = runtime.execute(executable, [state, x])
+        [state], _ = runtime.execute(executable, [state, x])
         if number in (NUM_EXECUTIONS // 10, NUM_EXECUTIONS - 1):
             resident.append(psutil.Process().memory_info().rss)
-    assert runtime.to_host(state)[0] == NUM_EXECUTIONS
+    assert read(runtime, state)[0] == NUM_EXECUTIONS
     assert resident[1] < 1.05 * resident[0] + 16 * 4 * size, resident
+
+
+def check_ends_of_donated(runtime):
+    """Who waits for a computation hears of its end although all its outputs are donated to the next one at once."""
+    size = 100_000
+    data = graph(lambda p: (p + 1,), torch.empty(size))
+    executable = runtime.compile(data, [spec("float32", size)], [spec("float32", size)], [0])
+    state = runtime.fill(spec("float32", size), 0.0)
+    ended = [threading.Event() for _ in range(10)]
+    for event in ended:
+        [state], computed = runtime.execute(executable, [state])
+        runtime.on_ready(computed, event.set)
+    assert read(runtime, state)[0] == 10
+    assert all(event.wait(10) for event in ended)
 
 
 def check_operators(runtime):
@@ -87,6 +119,7 @@ def main():
     check_values(runtime)
     check_copies(runtime)
     check_soak_and_donation(runtime)
+    check_ends_of_donated(runtime)
     check_operators(runtime)
     print("all right")
 

@@ -1,0 +1,59 @@
+"""Operators of a program that span several slices; the partitioner turns them into nodes of the dataflow program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchways.errors import ShapeError, UserError
+
+
+@torch.library.custom_op("torchways::all_reduce", mutates_args=())
+def _all_reduce(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    total = torch.stack(values).sum(0, dtype=values[0].dtype)
+    return [total.clone() for _ in values]
+
+
+@_all_reduce.register_fake
+def _(values: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [torch.empty_like(value) for value in values]
+
+
+def _backward(context: Any, grads: list[torch.Tensor]) -> list[torch.Tensor]:
+    # Every output holds every input once.
+    return _all_reduce(list(grads))
+
+
+_all_reduce.register_autograd(_backward)
+
+#: The operator as graphs have it.
+ALL_REDUCE = torch.ops.torchways.all_reduce.default
+
+
+def all_reduce(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Sums tensors of several slices elementwise; inside a program, the sum is on every one of the slices.
+
+    The slices exchange parts with each other (reduce-scatter and all-gather): no slice is a centre. Gradients flow
+    through it. The sum is taken in the order of `values`, so all slices have the same bits.
+
+    Args:
+        values: one tensor of each slice, all of one shape and dtype.
+
+    Returns:
+        the sums, in the order of `values`: item i is on the slice of ``values[i]``.
+
+    Raises:
+        UserError: there is no tensor.
+        ShapeError: shapes or dtypes differ.
+        PlacementError: two of them are on one slice (when the program is traced).
+    """
+    values = list(values)
+    if not values:
+        raise UserError("tw.all_reduce needs at least one tensor")
+    kinds = dict.fromkeys((tuple(value.shape), value.dtype) for value in values)
+    if len(kinds) > 1:
+        texts = ", ".join(f"{str(dtype).removeprefix('torch.')}{list(shape)}" for shape, dtype in kinds)
+        raise ShapeError(f"tw.all_reduce needs tensors of one shape and dtype, not {texts}")
+    return _all_reduce(values)
