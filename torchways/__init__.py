@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchways.api import (
         cluster_info,
+        cond,
         distribute_tensor,
         executor_status,
         function,
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
         profile,
         program,
         shutdown,
+        while_loop,
     )
     from torchways.array import Array
     from torchways.capture.collectives import all_reduce
@@ -34,6 +36,7 @@ _MODULE_OF = {
     **dict.fromkeys(
         [
             "cluster_info",
+            "cond",
             "distribute_tensor",
             "executor_status",
             "function",
@@ -44,6 +47,7 @@ _MODULE_OF = {
             "profile",
             "program",
             "shutdown",
+            "while_loop",
         ],
         "torchways.api",
     ),
@@ -59,6 +63,7 @@ __all__ = [
     "VirtualSlice",
     "all_reduce",
     "cluster_info",
+    "cond",
     "distribute_tensor",
     "executor_status",
     "function",
@@ -69,6 +74,7 @@ __all__ = [
     "profile",
     "program",
     "shutdown",
+    "while_loop",
 ]
 
 

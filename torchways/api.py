@@ -21,10 +21,11 @@ from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.config import ClusterConfig
 from torchways.controller.buffers import HostBuffer
+from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import _module_entry, make_function
 from torchways.controller.loop import LoopThread
 from torchways.controller.modules import make_placed
-from torchways.controller.program import ProgramFunction
+from torchways.controller.program import Dispatch, ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId
@@ -67,6 +68,8 @@ def init(
     islands: int = 2,
     devices_per_island: int = 2,
     platform: str = "cpu",
+    memory_budget: int | None = None,
+    memory_wait: timedelta | None = None,
     log_level: str = "warning",
     start_timeout: timedelta | None = None,
 ) -> _Scope:
@@ -76,6 +79,9 @@ def init(
         address: host:port of a resource manager. None: the one that `twrun` started (TORCHWAYS_ADDRESS), else an
             embedded cluster of this process, which ends with it, however it ends.
         islands, devices_per_island, platform: of the embedded cluster; see `ClusterConfig`.
+        memory_budget: bytes that buffers may take on each device; a computation that needs more waits until others
+            are done, and what can never fit is refused.
+        memory_wait: how long a computation may wait for memory while nothing runs that could free some.
         log_level: of this process and of the embedded cluster: debug, info, warning or error.
         start_timeout: longest wait for the cluster, and for each slice, to be ready.
 
@@ -87,9 +93,15 @@ def init(
     global _session, _eager_config
     if _session is not None and not _session.closed:
         raise UserError("tw.init() was called already; call tw.shutdown() first")
-    settings: dict[str, Any] = {} if start_timeout is None else {"start_timeout": start_timeout}
+    settings = {"start_timeout": start_timeout, "memory_wait": memory_wait}
+    given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     config = ClusterConfig(
-        islands=islands, devices_per_island=devices_per_island, platform=platform, log_level=log_level, **settings
+        islands=islands,
+        devices_per_island=devices_per_island,
+        platform=platform,
+        memory_budget=memory_budget,
+        log_level=log_level,
+        **given,
     )
     if is_eager():
         _eager_config = config
@@ -177,7 +189,9 @@ def function(target: Any = None, *, mesh: VirtualSlice) -> Any:
     return target if is_eager() else make_function(target, mesh, _current)
 
 
-def program(target: Callable[..., Any] | None = None, *, mesh: VirtualSlice | None = None) -> Any:
+def program(
+    target: Callable[..., Any] | None = None, *, mesh: VirtualSlice | None = None, dispatch: Dispatch = "parallel"
+) -> Any:
     """Decorates a function that calls compiled functions, modules, `backward()` and optimizers: one dataflow program.
 
     It is traced once for each combination of argument shapes, then dispatched whole; calls return at once. Host
@@ -187,14 +201,79 @@ def program(target: Callable[..., Any] | None = None, *, mesh: VirtualSlice | No
     Args:
         target: the function.
         mesh: slice of all that no compiled function or pipeline stage places.
+        dispatch: "parallel" sends the whole program in one message an island, so that the control plane runs ahead of
+            the data; "sequential" dispatches each computation when the one before is over, for comparison.
+
+    A function whose graph depends on values (data-dependent shapes, `tw.cond`) cannot be traced; it runs node by node
+    instead, without gradients, and a warning says why.
 
     Raises (when called):
         CaptureError: the function cannot be captured; the message names its line.
         PlacementError: nothing says where it runs, or an argument cannot be split.
     """
     if target is None:
-        return lambda actual: program(actual, mesh=mesh)
-    return target if is_eager() else ProgramFunction(target, mesh, _current)
+        return lambda actual: program(actual, mesh=mesh, dispatch=dispatch)
+    return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch)
+
+
+def cond(
+    predicate: Any,
+    true_fn: Callable[..., Any],
+    false_fn: Callable[..., Any],
+    operands: Sequence[Any] = (),
+    *,
+    mesh: VirtualSlice | None = None,
+) -> Any:
+    """Runs `true_fn` or `false_fn` on arrays, by the value of an array; spelled as torch.cond.
+
+    The controller waits for the predicate, then dispatches the chosen branch as a program, and returns at once. A
+    program that calls it runs node by node (see `program`). No gradients flow through it. A function is traced once
+    for each combination of shapes as long as it lives: define branches once, not anew for each call.
+
+    Args:
+        predicate: an array or tensor of one element, or a bool.
+        true_fn, false_fn: called with the operands.
+        operands: arrays, tensors or other values.
+        mesh: slice of what nothing else places.
+
+    Raises:
+        ShapeError: the predicate has more than one element.
+    """
+    if is_eager():
+        return (true_fn if bool(predicate) else false_fn)(*operands)
+    return run_cond(predicate, true_fn, false_fn, operands, mesh, _current)
+
+
+def while_loop(
+    cond_fn: Callable[..., Any],
+    body_fn: Callable[..., Any],
+    operands: Sequence[Any],
+    *,
+    mesh: VirtualSlice | None = None,
+) -> tuple[Any, ...]:
+    """Runs `body_fn` on arrays as long as `cond_fn` of them is true; spelled as torch.while_loop.
+
+    Both are dispatched as programs; the controller waits for each condition. No gradients flow through it.
+
+    Args:
+        cond_fn: called with the operands; returns an array of one element, or a bool.
+        body_fn: called with the operands; returns their next values, of the same shapes and dtypes.
+        operands: the first values.
+        mesh: slice of what nothing else places.
+
+    Returns:
+        the operands for which `cond_fn` was false.
+
+    Raises:
+        ShapeError: the condition has more than one element, or the body changes a shape or dtype.
+    """
+    if is_eager():
+        state = tuple(operands)
+        while bool(cond_fn(*state)):
+            result = body_fn(*state)
+            state = tuple(result) if isinstance(result, (tuple, list)) else (result,)
+        return state
+    return run_while_loop(cond_fn, body_fn, operands, mesh, _current)
 
 
 def pipeline(module: torch.nn.Module, *, split_spec: Mapping[str, SplitPoint], meshes: Sequence[VirtualSlice]) -> Any:

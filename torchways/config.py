@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import timedelta
 
+import psutil
+
 from torchways.errors import ConfigError
 
 PLATFORMS = ("cpu", "tpu")
@@ -26,6 +28,11 @@ class ClusterConfig:
     """Of every process: debug, info, warning or error."""
     log_dir: str | None = None
     """Folder for one log file a process; none: everything goes to stderr."""
+    memory_budget: int | None = None
+    """Bytes that buffers may take on each device; a computation that needs more waits until others are done. None: on
+    CPU an equal part of 80 % of the machine's memory, elsewhere no limit."""
+    memory_wait: timedelta = timedelta(seconds=60)
+    """How long a computation may wait for memory while nothing runs that could free some; then it fails."""
     start_timeout: timedelta = timedelta(seconds=120)
     """Longest wait for the cluster, or for a slice's executors, to be ready. Importing torch-xla takes seconds, on a
     loaded machine tens of seconds."""
@@ -35,5 +42,16 @@ class ClusterConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.memory_budget is not None and self.memory_budget < 1:
+            raise ConfigError(f"memory_budget must be at least 1 byte, not {self.memory_budget!r}")
         if self.platform not in PLATFORMS:
             raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that buffers may take on each device; 0: no limit."""
+        if self.memory_budget is not None:
+            return self.memory_budget
+        if self.platform == "tpu":
+            return 0
+        return int(0.8 * psutil.virtual_memory().total) // (self.islands * self.devices_per_island)

@@ -22,6 +22,10 @@ class CaptureError(UserError):
     """A function cannot be captured as one graph (data-dependent branch, unsupported operator)."""
 
 
+class DataDependentError(CaptureError):
+    """What a function computes, or in which shapes, depends on the values of tensors, so it has no one graph."""
+
+
 class ShapeError(UserError, ValueError):
     """A shape or dtype does not fit."""
 

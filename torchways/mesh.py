@@ -43,6 +43,8 @@ class VirtualSlice:
     parent: VirtualSlice | None = field(default=None, repr=False)
     #: Called once by `close`; gives the devices back.
     release: Callable[[], None] | None = field(default=None, repr=False)
+    #: Called by `remap` with an island.
+    move: Callable[[int | None], None] | None = field(default=None, repr=False)
 
     @property
     def ndim(self) -> int:
@@ -71,6 +73,20 @@ class VirtualSlice:
     def root(self) -> VirtualSlice:
         """The slice itself, where this is a sub-mesh."""
         return self if self.parent is None else self.parent
+
+    def remap(self, island: int | None = None) -> None:
+        """Moves the slice to other devices, of `island` or of an island that the resource manager chooses.
+
+        Its arrays move with it. Programs are bound to the new devices at their next call, without being traced again.
+        Waits for runs in flight.
+
+        Raises:
+            ResourceExhausted: there are not enough devices.
+            PlacementError: there is no such island.
+        """
+        move = self.root.move
+        if move is not None:
+            move(island)
 
     def close(self) -> None:
         """Gives the devices back. Arrays on the slice can no longer be read. Idempotent."""

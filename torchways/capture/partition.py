@@ -24,6 +24,7 @@ from torchways.capture.tracer import REGION_KEY, Region
 from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, serialize_graph
 from torchways.ir.program import (
+    UNPLACED,
     AllReduce,
     Arg,
     Compute,
@@ -37,7 +38,7 @@ from torchways.ir.program import (
     node_inputs,
     node_outputs,
 )
-from torchways.mesh import DATA_AXIS, Placements, VirtualSlice, data_placements
+from torchways.mesh import DATA_AXIS, Placements, VirtualSlice
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -77,12 +78,10 @@ class PartitionedProgram:
     Attributes:
         program: the dataflow program; not lowered yet.
         meshes: the virtual slice that each of its slices stands for.
-        arg_inputs: for each Arg value, the position of the graph input that it is.
     """
 
     program: Program
     meshes: list[VirtualSlice]
-    arg_inputs: dict[ValueIndex, int]
 
 
 class _GroupKey(NamedTuple):
@@ -175,7 +174,7 @@ class _Partitioner:
             functions=tuple(self.functions),
             nodes=tuple(nodes),
         )
-        return PartitionedProgram(program=program, meshes=self.meshes, arg_inputs=self.arg_inputs)
+        return PartitionedProgram(program=program, meshes=self.meshes)
 
     # ---- placement
 
@@ -246,16 +245,25 @@ class _Partitioner:
         inputs: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         slices = [self.slice_of.get(item) for item in inputs]
         for item in self.sums[node]:
-            number: int = item.args[1]  # type: ignore[assignment]
+            number: int = item.args[1]
             homes = [self.slice_of[user] for user in item.users if user in self.slice_of]
             if homes and homes[0] != slices[number] and (slices[number] is None or slices.count(slices[number]) > 1):
-                with self.graph.inserting_before(node):
-                    copy = self.graph.call_function(torch.ops.aten.clone.default, (inputs[number],))
-                copy.meta = {key: value for key, value in inputs[number].meta.items() if key != REGION_KEY}
-                self.operators.insert(self.operators.index(node), copy)
-                self.slice_of[copy] = slices[number] = homes[0]
-                inputs[number] = copy
+                slices[number] = homes[0]
+                inputs[number] = self._copied_to(homes[0], inputs[number], node)
+        for number, home in enumerate(slices):
+            if home is None:
+                inputs[number] = self._copied_to(self._default_slice(), inputs[number], node)
         node.args = (inputs,)
+
+    def _copied_to(self, slice_index: int, node: torch.fx.Node, before: torch.fx.Node) -> torch.fx.Node:
+        """Adds an operator that takes a node to a slice."""
+        with self.graph.inserting_before(before):
+            copy = self.graph.call_function(torch.ops.aten.clone.default, (node,))
+        copy.meta = {key: value for key, value in node.meta.items() if key != REGION_KEY}
+        position = self.operators.index(before) if before in self.operators else len(self.operators)
+        self.operators.insert(position, copy)
+        self.slice_of[copy] = slice_index
+        return copy
 
     def _default_slice(self) -> int:
         if self.default_mesh is not None:
@@ -273,9 +281,12 @@ class _Partitioner:
             if node not in self.slice_of and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
                 homes = [self.slice_of[user] for user in node.users if user in self.slice_of]
                 self.slice_of[node] = homes[0] if homes else self._default_slice()
-        for node in self.outputs:
+        for number, node in enumerate(self.outputs):
             if node not in self.slice_of and node.op == "call_function":
                 self.slice_of[node] = self._default_slice()
+            elif node not in self.slice_of:
+                self.outputs[number] = self._copied_to(self._default_slice(), node, self.graph.output_node())
+        self.graph.output_node().args = (self.outputs,)
 
     def _slice(self, node: torch.fx.Node) -> int:
         return self.slice_of[node] if node in self.slice_of else self._default_slice()
@@ -379,9 +390,11 @@ class _Partitioner:
         }
 
     def _value(self, node: torch.fx.Node, slice_index: int) -> ValueIndex:
-        """Returns the value of a placed node, or of a placeholder on a slice."""
+        """Returns the value of a node; of one that floats, on a slice."""
         if node in self.slice_of:
             slice_index = self.slice_of[node]
+        elif node.op == "placeholder":
+            slice_index = UNPLACED
         key = (node, slice_index)
         if key not in self.value_of:
             fake = node.meta["val"]
@@ -399,6 +412,8 @@ class _Partitioner:
         return self.value_of[key]
 
     def _placements(self, node: torch.fx.Node, slice_index: int) -> Placements:
+        if slice_index == UNPLACED:
+            return ()
         mesh = self.meshes[slice_index]
         shape = tuple(node.meta["val"].shape)
         if node in self._of_sums:
@@ -406,11 +421,7 @@ class _Partitioner:
             return self.values[self._value(source, slice_index)].placements
         if node.op == "placeholder":
             spec = self.inputs[self._position[node]]
-            if spec.placements is not None:
-                return spec.placements
-            if spec.is_data:
-                return data_placements(shape, mesh.shape, mesh.mesh_dim_names, f"{spec.label} of {self.name}")
-            return ("R",) * mesh.ndim
+            return spec.placements if spec.placements is not None else ("R",) * mesh.ndim
         first_written = len(self.outputs) - len(self.written)
         for position, output in enumerate(self.outputs[first_written:]):
             if output is node:
@@ -435,7 +446,9 @@ class _Partitioner:
             Arg(
                 output=value,
                 label=self.inputs[position].label,
+                source=position,
                 replaced=position in self.written,
+                is_data=self.inputs[position].is_data and self.values[value].slice_index == UNPLACED,
             )
             for value, position in sorted(self.arg_inputs.items())
         ]
@@ -514,9 +527,8 @@ class _Partitioner:
         outputs: tuple[ValueIndex, ...],
     ) -> int:
         """Returns the index of the compiled function for a graph; equal graphs share one."""
-        kinds = tuple(
-            (value.dtype, value.shape, value.placements) for value in (self.values[i] for i in (*inputs, *outputs))
-        )
+        # Not placements: executors compile a function for those of each call.
+        kinds = tuple((value.dtype, value.shape) for value in (self.values[i] for i in (*inputs, *outputs)))
         key = (group.key.slice_index, _structure(module.graph), kinds)
         if key not in self._function_of:
             regions = [node.meta[REGION_KEY] for node in group.nodes if REGION_KEY in node.meta]

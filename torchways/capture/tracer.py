@@ -38,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.source import user_line
-from torchways.errors import CaptureError, ShapeError
+from torchways.errors import CaptureError, DataDependentError, ShapeError
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 
@@ -170,7 +170,7 @@ class _TraceMode(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _HOST_READS and not _is_known_constant(args[0]):
-            raise CaptureError(_data_dependent(str(func)))
+            raise DataDependentError(_data_dependent(str(func)))
         if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
             return func(*args)
         _check_dtypes(func, args)
@@ -184,7 +184,7 @@ class _TraceMode(TorchDispatchMode):
             else:
                 result = func(*new_args, **new_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise CaptureError(_data_dependent(str(error.func))) from error
+            raise DataDependentError(_data_dependent(str(error.func))) from error
         except UnsupportedOperatorException as error:
             raise CaptureError(
                 f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
@@ -380,6 +380,6 @@ def _check_dtypes(func: Any, args: Any) -> None:
 
 def _data_dependent(operator: str) -> str:
     return (
-        f"the program depends on the value of a tensor ({operator}) at {user_line()}; a traced program has one graph "
-        "for all values: select with torch.where, or return the tensor and decide outside the program"
+        f"the program depends on the value of a tensor ({operator}) at {user_line()}, and has no one graph for all "
+        "values: select with torch.where, or return the tensor and decide outside the program"
     )

@@ -11,7 +11,7 @@ import logging
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,17 +25,36 @@ from torchways.capture.tracer import Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, array_like
 from torchways.controller.checks import check_lowered
 from torchways.controller.session import Session
-from torchways.errors import CaptureError, PlacementError, TorchwaysError, UserError
-from torchways.ids import BufferId, ProgramId, SliceId
-from torchways.ir.program import Compute, Program, ValueIndex
+from torchways.errors import (
+    CaptureError,
+    ConfigError,
+    DataDependentError,
+    PlacementError,
+    TorchwaysError,
+    UserError,
+)
+from torchways.ids import BufferId, ProgramId, RunId, SliceId
+from torchways.ir.program import Arg, Compute, Program, Value, ValueIndex, node_inputs
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
+from torchways.passes.preflight import check_memory
+from torchways.passes.sequential import Piece, sequential, whole
 from torchways.rpc.programs import Binding, InlineValue
 
 logger = logging.getLogger(__name__)
 
+#: "parallel": the whole program in one message an island. "sequential": one computation after the other.
+Dispatch: TypeAlias = Literal["parallel", "sequential"]
+
 #: Argument signatures kept for one function; the oldest goes first.
 _MAX_VARIANTS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """A value that a piece of a program makes for a later one."""
+
+    value: ValueIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +68,32 @@ class _Source:
 
 @dataclass(frozen=True, slots=True)
 class _ResultTarget:
-    """Where a result goes: output `position` of the function, a written array, or a place in Python state."""
+    """Where a result goes: output `position` of the function, a written array, a place in Python state, a piece."""
 
-    target: int | Array | StateSlot
+    target: int | Array | StateSlot | _Made
     mesh: VirtualSlice
     placements: Placements
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(slots=True, kw_only=True)
+class _Piece:
+    """What is dispatched at once: the whole program, or one computation of it.
+
+    Attributes:
+        lowered: after all passes.
+        arguments: for each part, by slice index, what its arguments are bound to.
+        results: what becomes of the results.
+        program_id: what it is registered as.
+        bound_to: the slices that it is registered for, in the order of the program's.
+    """
+
+    lowered: LoweredProgram
+    arguments: dict[int, list[_Source]]
+    results: list[_ResultTarget]
+    program_id: ProgramId = ProgramId(0)
+    bound_to: tuple[SliceId, ...] = ()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -64,7 +102,8 @@ class Variant:
 
     Attributes:
         traced: the program as traced.
-        lowered: after all passes.
+        lowered: after all passes, whole.
+        pieces: what a call dispatches, one after the other.
         meshes: the slice that each of the program's slices stands for.
         session: where it is registered.
         guards: conditions on Python state under which the trace holds.
@@ -72,17 +111,33 @@ class Variant:
 
     traced: Program
     lowered: LoweredProgram
+    pieces: list[_Piece]
     meshes: list[VirtualSlice]
     session: Session
-    program_id: ProgramId
-    arguments: dict[SliceId, list[_Source]]
-    results: list[_ResultTarget]
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
     guards: list[Callable[[], bool]]
 
     def __del__(self) -> None:
-        self.session.forget_program(self.program_id, sorted({mesh.island for mesh in self.meshes}))
+        for piece in self.pieces:
+            self.session.forget_program(piece.program_id)
+
+    def bind(self) -> None:
+        """Registers every piece for the devices that the slices are on now; tracing and passes are not done again."""
+        here = tuple(mesh.slice_id for mesh in self.meshes)
+        for piece in self.pieces:
+            if piece.bound_to != here:
+                check_memory(self.traced.name, piece.lowered.parts, self.traced.slices, self._budgets())
+                if piece.bound_to:
+                    self.session.forget_program(piece.program_id)
+                piece.program_id = self.session.register_program(self.traced.name, piece.lowered.parts, self.meshes)
+                piece.bound_to = here
+
+    def _budgets(self) -> dict[int, int]:
+        return {
+            index: min(executor.budget_bytes for executor in self.session.slice_address(mesh).executors)
+            for index, mesh in enumerate(self.meshes)
+        }
 
     def holds(self, session: Session) -> bool:
         """Whether the trace is valid for Python's state now."""
@@ -107,14 +162,27 @@ class ProgramFunction:
     """
 
     def __init__(
-        self, function: Callable[..., Any], mesh: VirtualSlice | None, get_session: Callable[[], Session]
+        self,
+        function: Callable[..., Any],
+        mesh: VirtualSlice | None,
+        get_session: Callable[[], Session],
+        dispatch: Dispatch = "parallel",
     ) -> None:
+        if dispatch not in ("parallel", "sequential"):
+            raise ConfigError(f"dispatch={dispatch!r}: a program is dispatched 'parallel' or 'sequential'")
         functools.update_wrapper(self, function)
         self._function = function
-        self._mesh = mesh
+        self.mesh = mesh
         self._get_session = get_session
+        self._dispatch = dispatch
         self._variants: dict[Any, list[Variant]] = {}
+        #: Signatures for which the graph depends on values: these calls run node by node.
+        self._untraceable: set[Any] = set()
         self._last: Variant | None = None
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._function, "__name__", type(self._function).__name__)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if current_trace() is not None:
@@ -124,16 +192,41 @@ class ProgramFunction:
         signature = _signature(args, kwargs)
         variant = self._find(signature, session)
         if variant is None:
-            variant = self._trace(signature, session)
+            if signature.key in self._untraceable:
+                return self._run_untraced(args, kwargs)
+            try:
+                variant = self._trace(signature, session)
+            except DataDependentError as error:
+                return self._run_untraced(args, kwargs, error)
+            if len(self._untraceable) > _MAX_VARIANTS:
+                self._untraceable.clear()
         self._last = variant
         return _run(variant, signature)
+
+    def _run_untraced(self, args: Any, kwargs: Any, reason: DataDependentError | None = None) -> Any:
+        """Runs the Python function itself: each compiled function that it calls is dispatched when it is called.
+
+        Raises:
+            DataDependentError: it computes gradients, which only a trace can.
+        """
+        try:
+            with torch.no_grad():
+                result = self._function(*args, **kwargs)
+        except RuntimeError as error:
+            if "does not require grad" in str(error):
+                raise reason or DataDependentError(f"{self._name} depends on values and computes gradients") from error
+            raise
+        if reason is not None:
+            logger.warning("%s; it runs node by node", reason)
+            self._untraceable.add(_signature(args, kwargs).key)
+        return result
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
     def __str__(self) -> str:
         if self._last is None:
-            return f"program {self.__name__}: not traced yet; call it once"  # type: ignore[attr-defined]
+            return f"program {self._name}: not traced yet; call it once"
         return str(self._last.lowered.program)
 
     @property
@@ -164,7 +257,7 @@ class ProgramFunction:
         return None
 
     def _trace(self, signature: _Signature, session: Session) -> Variant:
-        name = getattr(self._function, "__name__", type(self._function).__name__)
+        name = self._name
         if self._variants:
             logger.info(
                 "tracing %s again (%d variants): argument shapes, dtypes, shardings or Python state changed, at %s",
@@ -172,7 +265,7 @@ class ProgramFunction:
                 self.num_traces,
                 user_line(),
             )
-        variant = _trace_variant(self._function, name, signature, self._mesh, session)
+        variant = _trace_variant(self._function, name, signature, self.mesh, session, self._dispatch)
         if len(self._variants) >= _MAX_VARIANTS:
             self._variants.pop(next(iter(self._variants)))
         self._variants.setdefault(signature.key, []).append(variant)
@@ -190,7 +283,8 @@ def _signature(args: Any, kwargs: Any) -> _Signature:
         if isinstance(leaf, Array):
             signature.tensor_positions.append(position)
             mesh = leaf.mesh
-            key.append((tuple(leaf.shape), leaf.dtype, None if mesh is None else mesh.slice_id, leaf.sharding))
+            # The mesh and not its id, which changes when it moves to other devices; variants keep it alive.
+            key.append((tuple(leaf.shape), leaf.dtype, None if mesh is None else id(mesh), leaf.sharding))
         elif isinstance(leaf, torch.Tensor):
             signature.tensor_positions.append(position)
             key.append((tuple(leaf.shape), leaf.dtype))
@@ -212,7 +306,12 @@ def _constant_key(leaf: Any) -> Any:
 
 
 def _trace_variant(
-    function: Callable[..., Any], name: str, signature: _Signature, mesh: VirtualSlice | None, session: Session
+    function: Callable[..., Any],
+    name: str,
+    signature: _Signature,
+    mesh: VirtualSlice | None,
+    session: Session,
+    dispatch: Dispatch,
 ) -> Variant:
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     tracker = StateTracker(array_like)
@@ -240,24 +339,51 @@ def _trace_variant(
         cut = partition(pure.graph_module, specs, name=name, written=pure.written, default_mesh=mesh)
         check_lowered(pure.graph_module, session, cut.meshes)
         lowered = lower(cut.program)
-        program_id = session.register_program(name, lowered.parts, cut.meshes)
+        pieces = [whole(cut.program)] if dispatch == "parallel" else sequential(cut.program)
+        targets = _result_targets(cut, traced, tracker, pure.written)
+        variant = Variant(
+            traced=cut.program,
+            lowered=lowered,
+            pieces=[_make_piece(cut.program, piece, traced, targets, cut.meshes) for piece in pieces],
+            meshes=cut.meshes,
+            session=session,
+            out_spec=traced.out_spec,
+            constants=traced.constants,
+            guards=_guards(traced, tracker, lifted),
+        )
+        variant.bind()
     except BaseException as error:
         tracker.roll_back(lifted)
         if isinstance(error, (TorchwaysError, KeyboardInterrupt)):
             raise
         raise _capture_error(name, error) from error
     tracker.commit()
-    return Variant(
-        traced=cut.program,
+    return variant
+
+
+def _make_piece(
+    program: Program, piece: Piece, traced: Trace, targets: list[_ResultTarget], meshes: list[VirtualSlice]
+) -> _Piece:
+    lowered = lower(piece.program)
+    donated: set[ValueIndex] = {
+        node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
+    }
+    sources: dict[ValueIndex, _Source] = {}
+    for node in lowered.program.nodes:
+        if isinstance(node, Arg):
+            source = traced.inputs[node.source].source if node.source >= 0 else _Made(~node.source)
+            placements = lowered.program.values[node.output].placements
+            sources[node.output] = _Source(source, placements, node.output in donated)
+    results = []
+    for number in piece.results:
+        if number >= 0:
+            results.append(targets[number])
+        else:
+            results.append(_target(_Made(~number), program.values[~number], meshes))
+    return _Piece(
         lowered=lowered,
-        meshes=cut.meshes,
-        session=session,
-        program_id=program_id,
-        arguments=_argument_sources(cut, lowered, traced, session),
-        results=_result_targets(cut, traced, tracker, pure.written),
-        out_spec=traced.out_spec,
-        constants=traced.constants,
-        guards=_guards(traced, tracker, lifted),
+        arguments={part.slice_index: [sources[value] for value in part.args] for part in lowered.parts},
+        results=results,
     )
 
 
@@ -315,25 +441,6 @@ def _check_written(traced: Trace, written: list[int], name: str) -> None:
             )
 
 
-def _argument_sources(
-    cut: PartitionedProgram, lowered: LoweredProgram, traced: Trace, session: Session
-) -> dict[SliceId, list[_Source]]:
-    donated: set[ValueIndex] = {
-        node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
-    }
-    sources: dict[SliceId, list[_Source]] = {}
-    for part in lowered.parts:
-        sources[cut.meshes[part.slice_index].slice_id] = [
-            _Source(
-                traced.inputs[cut.arg_inputs[value]].source,
-                lowered.program.values[value].placements,
-                value in donated,
-            )
-            for value in part.args
-        ]
-    return sources
-
-
 def _result_targets(
     cut: PartitionedProgram, traced: Trace, tracker: StateTracker, written: list[int]
 ) -> list[_ResultTarget]:
@@ -342,16 +449,12 @@ def _result_targets(
         *tracker.slots,
         *(traced.inputs[position].source for position in written),
     ]
-    results = cut.program.nodes[-1]
-    found = []
-    for target, value_index in zip(targets, results.inputs, strict=True):  # type: ignore[union-attr]
-        value = cut.program.values[value_index]
-        found.append(
-            _ResultTarget(
-                target, cut.meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype)
-            )
-        )
-    return found
+    values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
+    return [_target(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
+
+
+def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> _ResultTarget:
+    return _ResultTarget(target, meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype))
 
 
 def _guards(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list[Callable[[], bool]]:
@@ -396,35 +499,63 @@ def _training_flags(module: torch.nn.Module) -> list[bool]:
 def _run(variant: Variant, signature: _Signature) -> Any:
     session = variant.session
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
-    consumed: list[RemoteBuffer] = []
-    arguments: dict[SliceId, list[Binding]] = {}
-    for mesh in variant.meshes:
-        sources = variant.arguments.get(mesh.slice_id)
-        if sources is not None:
-            arguments[mesh.slice_id] = [_bind(item, tensors, mesh, session, consumed) for item in sources]
-    first = BufferId(session.new_ids(max(1, len(variant.results))))
-    session.run_program(variant.program_id, variant.traced.name, first, arguments)
-    for buffer in consumed:
-        buffer.consumed = True
+    variant.bind()
     outputs: list[Any] = [None] * (variant.out_spec.num_leaves)
     positions = [index for index in range(len(outputs)) if index not in variant.constants]
     for index, value in variant.constants.items():
         outputs[index] = value
-    for number, result in enumerate(variant.results):
+    made: dict[ValueIndex, RemoteBuffer] = {}
+    for number, piece in enumerate(variant.pieces):
+        run_id = _run_piece(variant, piece, tensors, made, outputs, positions)
+        if number < len(variant.pieces) - 1:
+            session.wait_for_run(run_id)
+    return pytree.tree_unflatten(outputs, variant.out_spec)
+
+
+def _run_piece(
+    variant: Variant,
+    piece: _Piece,
+    tensors: list[torch.Tensor],
+    made: dict[ValueIndex, RemoteBuffer],
+    outputs: list[Any],
+    positions: list[int],
+) -> RunId:
+    session = variant.session
+    consumed: list[RemoteBuffer] = []
+    arguments: dict[SliceId, list[Binding]] = {}
+    for slice_index, sources in piece.arguments.items():
+        mesh = variant.meshes[slice_index]
+        arguments[mesh.slice_id] = [_bind(item, tensors, made, mesh, session, consumed) for item in sources]
+    first = BufferId(session.new_ids(max(1, len(piece.results))))
+    run_id = session.run_program(piece.program_id, variant.traced.name, first, arguments)
+    for buffer in consumed:
+        buffer.consumed = True
+    for number, result in enumerate(piece.results):
         buffer = RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
         if isinstance(result.target, Array):
             result.target._buffer = buffer
         elif isinstance(result.target, StateSlot):
             result.target.set(Array(buffer, result.shape, result.dtype))
+        elif isinstance(result.target, _Made):
+            made[result.target.value] = buffer
         else:
             outputs[positions[result.target]] = Array(buffer, result.shape, result.dtype)
-    return pytree.tree_unflatten(outputs, variant.out_spec)
+    return run_id
 
 
 def _bind(
-    item: _Source, tensors: list[torch.Tensor], mesh: VirtualSlice, session: Session, consumed: list[RemoteBuffer]
+    item: _Source,
+    tensors: list[torch.Tensor],
+    made: dict[ValueIndex, RemoteBuffer],
+    mesh: VirtualSlice,
+    session: Session,
+    consumed: list[RemoteBuffer],
 ) -> Binding:
     source = tensors[item.source] if isinstance(item.source, int) else item.source
+    if isinstance(source, _Made):
+        if item.donated:
+            consumed.append(made[source.value])
+        return made[source.value].buffer_id
     if isinstance(source, Array):
         buffer = source._buffer
         if isinstance(buffer, HostBuffer):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import gc
 import logging
 import os
 import sys
@@ -24,6 +25,7 @@ import grpc
 import grpc.aio
 import torch
 
+from torchways.capture.state import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread
 from torchways.errors import ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
@@ -44,6 +46,8 @@ from torchways.rpc.programs import Binding, PeerAddress, register_message, run_m
 logger = logging.getLogger(__name__)
 
 _CALL = timedelta(seconds=35)
+#: For all the arrays of a slice to be read.
+_MOVE_SECONDS = 600
 #: How long a failed read waits for word of why the executor is gone.
 _REASON_SECONDS = 3.0
 
@@ -84,7 +88,11 @@ class Session:
     _next_id: int = 0
     _slices: dict[SliceId, _Slice] = field(default_factory=dict)
     _schedulers: dict[IslandId, SchedulerClient] = field(default_factory=dict)
+    #: Islands that each program is registered on.
+    _islands_of: dict[ProgramId, tuple[IslandId, ...]] = field(default_factory=dict)
     _runs: dict[RunId, _Run] = field(default_factory=dict)
+    #: The run whose end somebody waits for.
+    _awaited: RunId | None = None
     #: Run messages that the loop has not sent yet, and whether it was told of them.
     _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
     _sending: bool = False
@@ -148,7 +156,8 @@ class Session:
         shape, names = check_mesh(shape, names)
         slice_id, island_id = self.loop.run(self.manager.reserve_slice(shape, names, island), _CALL, "a slice")
         mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id)
-        mesh.release = lambda: self._release_slice(slice_id)
+        mesh.release = lambda: self._release_slice(mesh.slice_id)
+        mesh.move = lambda island: self._move_slice(mesh, island)
         entry = _Slice(mesh, self.loop.start(self._open_slice(slice_id)))
         self._slices[slice_id] = entry
         return mesh
@@ -174,6 +183,25 @@ class Session:
         entry.ready.result(self.start_timeout.total_seconds() + 5)
         assert entry.address is not None
         return entry.address
+
+    def _move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
+        """Takes a slice, with all its arrays, to other devices."""
+        old = mesh.slice_id
+        self.slice_address(mesh)
+        # Nobody keeps a list of references to buffers, which are made with every run: moves are rare.
+        held = [item for item in gc.get_objects() if type(item) is RemoteBuffer and item.mesh is mesh]
+        buffers = [item for item in held if item.session is self and not item.consumed]
+        reads = [(buffer, self.start_fetch(buffer)) for buffer in buffers]
+        values = [(buffer, read.result(_MOVE_SECONDS)) for buffer, read in reads]
+        reserving = self.manager.reserve_slice(mesh.shape, mesh.mesh_dim_names, island)
+        mesh.slice_id, mesh.island = self.loop.run(reserving, _CALL, "a slice")
+        self._slices[mesh.slice_id] = _Slice(mesh, self.loop.start(self._open_slice(mesh.slice_id)))
+        for buffer, value in values:
+            content = HostContent(tuple(value.shape), value.dtype, value)
+            placed = self.put(HostBuffer(content), mesh, buffer.placements)
+            buffer.buffer_id = placed.buffer_id
+            placed.consumed = True  # it is `buffer` now that releases it
+        self._release_slice(old)
 
     def _release_slice(self, slice_id: SliceId) -> None:
         entry = self._slices.pop(slice_id, None)
@@ -350,10 +378,12 @@ class Session:
             by_island[address.island_id].append((address.slice_id, part))
         for island, island_parts in by_island.items():
             self.loop.call(self._schedulers[island].send, register_message(program_id, name, island_parts, peers))
+        self._islands_of[program_id] = tuple(by_island)
         return program_id
 
-    def forget_program(self, program_id: ProgramId, islands: Sequence[IslandId]) -> None:
+    def forget_program(self, program_id: ProgramId) -> None:
         """Lets executors free a program once its last run is over. Called by the garbage collector: no waiting."""
+        islands = self._islands_of.pop(program_id, ())
         if self.closed or self.broken is not None:
             return
         try:
@@ -402,6 +432,17 @@ class Session:
                     logger.info("dispatch of %s waits: %d runs are in flight", name, len(self._runs))
         self.check()
 
+    def wait_for_run(self, run_id: RunId) -> None:
+        """Waits until a run is over, well or not."""
+        with self._room:
+            self._awaited = run_id
+            while run_id in self._runs:
+                self.check()
+                if not self._room.wait(timeout=10):
+                    logger.info("waiting for run %d of %s", run_id, self._runs[run_id].name)
+            self._awaited = None
+        self.check()
+
     def wait_for_runs(self, timeout: timedelta) -> None:
         """Waits until no run is in flight."""
         deadline = time.monotonic() + timeout.total_seconds()
@@ -438,7 +479,7 @@ class Session:
             if run.islands_left == 0:
                 del self._runs[run_id]
                 # Who waits is not woken for every single run.
-                if not self._runs or len(self._runs) == self.max_runs_in_flight * 3 // 4:
+                if not self._runs or run_id == self._awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
                     self._room.notify_all()
         if failure is not None:
             logger.info("run %d of %s failed: %s", run_id, run.name, failure.message)

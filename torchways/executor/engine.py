@@ -11,7 +11,6 @@ import collections
 import concurrent.futures
 import logging
 import os
-import queue
 import threading
 import time
 import traceback
@@ -23,6 +22,7 @@ import torch
 
 from torchways.errors import CaptureError, Failure, failure_from
 from torchways.executor import state as core
+from torchways.executor.inbox import Inbox
 from torchways.executor.plan import (
     AllReduceInstruction,
     ComputeInstruction,
@@ -53,6 +53,8 @@ _MAX_SPANS = 50_000
 _BATCH = 128
 #: How often launches under way are looked at; it grows to the second figure while nothing happens.
 _POLL_SECONDS = (0.00005, 0.002)
+#: Before that, the processor is offered to others so many times: most launches take no longer.
+_MAX_YIELDS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +122,8 @@ class Engine:
         self.executor_id = executor_id
         self.runtime = runtime
         self.core = core.ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
-        self.data_plane = DataPlane(executor_id, host, self._on_arrived, self._on_lost)
+        self._inbox: Inbox[core.Event | Callable[[], None]] = Inbox()
+        self.data_plane = DataPlane(executor_id, host, self._inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
         self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
         self.axis_sizes = tuple(axis_sizes)
@@ -128,7 +131,6 @@ class Engine:
         self._memory_wait = memory_wait
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
-        self._inbox: queue.SimpleQueue[core.Event | Callable[[], None]] = queue.SimpleQueue()
         self._programs: dict[ProgramId, _Program] = {}
         #: Programs that were dropped but still have runs in flight.
         self._dropped: set[ProgramId] = set()
@@ -137,7 +139,8 @@ class Engine:
         self._starved_since = 0.0
         self._starved_spans: dict[int, tuple[str, int]] = {}
         self._device_free_ns = 0
-        threading.Thread(target=self._run, name="engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
 
     # ---- from any thread
 
@@ -193,22 +196,25 @@ class Engine:
     # ---- the thread
 
     def _run(self) -> None:
-        poll = _POLL_SECONDS[0]
+        poll, yields = _POLL_SECONDS[0], 0
         while True:
             busy = self.runtime.progress()
             try:
-                item = self._inbox.get(timeout=poll if busy else 1.0 if self.core.starved else None)
-                poll = _POLL_SECONDS[0]
-            except queue.Empty:
-                poll = min(poll * 2, _POLL_SECONDS[1])
-                self._check_starved()
-                continue
-            try:
-                self._take(item)
+                timeout = (0 if yields < _MAX_YIELDS else poll) if busy else 1.0 if self.core.starved else None
+                if not self._inbox.wait(timeout):
+                    if timeout == 0:
+                        yields += 1
+                        time.sleep(0)
+                    else:
+                        poll = min(poll * 2, _POLL_SECONDS[1])
+                        self._check_starved()
+                    continue
+                poll, yields = _POLL_SECONDS[0], 0
                 for _ in range(_BATCH):
-                    self._take(self._inbox.get_nowait())
-            except queue.Empty:
-                pass
+                    item = self._inbox.take()
+                    if item is None:
+                        break
+                    self._take(item)
             except Exception:
                 # Our bug. To go on would leave somebody waiting for ever: a lost executor is an error that users see.
                 logger.exception("the executor's engine failed; ending")
@@ -495,8 +501,11 @@ class Engine:
         self._when_on_host(command.cell, start)
 
     def _send_piece(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
-        self.data_plane.send(peer, Outgoing(run_id=run_id, edge_id=edge_id, phase=phase, value=piece))
-        self.data_plane.flush()
+        outgoing = Outgoing(run_id=run_id, edge_id=edge_id, phase=phase, value=piece)
+        if threading.get_ident() == self._thread.ident:
+            self.data_plane.send(peer, outgoing)
+        else:
+            self._inbox.put(lambda: self.data_plane.send(peer, outgoing))
 
     def _when_on_host(self, cell: core.Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
         """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""

@@ -248,6 +248,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         "num_devices": torch.Size(shape).numel(),
         "lowered_ops": runtime.lowered_ops(),
         "platform": arguments.platform,
+        "budget_bytes": arguments.budget_bytes,
     }
     with os.fdopen(arguments.ready_fd, "w") as pipe:
         pipe.write(json.dumps(ready) + "\n")

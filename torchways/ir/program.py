@@ -17,6 +17,9 @@ from torchways.mesh import Placements, mesh_text
 #: Position of a value in `Program.values`.
 ValueIndex: TypeAlias = int
 
+#: The slice of a value that goes wherever it is read: a host argument, before the pass `place`.
+UNPLACED = -1
+
 _ITEM_BYTES = {
     "float64": 8,
     "int64": 8,
@@ -49,8 +52,8 @@ class Value:
     Attributes:
         dtype: PyTorch's spelling without the module, "float32".
         shape: logical shape.
-        slice_index: slice that it lives on.
-        placements: one an axis of the slice.
+        slice_index: slice that it lives on, or UNPLACED.
+        placements: one an axis of the slice; none while it is not placed.
     """
 
     dtype: str
@@ -59,9 +62,14 @@ class Value:
     placements: Placements
 
     @property
+    def item_bytes(self) -> int:
+        """Size of one element."""
+        return _ITEM_BYTES.get(self.dtype, 1)
+
+    @property
     def nbytes(self) -> int:
         """Logical size in bytes."""
-        return math.prod(self.shape) * _ITEM_BYTES.get(self.dtype, 1)
+        return math.prod(self.shape) * self.item_bytes
 
     def __str__(self) -> str:
         placements = "".join(f"[{text}]" for text in self.placements)
@@ -92,12 +100,16 @@ class Arg:
     Attributes:
         output: the value.
         label: what it is, "host 0", "state layers.0.weight".
+        source: which of the inputs of what was traced it is, or ~v where an earlier program makes value v.
         replaced: the run gives the state a new value, so the old buffer may be donated.
+        is_data: a host argument that is split along "dp" where it is placed.
     """
 
     output: ValueIndex
     label: str
+    source: int
     replaced: bool = False
+    is_data: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,8 +200,8 @@ def node_outputs(node: Node) -> tuple[ValueIndex, ...]:
 def verify(program: Program) -> Program:
     """Checks the rules that every pass keeps, and returns the program.
 
-    Every value is made once and before it is read, a computation's values are all on one slice, and the one Result
-    comes last.
+    Every value is made once and before it is read, what a computation makes is on one slice, and the one Result comes
+    last.
 
     Raises:
         InternalError: a rule is broken; the message holds the program's text.
@@ -203,6 +215,9 @@ def verify(program: Program) -> Program:
             if value in made:
                 raise InternalError(f"%{value} is made twice in\n{program}")
             made.add(value)
+        homes = {program.values[value].slice_index for value in node_outputs(node)}
+        if isinstance(node, Compute) and (len(homes) > 1 or UNPLACED in homes):
+            raise InternalError(f"node {position} makes values on several slices, or on none, in\n{program}")
         if isinstance(node, Result) != (position == len(program.nodes) - 1):
             raise InternalError(f"Result must be the last node, and only that, in\n{program}")
     return program
@@ -249,4 +264,5 @@ def _lines(program: Program) -> Iterator[str]:
 
 
 def _made(program: Program, value: ValueIndex) -> str:
-    return f"%{value}: {program.values[value]} @{program.values[value].slice_index}"
+    where = program.values[value].slice_index
+    return f"%{value}: {program.values[value]} " + (f"@{where}" if where != UNPLACED else "unplaced")

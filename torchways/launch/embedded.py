@@ -72,6 +72,8 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         *("--devices-per-island", str(config.devices_per_island)),
         *("--platform", config.platform),
         *("--host", config.host),
+        *("--budget-bytes", str(config.budget_bytes)),
+        *("--memory-wait", str(config.memory_wait.total_seconds())),
         *("--ready-fd", str(write_fd)),
         *("--owner-pid", str(os.getpid())),
         *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),

@@ -178,6 +178,8 @@ class NodeAgent:
             *("--shape", ",".join(map(str, order.shape))),
             *("--axis-names", ",".join(order.axis_names)),
             *("--platform", self._arguments.platform),
+            *("--budget-bytes", str(self._arguments.budget_bytes)),
+            *("--memory-wait", str(self._arguments.memory_wait)),
         ]
         environment = executor_environment(self._arguments.platform, order.device_indices, os.environ)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment)
@@ -234,6 +236,8 @@ def main() -> None:
     parser.add_argument("--devices-per-island", type=int, default=1)
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--budget-bytes", type=int, default=0)
+    parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--log-dir")
     parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
     parser.add_argument("--owner-pid", type=int, help="end with this process, even while stdin is open")

@@ -9,11 +9,15 @@ from torchways.errors import ConfigError
 from torchways.ir.program import Program, verify
 from torchways.passes.donate import donate
 from torchways.passes.insert_transfers import insert_transfers
+from torchways.passes.place import place
+from torchways.passes.preflight import check_order
 from torchways.passes.split import SlicePart, split
 
-#: Passes from program to program, by name, in order. The last step, `split`, ends in parts.
+#: Passes from program to program, by name, in order. `split` then ends in parts, one for each slice, which are bound
+#: to executors when the program is registered (rpc/programs.py): only that is done anew when a slice moves.
 PASSES: dict[str, Callable[[Program], Program]] = {
     "verify": verify,
+    "place": place,
     "insert_transfers": insert_transfers,
     "donate": donate,
 }
@@ -41,12 +45,18 @@ def lower(program: Program, *, print_after: str | None = None) -> LoweredProgram
 
     Raises:
         ConfigError: there is no such pass.
+        PlacementError: an argument cannot be split as its slice needs it.
+        InternalError: the passes made a program that cannot run.
     """
-    if print_after is not None and print_after not in PASSES:
-        raise ConfigError(f"no pass is called {print_after!r}; the passes are {', '.join(PASSES)}")
+    if print_after is not None and print_after not in (*PASSES, "split"):
+        raise ConfigError(f"no pass is called {print_after!r}; the passes are {', '.join(PASSES)}, split")
     for name, run_pass in PASSES.items():
         before = program
         program = verify(run_pass(program))
         if name == print_after:
             print(f"--- before {name}\n{before}\n--- after {name}\n{program}")
-    return LoweredProgram(program=program, parts=tuple(split(program)))
+    parts = tuple(split(program))
+    if print_after == "split":
+        print(f"--- before split\n{program}\n--- after split\n" + "\n".join(map(str, parts)))
+    check_order(parts)
+    return LoweredProgram(program=program, parts=parts)

@@ -5,6 +5,7 @@ A part names its values by slot, position in its own table: arguments first, the
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -89,6 +90,9 @@ class SlicePart:
     args: list[ValueIndex] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     results: list[tuple[int, int]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        return "\n".join(_part_lines(self))
 
 
 class _PartBuilder:
@@ -180,6 +184,31 @@ def _insert_frees(part: SlicePart) -> None:
         if position in freed:
             steps.append(FreeStep(slots=tuple(sorted(freed[position]))))
     part.steps = steps
+
+
+def _part_lines(part: SlicePart) -> Iterator[str]:
+    def text(slots: Sequence[int]) -> str:
+        return ", ".join(f"${slot}" for slot in slots)
+
+    yield f"part of slice @{part.slice_index}"
+    for slot, value in enumerate(part.slots):
+        yield f"  ${slot}: {value}" + (" arg" if slot < len(part.args) else "")
+    for step in part.steps:
+        match step:
+            case ComputeStep():
+                donated = f" donating {text([step.inputs[index] for index in step.donated])}" if step.donated else ""
+                name = part.functions[step.function_index].name
+                yield f"  {text(step.outputs)} = {name}({text(step.inputs)}){donated}"
+            case SendStep():
+                yield f"  send {text([step.slot])} to @{step.peer} over edge {step.edge_id}"
+            case ReceiveStep():
+                yield f"  {text([step.slot])} = receive from @{step.peer} over edge {step.edge_id}"
+            case AllReduceStep():
+                members = ", ".join(f"@{member}" for member in step.members)
+                yield f"  {text([step.output])} = sum of {text([step.input])} over {members}, edge {step.edge_id}"
+            case FreeStep():
+                yield f"  free {text(step.slots)}"
+    yield f"  results {', '.join(f'${slot} as {number}' for slot, number in part.results)}"
 
 
 def _touched(step: Step) -> tuple[int, ...]:

@@ -30,13 +30,14 @@ _CALL_SECONDS = 30.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorAddress:
-    """Where an executor is and what it can do."""
+    """Where an executor is and what it can do. `budget_bytes` is the memory of a device; 0: no limit."""
 
     executor_id: str
     address: str
     data_address: str
     pid: int
     lowered_ops: frozenset[str]
+    budget_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,7 @@ class ManagerClient:
                 data_address=executor.data_address,
                 pid=executor.pid,
                 lowered_ops=frozenset(executor.lowered_ops),
+                budget_bytes=executor.budget_bytes,
             )
             for executor in info.executors
         )

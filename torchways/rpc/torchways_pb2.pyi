@@ -444,6 +444,7 @@ class ExecutorInfo(_message.Message):
     NUM_DEVICES_FIELD_NUMBER: _builtins.int
     LOWERED_OPS_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
+    BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """"i0.s1": island 0, slice 1 (and ".h2" for host 2)"""
     address: _builtins.str
@@ -454,7 +455,9 @@ class ExecutorInfo(_message.Message):
     host: _builtins.str
     num_devices: _builtins.int
     platform: _builtins.str
-    """"cpu" or "tpu" """
+    """"cpu", "tpu" or "simulated" """
+    budget_bytes: _builtins.int
+    """of each device; 0: no limit"""
     @_builtins.property
     def lowered_ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"aten::add.Tensor": operators that this runtime lowers to XLA"""
@@ -470,10 +473,11 @@ class ExecutorInfo(_message.Message):
         num_devices: _builtins.int = ...,
         lowered_ops: _abc.Iterable[_builtins.str] | None = ...,
         platform: _builtins.str = ...,
+        budget_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "data_address", b"data_address", "executor_id", b"executor_id", "host", b"host", "lowered_ops", b"lowered_ops", "num_devices", b"num_devices", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget_bytes", b"budget_bytes", "data_address", b"data_address", "executor_id", b"executor_id", "host", b"host", "lowered_ops", b"lowered_ops", "num_devices", b"num_devices", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

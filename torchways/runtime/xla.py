@@ -14,6 +14,7 @@ import collections
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -40,9 +41,14 @@ _XLAC = torch_xla._XLAC
 #: grow XLA's thread demand.
 _MAX_IN_FLIGHT = 64
 _MARKER_EVERY = 16
+#: With so many unfinished, XLA makes a launch wait for an earlier execution.
+_XLA_MAX_IN_FLIGHT = 32
 
 #: Bytes; XLA's CPU client takes only memory that is aligned to it. PyTorch's own is.
 _XLA_ALIGNMENT = 64
+
+#: Bytes; host memory of this size that a buffer shares is looked after with each such loan, not just now and then.
+_LARGE_LOAN = 1 << 20
 
 #: Compiled graphs that are remembered to be shared by equal functions; torch-xla's own cache holds 2,048.
 _MAX_SHARED = 1024
@@ -89,10 +95,15 @@ class XlaRuntime:
         #: Set when the execution of each marker has ended.
         self._markers: collections.deque[threading.Event] = collections.deque()
         self._since_marker = 0
+        #: The last execution's outputs.
+        self._last: Sequence[torch.Tensor] = ()
         #: Who waits for computations whose launch may be under way, in order.
         self._waiting: collections.deque[_Waiting] = collections.deque()
         #: Host memory can be a buffer, and a buffer host memory, without a copy.
         self._shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
+        #: Host tensors whose memory is a buffer's, or was.
+        self._loans: collections.deque[torch.Tensor] = collections.deque()
+        self._large_loans: list[torch.Tensor] = []
         self._compiled: dict[Any, _Executable] = {}
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> torch.Tensor:
@@ -100,8 +111,26 @@ class XlaRuntime:
         host = host.contiguous()
         if self._shares_memory and host.numel() and host.dtype != torch.bool:
             host = host if host.data_ptr() % _XLA_ALIGNMENT == 0 else host.clone()
+            self._lend(host)
             return from_dlpack(torch.utils.dlpack.to_dlpack(host))
         return self._place(host, placements)
+
+    def _lend(self, host: torch.Tensor) -> None:
+        """Keeps a tensor at least as long as the buffer that has its memory.
+
+        Were the buffer the last to let go of it, a thread of torch-xla's would take the GIL for it while it holds the
+        device lock, which `_on_ready_callback` takes with the GIL held.
+        """
+        if host.nbytes >= _LARGE_LOAN:
+            self._large_loans = [tensor for tensor in self._large_loans if _is_shared(tensor)]
+            self._large_loans.append(host)
+            return
+        loans = self._loans
+        for _ in range(min(2, len(loans))):
+            oldest = loans.popleft()
+            if _is_shared(oldest):
+                loans.append(oldest)
+        loans.append(host)
 
     def fill(self, spec: BufferSpec, value: float) -> torch.Tensor:
         """Returns a buffer with one value everywhere."""
@@ -212,12 +241,14 @@ class XlaRuntime:
         )
         if executable.donated and self._waiting:
             self._redirect([inputs[position] for position in executable.donated], results)
+        self._last = results
         self._since_marker += 1
         if self._since_marker == _MARKER_EVERY:
             self._since_marker = 0
             marker = threading.Event()
             self._markers.append(marker)
             self.on_ready(results, marker.set)
+            self.progress()
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
 
     def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
@@ -228,13 +259,15 @@ class XlaRuntime:
 
     def _wait_for_room(self) -> None:
         markers = self._markers
-        while markers and (markers[0].is_set() or len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT):
-            waited = 0
-            while not markers[0].wait(timeout=0.001 if self.progress() else 1.0):
-                waited += 1
-                if waited % 30_000 == 0:
+        if len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
+            deadline, pause = time.monotonic() + 30, 0.00002
+            while len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
+                if self.progress():
+                    time.sleep(pause)
+                    pause = min(2 * pause, 0.001)
+                elif markers and not markers[0].wait(timeout=1.0) and time.monotonic() > deadline:
                     logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
-            markers.popleft()
+                    deadline += 30
 
     def on_ready(self, buffers: Sequence[torch.Tensor], callback: Callable[[], None]) -> None:
         """Calls back, on a thread of XLA's, when a computation of which these are outputs has ended."""
@@ -242,11 +275,18 @@ class XlaRuntime:
 
     def progress(self) -> bool:
         """Asks for the completion of what is launched; returns whether something is not launched yet."""
-        # A launch goes on in the background. `_on_ready_callback` would wait for it with the GIL held, and the launch
-        # may wait for an earlier computation, whose callback needs the GIL: so it is asked of launched buffers only.
+        # A launch goes on in the background, with the device lock held. `_on_ready_callback` waits for that lock, and
+        # holds the GIL meanwhile, so no launch may need the GIL: see `_lend`, and a launch that waits for an earlier
+        # execution waits for that one's callback. It is asked of launched buffers only, so it does not wait for long.
         # No public call tells of a launch's or a computation's end without waiting for it (wait_device_ops waits for
         # all computations, and holds up launches meanwhile).
         waiting = self._waiting
+        markers = self._markers
+        while markers and markers[0].is_set():
+            markers.popleft()
+        unfinished = (len(markers) + 1) * _MARKER_EVERY
+        if waiting and unfinished > _XLA_MAX_IN_FLIGHT and _XLAC._is_placecholder(self._last[0]):
+            return True
         while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
             item = waiting.popleft()
             _XLAC._on_ready_callback(item.buffers[0], item.callback)
@@ -286,6 +326,10 @@ class XlaRuntime:
             for name in torch._C._dispatch_get_all_op_names()
             if has_kernel(name, "XLA") or any(has_kernel(name, key) for key in decomposed)
         ]
+
+
+def _is_shared(tensor: torch.Tensor) -> bool:
+    return tensor._use_count() > 1  # no public call tells whether C++ holds a tensor
 
 
 def _move_to_device(module: torch.fx.GraphModule, device: torch.device) -> None:

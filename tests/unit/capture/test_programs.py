@@ -11,7 +11,7 @@ from tests.local_session import LocalSession
 from torchways.controller.function import _module_entry, make_function
 from torchways.controller.modules import make_placed
 from torchways.controller.program import ProgramFunction
-from torchways.errors import CaptureError, PlacementError
+from torchways.errors import CaptureError, DataDependentError, PlacementError
 from torchways.parallel.pipeline import SplitPoint, add_stages
 
 
@@ -260,11 +260,45 @@ def branch(x):
     return -x
 
 
-def test_data_dependent_branch_is_refused_with_its_line():
+def test_data_dependent_branch_runs_node_by_node_and_says_why(caplog):
     session = LocalSession()
     line = branch.__code__.co_firstlineno + 1
-    with pytest.raises(CaptureError, match=rf"test_programs\.py:{line} in branch[\s\S]*torch\.where"):
-        ProgramFunction(branch, session.mesh(), lambda: session)(torch.ones(2))
+    program = ProgramFunction(branch, session.mesh(), lambda: session)
+    assert program(torch.ones(2)).tolist() == [1.0, 1.0]
+    [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert f"test_programs.py:{line} in branch" in record.message
+    assert "runs node by node" in record.message
+    assert program(-torch.ones(2)).tolist() == [1.0, 1.0]
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+def test_shapes_that_depend_on_values_run_node_by_node():
+    session = LocalSession()
+    double = make_function(lambda x: x * 2, session.mesh(), lambda: session)
+
+    @lambda function: ProgramFunction(function, None, lambda: session)
+    def positive(x):
+        y = double(x)
+        return double(y[y > 0])
+
+    assert positive(torch.tensor([1.0, -2.0, 3.0])).tolist() == [4.0, 12.0]
+    assert positive(torch.tensor([-1.0, -2.0, 5.0])).tolist() == [20.0]
+    assert session.num_runs == 4
+
+
+def test_gradients_need_a_graph():
+    session = LocalSession()
+    line = make_function(nn.Linear(2, 1), session.mesh(), lambda: session)
+
+    def step(x):
+        loss = line(x).sum()
+        if loss > 0:
+            loss.backward()
+        return loss
+
+    for _ in range(2):
+        with pytest.raises(DataDependentError, match=r"test_programs\.py:\d+ in step"):
+            ProgramFunction(step, None, lambda: session)(torch.full((1, 2), 100.0) * line.weight.cpu().sign())
 
 
 def test_operator_without_lowering_is_refused_with_its_line():

@@ -4,11 +4,13 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import torch
 
 from torchways.errors import Failure
+from torchways.executor.inbox import Inbox
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import RunId
 
@@ -18,50 +20,88 @@ class End:
 
     def __init__(self, name):
         self.arrived, self.lost, self.sent = queue.Queue(), queue.Queue(), queue.Queue()
-        self.plane = DataPlane(name, "127.0.0.1", lambda *event: self.arrived.put(event), self.note_lost)
+        self.inbox = Inbox()
+        self.plane = DataPlane(name, "127.0.0.1", self.inbox, lambda *event: self.arrived.put(event), self.note_lost)
+        threading.Thread(target=self.run, daemon=True).start()
+
+    def run(self):
+        while True:
+            self.inbox.wait(None)
+            while (work := self.inbox.take()) is not None:
+                work()
+            self.plane.flush()
+
+    def connect(self, peer, address):
+        self.inbox.put(lambda: self.plane.connect(peer, address))
 
     def note_lost(self, peer, reason):
         self.lost.put((peer, reason))
 
     def send(self, peer, run_id, value):
-        self.plane.send(peer, Outgoing(run_id=RunId(run_id), edge_id=7, phase=1, value=value, on_sent=self.sent.put))
-        self.plane.flush()
+        outgoing = Outgoing(run_id=RunId(run_id), edge_id=7, phase=1, value=value, on_sent=self.sent.put)
+        self.inbox.put(lambda: self.plane.send(peer, outgoing))
 
 
 def test_values_and_failures_arrive_in_both_directions():
     a, b = End("a"), End("b")
-    a.plane.connect("b", b.plane.address)
-    b.plane.connect("a", a.plane.address)
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
     values = [torch.tensor(3.5), torch.empty(0, 2), torch.arange(1_000_000), torch.tensor([True, False])]
     for sender, peer, receiver in ((a, "b", b), (b, "a", a)):
         for run_id, value in enumerate(values):
             sender.send(peer, run_id, value)
         failure = Failure(kind="RemoteError", message="m" * 10_000, run_id=5)
         sender.send(peer, 99, failure)
-        for expected_id, value in enumerate(values):
-            origin, run_id, edge_id, phase, data = receiver.arrived.get(timeout=20)
-            assert (origin, run_id, edge_id, phase) == (sender.plane.executor_id, expected_id, 7, 1)
-            assert torch.equal(data.view(value.dtype).reshape(value.shape), value)
+        arrived = {}
+        for _ in range(len(values) + 1):
             assert sender.sent.get(timeout=20) is None
-        *_, received = receiver.arrived.get(timeout=20)
-        assert (received.kind, received.run_id) == ("RemoteError", 5)
-        assert failure.message.startswith(received.message)
+            origin, run_id, edge_id, phase, data = receiver.arrived.get(timeout=20)
+            assert (origin, edge_id, phase) == (sender.plane.executor_id, 7, 1)
+            arrived[run_id] = data
+        for run_id, value in enumerate(values):
+            assert torch.equal(arrived[run_id].view(value.dtype).reshape(value.shape), value)
+        assert (arrived[99].kind, arrived[99].run_id) == ("RemoteError", 5)
+        assert failure.message.startswith(arrived[99].message)
 
 
-def test_small_values_that_are_ready_together_share_a_frame():
+def test_small_values_that_are_ready_together_share_a_write():
     a, b = End("a"), End("b")
-    a.plane.connect("b", b.plane.address)
-    b.plane.connect("a", a.plane.address)
-    for run_id in range(1000):
-        a.plane.send("b", Outgoing(run_id=RunId(run_id), edge_id=0, phase=0, value=torch.tensor(run_id)))
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    a.send("b", 0, torch.tensor(0))
+    assert a.sent.get(timeout=20) is None
     link = a.plane._links["b"]
-    assert link._settled.wait(20)
-    frames = []
-    link._start = lambda data, tag, items, start=link._start: (frames.append(tag), start(data, tag, items))
-    a.plane.flush()
+    writes = []
+    link._write = lambda write=link._write: (writes.append(len(link._unwritten)), write())
+
+    def send_all():
+        for run_id in range(1, 1000):
+            a.plane.send("b", Outgoing(run_id=RunId(run_id), edge_id=0, phase=0, value=torch.tensor(run_id)))
+
+    a.inbox.put(send_all)
     arrived = [b.arrived.get(timeout=20) for _ in range(1000)]
     assert [int(value.view(torch.int64)) for *_, value in arrived] == list(range(1000))
-    assert len(frames) < 10
+    assert len(writes) == 1
+
+
+def test_more_than_the_socket_takes_at_once():
+    """Nothing blocks and nothing is lost where both ends write far more than they read."""
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    value = torch.arange(1000, dtype=torch.int32)
+
+    def send_all(end, peer):
+        for run_id in range(5000):
+            end.plane.send(peer, Outgoing(run_id=RunId(run_id), edge_id=0, phase=0, value=value + run_id))
+
+    a.inbox.put(lambda: send_all(a, "b"))
+    b.inbox.put(lambda: send_all(b, "a"))
+    for end in (a, b):
+        for expected in range(5000):
+            _, run_id, _, _, data = end.arrived.get(timeout=30)
+            assert run_id == expected
+            assert int(data.view(torch.int32)[-1]) == 999 + run_id
 
 
 def test_a_peer_that_is_gone_before_the_link_is_up():
@@ -70,7 +110,7 @@ def test_a_peer_that_is_gone_before_the_link_is_up():
         address = f"127.0.0.1:{free.getsockname()[1]}"
     for name, peer in (("a", "b"), ("b", "a")):  # the end that hosts the rendezvous, and the end that does not
         end = End(name)
-        end.plane.connect(peer, address)
+        end.connect(peer, address)
         end.send(peer, 1, torch.ones(2))
         assert end.lost.get(timeout=20) == (peer, "it is gone")
         assert end.sent.get(timeout=20).kind == "ExecutorLost"
@@ -81,7 +121,7 @@ import sys, time, torch
 from tests.unit.executor.test_transfer import End
 end = End("b")
 print(end.plane.address, flush=True)
-end.plane.connect("a", sys.stdin.readline().strip())
+end.connect("a", sys.stdin.readline().strip())
 end.send("a", 1, torch.ones(2))
 time.sleep(100)
 """
@@ -99,7 +139,7 @@ def test_a_peer_that_is_killed_ends_a_wait_for_it():
     try:
         address = peer.stdout.readline().strip()
         print(a.plane.address, file=peer.stdin, flush=True)
-        a.plane.connect("b", address)
+        a.connect("b", address)
         assert a.arrived.get(timeout=30)[:2] == ("b", 1)
         peer.kill()
         assert a.lost.get(timeout=10)[0] == "b"

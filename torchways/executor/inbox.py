@@ -1,0 +1,71 @@
+"""Where a thread waits for work that other threads give it and for sockets at the same time."""
+
+from __future__ import annotations
+
+import collections
+import os
+import selectors
+import socket
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Inbox(Generic[T]):
+    """A queue of items, and sockets whose callbacks run on the one thread that waits.
+
+    `put` may be called on any thread; all else on the thread that waits.
+    """
+
+    def __init__(self) -> None:
+        self._items: collections.deque[T] = collections.deque()
+        self._selector = selectors.DefaultSelector()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._selector.register(self._wake, selectors.EVENT_READ)
+        self._sleeping = False
+
+    def put(self, item: T) -> None:
+        """Adds an item, and wakes the waiting thread if it sleeps."""
+        self._items.append(item)
+        if self._sleeping:  # set before the sleeper looks at the items for the last time
+            self._sleeping = False
+            os.eventfd_write(self._wake, 1)
+
+    def watch(self, watched: socket.socket, callback: Callable[[int], None], events: int) -> None:
+        """Calls back with the events that happen, of selectors.EVENT_READ and EVENT_WRITE, until `unwatch`."""
+        if watched in self._selector.get_map():
+            self._selector.modify(watched, events, callback)
+        else:
+            self._selector.register(watched, events, callback)
+
+    def unwatch(self, watched: socket.socket) -> None:
+        """Ends `watch`."""
+        if watched in self._selector.get_map():
+            self._selector.unregister(watched)
+
+    def take(self) -> T | None:
+        """Returns the oldest item, if there is one."""
+        try:
+            return self._items.popleft()
+        except IndexError:
+            return None
+
+    def wait(self, timeout: float | None) -> bool:
+        """Waits until there is an item or a socket's callback was called; returns whether there was either.
+
+        Args:
+            timeout: seconds; 0 only looks; None waits for ever.
+        """
+        self._sleeping = True
+        if self._items:
+            self._sleeping = False
+            timeout = 0
+        found = self._selector.select(timeout)
+        self._sleeping = False
+        for key, events in found:
+            if key.fd == self._wake:
+                os.eventfd_read(self._wake)
+            else:
+                key.data(events)
+        return bool(found) or bool(self._items)
