@@ -67,6 +67,7 @@ def init(
     *,
     islands: int = 2,
     devices_per_island: int = 2,
+    hosts_per_island: int = 1,
     platform: str = "cpu",
     memory_budget: int | None = None,
     memory_wait: timedelta | None = None,
@@ -78,7 +79,7 @@ def init(
     Args:
         address: host:port of a resource manager. None: the one that `twrun` started (TORCHWAYS_ADDRESS), else an
             embedded cluster of this process, which ends with it, however it ends.
-        islands, devices_per_island, platform: of the embedded cluster; see `ClusterConfig`.
+        islands, devices_per_island, hosts_per_island, platform: of the embedded cluster; see `ClusterConfig`.
         memory_budget: bytes that buffers may take on each device; a computation that needs more waits until others
             are done, and what can never fit is refused.
         memory_wait: how long a computation may wait for memory while nothing runs that could free some.
@@ -98,6 +99,7 @@ def init(
     config = ClusterConfig(
         islands=islands,
         devices_per_island=devices_per_island,
+        hosts_per_island=hosts_per_island,
         platform=platform,
         memory_budget=memory_budget,
         log_level=log_level,

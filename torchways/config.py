@@ -9,7 +9,8 @@ import psutil
 
 from torchways.errors import ConfigError
 
-PLATFORMS = ("cpu", "tpu")
+PLATFORMS = ("cpu", "tpu", "simulated")
+SCHEDULING = ("gang", "arrival")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -21,7 +22,14 @@ class ClusterConfig:
     devices_per_island: int = 2
     """Devices of each island; on CPU these are virtual devices of one machine."""
     platform: str = "cpu"
-    """"cpu" or "tpu": the PJRT platform of the executors."""
+    """"cpu" or "tpu": the PJRT platform of the executors. "simulated": no accelerator; values are computed by plain
+    PyTorch, and devices are queues that show what a real one of several hosts would do (runtime/simulated.py)."""
+    hosts_per_island: int = 1
+    """Host processes that an island's devices are split over; more than one needs a platform whose computations span
+    processes."""
+    scheduling: str = "gang"
+    """In which order computations of several hosts enter the device queues: "gang", the island's scheduler's; or
+    "arrival", any, which deadlocks, to show that."""
     host: str = "127.0.0.1"
     """Address that servers listen on. Anything but loopback opens them to the network (the token still guards)."""
     log_level: str = "warning"
@@ -38,7 +46,7 @@ class ClusterConfig:
     loaded machine tens of seconds."""
 
     def __post_init__(self) -> None:
-        for name in ("islands", "devices_per_island"):
+        for name in ("islands", "devices_per_island", "hosts_per_island"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
@@ -46,6 +54,13 @@ class ClusterConfig:
             raise ConfigError(f"memory_budget must be at least 1 byte, not {self.memory_budget!r}")
         if self.platform not in PLATFORMS:
             raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")
+        if self.scheduling not in SCHEDULING:
+            raise ConfigError(f"scheduling must be one of {', '.join(SCHEDULING)}, not {self.scheduling!r}")
+        if self.devices_per_island % self.hosts_per_island:
+            uneven = f"{self.devices_per_island} devices cannot be split evenly over {self.hosts_per_island}"
+            raise ConfigError(f"{uneven} hosts: make devices_per_island a multiple of hosts_per_island")
+        if self.hosts_per_island > 1 and self.platform == "cpu":
+            raise ConfigError("a CPU computation cannot span processes: use hosts_per_island=1, or another platform")
 
     @property
     def budget_bytes(self) -> int:

@@ -41,6 +41,7 @@ def parser() -> argparse.ArgumentParser:
     )
     result.add_argument("--islands", type=int, default=2, help="islands of the cluster (default: 2)")
     result.add_argument("--devices-per-island", type=int, default=2, help="devices of each island (default: 2)")
+    result.add_argument("--hosts-per-island", type=int, default=1, help="host processes of each island (default: 1)")
     result.add_argument("--platform", choices=PLATFORMS, default="cpu", help="PJRT platform (default: cpu)")
     result.add_argument("--memory-budget", type=int, help="bytes of buffers a device (default: 80%% of RAM, shared)")
     result.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="of every process")
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         config = ClusterConfig(
             islands=parsed.islands,
             devices_per_island=parsed.devices_per_island,
+            hosts_per_island=parsed.hosts_per_island,
             platform=parsed.platform,
             memory_budget=parsed.memory_budget,
             log_level=parsed.log_level,

@@ -9,7 +9,9 @@ import torch
 
 import torchways as tw
 from tests.cluster.conftest import wait_gone
-from torchways.errors import ClusterLost, ExecutorLost, PlacementError, SessionClosed, UserError
+from torchways.capture.state import HostContent
+from torchways.controller.buffers import HostBuffer
+from torchways.errors import ClusterLost, ExecutorLost, PlacementError, RemoteError, SessionClosed, UserError
 
 
 def pid_of(name):
@@ -49,6 +51,26 @@ def test_executor_killed_mid_step_is_named_and_the_other_island_goes_on():
         # A new slice of the same island works.
         again = tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=0)
         assert tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_a_node_that_fails_is_reported_with_its_line_and_poisons_only_what_follows():
+    """More memory than any machine has, and a budget that allows it: the executor's own error, not one we inject."""
+
+    def too_much(x):
+        return x.sum() + 1
+
+    with tw.init(memory_budget=1 << 60):
+        a, b = (tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=island) for island in (0, 1))
+        huge = tw.Array(HostBuffer(HostContent((1 << 45,), torch.float32, 0.0)), (1 << 45,), torch.float32)
+        failing = tw.function(too_much, mesh=a)
+        fine = tw.function(lambda x: x * 2, mesh=a)
+        first, second = failing(huge), fine(torch.ones(2))
+        third = tw.function(lambda x: x + 1, mesh=b)(first)
+        for array in (first, third):
+            with pytest.raises(RemoteError, match=r"too_much[\s\S]*test_failures\.py:\d+") as raised:
+                array.cpu()
+            assert "allocate" in raised.value.remote_traceback
+        assert second.tolist() == [2, 2]
 
 
 @pytest.mark.parametrize("name", ["resource manager", "scheduler i0"])

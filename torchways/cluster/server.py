@@ -115,7 +115,9 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     async def _connect(self, command: core.ConnectSlice) -> None:
         item = command.slice
         request = pb.AddSliceRequest(
-            slice_id=item.slice_id, executors=[item.executor], device_indices=item.device_indices
+            slice_id=item.slice_id,
+            executors=[item.executors[key] for key in item.executor_ids],
+            device_indices=item.device_indices,
         )
         try:
             stub = self._scheduler(command.scheduler_address)
@@ -123,7 +125,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             self.handle(core.SliceConnected(slice_id=item.slice_id))
         except grpc.aio.AioRpcError as error:
             logger.error("the scheduler of island %d refused slice %d: %s", item.island_id, item.slice_id, error)
-            self.handle(core.ProcessExited(name=item.process_name, reason="its scheduler cannot be reached"))
+            name = core.process_name(item.executor_ids[0])
+            self.handle(core.ProcessExited(name=name, reason="its scheduler cannot be reached"))
 
     async def _disconnect(self, command: core.DisconnectSlice) -> None:
         request = pb.RemoveSliceRequest(slice_id=command.slice.slice_id, reason=command.reason)
@@ -187,7 +190,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             slice_id=slice_id,
             island_id=item.island_id,
             scheduler_address=self.core.islands[item.island_id].scheduler_address,
-            executors=[item.executor],
+            executors=[item.executors[key] for key in item.executor_ids],
         )
 
     async def ReleaseSlice(
@@ -216,8 +219,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             name = f"scheduler i{island.island_id}"
             info.processes.add(name=name, pid=island.scheduler_pid, host=island.host)
         for item in self.core.slices.values():
-            if item.executor is not None:
-                info.processes.add(name=item.process_name, pid=item.executor.pid, host=item.executor.host)
+            for executor_id, executor in item.executors.items():
+                info.processes.add(name=core.process_name(executor_id), pid=executor.pid, host=executor.host)
         return info
 
     # ---- nodes
@@ -241,6 +244,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 host=joined.host,
                 platform=joined.platform,
                 devices_per_island=tuple(joined.devices_per_island),
+                hosts_per_island=max(1, joined.hosts_per_island),
             )
         )
         island_ids = range(first_island, first_island + len(joined.devices_per_island))
@@ -279,12 +283,13 @@ def _start_executor(command: core.StartExecutor) -> pb.StartExecutor:
     item = command.slice
     return pb.StartExecutor(
         name=command.name,
-        executor_id=item.executor_id,
+        executor_id=command.executor_id,
         island_id=item.island_id,
         slice_id=item.slice_id,
         shape=item.shape,
         axis_names=item.axis_names,
-        device_indices=item.device_indices,
+        device_indices=command.device_indices,
+        gang=item.executor_ids,
     )
 
 

@@ -24,6 +24,7 @@ class NodeJoined:
     host: str
     platform: str
     devices_per_island: tuple[int, ...]
+    hosts_per_island: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,11 +98,13 @@ class StartScheduler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartExecutor:
-    """Have a node start a slice's executor."""
+    """Have a node start an executor of a slice, with the given devices of the island."""
 
     node_id: int
     name: str
     slice: Slice
+    executor_id: str
+    device_indices: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,6 +171,7 @@ class Island:
     host: str
     #: Slices on each device.
     load: list[int]
+    num_hosts: int = 1
     scheduler_address: str = ""
     scheduler_pid: int = 0
 
@@ -176,7 +180,7 @@ class Island:
 _SLICE_STATES = {"starting": ("ready", "failed"), "ready": ("failed",), "failed": ()}
 
 #: Platforms on which several processes can have a PJRT client with the same device.
-_SHARING_PLATFORMS = ("cpu",)
+_SHARING_PLATFORMS = ("cpu", "simulated")
 
 
 @dataclass(slots=True)
@@ -189,9 +193,12 @@ class Slice:
     shape: tuple[int, ...]
     axis_names: tuple[str, ...]
     device_indices: tuple[int, ...]
+    #: The devices of each host that has some, by executor id.
+    devices_of: dict[str, tuple[int, ...]]
     #: "starting", "ready" or "failed".
     state: str = "starting"
-    executor: Any = None
+    #: What is known of the executors that are ready, by id.
+    executors: dict[str, Any] = field(default_factory=dict)
     failure: Failure | None = None
     #: The states that it went through, for error messages.
     history: list[str] = field(default_factory=lambda: ["starting"])
@@ -208,14 +215,19 @@ class Slice:
         self.history.append(state)
 
     @property
-    def executor_id(self) -> str:
-        """The slice's only executor (one host)."""
-        return f"i{self.island_id}.s{self.slice_id}"
+    def executor_ids(self) -> tuple[str, ...]:
+        """Its executors, one for each host; the first leads the gang."""
+        return tuple(self.devices_of)
 
     @property
-    def process_name(self) -> str:
-        """What its executor's process is called."""
-        return f"executor {self.executor_id}"
+    def has_all(self) -> bool:
+        """Whether all executors are ready."""
+        return len(self.executors) == len(self.devices_of)
+
+
+def process_name(executor_id: str) -> str:
+    """Returns what an executor's process is called."""
+    return f"executor {executor_id}"
 
 
 @dataclass(slots=True)
@@ -269,10 +281,21 @@ class ClusterState:
         devices = sorted(sorted(range(len(island.load)), key=lambda device: (island.load[device], device))[:size])
         for device in devices:
             island.load[device] += 1
-        new = Slice(SliceId(self._next_slice), client_id, island.island_id, shape, axis_names, tuple(devices))
+        slice_id = SliceId(self._next_slice)
+        devices_of = _hosts(island, slice_id, devices)
+        new = Slice(slice_id, client_id, island.island_id, shape, axis_names, tuple(devices), devices_of)
         self._next_slice += 1
         self.slices[new.slice_id] = new
-        return new, [StartExecutor(node_id=island.node_id, name=new.process_name, slice=new)]
+        return new, [
+            StartExecutor(
+                node_id=island.node_id,
+                name=process_name(executor_id),
+                slice=new,
+                executor_id=executor_id,
+                device_indices=owned,
+            )
+            for executor_id, owned in devices_of.items()
+        ]
 
     def handle(self, event: Event) -> list[Command]:
         """Takes an event; returns what to do."""
@@ -287,7 +310,7 @@ class ClusterState:
                 return [
                     ConnectSlice(slice=item, scheduler_address=event.address)
                     for item in self.slices.values()
-                    if item.island_id == event.island_id and item.executor is not None and item.state == "starting"
+                    if item.island_id == event.island_id and item.has_all and item.state == "starting"
                 ]
             case ExecutorReady():
                 return self._executor_ready(event)
@@ -316,25 +339,29 @@ class ClusterState:
         commands: list[Command] = []
         for num_devices in event.devices_per_island:
             island_id = IslandId(len(self.islands))
-            self.islands[island_id] = Island(island_id, event.node_id, event.platform, event.host, [0] * num_devices)
+            self.islands[island_id] = Island(
+                island_id, event.node_id, event.platform, event.host, [0] * num_devices, event.hosts_per_island
+            )
             name = f"scheduler i{island_id}"
             commands.append(StartScheduler(node_id=event.node_id, name=name, island_id=island_id))
         return commands
 
     def _executor_ready(self, event: ExecutorReady) -> list[Command]:
         for item in self.slices.values():
-            if item.executor_id == event.executor_id:
-                if item.executor is not None or item.state != "starting":
-                    raise InternalError(f"executor {item.executor_id} is ready again; {' -> '.join(item.history)}")
-                item.executor = event.info
+            if event.executor_id in item.devices_of:
+                if event.executor_id in item.executors or item.state == "ready":
+                    raise InternalError(f"executor {event.executor_id} is ready again; {' -> '.join(item.history)}")
+                item.executors[event.executor_id] = event.info
                 address = self.islands[item.island_id].scheduler_address
-                return [ConnectSlice(slice=item, scheduler_address=address)] if address else []
+                complete = item.has_all and item.state == "starting" and address
+                return [ConnectSlice(slice=item, scheduler_address=address)] if complete else []
         return []  # released meanwhile; its process is being ended
 
     def _exited(self, event: ProcessExited) -> list[Command]:
         for item in self.slices.values():
-            if item.process_name == event.name and item.state != "failed":
-                message = f"executor {item.executor_id} is lost: {event.reason}"
+            executor_id = event.name.removeprefix(process_name(""))
+            if executor_id in item.devices_of and item.state != "failed":
+                message = f"executor {executor_id} is lost: {event.reason}"
                 if item.state == "starting" and event.log_tail:
                     message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
                 item.failure = Failure(kind="ExecutorLost", message=message)
@@ -343,7 +370,7 @@ class ClusterState:
                 return [
                     TellLost(
                         client_id=item.client_id,
-                        executor_id=item.executor_id,
+                        executor_id=executor_id,
                         slice_id=item.slice_id,
                         reason=event.reason,
                     ),
@@ -364,5 +391,20 @@ class ClusterState:
         commands: list[Command] = [SettleSlice(slice_id=slice_id)]
         if item.state != "failed" and island.scheduler_address:
             commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
-        # Also where the slice failed: its executor may live, and only its scheduler be out of reach.
-        return [*commands, EndProcess(node_id=island.node_id, name=item.process_name)]
+        # Also where the slice failed: executors may live, and only their scheduler be out of reach.
+        for executor_id in item.executor_ids:
+            commands.append(EndProcess(node_id=island.node_id, name=process_name(executor_id)))
+        return commands
+
+
+def _hosts(island: Island, slice_id: SliceId, devices: list[int]) -> dict[str, tuple[int, ...]]:
+    """Returns the devices that each host of a slice has, by executor id."""
+    name = f"i{island.island_id}.s{slice_id}"
+    if island.num_hosts == 1:
+        return {name: tuple(devices)}
+    per_host = len(island.load) // island.num_hosts
+    found: dict[str, tuple[int, ...]] = {}
+    for device in devices:
+        key = f"{name}.h{device // per_host}"
+        found[key] = (*found.get(key, ()), device)
+    return found

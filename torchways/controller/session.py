@@ -41,7 +41,7 @@ from torchways.rpc.clients import (
     SliceAddress,
     Span,
 )
-from torchways.rpc.programs import Binding, PeerAddress, register_message, run_message
+from torchways.rpc.programs import Binding, InlineValue, PeerAddress, register_message, run_message
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +59,8 @@ class _Slice:
     mesh: VirtualSlice
     ready: concurrent.futures.Future[None]
     address: SliceAddress | None = None
-    executor: ExecutorClient | None = None
+    #: One for each host; every host has what the slice has.
+    executors: tuple[ExecutorClient, ...] = ()
 
 
 @dataclass(slots=True)
@@ -136,8 +137,7 @@ class Session:
     async def _close(self) -> None:
         for task in self._tasks:
             task.cancel()
-        clients = [item.executor for item in self._slices.values() if item.executor is not None]
-        closings = [client.close() for client in clients]
+        closings = [client.close() for item in self._slices.values() for client in item.executors]
         closings += [scheduler.close() for scheduler in self._schedulers.values()]
         closings.append(self.manager.close())
         await asyncio.gather(*closings, return_exceptions=True)
@@ -171,7 +171,7 @@ class Session:
             scheduler.say_hello(self.manager.client_id)
             reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
             self._tasks.append(asyncio.create_task(reading, name=f"scheduler of island {address.island_id}"))
-        entry.executor = ExecutorClient(address.executors[0], self.token)
+        entry.executors = tuple(ExecutorClient(executor, self.token) for executor in address.executors)
         entry.address = address
 
     def slice_address(self, mesh: VirtualSlice) -> SliceAddress:
@@ -230,7 +230,7 @@ class Session:
         self.check()
         for entry in self._slices.values():
             self.slice_address(entry.mesh)
-        return [entry.executor for entry in self._slices.values() if entry.executor is not None]
+        return [executor for entry in self._slices.values() for executor in entry.executors]
 
     # ---- buffers
 
@@ -243,10 +243,9 @@ class Session:
     def put(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
         """Starts copying a host value to a slice."""
         address = self.slice_address(mesh)
-        client = self._slices[address.slice_id].executor
-        assert client is not None
+        clients = self._slices[address.slice_id].executors
         buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
-        future = self.loop.start(client.put(buffer.buffer_id, value.inline(placements)))
+        future = self.loop.start(_put_to_all(clients, buffer.buffer_id, value.inline(placements)))
         self._puts[buffer.buffer_id] = future
         buffer_id = buffer.buffer_id
         future.add_done_callback(lambda _: self._puts.pop(buffer_id, None))
@@ -266,16 +265,16 @@ class Session:
         """Whether a read would not wait for a computation."""
         check_open(self, "this array")
         entry = self._slices.get(buffer.mesh.slice_id)
-        if entry is None or entry.executor is None or self.broken is not None:
+        if entry is None or not entry.executors or self.broken is not None:
             return True  # a read raises at once
         try:
-            return self.loop.run(entry.executor.is_ready(buffer.buffer_id), _CALL, "an executor")
+            return self.loop.run(entry.executors[0].is_ready(buffer.buffer_id), _CALL, "an executor")
         except grpc.aio.AioRpcError:
             return True
 
     async def _fetch(self, buffer: RemoteBuffer) -> torch.Tensor:
         entry = self._slices.get(buffer.mesh.slice_id)
-        if entry is None or entry.executor is None:
+        if entry is None or not entry.executors:
             raise PlacementError(f"the array's mesh {buffer.mesh} is closed: its buffers are gone")
         if self.broken is not None:
             raise self.broken
@@ -283,7 +282,7 @@ class Session:
         try:
             if put is not None:
                 await asyncio.wrap_future(put)
-            fetching = asyncio.ensure_future(entry.executor.fetch(buffer.buffer_id))
+            fetching = asyncio.ensure_future(entry.executors[0].fetch(buffer.buffer_id))
             lost = asyncio.ensure_future(self._wait_broken())
             done, pending = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
             for task in pending:
@@ -292,7 +291,7 @@ class Session:
                 raise self.broken or ClusterLost("the cluster is gone")
             dtype, shape, data = fetching.result()
         except grpc.aio.AioRpcError as error:
-            raise await self._executor_error(entry.executor.executor_id, error) from error
+            raise await self._executor_error(entry.executors[0].executor_id, error) from error
         return tensor_from_bytes(dtype, shape, data)
 
     async def _wait_broken(self) -> None:
@@ -497,3 +496,7 @@ class Session:
         self._lost_event.set()
         with self._room:
             self._room.notify_all()
+
+
+async def _put_to_all(clients: Sequence[ExecutorClient], buffer_id: BufferId, value: InlineValue) -> None:
+    await asyncio.gather(*(client.put(buffer_id, value) for client in clients))

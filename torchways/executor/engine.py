@@ -379,12 +379,12 @@ class Engine:
                 poisoned[slot] = cell.failure
         leaves: list[Sequence[Any]] = []
         execute = self.runtime.execute
-        for call in calls:
+        for number, call in enumerate(calls):
             failure = core.lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
             if failure is None:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
-                    outputs, computed = execute(call.executable, inputs, self._gang_key(task))
+                    outputs, computed = execute(call.executable, inputs, f"{run_id}.{task.number}.{number}")
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
                     if call.is_leaf and computed:
@@ -401,9 +401,6 @@ class Engine:
         for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
             cell.buffer, cell.failure = values[slot], poisoned.get(slot)
         self._await_leaves(task, leaves, core.lowest(list(poisoned.values())) if poisoned else None, issued)
-
-    def _gang_key(self, task: core.Task) -> str:
-        return f"{task.run.run_id}.{task.number}"
 
     def _await_leaves(self, task: core.Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
         if not leaves:
@@ -492,6 +489,10 @@ class Engine:
 
         def done(total: torch.Tensor | None, failure: Failure | None) -> None:
             self._note(f"sum edge {instruction.edge_id}", "transfer", started, time.time_ns(), task.run.run_id)
+            for peer in instruction.followers:
+                given = total if failure is None else failure
+                assert given is not None
+                self.reducer.give(peer, task.run.run_id, instruction.edge_id, given)
             self._inbox.put(core.Reduced(task=task, data=total, failure=failure))
 
         def start(value: torch.Tensor | Failure) -> None:
@@ -607,7 +608,8 @@ def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, S
     """Returns a part's instructions as this host carries them out.
 
     Every host of a slice has what the slice has. Host r of a receiving slice gets it from host r, counted around, of
-    the sending slice; sums are taken between hosts of the same number.
+    the sending slice. Sums are taken between hosts of the same number; one that has no counterpart in every slice gets
+    them from a host of its own.
     """
     mine = hosts.get(part.slice_id, [executor_id])
     me = mine.index(executor_id)
@@ -634,10 +636,17 @@ def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, S
                 instructions.append(ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=peer))
             case "all_reduce":
                 reduce = item.all_reduce
-                members = tuple(hosts[member][me] for member in reduce.members)
+                count = min(len(hosts[member]) for member in reduce.members)
+                is_member = me < count
+                members = tuple(hosts[member][me] for member in reduce.members) if is_member else (mine[me % count],)
+                followers = tuple(peer for r, peer in enumerate(mine) if r >= count and r % count == me)
                 instructions.append(
                     AllReduceInstruction(
-                        input=reduce.input, output=reduce.output, edge_id=reduce.edge_id, members=members
+                        input=reduce.input,
+                        output=reduce.output,
+                        edge_id=reduce.edge_id,
+                        members=members,
+                        followers=followers,
                     )
                 )
             # "free" needs no instruction here: the core counts the reads that are left of each slot.

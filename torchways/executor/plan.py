@@ -42,12 +42,16 @@ class ReceiveInstruction:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AllReduceInstruction:
-    """Fill `output` with the sum of `input` over all members, this executor among them."""
+    """Fill `output` with the sum of `input` over all members.
+
+    If this executor is none of them, the one that is named gives it the sum; `followers` get it from this one.
+    """
 
     input: int
     output: int
     edge_id: int
     members: tuple[str, ...]
+    followers: tuple[str, ...] = ()
 
 
 Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstruction | AllReduceInstruction

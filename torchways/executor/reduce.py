@@ -5,6 +5,9 @@ A large value is split into one part for each member (reduce-scatter), and the s
 latency and not bytes, goes whole to everybody. Sums are taken in the order of the members: all have the same bits.
 
 Members say nothing to each other about when: what comes early is kept until this end starts.
+
+A slice may have more hosts than another. Those that have no counterpart everywhere are no members: a member of their
+slice gives them the sum.
 """
 
 from __future__ import annotations
@@ -40,11 +43,13 @@ class _Reduction:
     done: Callable[[torch.Tensor | None, Failure | None], None] | None = None
     addends: dict[str, _Piece] = field(default_factory=dict)
     sums: dict[str, _Piece] = field(default_factory=dict)
+    #: A thread has taken the addends to sum them.
+    is_summed: bool = False
 
     @property
     def is_large(self) -> bool:
         """Whether it goes in two phases."""
-        return self.numel * self.dtype.itemsize > _SMALL_BYTES
+        return len(self.members) > 1 and self.numel * self.dtype.itemsize > _SMALL_BYTES
 
     def piece_of(self, value: _Piece, index: int) -> _Piece:
         """Returns what member `index` sums of a flat value."""
@@ -78,25 +83,32 @@ class Reducer:
 
         Args:
             run_id, edge_id: which sum.
-            members: all executors that take part, in one order everywhere.
+            members: all executors that take part, in one order everywhere; or, for an executor that only gets the sum,
+                the one that gives it (`give`).
             value: CPU tensor, or why there is none. Must not change until `done`.
             shape, dtype: of the value.
             done: called once with the sum, or with the failure of a member.
         """
+        is_member = self._me in members
         numel = torch.Size(shape).numel()
         flat = value.reshape(-1) if isinstance(value, torch.Tensor) else value
         with self._lock:
             item = self._reductions.setdefault((run_id, edge_id), _Reduction())
             item.members, item.value, item.numel, item.dtype, item.done = members, flat, numel, dtype, done
-            item.addends[self._me] = item.piece_of(flat, members.index(self._me))
+            if is_member:
+                item.addends[self._me] = item.piece_of(flat, members.index(self._me))
             for peer in members:
                 if peer in self._lost:
                     item.addends.setdefault(peer, self._lost[peer])
                     item.sums.setdefault(peer, self._lost[peer])
         for index, peer in enumerate(members):
-            if peer != self._me and peer not in self._lost:
+            if is_member and peer != self._me and peer not in self._lost:
                 self._send(peer, run_id, edge_id, ADDEND, item.piece_of(flat, index))
         self._go_on((run_id, edge_id))
+
+    def give(self, peer: str, run_id: RunId, edge_id: int, total: torch.Tensor | Failure) -> None:
+        """Gives a sum to an executor that is no member."""
+        self._send(peer, run_id, edge_id, ADDEND, total)
 
     def arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
         """Takes a peer's piece: bytes, or a failure."""
@@ -133,9 +145,7 @@ class Reducer:
             item = self._reductions.get(key)
             if item is None or not item.members or len(item.addends) < len(item.members):
                 return
-            first = self._me not in item.sums
-            if first:
-                item.sums[self._me] = item.addends[self._me]  # taken: no other thread sums
+            first, item.is_summed = not item.is_summed, True
         if first:
             total = _total(item)
             with self._lock:
@@ -149,7 +159,7 @@ class Reducer:
             item.addends[self._me] = total
             item.value = None
         with self._lock:
-            ready = item.value is None and len(item.sums) == len(item.members) and key in self._reductions
+            ready = item.value is None and item.sums.keys() >= set(item.members) and key in self._reductions
             if not ready:
                 return
             del self._reductions[key]

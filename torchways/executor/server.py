@@ -257,6 +257,11 @@ async def serve(arguments: argparse.Namespace) -> None:
 
 
 def _runtime(arguments: argparse.Namespace, shape: list[int]) -> Runtime:
+    if arguments.simulator:
+        from torchways.runtime.simulated import SimulatedRuntime
+
+        devices = [int(device) for device in arguments.devices.split(",")]
+        return SimulatedRuntime(arguments.simulator, str(arguments.slice_id), devices, arguments.num_hosts)
     # The import takes seconds: not before the arguments are known to be good.
     from torchways.runtime.xla import XlaRuntime
 
@@ -276,6 +281,9 @@ def main() -> None:
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--gang", choices=["", "leader", "member"], default="")
+    parser.add_argument("--simulator", default="", help="address of the island's simulated devices")
+    parser.add_argument("--num-hosts", type=int, default=1, help="of the slice, for simulated devices")
+    parser.add_argument("--devices", default="", help="the island's devices of this host, for simulated devices")
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process(f"executor {arguments.executor_id}")

@@ -86,6 +86,9 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                     self._send(command.executor_id, pb.ExecutorCommand(load_program=load))
                 case core.SendDrop():
                     self._send(command.executor_id, _drop(command))
+                case core.SendGrant():
+                    grant = pb.Grant(run_id=command.run_id, unit=command.unit)
+                    self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
                 case core.TellFinished():
                     finished = pb.RunFinished(run_id=command.run_id, failure=_optional(command.failure))
                     self._tell(command.client_id, pb.SchedulerMessage(run_finished=finished))
@@ -112,6 +115,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 ended = event.run_ended
                 run_id, failure = RunId(ended.run_id), _failure(ended)
                 self.handle(core.RunEnded(executor_id=executor_id, run_id=run_id, failure=failure))
+            case "unit_ready":
+                ready = event.unit_ready
+                self.handle(core.UnitReady(executor_id=executor_id, run_id=RunId(ready.run_id), unit=ready.unit))
+            case "unit_enqueued":
+                done = event.unit_enqueued
+                self.handle(core.UnitEnqueued(executor_id=executor_id, run_id=RunId(done.run_id), unit=done.unit))
             case "program_loaded":
                 loaded = event.program_loaded
                 program_id, failure = ProgramId(loaded.program_id), _failure(loaded)
@@ -171,7 +180,8 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         """Connects to a new slice's executors."""
         slice_id = SliceId(request.slice_id)
         ids = tuple(executor.executor_id for executor in request.executors)
-        self.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids))
+        devices = tuple(request.device_indices)
+        self.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids, device_indices=devices))
         for executor in request.executors:
             self._links[executor.executor_id] = _ExecutorLink(self, slice_id, executor, self._token)
         logger.info("slice %d has executors %s", slice_id, ", ".join(ids))

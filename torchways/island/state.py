@@ -4,6 +4,10 @@ Pure: events in, commands out; no clock, no socket. Every run gets a sequence nu
 executors that take part before any later run is, so that executors of one slice see one order whatever the order in
 which clients' messages arrived elsewhere. The order itself is the policy's (policy.py).
 
+Computations of a slice of several hosts (a gang) are enqueued on the devices only as granted. Every host of the slice
+gets its grants in one order; one that shares a device with another slice's is granted when all hosts have enqueued
+the other's. So all device queues of the island agree on the order, and no two computations can wait for each other.
+
 What names a slice or program that is not here fails for who sent it. An event that cannot follow what came before it
 raises `InternalError` with the history of what it is about. Reports about what was dropped meanwhile are no errors.
 """
@@ -25,6 +29,7 @@ class SliceAdded:
 
     slice_id: SliceId
     executor_ids: tuple[str, ...]
+    device_indices: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,8 +101,28 @@ class RunEnded:
     failure: Failure | None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitReady:
+    """The leader of a gang has all that a computation needs."""
+
+    executor_id: str
+    run_id: RunId
+    unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitEnqueued:
+    """A host has a granted computation in its device queues."""
+
+    executor_id: str
+    run_id: RunId
+    unit: int
+
+
 Event: TypeAlias = (
     SliceAdded
+    | UnitReady
+    | UnitEnqueued
     | SliceRemoved
     | ProgramRegistered
     | RunRequested
@@ -157,7 +182,26 @@ class TellFinished:
     failure: Failure | None
 
 
-Command: TypeAlias = SendLoad | SendEnqueue | SendDrop | TellLoaded | TellFinished
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendGrant:
+    """Let an executor of a gang enqueue a computation."""
+
+    executor_id: str
+    run_id: RunId
+    unit: int
+
+
+Command: TypeAlias = SendLoad | SendEnqueue | SendDrop | SendGrant | TellLoaded | TellFinished
+
+
+@dataclass(slots=True)
+class _GangUnit:
+    """A computation of a gang that is ready; `left` are the hosts that have not enqueued it, once it is granted."""
+
+    slice_id: SliceId
+    run_id: RunId
+    unit: int
+    left: set[str]
 
 
 @dataclass(slots=True)
@@ -195,6 +239,12 @@ class SchedulerState:
     runs: dict[RunId, _Run] = field(default_factory=dict)
     _gone_slices: dict[SliceId, str] = field(default_factory=dict)
     _sequence: int = 0
+    _devices: dict[SliceId, frozenset[int]] = field(default_factory=dict)
+    _slice_of: dict[str, SliceId] = field(default_factory=dict)
+    #: Ready and not granted, oldest first.
+    _waiting: list[_GangUnit] = field(default_factory=list)
+    #: Granted, and not enqueued by all hosts.
+    _granted: dict[tuple[RunId, int, SliceId], _GangUnit] = field(default_factory=dict)
 
     def handle(self, event: Event) -> list[Command]:
         """Takes an event; returns what to do, in order."""
@@ -210,6 +260,10 @@ class SchedulerState:
                 ]
             case ProgramRegistered():
                 return self._register(event)
+            case UnitReady():
+                return self._unit_ready(event)
+            case UnitEnqueued():
+                return self._unit_enqueued(event)
             case ProgramLoaded():
                 return self._loaded(event.executor_id, event.program_id, event.failure)
             case ProgramForgotten():
@@ -231,6 +285,8 @@ class SchedulerState:
             reason = self._gone_slices[event.slice_id]
             raise InternalError(f"slice {event.slice_id} was added again after it was removed: {reason}")
         self.slices[event.slice_id] = event.executor_ids
+        self._devices[event.slice_id] = frozenset(event.device_indices)
+        self._slice_of.update(dict.fromkeys(event.executor_ids, event.slice_id))
 
     def _register(self, event: ProgramRegistered) -> list[Command]:
         if event.program_id in self.programs:
@@ -308,8 +364,59 @@ class SchedulerState:
         slices = program.slices if program is not None else ()
         return [SendDrop(executor_id=e, program_id=program_id) for s in slices for e in self.slices.get(s, ())]
 
+    def _unit_ready(self, event: UnitReady) -> list[Command]:
+        slice_id = self._slice_of.get(event.executor_id)
+        if slice_id is None:
+            return []  # its slice is gone
+        self._waiting.append(_GangUnit(slice_id, event.run_id, event.unit, set(self.slices[slice_id])))
+        return self._grant()
+
+    def _unit_enqueued(self, event: UnitEnqueued) -> list[Command]:
+        slice_id = self._slice_of.get(event.executor_id)
+        if slice_id is None:
+            return []
+        key = (event.run_id, event.unit, slice_id)
+        item = self._granted.get(key)
+        if item is None or event.executor_id not in item.left:
+            raise InternalError(
+                f"executor {event.executor_id} enqueued unit {event.unit} of run {event.run_id}, "
+                f"which was not granted to it"
+            )
+        item.left.discard(event.executor_id)
+        if item.left:
+            return []
+        del self._granted[key]
+        return self._grant()
+
+    def _grant(self) -> list[Command]:
+        """Grants all that no other slice's computation, granted or older, is in the way of."""
+        commands: list[Command] = []
+        waiting: list[_GangUnit] = []
+        taken = {item.slice_id for item in self._granted.values()}
+        for item in self._waiting:
+            mine = self._devices[item.slice_id]
+            if any(other != item.slice_id and self._devices[other] & mine for other in taken):
+                waiting.append(item)
+            else:
+                self._granted[item.run_id, item.unit, item.slice_id] = item
+                commands += [
+                    SendGrant(executor_id=executor_id, run_id=item.run_id, unit=item.unit)
+                    for executor_id in self.slices[item.slice_id]
+                ]
+            taken.add(item.slice_id)
+        self._waiting = waiting
+        return commands
+
+    def _forget_gang(self, slice_id: SliceId) -> None:
+        self._waiting = [item for item in self._waiting if item.slice_id != slice_id]
+        self._granted = {key: item for key, item in self._granted.items() if item.slice_id != slice_id}
+        self._devices.pop(slice_id, None)
+        for executor_id in [key for key, value in self._slice_of.items() if value == slice_id]:
+            del self._slice_of[executor_id]
+
     def _remove_slice(self, event: SliceRemoved) -> list[Command]:
         commands: list[Command] = []
+        self._forget_gang(event.slice_id)
         self._gone_slices[event.slice_id] = event.reason
         for executor_id in self.slices.pop(event.slice_id, ()):
             failure = Failure(kind="ExecutorLost", message=f"executor {executor_id} is lost: {event.reason}")
@@ -318,7 +425,7 @@ class SchedulerState:
             for run_id, run in list(self.runs.items()):
                 if executor_id in run.running:
                     commands += self._end_part(run, executor_id, run_id, failure)
-        return commands
+        return [*commands, *self._grant()]
 
     def _drop_client(self, client_id: ClientId) -> list[Command]:
         self.policy.drop_client(client_id)

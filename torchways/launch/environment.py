@@ -9,7 +9,7 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     """Returns the whole environment of an executor.
 
     Args:
-        platform: "cpu" or "tpu".
+        platform: "cpu", "tpu" or "simulated".
         device_indices: the island's devices that its PJRT client shall have.
         base: environment to start from; what a user set there for threads is kept.
     """

@@ -44,6 +44,8 @@ class NodeAgent:
         self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
+        #: Address of each island's simulated devices, once they are there.
+        self._simulators: dict[int, asyncio.Future[str]] = {}
 
     async def run(self) -> None:
         """Runs until the owner is gone or the cluster cannot go on; then ends all children."""
@@ -125,6 +127,7 @@ class NodeAgent:
             pid=os.getpid(),
             platform=self._arguments.platform,
             devices_per_island=[self._arguments.devices_per_island] * self._arguments.islands,
+            hosts_per_island=self._arguments.hosts_per_island,
         )
         self._outgoing.put_nowait(pb.NodeEvent(joined=joined))
         stream = stub.JoinNode(self._events(), metadata=channel.metadata(channel.cluster_token()))
@@ -165,11 +168,21 @@ class NodeAgent:
     # ---- children
 
     async def _start_scheduler(self, order: pb.StartScheduler) -> None:
+        if self._arguments.platform == "simulated":
+            await self._start_simulator(order.island_id)
         flags = ["--island-id", str(order.island_id)]
         ready = await self._spawn(order.name, "torchways.island", flags, dict(os.environ))
         if ready is not None:
             scheduler = pb.SchedulerReady(address=ready["address"])
             self._report_ready(order.name, pb.ProcessReady(scheduler=scheduler))
+
+    async def _start_simulator(self, island_id: int) -> None:
+        self._simulators[island_id] = asyncio.get_running_loop().create_future()
+        name = f"device simulator i{island_id}"
+        ready = await self._spawn(name, "torchways.runtime.device_simulator", [], dict(os.environ))
+        if ready is None:
+            raise ClusterLost(f"{name} ended while it was starting")
+        self._simulators[island_id].set_result(str(ready["address"]))
 
     async def _start_executor(self, order: pb.StartExecutor) -> None:
         flags = [
@@ -181,6 +194,11 @@ class NodeAgent:
             *("--budget-bytes", str(self._arguments.budget_bytes)),
             *("--memory-wait", str(self._arguments.memory_wait)),
         ]
+        if len(order.gang) > 1 and self._arguments.scheduling == "gang":
+            flags += ["--gang", "leader" if order.executor_id == order.gang[0] else "member"]
+        if self._arguments.platform == "simulated":
+            flags += ["--simulator", await self._simulators[order.island_id], "--num-hosts", str(len(order.gang))]
+            flags += ["--devices", ",".join(map(str, order.device_indices))]
         environment = executor_environment(self._arguments.platform, order.device_indices, os.environ)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment)
         if ready is not None:
@@ -234,7 +252,9 @@ def main() -> None:
     parser.add_argument("--join", help="resource manager to join; without it this node is the head and starts one")
     parser.add_argument("--islands", type=int, default=1)
     parser.add_argument("--devices-per-island", type=int, default=1)
+    parser.add_argument("--hosts-per-island", type=int, default=1)
     parser.add_argument("--platform", default="cpu")
+    parser.add_argument("--scheduling", choices=["gang", "arrival"], default="gang")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)

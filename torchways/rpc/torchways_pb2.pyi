@@ -696,10 +696,13 @@ class NodeJoined(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     DEVICES_PER_ISLAND_FIELD_NUMBER: _builtins.int
+    HOSTS_PER_ISLAND_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     pid: _builtins.int
     """the agent's"""
     platform: _builtins.str
+    hosts_per_island: _builtins.int
+    """processes that an island's devices are split over"""
     @_builtins.property
     def devices_per_island(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """one island an entry"""
@@ -711,10 +714,11 @@ class NodeJoined(_message.Message):
         pid: _builtins.int = ...,
         platform: _builtins.str = ...,
         devices_per_island: _abc.Iterable[_builtins.int] | None = ...,
+        hosts_per_island: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_per_island", b"devices_per_island", "host", b"host", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_per_island", b"devices_per_island", "host", b"host", "hosts_per_island", b"hosts_per_island", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -891,6 +895,7 @@ class StartExecutor(_message.Message):
     SHAPE_FIELD_NUMBER: _builtins.int
     AXIS_NAMES_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
+    GANG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     executor_id: _builtins.str
     island_id: _builtins.int
@@ -900,7 +905,13 @@ class StartExecutor(_message.Message):
     @_builtins.property
     def axis_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
     @_builtins.property
-    def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the island; those that this host's process has"""
+
+    @_builtins.property
+    def gang(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """ids of the slice's executors, this one among them"""
+
     def __init__(
         self,
         *,
@@ -911,10 +922,11 @@ class StartExecutor(_message.Message):
         shape: _abc.Iterable[_builtins.int] | None = ...,
         axis_names: _abc.Iterable[_builtins.str] | None = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
+        gang: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis_names", b"axis_names", "device_indices", b"device_indices", "executor_id", b"executor_id", "island_id", b"island_id", "name", b"name", "shape", b"shape", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis_names", b"axis_names", "device_indices", b"device_indices", "executor_id", b"executor_id", "gang", b"gang", "island_id", b"island_id", "name", b"name", "shape", b"shape", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

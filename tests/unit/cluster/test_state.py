@@ -23,8 +23,12 @@ def reserve(cluster, *shape, client=1, island=None):
     return cluster.reserve(client, shape, names, island)[0]
 
 
+def process_of(item):
+    return core.process_name(item.executor_ids[0])
+
+
 def make_ready(cluster, item):
-    (connect,) = cluster.handle(core.ExecutorReady(executor_id=item.executor_id, info="info"))
+    (connect,) = cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info"))
     assert connect == core.ConnectSlice(slice=item, scheduler_address=f"address {item.island_id}")
     assert cluster.handle(core.SliceConnected(slice_id=item.slice_id)) == [core.SettleSlice(slice_id=item.slice_id)]
     assert item.state == "ready"
@@ -48,7 +52,9 @@ def test_the_freest_island_is_chosen_unless_one_is_asked_for():
 def test_a_slice_starts_an_executor_on_the_islands_node():
     cluster = make_cluster(2)
     item, commands = cluster.reserve(1, (2,), ("dp",), None)
-    assert commands == [core.StartExecutor(node_id=0, name="executor i0.s1", slice=item)]
+    assert commands == [
+        core.StartExecutor(node_id=0, name="executor i0.s1", slice=item, executor_id="i0.s1", device_indices=(0, 1))
+    ]
 
 
 def test_too_large_a_slice_is_refused_with_what_there_is():
@@ -92,7 +98,7 @@ def test_a_client_that_is_gone_leaves_nothing():
     one, two, other = reserve(cluster, 2, client=1), reserve(cluster, 1, client=1), reserve(cluster, 1, client=2)
     make_ready(cluster, one)
     commands = cluster.handle(core.ClientGone(client_id=1))
-    assert {c.name for c in commands if isinstance(c, core.EndProcess)} == {one.process_name, two.process_name}
+    assert {c.name for c in commands if isinstance(c, core.EndProcess)} == {process_of(one), process_of(two)}
     assert {c.slice_id for c in commands if isinstance(c, core.SettleSlice)} == {one.slice_id, two.slice_id}
     assert list(cluster.slices.values()) == [other]
     assert sum(cluster.islands[0].load) == 1
@@ -102,7 +108,7 @@ def test_a_dead_executor_fails_its_slice_and_tells_client_and_scheduler():
     cluster = make_cluster(2)
     item = reserve(cluster, 2)
     make_ready(cluster, item)
-    commands = cluster.handle(core.ProcessExited(name=item.process_name, reason="signal 9", log_tail="bye"))
+    commands = cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 9", log_tail="bye"))
     assert commands == [
         core.TellLost(client_id=1, executor_id="i0.s1", slice_id=item.slice_id, reason="signal 9"),
         core.DisconnectSlice(slice=item, scheduler_address="address 0", reason="signal 9"),
@@ -117,7 +123,7 @@ def test_a_dead_executor_fails_its_slice_and_tells_client_and_scheduler():
 def test_an_executor_that_never_started_shows_what_it_wrote():
     cluster = make_cluster(2)
     item = reserve(cluster, 2)
-    cluster.handle(core.ProcessExited(name=item.process_name, reason="exit code 1", log_tail="ImportError: x\n"))
+    cluster.handle(core.ProcessExited(name=process_of(item), reason="exit code 1", log_tail="ImportError: x\n"))
     assert item.failure.message.endswith("exit code 1; the last lines that it wrote:\nImportError: x")
 
 
@@ -134,7 +140,7 @@ def test_executors_that_are_ready_before_their_scheduler_wait_for_it():
     cluster = core.ClusterState()
     cluster.handle(core.NodeJoined(node_id=0, host="here", platform="cpu", devices_per_island=(1,)))
     item = reserve(cluster, 1)
-    assert cluster.handle(core.ExecutorReady(executor_id=item.executor_id, info="info")) == []
+    assert cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info")) == []
     commands = cluster.handle(core.SchedulerReady(island_id=0, address="late", pid=1))
     assert commands == [core.ConnectSlice(slice=item, scheduler_address="late")]
 
@@ -166,7 +172,7 @@ def test_the_load_is_always_that_of_the_slices(data):
                 assert all(item.client_id != client for item in cluster.slices.values())
             case "exited" if cluster.slices:
                 chosen = data.draw(st.sampled_from(sorted(cluster.slices)))
-                cluster.handle(core.ProcessExited(name=cluster.slices[chosen].process_name, reason="signal 9"))
+                cluster.handle(core.ProcessExited(name=process_of(cluster.slices[chosen]), reason="signal 9"))
         for island in cluster.islands.values():
             mine = [item for item in cluster.slices.values() if item.island_id == island.island_id]
             expected = [sum(d in item.device_indices for item in mine) for d in range(len(island.load))]
@@ -176,3 +182,26 @@ def test_the_load_is_always_that_of_the_slices(data):
         cluster.handle(core.ClientGone(client_id=client))
     assert all(not any(island.load) for island in cluster.islands.values())
     assert not cluster.slices
+
+
+def test_a_slice_over_several_hosts_has_an_executor_on_each_and_is_ready_with_all():
+    cluster = core.ClusterState()
+    joined = core.NodeJoined(node_id=0, host="here", platform="simulated", devices_per_island=(8,), hosts_per_island=4)
+    cluster.handle(joined)
+    cluster.handle(core.SchedulerReady(island_id=0, address="address", pid=1))
+    item, commands = cluster.reserve(1, (5,), ("dp",), None)
+    assert [(c.executor_id, c.device_indices) for c in commands] == [
+        ("i0.s1.h0", (0, 1)),
+        ("i0.s1.h1", (2, 3)),
+        ("i0.s1.h2", (4,)),
+    ]
+    for executor_id in item.executor_ids[:-1]:
+        assert cluster.handle(core.ExecutorReady(executor_id=executor_id, info="info")) == []
+    (connect,) = cluster.handle(core.ExecutorReady(executor_id="i0.s1.h2", info="info"))
+    assert isinstance(connect, core.ConnectSlice)
+    lost = cluster.handle(core.ProcessExited(name="executor i0.s1.h1", reason="signal 9"))
+    assert lost[0].executor_id == "i0.s1.h1"
+    ended = [
+        c.name for c in cluster.handle(core.SliceReleased(slice_id=item.slice_id)) if isinstance(c, core.EndProcess)
+    ]
+    assert ended == [f"executor {executor_id}" for executor_id in item.executor_ids]

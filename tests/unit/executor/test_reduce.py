@@ -27,12 +27,12 @@ class World:
 
         return send
 
-    def start(self, name, value, shape, run_id=1):
+    def start(self, name, value, shape, run_id=1, members=None):
         def done(total, failure):
             assert (run_id, name) not in self.results
             self.results[run_id, name] = failure if failure is not None else total.reshape(shape)
 
-        self.members[name].start(RunId(run_id), 0, self.names, value, shape, torch.float32, done)
+        self.members[name].start(RunId(run_id), 0, members or self.names, value, shape, torch.float32, done)
 
     def deliver(self, index):
         peer, name, *rest = self.messages.pop(index)
@@ -68,6 +68,26 @@ def test_no_member_sends_more_than_twice_the_value(count):
         world.deliver(0)
     assert torch.equal(world.results[1, "e0"], torch.full((numel,), float(count)))
     assert max(world.sent_bytes.values()) <= 2 * 4 * numel  # a star's centre would send count - 1 times
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("given_total", [torch.arange(40_000.0), Failure(kind="RemoteError", message="boom")])
+def test_an_executor_that_is_no_member_is_given_the_sum(early, given_total):
+    world = World(2)
+
+    def start():
+        world.start("e1", torch.zeros(40_000), (40_000,), members=("e0",))
+
+    if not early:
+        start()
+    world.members["e0"].give("e1", RunId(1), 0, given_total)
+    world.deliver(0)
+    if early:
+        start()
+    total = world.results[1, "e1"]
+    assert total == given_total if isinstance(given_total, Failure) else torch.equal(total, given_total)
+    assert world.messages == []
+    assert world.members["e1"].num_open == 0
 
 
 @settings(max_examples=40, deadline=None)

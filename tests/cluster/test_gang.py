@@ -1,0 +1,131 @@
+"""Slices over four host processes (simulated devices; all else is real): they compute, and never deadlock."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pytest
+import torch
+
+import torchways as tw
+from torchways.config import ClusterConfig
+from torchways.errors import ConfigError
+from torchways.launch.embedded import start_cluster
+from torchways.rpc.channel import TOKEN_VARIABLE
+
+CLIENT = """
+import random, sys
+from datetime import timedelta
+import torch, torchways as tw
+seed, count, sizes = int(sys.argv[1]), int(sys.argv[2]), [int(size) for size in sys.argv[3].split(",")]
+tw.init()
+meshes = [tw.init_device_mesh((size,), mesh_dim_names=("dp",)) for size in sizes]
+programs = [tw.program(lambda x: x + 1, mesh=mesh) for mesh in meshes]
+arrays = [tw.distribute_tensor(torch.zeros(4), mesh) for mesh in meshes]
+expected = [0] * len(meshes)
+dice = random.Random(seed)
+sys.stdin.readline()
+for _ in range(count):
+    chosen = dice.randrange(len(meshes))
+    arrays[chosen] = programs[chosen](arrays[chosen])
+    expected[chosen] += 1
+assert [array.cpu(timeout=timedelta(seconds=120)).tolist() for array in arrays] == [[float(n)] * 4 for n in expected]
+print("done", flush=True)
+tw.shutdown()
+"""
+
+
+@contextlib.contextmanager
+def island(scheduling, tmp_path):
+    """A cluster of one island: four hosts of a device each."""
+    config = ClusterConfig(
+        islands=1,
+        devices_per_island=4,
+        hosts_per_island=4,
+        platform="simulated",
+        scheduling=scheduling,
+        log_dir=str(tmp_path),
+    )
+    cluster = start_cluster(config)
+    environment = {**os.environ, "TORCHWAYS_ADDRESS": cluster.address, TOKEN_VARIABLE: cluster.token}
+    try:
+        yield environment
+    finally:
+        cluster.close()
+
+
+@contextlib.contextmanager
+def clients(environment, count):
+    """Three clients of two overlapping slices each, at work."""
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLIENT, str(seed), str(count), ",".join(map(str, sizes))],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for seed, sizes in enumerate([(4, 2), (4, 3), (3, 2)])
+    ]
+    try:
+        for client in running:
+            client.stdin.write("go\n")
+            client.stdin.flush()
+        yield running
+    finally:
+        for client in running:
+            client.kill()
+            client.communicate()
+
+
+def test_a_thousand_computations_of_each_of_three_clients_over_four_hosts_never_deadlock(tmp_path):
+    with island("gang", tmp_path) as environment, clients(environment, 1000) as running:
+        printed = [client.communicate(timeout=300) for client in running]
+    assert [out for out, _ in printed] == ["done\n"] * 3, printed
+
+
+def test_they_deadlock_in_the_order_of_arrival(tmp_path):
+    with island("arrival", tmp_path) as environment, clients(environment, 1000) as running:
+        [log] = tmp_path.glob("device*")
+        deadline = time.monotonic() + 240
+        while "deadlock: " not in log.read_text():
+            assert time.monotonic() < deadline
+            assert any(client.poll() is None for client in running)
+            time.sleep(0.5)
+        assert any(client.poll() is None for client in running)
+
+
+def test_slices_of_several_hosts_exchange_values_and_sums(monkeypatch, tmp_path):
+    with island("gang", tmp_path) as environment:
+        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE):
+            monkeypatch.setenv(name, environment[name])
+        with tw.init():
+            wide, narrow = (tw.init_device_mesh((size,), mesh_dim_names=("dp",)) for size in (4, 2))
+            assert len([1 for name, _ in tw.cluster_info().processes if name.startswith("executor")]) <= 6
+            double = tw.function(lambda x: x * 2, mesh=wide)
+            add = tw.function(lambda x, y: x + y, mesh=narrow)
+
+            @tw.program
+            def step(x):
+                y = add(double(x), x)
+                first, second = tw.all_reduce([double(y), add(y, y)])
+                return double(first), add(second, second)
+
+            for x in (torch.randn(4), torch.randn(40_000)):
+                first, second = step(x)
+                torch.testing.assert_close(first.cpu(timeout=timedelta(seconds=60)), x * 24)
+                torch.testing.assert_close(second.cpu(timeout=timedelta(seconds=60)), x * 24)
+            assert len(tw.executor_status()) == 6
+
+
+def test_settings_that_cannot_be():
+    with pytest.raises(ConfigError, match="a CPU computation cannot span processes"):
+        ClusterConfig(devices_per_island=4, hosts_per_island=2)
+    with pytest.raises(ConfigError, match="cannot be split evenly over 3 hosts"):
+        ClusterConfig(devices_per_island=4, hosts_per_island=3, platform="simulated")
+    with pytest.raises(ConfigError, match="scheduling must be one of gang, arrival"):
+        ClusterConfig(scheduling="random")

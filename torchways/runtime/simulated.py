@@ -1,0 +1,143 @@
+"""Simulated devices as a `Runtime`: values by plain PyTorch, time and order by the island's device simulator.
+
+It shows what cannot be shown on one machine with CPU devices: computations that span several host processes, and
+device queues that deadlock if hosts disagree on the order. Every host computes the whole value.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import socket
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from torchways.errors import InternalError
+from torchways.graphs import deserialize_graph
+from torchways.runtime.base import BufferSpec
+
+#: How long each simulated computation takes, seconds.
+SECONDS_VARIABLE = "TORCHWAYS_SIMULATED_SECONDS"
+_ENQUEUE_SECONDS = 60.0
+
+
+@dataclass(slots=True)
+class _Computation:
+    done: bool = False
+    callbacks: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class _Buffer:
+    value: torch.Tensor
+    computation: _Computation | None = None
+
+    def numel(self) -> int:
+        return self.value.numel()
+
+    def element_size(self) -> int:
+        return self.value.element_size()
+
+
+class SimulatedRuntime:
+    """One host's devices of a slice.
+
+    Args:
+        address: host:port of the island's device simulator.
+        slice_name: tells the computations of one slice from those of another.
+        devices: this host's, by the island's numbers.
+        num_hosts: hosts of the slice.
+    """
+
+    def __init__(self, address: str, slice_name: str, devices: Sequence[int], num_hosts: int) -> None:
+        host, _, port = address.rpartition(":")
+        self._socket = socket.create_connection((host, int(port)))
+        self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._slice_name = slice_name
+        self._devices = list(devices)
+        self._num_hosts = num_hosts
+        self._seconds = float(os.environ.get(SECONDS_VARIABLE, "0"))
+        self._acknowledged: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._computations: dict[str, _Computation] = {}
+        self._lock = threading.Lock()
+        threading.Thread(target=self._read, name="device simulator", daemon=True).start()
+
+    def _read(self) -> None:
+        with self._socket.makefile("rb") as lines:
+            for line in lines:
+                message = json.loads(line)
+                if "enqueued" in message:
+                    self._acknowledged.put(message["enqueued"])
+                    continue
+                with self._lock:
+                    computation = self._computations.pop(message["done"])
+                    computation.done = True
+                for callback in computation.callbacks:
+                    callback()
+
+    def put(self, host: torch.Tensor, placements: Sequence[str]) -> _Buffer:
+        """See `Runtime.put`."""
+        return _Buffer(host.clone())
+
+    def fill(self, spec: BufferSpec, value: float) -> _Buffer:
+        """See `Runtime.fill`."""
+        return _Buffer(torch.full(spec.shape, value, dtype=spec.torch_dtype))
+
+    def compile(
+        self, graph: bytes, inputs: Sequence[BufferSpec], outputs: Sequence[BufferSpec], donated: Sequence[int]
+    ) -> torch.fx.GraphModule:
+        """See `Runtime.compile`."""
+        return deserialize_graph(graph)
+
+    def execute(
+        self, executable: torch.fx.GraphModule, inputs: Sequence[_Buffer], gang_key: str
+    ) -> tuple[list[_Buffer], Sequence[_Buffer]]:
+        """Puts a computation into the device queues; see `Runtime.execute`.
+
+        Raises:
+            InternalError: the simulator does not answer.
+        """
+        key = f"{self._slice_name}:{gang_key}"
+        computation = _Computation()
+        with self._lock:
+            self._computations[key] = computation
+        message = {"enqueue": key, "devices": self._devices, "parts": self._num_hosts, "seconds": self._seconds}
+        self._socket.sendall(json.dumps(message).encode() + b"\n")
+        values = executable(*(buffer.value for buffer in inputs))
+        try:
+            self._acknowledged.get(timeout=_ENQUEUE_SECONDS)
+        except queue.Empty:
+            raise InternalError("the device simulator does not answer") from None
+        outputs = [_Buffer(value, computation) for value in values]
+        return outputs, outputs
+
+    def on_ready(self, buffers: Sequence[_Buffer], callback: Callable[[], None]) -> None:
+        """See `Runtime.on_ready`."""
+        computation = buffers[0].computation
+        with self._lock:
+            if computation is not None and not computation.done:
+                computation.callbacks.append(callback)
+                return
+        callback()
+
+    def progress(self) -> bool:
+        """See `Runtime.progress`: the simulator calls back by itself."""
+        return False
+
+    def to_host(self, buffer: _Buffer) -> torch.Tensor:
+        """See `Runtime.to_host`."""
+        return buffer.value
+
+    def fallback_counters(self) -> dict[str, int]:
+        """See `Runtime.fallback_counters`: there is nothing to fall back from."""
+        return {}
+
+    def lowered_ops(self) -> list[str]:
+        """See `Runtime.lowered_ops`: all."""
+        names: list[Any] = torch._C._dispatch_get_all_op_names()
+        return [str(name) for name in names]
