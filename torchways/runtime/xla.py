@@ -37,12 +37,11 @@ logger = logging.getLogger(__name__)
 
 _XLAC = torch_xla._XLAC
 
-#: Executions that may be unfinished at a time (counted in steps of a marker). More gain nothing on one device queue and
-#: grow XLA's thread demand.
-_MAX_IN_FLIGHT = 64
-_MARKER_EVERY = 16
-#: With so many unfinished, XLA makes a launch wait for an earlier execution.
-_XLA_MAX_IN_FLIGHT = 32
+#: Executions that may be unfinished at a time (counted in steps of a marker). With 32 unfinished, XLA makes a launch
+#: wait for an earlier execution and its callbacks, which need the GIL, while the launch has the device lock, which
+#: `_run_cached_graph` waits for with the GIL held: a deadlock. The last marker's execution may still be about to end.
+_MAX_IN_FLIGHT = 24
+_MARKER_EVERY = 8
 
 #: Bytes; XLA's CPU client takes only memory that is aligned to it. PyTorch's own is.
 _XLA_ALIGNMENT = 64
@@ -95,8 +94,8 @@ class XlaRuntime:
         #: Set when the execution of each marker has ended.
         self._markers: collections.deque[threading.Event] = collections.deque()
         self._since_marker = 0
-        #: The last execution's outputs.
-        self._last: Sequence[torch.Tensor] = ()
+        #: An output of the last execution.
+        self._last: torch.Tensor | None = None
         #: Who waits for computations whose launch may be under way, in order.
         self._waiting: collections.deque[_Waiting] = collections.deque()
         #: Host memory can be a buffer, and a buffer host memory, without a copy.
@@ -235,13 +234,16 @@ class XlaRuntime:
         if executable.graph_hash is None:
             return [inputs[~source] for source in executable.outputs], ()
         self._wait_for_room()
+        # On several devices a launch also waits for callbacks that run: XLA's execution tracker runs them locked.
+        while self._num_devices > 1 and self._is_launching():
+            time.sleep(0.00002)
         # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
         results = _XLAC._run_cached_graph(
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
         )
         if executable.donated and self._waiting:
             self._redirect([inputs[position] for position in executable.donated], results)
-        self._last = results
+        self._last = results[0]
         self._since_marker += 1
         if self._since_marker == _MARKER_EVERY:
             self._since_marker = 0
@@ -250,6 +252,9 @@ class XlaRuntime:
             self.on_ready(results, marker.set)
             self.progress()
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
+
+    def _is_launching(self) -> bool:
+        return self._last is not None and _XLAC._is_placecholder(self._last)
 
     def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Lets who waits for a donated buffer, which can tell nothing any more, wait for another one."""
@@ -276,16 +281,15 @@ class XlaRuntime:
     def progress(self) -> bool:
         """Asks for the completion of what is launched; returns whether something is not launched yet."""
         # A launch goes on in the background, with the device lock held. `_on_ready_callback` waits for that lock, and
-        # holds the GIL meanwhile, so no launch may need the GIL: see `_lend`, and a launch that waits for an earlier
-        # execution waits for that one's callback. It is asked of launched buffers only, so it does not wait for long.
+        # holds the GIL meanwhile, so no launch may need the GIL: see `_lend` and `_MAX_IN_FLIGHT`. It is asked of
+        # launched buffers only, so it does not wait for long.
         # No public call tells of a launch's or a computation's end without waiting for it (wait_device_ops waits for
         # all computations, and holds up launches meanwhile).
         waiting = self._waiting
         markers = self._markers
         while markers and markers[0].is_set():
             markers.popleft()
-        unfinished = (len(markers) + 1) * _MARKER_EVERY
-        if waiting and unfinished > _XLA_MAX_IN_FLIGHT and _XLAC._is_placecholder(self._last[0]):
+        if waiting and self._num_devices > 1 and self._is_launching():
             return True
         while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
             item = waiting.popleft()
