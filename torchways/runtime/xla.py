@@ -234,9 +234,6 @@ class XlaRuntime:
         if executable.graph_hash is None:
             return [inputs[~source] for source in executable.outputs], ()
         self._wait_for_room()
-        # On several devices a launch also waits for callbacks that run: XLA's execution tracker runs them locked.
-        while self._num_devices > 1 and self._is_launching():
-            time.sleep(0.00002)
         # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
         results = _XLAC._run_cached_graph(
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
@@ -254,7 +251,11 @@ class XlaRuntime:
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
 
     def _is_launching(self) -> bool:
-        return self._last is not None and _XLAC._is_placecholder(self._last)
+        """Whether a launch is under way that may hold the device lock until a callback, which needs the GIL, is over.
+
+        Seen in the stacks of hangs on several devices; never met on one.
+        """
+        return self._num_devices > 1 and self._last is not None and _XLAC._is_placecholder(self._last)
 
     def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Lets who waits for a donated buffer, which can tell nothing any more, wait for another one."""
@@ -264,15 +265,16 @@ class XlaRuntime:
 
     def _wait_for_room(self) -> None:
         markers = self._markers
-        if len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
-            deadline, pause = time.monotonic() + 30, 0.00002
-            while len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
-                if self.progress():
-                    time.sleep(pause)
-                    pause = min(2 * pause, 0.001)
-                elif markers and not markers[0].wait(timeout=1.0) and time.monotonic() > deadline:
-                    logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
-                    deadline += 30
+        deadline, pause = time.monotonic() + 30, 0.00002
+        while (launching := self._is_launching()) or len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
+            if self.progress() or launching:
+                time.sleep(pause)
+                pause = min(2 * pause, 0.001)
+            elif markers:
+                markers[0].wait(timeout=1.0)
+            if time.monotonic() > deadline:
+                logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
+                deadline += 30
 
     def on_ready(self, buffers: Sequence[torch.Tensor], callback: Callable[[], None]) -> None:
         """Calls back, on a thread of XLA's, when a computation of which these are outputs has ended."""
@@ -289,7 +291,7 @@ class XlaRuntime:
         markers = self._markers
         while markers and markers[0].is_set():
             markers.popleft()
-        if waiting and self._num_devices > 1 and self._is_launching():
+        if waiting and self._is_launching():
             return True
         while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
             item = waiting.popleft()
