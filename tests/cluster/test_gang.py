@@ -86,7 +86,7 @@ def clients(environment, count):
 @pytest.mark.parametrize("computations", [200, pytest.param(1000, marks=pytest.mark.slow)])
 def test_computations_of_three_clients_over_four_hosts_never_deadlock(tmp_path, computations):
     with island("gang", tmp_path) as environment, clients(environment, computations) as running:
-        printed = [client.communicate(timeout=1000) for client in running]
+        printed = [client.communicate(timeout=200 + computations) for client in running]
     assert [out for out, _ in printed] == ["done\n"] * 3, printed
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import copy
 import gc
+import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -150,6 +151,15 @@ def test_functions_that_nobody_keeps_are_forgotten(cluster, meshes):
     assert [result.tolist() for result in results] == [[n, n] for n in range(5)]
     after = [counts.get("forget_program", 0) for counts in api._current().num_messages().values()]
     assert sum(after) - sum(sent) >= 5
+
+
+def test_a_program_is_registered_before_its_first_run_though_the_loop_is_late(cluster, meshes):
+    add_one = tw.function(lambda x: x + 1, mesh=meshes[0])
+    y = add_one(torch.zeros(2))
+    api._current().loop.call(time.sleep, 1.0)  # as when tracing keeps the loop's thread from running
+    y = add_one(y)
+    y = tw.function(lambda x: x * 3, mesh=meshes[0])(y)
+    assert y.cpu(timeout=timedelta(seconds=60)).tolist() == [6, 6]
 
 
 def test_long_chains_of_calls_release_what_they_used_in_order(cluster, meshes):

@@ -94,7 +94,7 @@ class Session:
     _runs: dict[RunId, _Run] = field(default_factory=dict)
     #: The run whose end somebody waits for.
     _awaited: RunId | None = None
-    #: Run messages that the loop has not sent yet, and whether it was told of them.
+    #: Programs and runs that the loop has not sent yet, in order, and whether it was told of them.
     _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
     _sending: bool = False
     _room: threading.Condition = field(default_factory=threading.Condition)
@@ -376,7 +376,7 @@ class Session:
             address = addresses[part.slice_index]
             by_island[address.island_id].append((address.slice_id, part))
         for island, island_parts in by_island.items():
-            self.loop.call(self._schedulers[island].send, register_message(program_id, name, island_parts, peers))
+            self._post(self._schedulers[island], register_message(program_id, name, island_parts, peers))
         self._islands_of[program_id] = tuple(by_island)
         return program_id
 
@@ -407,15 +407,18 @@ class Session:
             by_island[self._slices[slice_id].mesh.island].append((slice_id, bindings))
         self._runs[run_id] = _Run(name, len(by_island), started_ns)
         for island, slices in by_island.items():
-            message = run_message(program_id, run_id, first_buffer_id, slices)
-            self._unsent.append((self._schedulers[island], message))
-        if not self._sending:  # else what was called before takes these along
-            self._sending = True
-            self.loop.call(self._send_all)
+            self._post(self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))
         self._note(
             Span(name=f"dispatch {name}", track="dispatch", start_ns=started_ns, end_ns=time.time_ns(), run_id=run_id)
         )
         return run_id
+
+    def _post(self, scheduler: SchedulerClient, message: Any) -> None:
+        """Has the loop send a message, behind all that were posted before."""
+        self._unsent.append((scheduler, message))
+        if not self._sending:  # else what was called before takes this along
+            self._sending = True
+            self.loop.call(self._send_all)
 
     def _send_all(self) -> None:
         self._sending = False

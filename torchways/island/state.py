@@ -8,7 +8,7 @@ Computations of a slice of several hosts (a gang) are enqueued on the devices on
 gets its grants in one order; one that shares a device with another slice's is granted when all hosts have enqueued
 the other's. So all device queues of the island agree on the order, and no two computations can wait for each other.
 
-What names a slice or program that is not here fails for who sent it. An event that cannot follow what came before it
+What names a slice that is not here fails for who sent it, on the slices that are. An event that cannot follow what came before it
 raises `InternalError` with the history of what it is about. Reports about what was dropped meanwhile are no errors.
 """
 
@@ -296,11 +296,11 @@ class SchedulerState:
                 f"client {known.client_id}, {len(known.loading)} executors still load it"
             )
         failure = self._missing(event.parts)
-        executors = [] if failure else [(e, part) for s, part in event.parts.items() for e in self.slices[s]]
+        executors = [(e, part) for s, part in event.parts.items() for e in self.slices.get(s, ())]
         self.programs[event.program_id] = _Program(
             event.client_id, event.name, tuple(event.parts), {executor_id for executor_id, _ in executors}, failure
         )
-        if failure is not None:
+        if not executors:
             return [TellLoaded(client_id=event.client_id, program_id=event.program_id, failure=failure)]
         return [
             SendLoad(executor_id=executor_id, program_id=event.program_id, name=event.name, part=part)
@@ -327,15 +327,17 @@ class SchedulerState:
         return commands
 
     def _enqueue(self, request: RunRequested) -> list[Command]:
+        if request.program_id not in self.programs:
+            raise InternalError(f"run {request.run_id} names program {request.program_id}, which is not registered")
+        # Slices that are left run their parts all the same: what they wait for from those that are gone fails there,
+        # and poisons what depends on it. Were the run dropped, they would wait for its results for ever.
         failure = self._missing(request.arguments)
-        if failure is None and request.program_id not in self.programs:
-            message = f"run {request.run_id} names program {request.program_id}, which is not registered"
-            failure = Failure(kind="InternalError", message=message, run_id=request.run_id)
-        if failure is not None:
+        targets = [(e, arguments) for s, arguments in request.arguments.items() for e in self.slices.get(s, ())]
+        if not targets:
             return [TellFinished(client_id=request.client_id, run_id=request.run_id, failure=failure)]
         self._sequence += 1
-        targets = [(e, arguments) for s, arguments in request.arguments.items() for e in self.slices[s]]
-        self.runs[request.run_id] = _Run(request.client_id, self._sequence, {executor_id for executor_id, _ in targets})
+        executors = {executor_id for executor_id, _ in targets}
+        self.runs[request.run_id] = _Run(request.client_id, self._sequence, executors, failure=failure)
         return [
             SendEnqueue(executor_id=executor_id, sequence=self._sequence, run=request, arguments=arguments)
             for executor_id, arguments in targets

@@ -113,15 +113,26 @@ def test_a_lost_executor_finishes_its_runs_and_its_slice():
 
 def test_what_is_not_known_fails_for_who_sent_it():
     scheduler = make_scheduler(("a",))
-    (finished,) = run(scheduler, 1, 1)
-    assert finished.failure.message == "run 1 names program 5, which is not registered"
-    (loaded,) = register(scheduler, 5, 1, 9)
+    with pytest.raises(InternalError, match="run 1 names program 5, which is not registered"):
+        run(scheduler, 1, 1)
+    (loaded,) = register(scheduler, 5, 9)
     assert loaded.failure.message == "slice 9 is not on this island: it was never added"
     (finished,) = run(scheduler, 2, 9)
     assert finished.failure.message == "slice 9 is not on this island: it was never added"
     (finished,) = run(scheduler, 3)
     assert "must have a slice" in finished.failure.message
     assert not scheduler.runs
+
+
+def test_the_slices_that_are_left_run_their_parts_of_what_names_a_gone_one():
+    scheduler = make_scheduler(("a",))
+    (load,) = register(scheduler, 5, 1, 9)
+    assert load.executor_id == "a"
+    (loaded,) = scheduler.handle(core.ProgramLoaded(executor_id="a", program_id=5, failure=None))
+    assert loaded.failure.message == "slice 9 is not on this island: it was never added"
+    assert [c.executor_id for c in run(scheduler, 1, 1, 9)] == ["a"]
+    (finished,) = end(scheduler, "a", 1)
+    assert finished.failure.message == "slice 9 is not on this island: it was never added"
 
 
 def test_dropping_a_client_leaves_nothing_of_it():
