@@ -398,13 +398,14 @@ class _Partitioner:
         key = (node, slice_index)
         if key not in self.value_of:
             fake = node.meta["val"]
+            placements = self._placements(node, slice_index)  # may make the value of what a sum reads
             self.value_of[key] = len(self.values)
             self.values.append(
                 Value(
                     dtype=str(fake.dtype).removeprefix("torch."),
                     shape=tuple(int(size) for size in fake.shape),
                     slice_index=slice_index,
-                    placements=self._placements(node, slice_index),
+                    placements=placements,
                 )
             )
             if node.op == "placeholder":

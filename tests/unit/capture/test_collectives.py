@@ -44,6 +44,17 @@ def test_every_slice_gets_the_sum(session):
     assert "all_reduce(" in str(step)
 
 
+def test_arguments_are_summed_where_they_are(session):
+    meshes = [session.mesh(1), session.mesh(1)]
+    doubles = [placed(lambda x: x * 2, mesh, session) for mesh in meshes]
+    step = program(lambda xs: tw.all_reduce(tw.all_reduce(xs)), session)
+    results = step([double(torch.ones(2)) for double in doubles])
+    for mesh, result in zip(meshes, results, strict=True):
+        assert result.mesh is mesh
+        assert result.tolist() == [8, 8]
+    assert session.num_transfers == 0
+
+
 def test_gradients_flow_through_it(session):
     meshes = [session.mesh(1), session.mesh(1)]
     weights = [torch.nn.Linear(3, 3) for _ in meshes]
