@@ -41,13 +41,24 @@ from torchways.rpc.clients import (
     SliceAddress,
     Span,
 )
-from torchways.rpc.programs import Binding, InlineValue, PeerAddress, register_message, run_message
+from torchways.rpc.programs import (
+    Binding,
+    InlineValue,
+    PeerAddress,
+    forget_message,
+    register_message,
+    release_message,
+    run_message,
+)
 
 logger = logging.getLogger(__name__)
 
 _CALL = timedelta(seconds=35)
 #: For all the arrays of a slice to be read.
 _MOVE_SECONDS = 600
+#: With more runs in flight the islands have enough to do: a message waits this long for company, which costs each less.
+_RUNS_AHEAD = 8
+_COMPANY_SECONDS = 0.001
 #: How long a failed read waits for word of why the executor is gone.
 _REASON_SECONDS = 3.0
 
@@ -94,7 +105,7 @@ class Session:
     _runs: dict[RunId, _Run] = field(default_factory=dict)
     #: The run whose end somebody waits for.
     _awaited: RunId | None = None
-    #: Programs and runs that the loop has not sent yet, in order, and whether it was told of them.
+    #: Messages that the loop has not sent yet, in order, and whether it was told of them.
     _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
     _sending: bool = False
     _room: threading.Condition = field(default_factory=threading.Condition)
@@ -335,10 +346,6 @@ class Session:
     def _flush_releases(self) -> None:
         with self._lock:
             batches, self._releases = self._releases, defaultdict(list)
-        # Runs that read these buffers may be queued on the loop behind this call: they go first.
-        self.loop.loop.call_soon(self._send_releases, batches)
-
-    def _send_releases(self, batches: dict[SliceId, list[BufferId]]) -> None:
         for slice_id, buffer_ids in batches.items():
             entry = self._slices.get(slice_id)
             if entry is None or entry.address is None:
@@ -348,7 +355,7 @@ class Session:
                 task = asyncio.ensure_future(self._release_after(waiting, slice_id, buffer_ids))
                 self._tasks.append(task)
             else:
-                self._schedulers[entry.address.island_id].release(slice_id, buffer_ids)
+                self._post(self._schedulers[entry.address.island_id], release_message(slice_id, buffer_ids))
 
     async def _release_after(
         self, puts: list[concurrent.futures.Future[None]], slice_id: SliceId, buffer_ids: list[BufferId]
@@ -356,7 +363,7 @@ class Session:
         await asyncio.gather(*map(asyncio.wrap_future, puts), return_exceptions=True)
         entry = self._slices.get(slice_id)
         if entry is not None and entry.address is not None:
-            self._schedulers[entry.address.island_id].release(slice_id, buffer_ids)
+            self._post(self._schedulers[entry.address.island_id], release_message(slice_id, buffer_ids))
 
     # ---- programs
 
@@ -387,7 +394,7 @@ class Session:
             return
         try:
             for island in islands:
-                self.loop.call(self._schedulers[island].forget, program_id)
+                self._post(self._schedulers[island], forget_message(program_id))
         except RuntimeError:  # the loop is closed: the interpreter is shutting down
             pass
 
@@ -414,11 +421,17 @@ class Session:
         return run_id
 
     def _post(self, scheduler: SchedulerClient, message: Any) -> None:
-        """Has the loop send a message, behind all that were posted before."""
+        """Has the loop send a message, behind all that were posted before: runs, and the releases of what they read."""
         self._unsent.append((scheduler, message))
         if not self._sending:  # else what was called before takes this along
             self._sending = True
-            self.loop.call(self._send_all)
+            self.loop.call(self._send_soon)
+
+    def _send_soon(self) -> None:
+        if len(self._runs) > _RUNS_AHEAD:
+            self.loop.loop.call_later(_COMPANY_SECONDS, self._send_all)
+        else:
+            self._send_all()
 
     def _send_all(self) -> None:
         self._sending = False

@@ -49,12 +49,15 @@ OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
 _T = TypeVar("_T")
 
 _MAX_SPANS = 50_000
+#: With more runs in flight nobody waits for a single report: it may wait this long for company, which costs each less.
+_RUNS_AHEAD = 8
+_COMPANY_SECONDS = 0.001
 #: Events taken before launches, sends and reports of the commands so far go on.
 _BATCH = 128
 #: How often launches under way are looked at; it grows to the second figure while nothing happens.
 _POLL_SECONDS = (0.00005, 0.002)
-#: Before that, the processor is offered to others so many times: most launches take no longer.
-_MAX_YIELDS = 10
+#: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
+_YIELD_SECONDS = 0.0001
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,7 @@ class Engine:
         self._memory_wait = memory_wait
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
+        self._reported = 0.0
         self._programs: dict[ProgramId, _Program] = {}
         #: Programs that were dropped but still have runs in flight.
         self._dropped: set[ProgramId] = set()
@@ -139,6 +143,8 @@ class Engine:
         self._starved_since = 0.0
         self._starved_spans: dict[int, tuple[str, int]] = {}
         self._device_free_ns = 0
+        #: An event is being handled: its commands come before what they lead to.
+        self._handling = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -196,20 +202,24 @@ class Engine:
     # ---- the thread
 
     def _run(self) -> None:
-        poll, yields = _POLL_SECONDS[0], 0
+        poll, idle_since = _POLL_SECONDS[0], 0.0
         while True:
-            busy = self.runtime.progress()
             try:
-                timeout = (0 if yields < _MAX_YIELDS else poll) if busy else 1.0 if self.core.starved else None
+                busy = self.runtime.progress()
+                self._give_out()
+                timeout = _COMPANY_SECONDS if self._events else 1.0 if self.core.starved else None
+                if busy:
+                    now = time.monotonic()
+                    idle_since = idle_since or now
+                    timeout = 0 if now < idle_since + _YIELD_SECONDS else poll
                 if not self._inbox.wait(timeout):
                     if timeout == 0:
-                        yields += 1
-                        time.sleep(0)
+                        os.sched_yield()  # unlike time.sleep(0), which takes longer than most launches
                     else:
                         poll = min(poll * 2, _POLL_SECONDS[1])
                         self._check_starved()
                     continue
-                poll, yields = _POLL_SECONDS[0], 0
+                poll, idle_since = _POLL_SECONDS[0], 0.0
                 for _ in range(_BATCH):
                     item = self._inbox.take()
                     if item is None:
@@ -219,12 +229,23 @@ class Engine:
                 # Our bug. To go on would leave somebody waiting for ever: a lost executor is an error that users see.
                 logger.exception("the executor's engine failed; ending")
                 os._exit(70)
-            self.data_plane.flush()
-            if self._events:
-                events, self._events = self._events, []
-                self._report(events)
-            if self.core.starved or self._starved_spans:
-                self._note_starved()
+
+    def _give_out(self) -> None:
+        """Sends and reports what the commands so far came to."""
+        self.data_plane.flush()
+        if self._events and (len(self.core.runs) <= _RUNS_AHEAD or time.monotonic() > self._reported + _COMPANY_SECONDS):
+            self._reported = time.monotonic()
+            events, self._events = self._events, []
+            self._report(events)
+        if self.core.starved or self._starved_spans:
+            self._note_starved()
+
+    def _soon(self, item: core.Event | Callable[[], None]) -> None:
+        """Takes an item at once on the engine's thread, where no event is being handled; else queues it."""
+        if self._handling or threading.get_ident() != self._thread.ident:
+            self._inbox.put(item)
+        else:
+            self._take(item)
 
     def _take(self, item: core.Event | Callable[[], None]) -> None:
         if callable(item):
@@ -233,6 +254,7 @@ class Engine:
             self._handle(item)
 
     def _handle(self, event: core.Event) -> None:
+        outer, self._handling = self._handling, True
         for command in self.core.handle(event):
             match command:
                 case core.Execute():
@@ -261,6 +283,7 @@ class Engine:
                 case core.ReportEnqueued():
                     enqueued = pb.UnitEnqueued(run_id=command.run_id, unit=command.unit)
                     self._events.append(pb.ExecutorEvent(unit_enqueued=enqueued))
+        self._handling = outer
 
     # ---- memory
 
@@ -413,7 +436,7 @@ class Engine:
             left -= 1
             if left == 0:
                 self._note_computed(task, issued, time.time_ns())
-                self._inbox.put(core.UnitFinished(task=task, failure=failure))
+                self._soon(core.UnitFinished(task=task, failure=failure))
 
         for buffers in leaves:
             self.runtime.on_ready(buffers, finished)
@@ -469,7 +492,7 @@ class Engine:
             if left == 0:
                 name = f"send edge {instruction.edge_id} to {', '.join(instruction.peers)}"
                 self._note(name, "transfer", started, time.time_ns(), run_id)
-                self._inbox.put(core.UnitFinished(task=task, failure=core.lowest(failures)))
+                self._soon(core.UnitFinished(task=task, failure=core.lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
             for peer in instruction.peers:
@@ -493,7 +516,7 @@ class Engine:
                 given = total if failure is None else failure
                 assert given is not None
                 self.reducer.give(peer, task.run.run_id, instruction.edge_id, given)
-            self._inbox.put(core.Reduced(task=task, data=total, failure=failure))
+            self._soon(core.Reduced(task=task, data=total, failure=failure))
 
         def start(value: torch.Tensor | Failure) -> None:
             edge, members = instruction.edge_id, instruction.members
@@ -505,6 +528,7 @@ class Engine:
         outgoing = Outgoing(run_id=run_id, edge_id=edge_id, phase=phase, value=piece)
         if threading.get_ident() == self._thread.ident:
             self.data_plane.send(peer, outgoing)
+            self.data_plane.flush()  # before the sum, and what follows it here: the others need it as soon
         else:
             self._inbox.put(lambda: self.data_plane.send(peer, outgoing))
 
@@ -521,7 +545,7 @@ class Engine:
                 host = self.failure("RemoteError", f"a value could not be read from its devices: {error}", error)
             take(host)
 
-        self.runtime.on_ready([cell.buffer], lambda: self._inbox.put(copy))
+        self.runtime.on_ready([cell.buffer], lambda: self._soon(copy))
 
     def _fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
         self._num_fetches += 1
@@ -544,7 +568,7 @@ class Engine:
         now = time.time_ns()
         self._note(f"receive edge {edge_id}", "transfer", now, now, run_id)
         data, failure = (None, value) if isinstance(value, Failure) else (value, None)
-        self._inbox.put(core.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
+        self._soon(core.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 
     def _on_lost(self, peer: str, reason: str) -> None:
         failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")

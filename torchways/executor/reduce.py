@@ -1,8 +1,9 @@
-"""Sums over several executors, without a star: each sums its own part and gives it to all the others.
+"""Sums over several executors, without a star.
 
-A large value is split into one part for each member (reduce-scatter), and the sums of the parts are exchanged
-(all-gather), so every member sends and receives about twice the value, however many there are. A small one, which is
-latency and not bytes, goes whole to everybody. Sums are taken in the order of the members: all have the same bits.
+A large value is split into one part for each member: everybody sums its own part (reduce-scatter), and the sums of the
+parts are exchanged (all-gather), so every member sends and receives about twice the value, however many there are. A
+small one, which is latency and messages and not bytes, is exchanged whole: between pairs, in log2(n) rounds, where the
+number of members is a power of two, else with everybody. All members add in one order: all have the same bits.
 
 Members say nothing to each other about when: what comes early is kept until this end starts.
 
@@ -13,7 +14,7 @@ slice gives them the sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -22,8 +23,6 @@ import torch
 from torchways.errors import Failure
 from torchways.ids import ClientId, RunId, owner
 
-#: Phases, as messages carry them: a member's addend, and the sum of a part.
-ADDEND, SUM = 1, 2
 _SMALL_BYTES = 64 << 10
 
 _Key: TypeAlias = tuple[RunId, int]
@@ -34,29 +33,45 @@ SendPiece: TypeAlias = Callable[[str, RunId, int, int, _Piece], None]
 
 @dataclass(slots=True)
 class _Reduction:
-    """One sum under way. Before its start only what came early is known."""
+    """One sum under way. Before its start only what came early is known.
 
-    members: tuple[str, ...] = ()
+    Attributes:
+        rounds: with whom this executor exchanges in each round, itself among them if it is a member.
+        value: what it brings into the round that is under way.
+        arrived: pieces by round and peer.
+        is_claimed: a thread works on it.
+    """
+
+    me: str = ""
+    rounds: Sequence[tuple[str, ...]] = ()
+    round: int = 0
+    is_sent: bool = False
     value: _Piece | None = None
+    is_large: bool = False
     numel: int = 0
     dtype: torch.dtype = torch.float32
     done: Callable[[torch.Tensor | None, Failure | None], None] | None = None
-    addends: dict[str, _Piece] = field(default_factory=dict)
-    sums: dict[str, _Piece] = field(default_factory=dict)
-    #: A thread has taken the addends to sum them.
-    is_summed: bool = False
+    arrived: dict[tuple[int, str], _Piece] = field(default_factory=dict)
+    is_claimed: bool = False
 
-    @property
-    def is_large(self) -> bool:
-        """Whether it goes in two phases."""
-        return len(self.members) > 1 and self.numel * self.dtype.itemsize > _SMALL_BYTES
+    def piece_for(self, peer: str) -> _Piece:
+        """Returns what a peer gets in this round; for this executor itself, what it adds."""
+        assert self.value is not None
+        if not self.is_large or self.round > 0 or isinstance(self.value, Failure):
+            return self.value
+        group = self.rounds[0]
+        index, size = group.index(peer), -(-self.numel // len(group))
+        return self.value[min(index * size, self.numel) : min((index + 1) * size, self.numel)]
 
-    def piece_of(self, value: _Piece, index: int) -> _Piece:
-        """Returns what member `index` sums of a flat value."""
-        if not self.is_large or isinstance(value, Failure):
-            return value
-        size = -(-self.numel // len(self.members))
-        return value[min(index * size, self.numel) : min((index + 1) * size, self.numel)]
+    def fold(self, pieces: Sequence[_Piece]) -> None:
+        """Ends a round."""
+        failures = [piece for piece in pieces if isinstance(piece, Failure)]
+        if failures:
+            self.value = failures[0]
+        else:
+            typed = [_typed(piece, self.dtype) for piece in pieces]  # type: ignore[arg-type]
+            self.value = torch.cat(typed) if self.is_large and self.round == 1 else _total(typed)
+        self.round, self.is_sent = self.round + 1, False
 
 
 class Reducer:
@@ -89,49 +104,37 @@ class Reducer:
             shape, dtype: of the value.
             done: called once with the sum, or with the failure of a member.
         """
-        is_member = self._me in members
         numel = torch.Size(shape).numel()
-        flat = value.reshape(-1) if isinstance(value, torch.Tensor) else value
+        is_large = self._me in members and len(members) > 1 and numel * dtype.itemsize > _SMALL_BYTES
         with self._lock:
             item = self._reductions.setdefault((run_id, edge_id), _Reduction())
-            item.members, item.value, item.numel, item.dtype, item.done = members, flat, numel, dtype, done
-            if is_member:
-                item.addends[self._me] = item.piece_of(flat, members.index(self._me))
-            for peer in members:
-                if peer in self._lost:
-                    item.addends.setdefault(peer, self._lost[peer])
-                    item.sums.setdefault(peer, self._lost[peer])
-        for index, peer in enumerate(members):
-            if is_member and peer != self._me and peer not in self._lost:
-                self._send(peer, run_id, edge_id, ADDEND, item.piece_of(flat, index))
+            item.me, item.numel, item.dtype, item.done, item.is_large = self._me, numel, dtype, done, is_large
+            item.value = value.reshape(-1) if isinstance(value, torch.Tensor) else value
+            item.rounds = (members, members) if is_large else _small_rounds(members, self._me)
         self._go_on((run_id, edge_id))
 
     def give(self, peer: str, run_id: RunId, edge_id: int, total: torch.Tensor | Failure) -> None:
         """Gives a sum to an executor that is no member."""
-        self._send(peer, run_id, edge_id, ADDEND, total)
+        self._send(peer, run_id, edge_id, 1, total)
 
     def arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
-        """Takes a peer's piece: bytes, or a failure."""
+        """Takes a peer's piece, bytes or a failure; `phase` counts its rounds from 1."""
         with self._lock:
-            item = self._reductions.setdefault((run_id, edge_id), _Reduction())
-            (item.addends if phase == ADDEND else item.sums)[peer] = piece
+            self._reductions.setdefault((run_id, edge_id), _Reduction()).arrived[phase - 1, peer] = piece
         self._go_on((run_id, edge_id))
 
     def lose(self, peer: str, failure: Failure) -> None:
-        """Fails every sum that still waits for a peer."""
+        """Fails every sum that still waits for a peer, now and later."""
         with self._lock:
             self._lost[peer] = failure
-            keys = [key for key, item in self._reductions.items() if peer in item.members]
-            for key in keys:
-                self._reductions[key].addends.setdefault(peer, failure)
-                self._reductions[key].sums.setdefault(peer, failure)
+            keys = list(self._reductions)
         for key in keys:
             self._go_on(key)
 
     def drop_client(self, client_id: ClientId) -> None:
         """Forgets what came for a client's sums that never started."""
         with self._lock:
-            for key in [k for k, item in self._reductions.items() if not item.members and owner(k[0]) == client_id]:
+            for key in [k for k, item in self._reductions.items() if not item.rounds and owner(k[0]) == client_id]:
                 del self._reductions[key]
 
     @property
@@ -140,48 +143,54 @@ class Reducer:
         return len(self._reductions)
 
     def _go_on(self, key: _Key) -> None:
-        """Does what can be done; whoever brings the last piece does the sum, on its own thread."""
+        """Does what can be done; whoever brings the last piece of a round does its sum, on its own thread."""
         with self._lock:
             item = self._reductions.get(key)
-            if item is None or not item.members or len(item.addends) < len(item.members):
-                return
-            first, item.is_summed = not item.is_summed, True
-        if first:
-            total = _total(item)
+            if item is None or not item.rounds or item.is_claimed:
+                return  # a thread that has claimed it looks again
+            item.is_claimed = True
+        while True:
+            group = item.rounds[item.round]
+            others = [peer for peer in group if peer != item.me]
+            if not item.is_sent:
+                item.is_sent = True
+                if item.me in group:
+                    for peer in others:
+                        if peer not in self._lost:
+                            self._send(peer, *key, 1 + item.round, item.piece_for(peer))
             with self._lock:
-                item.sums[self._me] = total
-                if not item.is_large:
-                    item.sums.update({peer: total for peer in item.members})
-            if item.is_large:
-                for peer in item.members:
-                    if peer != self._me and peer not in self._lost:
-                        self._send(peer, *key, SUM, total)
-            item.addends[self._me] = total
-            item.value = None
+                known = {peer: item.arrived.get((item.round, peer), self._lost.get(peer)) for peer in others}
+                if any(piece is None for piece in known.values()):
+                    item.is_claimed = False
+                    return
+            item.fold([item.piece_for(peer) if peer == item.me else known[peer] for peer in group])  # type: ignore[misc]
+            if item.round == len(item.rounds):
+                break
         with self._lock:
-            ready = item.value is None and item.sums.keys() >= set(item.members) and key in self._reductions
-            if not ready:
-                return
             del self._reductions[key]
         assert item.done is not None
-        pieces = [item.sums[peer] for peer in item.members]
-        failures = [piece for piece in pieces if isinstance(piece, Failure)]
-        if failures:
-            item.done(None, failures[0])
-        elif item.is_large:
-            item.done(torch.cat([_typed(piece, item.dtype) for piece in pieces]), None)  # type: ignore[arg-type]
+        if isinstance(item.value, Failure):
+            item.done(None, item.value)
         else:
-            item.done(_typed(pieces[0], item.dtype), None)  # type: ignore[arg-type]
+            item.done(item.value, None)
 
 
-def _total(item: _Reduction) -> _Piece:
-    addends = [item.addends[peer] for peer in item.members]
-    for addend in addends:
-        if isinstance(addend, Failure):
-            return addend
-    total = _typed(addends[0], item.dtype).clone()  # type: ignore[arg-type]
-    for addend in addends[1:]:
-        total += _typed(addend, item.dtype)  # type: ignore[arg-type]
+def _small_rounds(members: tuple[str, ...], me: str) -> tuple[tuple[str, ...], ...]:
+    """Returns the groups that exchange a small value: pairs at distances 1, 2, 4, ..., or all at once."""
+    count = len(members)
+    if me not in members or count < 4 or count & (count - 1):
+        return (members,)
+    index = members.index(me)
+    pairs = [sorted((index, index ^ (1 << bit))) for bit in range(count.bit_length() - 1)]
+    return tuple((members[low], members[high]) for low, high in pairs)
+
+
+def _total(addends: Sequence[torch.Tensor]) -> torch.Tensor:
+    if len(addends) == 1:
+        return addends[0].clone()
+    total = addends[0] + addends[1]
+    for addend in addends[2:]:
+        total += addend
     return total
 
 

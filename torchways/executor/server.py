@@ -24,7 +24,7 @@ from torchways.errors import Failure
 from torchways.executor import state as core
 from torchways.executor.engine import Engine, device_bytes, spec_of
 from torchways.ids import BufferId, ClientId, ProgramId, RunId
-from torchways.observability.process import die_with_parent, setup_process
+from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -288,6 +288,7 @@ def main() -> None:
     arguments = parser.parse_args()
     setup_process(f"executor {arguments.executor_id}")
     die_with_parent(arguments.parent_pid)
+    precise_timers()
     # Device threads may be anywhere in native code; what this process holds dies with it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -123,6 +123,7 @@ class _Link:
         self._queued: collections.deque[Outgoing] = collections.deque()
         self._unwritten = bytearray()
         self._unread = bytearray()
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))
         #: What gloo works on: its handle, the tensor it reads, and what to call behind it.
         self._sending: queue.SimpleQueue[tuple[Any, torch.Tensor, Outgoing]] = queue.SimpleQueue()
         #: Large values that were announced.
@@ -273,18 +274,18 @@ class _Link:
                 self.plane.inbox.watch(self._socket, self._on_socket, selectors.EVENT_READ)
         if events & selectors.EVENT_READ and self._broken is None:
             try:
-                data = self._socket.recv(_READ_BYTES)
+                size = self._socket.recv_into(self._read_buffer)
             except BlockingIOError:
                 return
             except OSError as error:
                 self._lose(f"the connection broke: {error}")
                 return
-            if not data:
+            if not size:
                 self._lose("the connection was closed")
                 return
-            self._read(data)
+            self._read(self._read_buffer[:size])
 
-    def _read(self, data: bytes) -> None:
+    def _read(self, data: memoryview) -> None:
         unread = self._unread
         unread += data
         offset = 0

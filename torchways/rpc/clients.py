@@ -230,14 +230,6 @@ class SchedulerClient:
         """Must be the first message."""
         self.send(pb.ClientMessage(hello=pb.ClientHello(client_id=client_id)))
 
-    def release(self, slice_id: SliceId, buffer_ids: Sequence[BufferId]) -> None:
-        """Frees buffers once everything sent before has read them."""
-        self.send(pb.ClientMessage(release_buffers=pb.ReleaseBuffers(slice_id=slice_id, buffer_ids=buffer_ids)))
-
-    def forget(self, program_id: ProgramId) -> None:
-        """Says that no run of a program will follow."""
-        self.send(pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id)))
-
     async def _outgoing(self) -> AsyncIterator[pb.ClientMessages]:
         while (message := await self._queue.get()) is not None:
             # While one batch is on its way, what follows becomes the next.

@@ -76,6 +76,16 @@ def run_message(
     )
 
 
+def release_message(slice_id: SliceId, buffer_ids: Sequence[BufferId]) -> pb.ClientMessage:
+    """Returns the message that frees buffers once everything sent before has read them."""
+    return pb.ClientMessage(release_buffers=pb.ReleaseBuffers(slice_id=slice_id, buffer_ids=buffer_ids))
+
+
+def forget_message(program_id: ProgramId) -> pb.ClientMessage:
+    """Returns the message that says that no run of a program will follow."""
+    return pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id))
+
+
 def host_value(value: InlineValue) -> pb.HostValue:
     """Returns an inline value as a message."""
     spec = pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)

@@ -40,7 +40,7 @@ class World:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.data(), st.integers(1, 5), st.sampled_from([(), (3, 2), (0,), (40_000,), (7, 5_000)]))
+@given(st.data(), st.integers(1, 8), st.sampled_from([(), (3, 2), (0,), (40_000,), (7, 5_000)]))
 def test_every_member_gets_the_same_sum_in_any_order(data, count, shape):
     world = World(count)
     values = [torch.randn(shape) for _ in range(count)]
@@ -70,6 +70,17 @@ def test_no_member_sends_more_than_twice_the_value(count):
     assert max(world.sent_bytes.values()) <= 2 * 4 * numel  # a star's centre would send count - 1 times
 
 
+@pytest.mark.parametrize(("count", "messages"), [(2, 1), (3, 2), (4, 2), (6, 5), (8, 3)])
+def test_a_small_sum_takes_a_logarithm_of_messages_where_it_can(count, messages):
+    world = World(count)
+    for name in world.names:
+        world.start(name, torch.ones(2), (2,))
+    while world.messages:
+        world.deliver(0)
+    assert all(world.results[1, name].tolist() == [count, count] for name in world.names)
+    assert set(world.sent_bytes.values()) == {8 * messages}
+
+
 @pytest.mark.parametrize("early", [True, False])
 @pytest.mark.parametrize("given_total", [torch.arange(40_000.0), Failure(kind="RemoteError", message="boom")])
 def test_an_executor_that_is_no_member_is_given_the_sum(early, given_total):
@@ -91,7 +102,7 @@ def test_an_executor_that_is_no_member_is_given_the_sum(early, given_total):
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.data(), st.integers(2, 4), st.sampled_from([(), (40_000,)]))
+@given(st.data(), st.integers(2, 8), st.sampled_from([(), (40_000,)]))
 def test_a_poisoned_value_poisons_the_sum_everywhere(data, count, shape):
     world = World(count)
     failure = Failure(kind="RemoteError", message="boom")
@@ -104,19 +115,21 @@ def test_a_poisoned_value_poisons_the_sum_everywhere(data, count, shape):
 
 
 @pytest.mark.parametrize("shape", [(), (40_000,)])
-def test_a_lost_member_fails_sums_now_and_later(shape):
-    world = World(3)
+@pytest.mark.parametrize("count", [3, 4, 8])
+def test_a_lost_member_fails_sums_now_and_later(count, shape):
+    world = World(count)
     lost = Failure(kind="ExecutorLost", message="executor e2 is lost")
-    world.start("e0", torch.ones(shape), shape)
-    world.start("e1", torch.ones(shape), shape)
-    for name in ("e0", "e1"):
+    others = [name for name in world.names if name != "e2"]
+    for name in others:
+        world.start(name, torch.ones(shape), shape)
+    for name in others:
         world.members[name].lose("e2", lost)
         world.start(name, torch.ones(shape), shape, run_id=2)
     while world.messages:
         peer, name, *rest = world.messages.pop(0)
         if peer != "e2":
             world.members[peer].arrived(name, *rest)
-    assert all(world.results[run_id, name] == lost for run_id in (1, 2) for name in ("e0", "e1"))
+    assert all(world.results[run_id, name] == lost for run_id in (1, 2) for name in others)
 
 
 def test_a_client_that_is_gone_leaves_nothing():

@@ -1,0 +1,131 @@
+"""Systems under test, each a worker process that speaks the protocol of peers/protocol.py."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PEERS = Path(__file__).parent / "peers"
+#: Where peers/install.sh makes the environments.
+ENVIRONMENTS = Path(os.environ.get("TORCHWAYS_PEERS", ".peers"))
+
+_START_SECONDS = 180.0
+_ANSWER_SECONDS = 180.0
+_END_SECONDS = 20.0
+
+
+@dataclass(frozen=True)
+class SystemSpec:
+    """How to start a system: a script of peers/ in an environment (None: this one), with flags."""
+
+    name: str
+    script: str
+    environment: str | None = None
+    flags: tuple[str, ...] = ()
+
+    @property
+    def python(self) -> Path:
+        """The interpreter that runs it."""
+        return ENVIRONMENTS / self.environment / "bin/python" if self.environment else Path(sys.executable)
+
+
+OURS = SystemSpec("torchways", "torchways_controller.py")
+TORCH_XLA = SystemSpec("torch-xla", "torch_xla_direct.py")
+JAX = SystemSpec("jax", "jax_controllers.py", "jax")
+RAY = SystemSpec("ray", "ray_actors.py", "ray")
+RAY_COMPILED = SystemSpec("ray compiled", "ray_actors.py", "ray", ("--compiled",))
+MONARCH = SystemSpec("monarch", "monarch_actors.py", "monarch")
+ALL = (OURS, TORCH_XLA, JAX, RAY, RAY_COMPILED, MONARCH)
+
+
+class System:
+    """A running system; `ask` sends a request and waits for its answer."""
+
+    def __init__(self, spec: SystemSpec, hosts: int) -> None:
+        self.spec = spec
+        command = [str(spec.python), str(PEERS / spec.script), "--hosts", str(hosts), *spec.flags]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        self._process.stderr and os.set_blocking(self._process.stderr.fileno(), False)
+        self.version: str = self._answer(_START_SECONDS)["version"]
+
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Returns the answer to a request: {"computations", "seconds"}, {"unsupported"} or {"error"}."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer(_ANSWER_SECONDS)
+
+    def _answer(self, seconds: float) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        if not select.select([self._process.stdout], [], [], seconds)[0]:
+            raise TimeoutError(f"{self.spec.name} did not answer in {seconds:g} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.spec.name} ended with code {self._process.wait(5)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """Ends it: EOF, then by force."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def running(specs: Sequence[SystemSpec], hosts: int) -> Iterator[list[System]]:
+    """Starts systems, one after the other, and ends them; says which are not installed or do not start."""
+    systems: list[System] = []
+    try:
+        for spec in specs:
+            if not spec.python.exists():
+                print(f"{spec.name}: not installed; run benchmarks/peers/install.sh", file=sys.stderr)
+                continue
+            try:
+                systems.append(System(spec, hosts))
+            except (RuntimeError, TimeoutError) as error:
+                print(f"{spec.name} at {hosts} hosts: {error}", file=sys.stderr)
+        yield systems
+    finally:
+        for system in systems:
+            system.close()
+
+
+def calls_for(system: System, request: dict[str, Any], seconds: float) -> int:
+    """Returns how many calls of a kind take about `seconds`; 0 if the system does not do this kind."""
+    calls = 2
+    for _ in range(6):
+        answer = system.ask({**request, "calls": calls})
+        if "seconds" not in answer:
+            print(f"{system.spec.name} {request}: {answer}", file=sys.stderr)
+            return 0
+        if answer["seconds"] >= seconds / 2:
+            break
+        calls = max(calls + 1, min(calls * 16, int(calls * seconds / max(answer["seconds"], 1e-6))))
+    return max(1, int(calls * seconds / answer["seconds"]))
+
+
+def measure(systems: Sequence[System], request: dict[str, Any], repeats: int, seconds: float) -> dict[str, list[float]]:
+    """Returns computations a second of each system that does this kind, measured in turn: A B C A B C ..."""
+    calls = {system: calls_for(system, request, seconds) for system in systems}
+    found: dict[str, list[float]] = {system.spec.name: [] for system in systems if calls[system]}
+    for _ in range(repeats):
+        for system in systems:
+            if calls[system]:
+                answer = system.ask({**request, "calls": calls[system]})
+                found[system.spec.name].append(answer["computations"] / answer["seconds"])
+    return found
