@@ -13,40 +13,54 @@ from matplotlib.axes import Axes
 from benchmarks import systems
 from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, print_table
 
-MODES = ("op", "chained", "fused")
-
 
 def run(hosts: list[int], specs: list[systems.SystemSpec], repeats: int, seconds: float) -> dict[str, Any]:
     """Measures everything; returns the versions and one row for each cell of the table."""
     rows: list[dict[str, Any]] = []
     versions: dict[str, str] = {}
+    together = [spec for spec in specs if not spec.is_alone]
     for count in hosts:
-        with systems.running(specs, count) as started:
-            versions.update({system.spec.name: system.version for system in started})
-            for collective in (False, True) if count > 1 else (False,):
-                for mode in MODES:
+        mine: list[dict[str, Any]] = []
+        for group in [together, *([spec] for spec in specs if spec.is_alone)]:
+            with systems.running(group, count) as started:
+                versions.update({system.spec.name: system.version for system in started})
+                for mode, collective in _kinds(count):
                     request = {"mode": mode, "collective": collective, "chain": 128}
                     rates = systems.measure(started, request, repeats, seconds)
-                    rows += _rows(count, mode, collective, rates)
-                    _print([row for row in rows if row["hosts"] == count and row["mode"] == mode][-len(rates) :])
+                    mine += _rows(count, mode, collective, rates, mine)
+        mine.sort(key=lambda row: _kinds(count).index((row["mode"], row["collective"])))
+        _print(mine)
+        rows += mine
     return {"machine": machine(), "versions": versions, "rows": rows}
 
 
-def _rows(hosts: int, mode: str, collective: bool, rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    ours = rates.get(systems.OURS.name, [])
-    return [
-        {
-            "hosts": hosts,
-            "mode": mode,
-            "collective": collective,
-            "system": name,
-            "computations_per_second": median(found),
-            "min": min(found),
-            "max": max(found),
-            "ours_over_it": paired_ratio(ours, found),
-        }
-        for name, found in rates.items()
-    ]
+def _kinds(hosts: int) -> list[tuple[str, bool]]:
+    return [(mode, collective) for collective in ((False, True) if hosts > 1 else (False,)) for mode in systems.MODES]
+
+
+def _rows(
+    hosts: int, mode: str, collective: bool, rates: dict[str, list[float]], before: list[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Returns a row for each system. What waits for each result is compared with ours that does."""
+    known = {row["system"]: row["rates"] for row in before if (row["mode"], row["collective"]) == (mode, collective)}
+    known |= rates
+    rows = []
+    for name, found in rates.items():
+        ours = known.get((systems.OURS_WAITING if name.endswith("waiting") else systems.OURS).name, [])
+        rows.append(
+            {
+                "hosts": hosts,
+                "mode": mode,
+                "collective": collective,
+                "system": name,
+                "computations_per_second": median(found),
+                "min": min(found),
+                "max": max(found),
+                "ours_over_it": paired_ratio(ours, found),
+                "rates": found,
+            }
+        )
+    return rows
 
 
 def _print(rows: list[dict[str, Any]]) -> None:
@@ -64,7 +78,7 @@ def draw(rows: list[dict[str, Any]]) -> Axes:
     """Returns one panel for each kind, computations a second by hosts."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
     for line, collective in enumerate((False, True)):
-        for column, mode in enumerate(MODES):
+        for column, mode in enumerate(systems.MODES):
             axes = panels[line][column]
             shown = [row for row in rows if row["mode"] == mode and row["collective"] == collective]
             for name in dict.fromkeys(row["system"] for row in shown):

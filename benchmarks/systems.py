@@ -8,6 +8,7 @@ import os
 import select
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ PEERS = Path(__file__).parent / "peers"
 #: Where peers/install.sh makes the environments.
 ENVIRONMENTS = Path(os.environ.get("TORCHWAYS_PEERS", ".peers"))
 
+MODES = ("op", "chained", "fused")
 _START_SECONDS = 180.0
 _ANSWER_SECONDS = 180.0
 _END_SECONDS = 20.0
@@ -24,12 +26,23 @@ _END_SECONDS = 20.0
 
 @dataclass(frozen=True)
 class SystemSpec:
-    """How to start a system: a script of peers/ in an environment (None: this one), with flags."""
+    """How to start a system.
+
+    Attributes:
+        name: in tables.
+        script: of peers/.
+        environment: that it runs in; None: this one.
+        flags: of the script.
+        modes: what it is asked for.
+        is_alone: it keeps the processor busy while idle, so nothing else is measured while it lives.
+    """
 
     name: str
     script: str
     environment: str | None = None
     flags: tuple[str, ...] = ()
+    modes: tuple[str, ...] = MODES
+    is_alone: bool = False
 
     @property
     def python(self) -> Path:
@@ -38,12 +51,15 @@ class SystemSpec:
 
 
 OURS = SystemSpec("torchways", "torchways_controller.py")
+OURS_WAITING = SystemSpec("torchways, waiting", "torchways_controller.py", flags=("--wait",), modes=("op",))
 TORCH_XLA = SystemSpec("torch-xla", "torch_xla_direct.py")
 JAX = SystemSpec("jax", "jax_controllers.py", "jax")
 RAY = SystemSpec("ray", "ray_actors.py", "ray")
-RAY_COMPILED = SystemSpec("ray compiled", "ray_actors.py", "ray", ("--compiled",))
+RAY_WAITING = SystemSpec("ray, waiting", "ray_actors.py", "ray", ("--wait",), ("op",))
+RAY_COMPILED = SystemSpec("ray compiled", "ray_actors.py", "ray", ("--compiled",), is_alone=True)
 MONARCH = SystemSpec("monarch", "monarch_actors.py", "monarch")
-ALL = (OURS, TORCH_XLA, JAX, RAY, RAY_COMPILED, MONARCH)
+MONARCH_WAITING = SystemSpec("monarch, waiting", "monarch_actors.py", "monarch", ("--wait",), ("op",))
+ALL = (OURS, OURS_WAITING, TORCH_XLA, JAX, RAY, RAY_WAITING, RAY_COMPILED, MONARCH, MONARCH_WAITING)
 
 
 class System:
@@ -52,10 +68,11 @@ class System:
     def __init__(self, spec: SystemSpec, hosts: int) -> None:
         self.spec = spec
         command = [str(spec.python), str(PEERS / spec.script), "--hosts", str(hosts), *spec.flags]
+        # What libraries chatter goes to a file: a pipe that nobody reads would stop them.
+        self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - it lives as long as the process
         self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log, text=True
         )
-        self._process.stderr and os.set_blocking(self._process.stderr.fileno(), False)
         self.version: str = self._answer(_START_SECONDS)["version"]
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -71,7 +88,9 @@ class System:
             raise TimeoutError(f"{self.spec.name} did not answer in {seconds:g} s")
         line = self._process.stdout.readline()
         if not line:
-            raise RuntimeError(f"{self.spec.name} ended with code {self._process.wait(5)}")
+            self._log.seek(0)
+            tail = "".join(self._log.readlines()[-20:])
+            raise RuntimeError(f"{self.spec.name} ended with code {self._process.wait(5)}; it wrote last:\n{tail}")
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -121,6 +140,7 @@ def calls_for(system: System, request: dict[str, Any], seconds: float) -> int:
 
 def measure(systems: Sequence[System], request: dict[str, Any], repeats: int, seconds: float) -> dict[str, list[float]]:
     """Returns computations a second of each system that does this kind, measured in turn: A B C A B C ..."""
+    systems = [system for system in systems if request["mode"] in (*system.spec.modes, "work")]
     calls = {system: calls_for(system, request, seconds) for system in systems}
     found: dict[str, list[float]] = {system.spec.name: [] for system in systems if calls[system]}
     for _ in range(repeats):

@@ -4,7 +4,8 @@ The protocol and what is measured: protocol.py. A host is an island of one CPU d
 processes, so what is one SPMD computation on a TPU island is here one compiled function on each island, and the
 all-reduce is an edge of the dataflow program between islands (`tw.all_reduce`). How the modes map:
 
-    op       one call of a `tw.program` of one compiled function a host; calls are not waited for.
+    op       one call of a `tw.program` of one compiled function a host; calls are not waited for, unless `--wait` has
+             every result read before the next call.
     chained  one call of a program of `chain` compiled functions a host.
     fused    one call of a program of one compiled function a host, of `chain` additions. With a collective it is
              unsupported: an all-reduce between islands is an edge and cannot be inside a compiled function.
@@ -53,8 +54,9 @@ def _work(loops: int) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
 class ProgramLoop:
     """The loop of every mode: one call of a program for each user-level call."""
 
-    def __init__(self, program: Callable[..., Any], meshes: list[Any], extra: list[Any]) -> None:
+    def __init__(self, program: Callable[..., Any], meshes: list[Any], extra: list[Any], is_waiting: bool) -> None:
         self._program = program
+        self._is_waiting = is_waiting
         self._meshes = meshes
         self._extra = extra
         self._xs: list[Any] = []
@@ -66,6 +68,8 @@ class ProgramLoop:
     def run(self, calls: int) -> None:
         for _ in range(calls):
             self._xs = self._program(self._xs, *self._extra)
+            if self._is_waiting:
+                self.values()
         self.values()
 
     def values(self) -> list[float]:
@@ -75,9 +79,9 @@ class ProgramLoop:
 class Torchways:
     version = f"torchways {tw.__version__}"
 
-    def __init__(self, hosts: int, dispatch: str) -> None:
+    def __init__(self, hosts: int, is_waiting: bool) -> None:
         self.hosts = hosts
-        self._dispatch = dispatch
+        self._is_waiting = is_waiting
         names = ("host",)
         self._meshes = [tw.init_device_mesh((1,), mesh_dim_names=names, island=h) for h in range(hosts)]
 
@@ -92,7 +96,7 @@ class Torchways:
         adders = [tw.function(_add_many(adds), mesh=mesh) for mesh in self._meshes]
         means = [tw.function(lambda x: x / self.hosts + 1, mesh=mesh) for mesh in self._meshes]
 
-        @tw.program(dispatch=self._dispatch)
+        @tw.program
         def chain(xs: list[torch.Tensor]) -> list[torch.Tensor]:
             for _ in range(nodes):
                 if kind.collective:
@@ -101,7 +105,7 @@ class Torchways:
                     xs = [add(x) for add, x in zip(adders, xs, strict=True)]
             return xs
 
-        return ProgramLoop(chain, self._meshes, [])
+        return ProgramLoop(chain, self._meshes, [], self._is_waiting)
 
     def _prepare_work(self, kind: Kind) -> ProgramLoop:
         functions = [tw.function(_work(kind.loops), mesh=mesh) for mesh in self._meshes]
@@ -111,17 +115,17 @@ class Torchways:
             return [function(x, m) for function, x, m in zip(functions, xs, ones, strict=True)]
 
         ones = [tw.distribute_tensor(torch.ones(MATRIX, MATRIX), mesh) for mesh in self._meshes]
-        return ProgramLoop(step, self._meshes, [ones])
+        return ProgramLoop(step, self._meshes, [ones], False)
 
 
 @contextmanager
-def open_peer(hosts: int, dispatch: str) -> Iterator[Torchways]:
+def open_peer(hosts: int, is_waiting: bool) -> Iterator[Torchways]:
     with tw.init(islands=hosts, devices_per_island=1):
-        yield Torchways(hosts, dispatch)
+        yield Torchways(hosts, is_waiting)
 
 
 if __name__ == "__main__":
     parser = protocol.argument_parser(__doc__)
-    parser.add_argument("--dispatch", choices=["parallel", "sequential"], default="parallel")
+    parser.add_argument("--wait", action="store_true", help="read every result before the next call")
     arguments = parser.parse_args()
-    protocol.serve(lambda: open_peer(arguments.hosts, arguments.dispatch))
+    protocol.serve(lambda: open_peer(arguments.hosts, arguments.wait))

@@ -233,8 +233,9 @@ class Engine:
     def _give_out(self) -> None:
         """Sends and reports what the commands so far came to."""
         self.data_plane.flush()
-        if self._events and (len(self.core.runs) <= _RUNS_AHEAD or time.monotonic() > self._reported + _COMPANY_SECONDS):
-            self._reported = time.monotonic()
+        now = time.monotonic()
+        if self._events and (len(self.core.runs) <= _RUNS_AHEAD or now > self._reported + _COMPANY_SECONDS):
+            self._reported = now
             events, self._events = self._events, []
             self._report(events)
         if self.core.starved or self._starved_spans:

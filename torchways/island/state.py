@@ -8,8 +8,9 @@ Computations of a slice of several hosts (a gang) are enqueued on the devices on
 gets its grants in one order; one that shares a device with another slice's is granted when all hosts have enqueued
 the other's. So all device queues of the island agree on the order, and no two computations can wait for each other.
 
-What names a slice that is not here fails for who sent it, on the slices that are. An event that cannot follow what came before it
-raises `InternalError` with the history of what it is about. Reports about what was dropped meanwhile are no errors.
+What names a slice that is not here fails for who sent it; the slices that are here run their parts. An event that
+cannot follow what came before it raises `InternalError` with the history of what it is about. Reports about what was
+dropped meanwhile are no errors.
 """
 
 from __future__ import annotations
