@@ -1,7 +1,8 @@
-"""Two bare processes that exchange bytes over gloo or TCP: what the transfer benchmark compares with."""
+"""Two bare processes that exchange bytes over gloo, TCP, or an executor's data plane without an executor."""
 
 from __future__ import annotations
 
+import collections
 import multiprocessing
 import multiprocessing.connection
 import socket
@@ -11,6 +12,11 @@ from typing import Any, Protocol
 
 import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
+
+from torchways.errors import Failure
+from torchways.executor.inbox import Inbox
+from torchways.executor.transfer import DataPlane, Outgoing
+from torchways.ids import RunId
 
 _TIMEOUT = timedelta(seconds=60)
 
@@ -70,11 +76,48 @@ class TcpPair:
             done += self._socket.recv_into(view[done:])
 
 
-_KINDS: dict[str, type[Any]] = {"gloo": GlooPair, "tcp": TcpPair}
+class DataPlanePair:
+    """The ends of a link between two executors' data planes, driven by this thread as an engine drives them."""
+
+    def __init__(self, rank: int, port: int) -> None:
+        store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
+        self._inbox: Inbox[Any] = Inbox()
+        self._arrived: collections.deque[torch.Tensor] = collections.deque()
+        self._plane = DataPlane(f"e{rank}", "127.0.0.1", self._inbox, self._on_arrived, self._on_lost)
+        self._peer = f"e{1 - rank}"
+        store.set(f"plane{rank}", self._plane.address)
+        self._plane.connect(self._peer, store.get(f"plane{1 - rank}").decode())
+
+    def _on_arrived(self, _peer: str, _run: RunId, _edge: int, _phase: int, value: torch.Tensor | Failure) -> None:
+        assert isinstance(value, torch.Tensor)
+        self._arrived.append(value)
+        self._inbox.put(lambda: None)
+
+    def _on_lost(self, peer: str, reason: str) -> None:
+        raise RuntimeError(f"the link to {peer} is lost: {reason}")
+
+    def send(self, data: torch.Tensor) -> None:
+        """See `Pair`; returns when it is on its way, as a link never blocks."""
+        self._plane.send(self._peer, Outgoing(run_id=RunId(1), edge_id=0, phase=0, value=data))
+        self._plane.flush()
+
+    def receive(self, data: torch.Tensor) -> None:
+        """Takes the next value, into memory of its own: an executor gives that to the device."""
+        deadline = time.monotonic() + _TIMEOUT.total_seconds()
+        while not self._arrived:
+            if time.monotonic() > deadline:
+                raise TimeoutError("nothing came over the data plane")
+            self._inbox.wait(1.0)
+            while (item := self._inbox.take()) is not None:
+                item()
+        assert self._arrived.popleft().numel() == data.numel()
+
+
+_KINDS: dict[str, type[Any]] = {"gloo": GlooPair, "tcp": TcpPair, "data plane": DataPlanePair}
 
 
 class RawPair:
-    """A process and this one, connected both by gloo and by TCP."""
+    """A process and this one, connected by gloo, by TCP and by a data plane."""
 
     def __init__(self) -> None:
         self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=_TIMEOUT)

@@ -18,7 +18,8 @@ import torchways as tw
 from benchmarks.raw_pairs import RawPair
 from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, print_table
 
-KINDS = ("torchways", "gloo", "tcp")
+RAW = ("data plane", "gloo", "tcp")
+KINDS = ("torchways", *RAW)
 _STREAM_BYTES = 256 << 20
 _HOPS = 64
 _READ_TIMEOUT = timedelta(minutes=5)
@@ -90,24 +91,19 @@ def run(sizes: list[int], repeats: int) -> dict[str, Any]:
 
 
 def _latency_row(ours: Ours, pair: RawPair, size: int, repeats: int) -> dict[str, Any]:
-    found: dict[str, list[float]] = {"torchways": [], "compute": [], "gloo": [], "tcp": []}
+    found: dict[str, list[float]] = {"hop": [], "compute": [], **{kind: [] for kind in RAW}}
     for _ in range(repeats + 1):
         hop, compute = ours.latency(size)
-        found["torchways"].append(hop)
+        found["hop"].append(hop)
         found["compute"].append(compute)
-        for kind in ("gloo", "tcp"):
+        for kind in RAW:
             found[kind].append(pair.latency(kind, size, 200))
     found = {kind: values[1:] for kind, values in found.items()}  # the first round warms up
-    transfers = [hop - compute for hop, compute in zip(found["torchways"], found["compute"], strict=True)]
     return {
         "bytes": size,
-        "hop_us": 1e6 * median(found["torchways"]),
-        "compute_us": 1e6 * median(found["compute"]),
-        "transfer_us": 1e6 * median(transfers),
-        "gloo_us": 1e6 * median(found["gloo"]),
-        "tcp_us": 1e6 * median(found["tcp"]),
-        "transfer_over_gloo": paired_ratio(transfers, found["gloo"]),
-        "hop_over_gloo": paired_ratio(found["torchways"], found["gloo"]),
+        **{f"{kind.replace(' ', '_')}_us": 1e6 * median(values) for kind, values in found.items()},
+        "data_plane_over_gloo": paired_ratio(found["data plane"], found["gloo"]),
+        "hop_over_gloo": paired_ratio(found["hop"], found["gloo"]),
     }
 
 
@@ -116,12 +112,12 @@ def _bandwidth_row(ours: Ours, pair: RawPair, size: int, repeats: int) -> dict[s
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for _ in range(repeats + 1):
         found["torchways"].append(ours.bandwidth(size, count))
-        for kind in ("gloo", "tcp"):
+        for kind in RAW:
             found[kind].append(pair.bandwidth(kind, size, count))
     found = {kind: values[1:] for kind, values in found.items()}
     return {
         "bytes": size,
-        **{f"{kind}_gb_per_s": median(values) / 1e9 for kind, values in found.items()},
+        **{f"{kind.replace(' ', '_')}_gb_per_s": median(values) / 1e9 for kind, values in found.items()},
         "ours_over_gloo": paired_ratio(found["torchways"], found["gloo"]),
         "ours_over_tcp": paired_ratio(found["torchways"], found["tcp"]),
     }
@@ -130,15 +126,13 @@ def _bandwidth_row(ours: Ours, pair: RawPair, size: int, repeats: int) -> dict[s
 def draw(results: dict[str, Any]) -> Axes:
     """Returns two panels: latency and bandwidth by size."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
-    for key, label in (("hop_us", "torchways, with a computation"), ("transfer_us", "torchways, transfer alone")):
-        left.plot([r["bytes"] for r in results["latency"]], [r[key] for r in results["latency"]], "o-", label=label)
-    for kind in ("gloo", "tcp"):
-        left.plot(
-            [r["bytes"] for r in results["latency"]], [r[f"{kind}_us"] for r in results["latency"]], "s--", label=kind
-        )
+    for key, label in (("hop", "torchways, a computation and its transfer"), *((kind, kind) for kind in RAW)):
+        rows = results["latency"]
+        left.plot([r["bytes"] for r in rows], [r[f"{key.replace(' ', '_')}_us"] for r in rows], "o-", label=label)
     for kind in KINDS:
         rows = results["bandwidth"]
-        right.plot([r["bytes"] for r in rows], [r[f"{kind}_gb_per_s"] for r in rows], "o-", label=kind)
+        key = f"{kind.replace(' ', '_')}_gb_per_s"
+        right.plot([r["bytes"] for r in rows], [r[key] for r in rows], "o-", label=kind)
     left.set_ylabel("microseconds, one way")
     right.set_ylabel("GB/s")
     for axes in (left, right):

@@ -1,0 +1,47 @@
+"""Every benchmark runs, without the peers that need environments of their own, and ends with its JSON line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks import systems
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "checked"),
+    [
+        ("dispatch", ["--hosts", "2", "--systems", "torchways", "--seconds", "0.05"], "rows"),
+        ("dispatch", ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"], "rows"),
+        ("smallest", ["--hosts", "1", "--loops", "1,2", "--peer", "torch-xla", "--seconds", "0.05"], "rows"),
+        ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
+        ("transfer", ["--sizes", "4,65536"], "latency"),
+    ],
+)
+def test_benchmark_runs(tmp_path, name, options, checked):
+    command = [sys.executable, "-m", f"benchmarks.{name}", "--repeats", "1", "--json", *options]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
+    assert result["benchmark"] == name
+    assert result[checked]
+    assert result["machine"]["torch"]
+    assert (tmp_path / "outputs" / "benchmarks" / f"{name}.png").stat().st_size > 10_000
+
+
+def _environment():
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+def test_a_peer_that_is_not_installed_is_left_out_with_a_word(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(systems, "ENVIRONMENTS", tmp_path)
+    with systems.running([systems.JAX], 1) as started:
+        assert started == []
+    assert "jax: not installed; run benchmarks/peers/install.sh" in capsys.readouterr().err
