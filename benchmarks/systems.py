@@ -53,13 +53,14 @@ class SystemSpec:
 OURS = SystemSpec("torchways", "torchways_controller.py")
 OURS_WAITING = SystemSpec("torchways, waiting", "torchways_controller.py", flags=("--wait",), modes=("op",))
 TORCH_XLA = SystemSpec("torch-xla", "torch_xla_direct.py")
+TORCH_XLA_COMPILED = SystemSpec("torch-xla compiled", "torch_xla_direct.py", flags=("--compiled",))
 JAX = SystemSpec("jax", "jax_controllers.py", "jax")
 RAY = SystemSpec("ray", "ray_actors.py", "ray")
 RAY_WAITING = SystemSpec("ray, waiting", "ray_actors.py", "ray", ("--wait",), ("op",))
 RAY_COMPILED = SystemSpec("ray compiled", "ray_actors.py", "ray", ("--compiled",), is_alone=True)
 MONARCH = SystemSpec("monarch", "monarch_actors.py", "monarch")
 MONARCH_WAITING = SystemSpec("monarch, waiting", "monarch_actors.py", "monarch", ("--wait",), ("op",))
-ALL = (OURS, OURS_WAITING, TORCH_XLA, JAX, RAY, RAY_WAITING, RAY_COMPILED, MONARCH, MONARCH_WAITING)
+ALL = (OURS, OURS_WAITING, TORCH_XLA, TORCH_XLA_COMPILED, JAX, RAY, RAY_WAITING, RAY_COMPILED, MONARCH, MONARCH_WAITING)
 
 
 class System:

@@ -21,7 +21,7 @@ from benchmarks.report import argument_parser, finish, machine, median, numbers,
 RAW = ("data plane", "gloo", "tcp")
 KINDS = ("torchways", *RAW)
 _STREAM_BYTES = 256 << 20
-_HOPS = 64
+_HOPS = 256
 _READ_TIMEOUT = timedelta(minutes=5)
 
 

@@ -16,9 +16,11 @@ if TYPE_CHECKING:
         distribute_tensor,
         executor_status,
         function,
+        get,
         init,
         init_device_mesh,
         is_eager,
+        parallelize_module,
         pipeline,
         profile,
         program,
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from torchways.capture.collectives import all_reduce
     from torchways.mesh import VirtualSlice
     from torchways.parallel.pipeline import SplitPoint
+    from torchways.parallel.plans import fully_shard, tensor_parallel
 
 __version__ = "0.1.0"
 
@@ -40,9 +43,11 @@ _MODULE_OF = {
             "distribute_tensor",
             "executor_status",
             "function",
+            "get",
             "init",
             "init_device_mesh",
             "is_eager",
+            "parallelize_module",
             "pipeline",
             "profile",
             "program",
@@ -55,6 +60,8 @@ _MODULE_OF = {
     "all_reduce": "torchways.capture.collectives",
     "VirtualSlice": "torchways.mesh",
     "SplitPoint": "torchways.parallel.pipeline",
+    "fully_shard": "torchways.parallel.plans",
+    "tensor_parallel": "torchways.parallel.plans",
 }
 
 __all__ = [
@@ -66,14 +73,18 @@ __all__ = [
     "cond",
     "distribute_tensor",
     "executor_status",
+    "fully_shard",
     "function",
+    "get",
     "init",
     "init_device_mesh",
     "is_eager",
+    "parallelize_module",
     "pipeline",
     "profile",
     "program",
     "shutdown",
+    "tensor_parallel",
     "while_loop",
 ]
 

@@ -20,9 +20,9 @@ import torch
 from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.config import ClusterConfig
-from torchways.controller.buffers import HostBuffer
+from torchways.controller.buffers import HostBuffer, get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
-from torchways.controller.function import _module_entry, make_function
+from torchways.controller.function import _module_entry, make_function, make_parallel
 from torchways.controller.loop import LoopThread
 from torchways.controller.modules import make_placed
 from torchways.controller.program import Dispatch, ProgramFunction
@@ -34,6 +34,7 @@ from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
 from torchways.observability.process import setup_logging
 from torchways.observability.trace import write_chrome_trace
 from torchways.parallel.pipeline import SplitPoint, add_stages
+from torchways.parallel.plans import Plan, placements_of
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
 
@@ -297,6 +298,29 @@ def pipeline(module: torch.nn.Module, *, split_spec: Mapping[str, SplitPoint], m
     return module
 
 
+def parallelize_module(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan | None = None) -> Any:
+    """Makes a module a compiled function on `mesh`, its parameters split as a plan says; returns the module itself.
+
+    Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
+    Host tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where
+    values live and never changes a result.
+
+    Args:
+        module: any module.
+        mesh: slice that it runs on.
+        plan: from patterns of parameter names to placements, ``{"*.wq.weight": {"tp": Shard(0)}}``; the first that
+            fits holds, and what none fits is replicated. `tw.fully_shard` and `tw.tensor_parallel` make some. None:
+            all is replicated, which is data parallelism.
+
+    Raises:
+        PlacementError: a pattern fits no parameter, an axis does not exist, or a dimension cannot be split evenly.
+    """
+    if is_eager():
+        placements_of(module, mesh, plan or {})
+        return module
+    return make_parallel(module, mesh, plan or {}, _current)
+
+
 def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
     """Starts copying a host tensor to a slice and returns its array.
 
@@ -313,6 +337,19 @@ def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequ
         return tensor
     content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
     return Array(_current().put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
+
+
+def get(tree: Any, *, timeout: timedelta | None = None) -> Any:
+    """Waits for all arrays of a pytree and returns it with their values as CPU tensors; reads them at once.
+
+    Args:
+        tree: lists, tuples, dicts, ... of arrays and anything else.
+        timeout: longest wait for all; None waits as long as their executors live.
+
+    Raises:
+        RemoteError, ExecutorLost, DeadlineExceeded, SessionClosed: as `Array.cpu`, for the first array that fails.
+    """
+    return get_all(tree, timeout)
 
 
 def cluster_info() -> ClusterInfo:

@@ -141,13 +141,15 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
         raise PlacementError(
             f"{len(texts)} placements {texts} for the {mesh.ndim} axes of mesh {mesh}: give one an axis"
         )
+    axes_of: dict[int, list[int]] = {}
     for axis, text in enumerate(texts):
-        if text == "R":
-            continue
-        dim = int(text[2:-1])
+        if text != "R":
+            axes_of.setdefault(int(text[2:-1]), []).append(axis)
+    for dim, axes in axes_of.items():
         if dim >= len(shape):
-            raise PlacementError(f"placement {text} of a tensor of shape {tuple(shape)}: it has no dimension {dim}")
-        check_divides(mesh.mesh_dim_names[axis], mesh.shape[axis], dim, shape[dim])
+            raise PlacementError(f"placement S({dim}) of a tensor of shape {tuple(shape)}: it has no dimension {dim}")
+        names = " x ".join(mesh.mesh_dim_names[axis] for axis in axes)
+        check_divides(names, math.prod(mesh.shape[axis] for axis in axes), dim, shape[dim])
     return texts
 
 
@@ -178,6 +180,8 @@ def _placement_text(placement: Any) -> str:
     # torch.distributed.tensor takes a second to import; its placements say what they are.
     if getattr(placement, "is_replicate", bool)():
         return "R"
-    if getattr(placement, "is_shard", bool)():
+    if getattr(placement, "is_shard", bool)() and placement.dim >= 0:
         return f"S({placement.dim})"
-    raise PlacementError(f"unknown placement {placement!r}: use Shard(dim) or Replicate() of torch.distributed.tensor")
+    raise PlacementError(
+        f"unknown placement {placement!r}: use Shard(dim), with dim from 0, or Replicate() of torch.distributed.tensor"
+    )

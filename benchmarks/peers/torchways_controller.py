@@ -73,7 +73,7 @@ class ProgramLoop:
         self.values()
 
     def values(self) -> list[float]:
-        return [x.cpu(timeout=_READ_TIMEOUT).item() for x in self._xs]
+        return [x.item() for x in tw.get(self._xs, timeout=_READ_TIMEOUT)]
 
 
 class Torchways:

@@ -132,16 +132,29 @@ def test_arrays_are_futures(cluster, meshes):
         y.item()
 
 
-def test_a_timed_out_read_does_not_consume_the_future(cluster, meshes):
-    def slow(x):
-        for _ in range(60):
-            x = x @ x / 100
-        return x
+def slow_product(x):
+    for _ in range(60):
+        x = x @ x / 100
+    return x
 
-    y = tw.function(slow, mesh=meshes[0])(torch.ones(1000, 1000))
+
+def test_a_timed_out_read_does_not_consume_the_future(cluster, meshes):
+    y = tw.function(slow_product, mesh=meshes[0])(torch.ones(1000, 1000))
     with pytest.raises(DeadlineExceeded):
         y.cpu(timeout=timedelta(seconds=0.001))
     assert y.shape == y.cpu().shape
+
+
+def test_many_arrays_are_read_at_once(cluster, meshes):
+    slow = tw.function(slow_product, mesh=meshes[0])
+    arrays = {"here": slow(torch.ones(1000, 1000)), "there": tw.distribute_tensor(torch.ones(2), meshes[1])}
+    with pytest.raises(DeadlineExceeded):
+        tw.get(arrays, timeout=timedelta(seconds=0.001))
+    read = tw.get({**arrays, "more": [3, torch.ones(1)]}, timeout=timedelta(seconds=60))
+    assert type(read["here"]) is torch.Tensor
+    assert torch.equal(read["here"], arrays["here"].cpu())
+    assert read["there"].tolist() == [1, 1]
+    assert read["more"] == [3, torch.ones(1)]
 
 
 def test_functions_that_nobody_keeps_are_forgotten(cluster, meshes):

@@ -159,8 +159,8 @@ class _Partitioner:
         self._place_outputs()
         groups = self._cut()
         self.data_sizes = self._find_data_sizes()
-        self.state_shapes = {
-            tuple(node.meta["val"].shape)
+        self.state_placements = {
+            (self.slice_of[node], tuple(node.meta["val"].shape)): self._placements(node, self.slice_of[node])
             for node, spec in zip(self.placeholders, self.inputs, strict=True)
             if spec.is_state
         }
@@ -422,18 +422,24 @@ class _Partitioner:
             return self.values[self._value(source, slice_index)].placements
         if node.op == "placeholder":
             spec = self.inputs[self._position[node]]
-            return spec.placements if spec.placements is not None else ("R",) * mesh.ndim
+            if spec.placements is not None:
+                return spec.placements
+            leader = self.placeholders[spec.follows] if spec.follows is not None else None
+            if leader is not None and tuple(leader.meta["val"].shape) == shape:  # optimizer state: as its parameter
+                return self._placements(leader, slice_index)
+            return ("R",) * mesh.ndim
         first_written = len(self.outputs) - len(self.written)
         for position, output in enumerate(self.outputs[first_written:]):
             if output is node:
                 old = self.placeholders[self.written[position]]
                 return self._placements(old, slice_index) if self.slice_of[old] == slice_index else ("R",) * mesh.ndim
-        return self._derived_placements(shape, mesh)
+        as_state = self.state_placements.get((slice_index, shape))  # a gradient, most likely
+        return as_state if as_state is not None else self._derived_placements(shape, mesh)
 
     def _derived_placements(self, shape: tuple[int, ...], mesh: VirtualSlice) -> Placements:
         """Splits what looks like a batch (dimension 0 a multiple of the data's) along "dp"; never changes a result."""
         texts = ["R"] * mesh.ndim
-        if DATA_AXIS in mesh.mesh_dim_names and shape and shape not in self.state_shapes:
+        if DATA_AXIS in mesh.mesh_dim_names and shape:
             axis = mesh.mesh_dim_names.index(DATA_AXIS)
             batched = any(size > 1 and shape[0] and shape[0] % size == 0 for size in self.data_sizes)
             if batched and shape[0] % mesh.shape[axis] == 0:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import time
 from collections.abc import Generator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
+import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
-from torchways.errors import SessionClosed
+from torchways.errors import DeadlineExceeded, SessionClosed
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc.programs import InlineValue
@@ -130,6 +132,33 @@ def host_array(tensor: torch.Tensor, *, requires_grad: bool = False) -> Array:
 def array_like(content: HostContent, follows: torch.Tensor) -> Array:
     """Returns an array of a host value, to live where `follows` lives."""
     return Array(HostBuffer(content, follows=follows), content.shape, content.dtype)
+
+
+def get_all(tree: Any, timeout: timedelta | None) -> Any:
+    """Returns a pytree with the values of its arrays; see `tw.get`."""
+    leaves, spec = pytree.tree_flatten(tree)
+    deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
+    reads = {
+        position: leaf._buffer.session.start_fetch(leaf._buffer)
+        for position, leaf in enumerate(leaves)
+        if isinstance(leaf, Array) and isinstance(leaf._buffer, RemoteBuffer)
+    }
+    try:
+        for position, leaf in enumerate(leaves):
+            if position in reads:
+                left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                try:
+                    leaves[position] = reads[position].result(left)
+                except concurrent.futures.TimeoutError as error:
+                    if reads[position].done():
+                        raise  # the read itself raised it
+                    raise DeadlineExceeded(f"waited {timeout} for an array's value in vain") from error
+            elif isinstance(leaf, Array):
+                leaves[position] = leaf.cpu()
+    finally:
+        for read in reads.values():
+            read.cancel()
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def check_open(session: BufferHome, what: str) -> None:

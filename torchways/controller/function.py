@@ -9,11 +9,13 @@ from typing import Any
 import torch
 
 from torchways.capture.tracer import current_trace
+from torchways.controller.buffers import HostBuffer
 from torchways.controller.modules import _ENTRY, arrays_of, make_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import UserError
 from torchways.mesh import VirtualSlice
+from torchways.parallel.plans import Plan, placements_of
 
 
 def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
@@ -26,6 +28,21 @@ def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Ses
     if callable(target):
         return _plain_function(target, mesh, get_session)
     raise UserError(f"tw.function decorates functions, nn.Module classes and modules, not {target!r}")
+
+
+def make_parallel(
+    module: torch.nn.Module, mesh: VirtualSlice, plan: Plan, get_session: Callable[[], Session]
+) -> torch.nn.Module:
+    """Makes a module a compiled function on `mesh`, its parameters split as `plan` says; in place."""
+    placements = placements_of(module, mesh, plan)
+    make_function(module, mesh, get_session)
+    arrays: list[tuple[str, Any]] = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, array in arrays:
+        array._buffer = HostBuffer(array._buffer.value, mesh=mesh.root, placements=placements[name])
+    return module
 
 
 def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:

@@ -14,7 +14,7 @@ import torch
 from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.capture.tracer import current_trace
-from torchways.controller.buffers import HostBuffer, RemoteBuffer, host_array
+from torchways.controller.buffers import HostBuffer, get_all, host_array
 from torchways.errors import ShapeError, UserError
 
 #: Attribute of a placed module's class: runs one call of it outside any program.
@@ -67,7 +67,7 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
         return call(self, super(placed, self).__call__, args, kwargs)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return read_all(super(placed, self).state_dict(*args, **kwargs))
+        return get_all(super(placed, self).state_dict(*args, **kwargs), None)
 
     def load_state_dict(self: Any, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return _load(self, state, strict)
@@ -82,21 +82,6 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
     }
     placed: Any = type(cls.__name__, (cls,), namespace)
     return placed
-
-
-def read_all(state: dict[str, Any]) -> dict[str, Any]:
-    """Returns a mapping with every array replaced by its value; reads all of them at once."""
-    fetches = {
-        name: value._buffer.session.start_fetch(value._buffer)
-        for name, value in state.items()
-        if isinstance(value, Array) and isinstance(value._buffer, RemoteBuffer)
-    }
-    for name, value in state.items():
-        if name in fetches:
-            state[name] = fetches[name].result()
-        elif isinstance(value, Array):
-            state[name] = value.cpu()
-    return state
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> Any:

@@ -31,7 +31,7 @@ from torchways.ids import RunId
 logger = logging.getLogger(__name__)
 
 #: A larger value goes over gloo.
-_INLINE_BYTES = 4096
+_INLINE_BYTES = 64 << 10
 _MAX_FAILURE_BYTES = 16 << 10
 _READ_BYTES = 256 << 10
 _ENTRY = struct.Struct("<BBQQQ")  # kind, phase, run_id, edge_id, bytes

@@ -139,8 +139,16 @@ class XlaRuntime:
         # Split on the host: mark_sharding on a placed tensor would compile and run a resharding graph. `.to(device)`
         # would upload only at the first use.
         sharded = any(text != "R" for text in placements)
-        spec = xs.ShardingSpec(self._mesh, self._sharding(placements, host.dim())) if sharded else None
+        spec = self._sharding_spec(placements, host.dim()) if sharded else None
         return xm.send_cpu_data_to_device([host], self._device, spec)[0]
+
+    def _sharding_spec(self, placements: Sequence[str], ndim: int) -> xs.ShardingSpec:
+        spec = xs.ShardingSpec(self._mesh, self._sharding(placements, ndim))
+        # By itself it takes a tensor that is split in all its dimensions for one that is split over all axes of the
+        # mesh. The private call is what mark_sharding makes.
+        arguments = self._mesh._get_op_sharding_args(spec.partition_spec)
+        spec._tile_assignment, spec._group_assignment, spec._replication_groups, spec._sharding_type = arguments
+        return spec
 
     def _sharding(self, placements: Sequence[str], ndim: int) -> tuple[Any, ...]:
         """Returns torch-xla's partition spec: for each dimension, the mesh axes that split it."""

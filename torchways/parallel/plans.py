@@ -1,0 +1,144 @@
+"""Sharding plans: how the parameters of a module are split over the axes of a slice.
+
+A plan is a mapping that can be read and edited: from patterns of parameter names to placements, either by axis
+(``{"*.wq.weight": {"tp": Shard(0)}}``) or one an axis (``{"*.wq.weight": [Replicate(), Shard(0)]}``). The first pattern
+that fits a name holds; what no pattern fits is replicated. A plan says where values live, never what is computed: XLA
+adds the collectives that a split needs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
+
+import torch
+from torch.distributed.tensor import Shard
+
+from torchways.errors import PlacementError
+from torchways.mesh import Placements, VirtualSlice, normalize_placements
+
+#: Placements of one parameter: by axis name, or one an axis.
+Entry: TypeAlias = Mapping[str, Any] | Sequence[Any]
+Plan: TypeAlias = Mapping[str, Entry]
+
+#: Last parts of the names of modules that split what they make (column-wise), and of those that take what is split
+#: (row-wise), in the transformers of torchtitan, Llama and its relatives, GPT-2, T5, BERT, OPT and ViT.
+_COLUMN_WISE = (
+    *("wq", "wk", "wv", "w1", "w3", "q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "fc1", "c_fc"),
+    *("q", "k", "v", "wi", "wi_0", "wi_1", "query", "key", "value", "intermediate.dense"),
+)
+_ROW_WISE = (
+    *("wo", "w2", "o_proj", "out_proj", "down_proj", "fc2", "mlp.c_proj", "o"),
+    *("attention.output.dense", "output.dense"),
+)
+
+
+def tensor_parallel(module: torch.nn.Module, mesh: VirtualSlice, *, axis: str = "tp") -> dict[str, dict[str, Any]]:
+    """Returns the plan of Megatron's tensor parallelism for a transformer: pairs of column-wise and row-wise layers.
+
+    Layers are known by their names, and are left whole where `axis` does not divide them. Look at the plan, and edit
+    it, if a module has names of its own.
+
+    Raises:
+        PlacementError: `mesh` has no such axis.
+    """
+    size = _axis_size(mesh, axis)
+    plan: dict[str, dict[str, Any]] = {}
+    for name, layer in module.named_modules():
+        weight = getattr(layer, "weight", None)
+        is_column = _ends_with(name, _COLUMN_WISE)
+        if not isinstance(weight, torch.Tensor) or weight.dim() != 2 or not (is_column or _ends_with(name, _ROW_WISE)):
+            continue
+        if isinstance(layer, torch.nn.Embedding):
+            continue
+        # A Linear's weight is [out, in]; the Conv1D of GPT-2 is [in, out].
+        is_transposed = not isinstance(layer, torch.nn.Linear)
+        dim = int(is_column == is_transposed)
+        if weight.shape[dim] % size:
+            continue
+        plan[f"{name}.weight"] = {axis: Shard(dim)}
+        if is_column and getattr(layer, "bias", None) is not None:
+            plan[f"{name}.bias"] = {axis: Shard(0)}
+    return plan
+
+
+def fully_shard(
+    module: torch.nn.Module, mesh: VirtualSlice, *, axis: str = "dp", plan: Plan | None = None
+) -> dict[str, dict[str, Any]]:
+    """Returns a plan that splits every parameter over `axis` (FSDP, ZeRO-3): its longest dimension that divides evenly.
+
+    What reads a parameter gathers it, its gradient is reduce-scattered, and optimizer state is split as it is: XLA
+    does so by itself, since the data is split over the same axis.
+
+    Args:
+        module: whose parameters.
+        mesh: the slice.
+        axis: over which to split.
+        plan: what is split already, over other axes; the result holds both.
+
+    Raises:
+        PlacementError: `mesh` has no such axis, or `plan` does not fit the module.
+    """
+    size = _axis_size(mesh, axis)
+    given = placements_of(module, mesh, plan or {})
+    found: dict[str, dict[str, Any]] = {}
+    for name, parameter in module.named_parameters():
+        placements = given[name]
+        taken = [int(text[2:-1]) for text in placements if text != "R"]
+        found[name] = {
+            mesh.mesh_dim_names[index]: Shard(int(text[2:-1])) for index, text in enumerate(placements) if text != "R"
+        }
+        dims = [dim for dim, length in enumerate(parameter.shape) if length % size == 0 and dim not in taken]
+        if dims:
+            found[name][axis] = Shard(max(dims, key=lambda dim: parameter.shape[dim]))
+    return found
+
+
+def placements_of(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan) -> dict[str, Placements]:
+    """Returns the placements of every parameter and buffer of a module, by all of its names.
+
+    Raises:
+        PlacementError: a pattern fits no name, an axis does not exist, or a dimension cannot be split; the message
+            has the parameter's name and shape.
+    """
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    unused = set(plan)
+    by_tensor: dict[int, Placements] = {}
+    for name, tensor in tensors.items():
+        for pattern, entry in plan.items():
+            if fnmatchcase(name, pattern):
+                unused.discard(pattern)
+                by_tensor.setdefault(id(tensor), _placements(name, tensor, mesh, entry))
+                break
+    if unused:
+        known = ", ".join(list(tensors)[:8])
+        raise PlacementError(
+            f"the plan's pattern {sorted(unused)[0]!r} fits no parameter of {type(module).__name__}, which has {known}"
+            f"{', ...' if len(tensors) > 8 else ''}"
+        )
+    return {name: by_tensor.get(id(tensor), ("R",) * mesh.ndim) for name, tensor in tensors.items()}
+
+
+def _placements(name: str, tensor: torch.Tensor, mesh: VirtualSlice, entry: Entry) -> Placements:
+    placements: Sequence[Any]
+    if isinstance(entry, Mapping):
+        for axis in entry:
+            _axis_size(mesh, axis)
+        placements = [entry.get(axis, "R") for axis in mesh.mesh_dim_names]
+    else:
+        placements = entry
+    try:
+        return normalize_placements(placements, mesh, tensor.shape)
+    except PlacementError as error:
+        raise PlacementError(f"parameter {name} of shape {tuple(tensor.shape)}: {error}") from error
+
+
+def _axis_size(mesh: VirtualSlice, axis: str) -> int:
+    if axis not in mesh.mesh_dim_names:
+        raise PlacementError(f"mesh {mesh} has no axis {axis!r}; its axes are {', '.join(mesh.mesh_dim_names)}")
+    return mesh.shape[mesh.mesh_dim_names.index(axis)]
+
+
+def _ends_with(name: str, endings: Sequence[str]) -> bool:
+    return any(name == ending or name.endswith("." + ending) for ending in endings)
