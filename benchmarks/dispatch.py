@@ -77,13 +77,15 @@ def _print(rows: list[dict[str, Any]]) -> None:
 def draw(rows: list[dict[str, Any]]) -> Axes:
     """Returns one panel for each kind, computations a second by hosts."""
     figure, panels = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+    colors = {spec.name: f"C{number}" for number, spec in enumerate(systems.ALL)}
     for line, collective in enumerate((False, True)):
         for column, mode in enumerate(systems.MODES):
             axes = panels[line][column]
             shown = [row for row in rows if row["mode"] == mode and row["collective"] == collective]
             for name in dict.fromkeys(row["system"] for row in shown):
                 points = [(row["hosts"], row["computations_per_second"]) for row in shown if row["system"] == name]
-                axes.plot(*zip(*points, strict=True), marker="o", label=name, lw=3 if name == "torchways" else 1.5)
+                width = 3 if name == systems.OURS.name else 1.5
+                axes.plot(*zip(*points, strict=True), marker="o", label=name, color=colors[name], lw=width)
             axes.set_title(f"{mode}, {'with' if collective else 'without'} all-reduce")
             axes.set_yscale("log")
             axes.set_xscale("log", base=2)
