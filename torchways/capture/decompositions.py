@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from typing import Any
 
@@ -22,3 +23,8 @@ _NOT_LOWERED = [
 def decomposition_table() -> dict[Any, Any]:
     """Returns the table that make_fx applies: PyTorch's core ATen set and what torch-xla lacks beyond it."""
     return {**core_aten_decompositions(), **get_decompositions(_NOT_LOWERED)}
+
+
+def decompositions_of(operators: Iterable[torch._ops.OpOverload]) -> dict[Any, Any]:
+    """Returns PyTorch's decompositions of operators that the executors turned out not to lower, where it has any."""
+    return get_decompositions(list(operators))

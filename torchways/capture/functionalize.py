@@ -5,6 +5,7 @@ Labels (region, source line) of the old nodes carry over to the nodes that repla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,17 +51,18 @@ class _LabellingInterpreter(torch.fx.Interpreter):
         return result
 
 
-def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
+def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, Any] | None = None) -> PureGraph:
     """Returns `graph_module` without in-place operators, dead nodes and aliases.
 
     Args:
         graph_module: all placeholders come first; every placeholder has a fake tensor in ``meta["val"]``.
+        decompositions: of operators to be taken apart beyond those that always are.
     """
     fakes = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     with fakes[0].fake_mode if fakes else _no_fake_mode():
         pure = make_fx(
             functionalize(_LabellingInterpreter(graph_module).run, remove="mutations"),
-            decomposition_table=decomposition_table(),
+            decomposition_table={**decomposition_table(), **(decompositions or {})},
         )(*fakes)
     placeholders = [node for node in pure.graph.nodes if node.op == "placeholder"]
     written: dict[int, torch.fx.Node] = {}
