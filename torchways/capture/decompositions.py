@@ -19,10 +19,25 @@ _NOT_LOWERED = [
 ]
 
 
+def _weight_norm_backward(
+    grad: torch.Tensor, v: torch.Tensor, g: torch.Tensor, norms: torch.Tensor, dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradient of `v * (g / norm(v))`, with the norm over all dimensions but `dim` (PyTorch has none in Python)."""
+    others = [other for other in range(v.dim()) if other != dim % v.dim()]
+    projected = (grad * v).sum(others, keepdim=True)
+    norms = norms.reshape(projected.shape)
+    grad_v = (g.reshape(projected.shape) / norms) * (grad - v * (projected / norms.square()))
+    return grad_v, (projected / norms).reshape(g.shape)
+
+
+#: Where PyTorch has no decomposition.
+_OURS: dict[Any, Any] = {torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward}
+
+
 @cache
 def decomposition_table() -> dict[Any, Any]:
     """Returns the table that make_fx applies: PyTorch's core ATen set and what torch-xla lacks beyond it."""
-    return {**core_aten_decompositions(), **get_decompositions(_NOT_LOWERED)}
+    return {**core_aten_decompositions(), **get_decompositions(_NOT_LOWERED), **_OURS}
 
 
 def decompositions_of(operators: Iterable[torch._ops.OpOverload]) -> dict[Any, Any]:
