@@ -28,7 +28,7 @@ class RandomNumbers:
         drawn = self._drawn.get(key)
         if drawn is None:
             result = func(*args, **kwargs)
-            # The caller may change the result in place (dropout scales its mask): a copy is kept; unread, it is dropped.
+            # The caller may change the result in place (dropout scales its mask): a copy is kept.
             self._drawn[key] = pytree.tree_map_only(torch.Tensor, torch.clone, result)
             return result
         if func._schema.is_mutable:

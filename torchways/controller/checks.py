@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from torchways.capture.collectives import ALL_REDUCE
@@ -20,8 +22,7 @@ def not_lowered(
     for node in graph_module.graph.nodes:
         if not isinstance(node.target, torch._ops.OpOverload) or node.target is ALL_REDUCE:
             continue
-        name = operator_name(node.target)
-        if not all(name in operators for operators in supported):
+        if not all(_is_lowered(node.target, operators) for operators in supported):
             lines = missing.setdefault(node.target, [])
             if (line := node.meta.get(SOURCE_KEY, "")) not in lines:
                 lines.append(line)
@@ -40,6 +41,14 @@ def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: 
             f"these operators have no lowering to XLA:\n{listing}\n"
             "write them with other operators, or compute them outside the program"
         )
+
+
+def _is_lowered(operator: torch._ops.OpOverload, lowered: Collection[str]) -> bool:
+    name = operator._schema.name.split("::")[1]
+    if operator.namespace == "prims" and hasattr(torch.ops.aten, name):  # it runs as the operator of that name
+        packet = getattr(torch.ops.aten, name)
+        return any(operator_name(getattr(packet, overload)) in lowered for overload in packet.overloads())
+    return operator_name(operator) in lowered
 
 
 def operator_name(operator: torch._ops.OpOverload) -> str:
