@@ -19,6 +19,11 @@ _NOT_LOWERED = [
     torch.ops.aten._fused_rms_norm_backward,
     torch.ops.aten.addcdiv_,
     torch.ops.aten.addcmul_,
+    # Lowered, but torch-xla keeps the biased variance as the running one, and PyTorch the unbiased.
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten.native_batch_norm_backward,
+    torch.ops.aten._native_batch_norm_legit,
+    torch.ops.aten._native_batch_norm_legit_functional,
 ]
 
 
