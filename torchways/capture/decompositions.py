@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -66,6 +66,21 @@ def _fmin(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isnan(), other, torch.where(other.isnan(), value, value.minimum(other)))
 
 
+def _as_strided_scatter(
+    value: torch.Tensor,
+    source: torch.Tensor,
+    size: Sequence[int],
+    stride: Sequence[int],
+    storage_offset: int | None = None,
+) -> torch.Tensor:
+    """An assignment by index; torch-xla's own writes to the wrong elements where strides leave some out."""
+    index = torch.full((), storage_offset or 0, dtype=torch.int64)
+    for count, step in zip(size, stride, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(count) * step
+    flat = value.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
+    return flat.reshape(value.shape)
+
+
 #: Where PyTorch has no decomposition, or one into what torch-xla does not lower either.
 _OURS: dict[Any, Any] = {
     torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
@@ -75,8 +90,7 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.fmax.default: _fmax,
     torch.ops.aten.fmin.default: _fmin,
     torch.ops.aten.hypot.default: lambda value, other: torch.sqrt(value * value + other * other),
-    torch.ops.aten.view_as_real.default: lambda value: torch.stack([value.real, value.imag], dim=-1),
-    torch.ops.aten.view_as_complex.default: lambda value: torch.complex(value[..., 0], value[..., 1]),
+    torch.ops.aten.as_strided_scatter.default: _as_strided_scatter,
 }
 
 

@@ -19,6 +19,14 @@ from torchways.graphs import SOURCE_KEY
 
 _ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
 
+#: Reductions that go over all dimensions if they name none.
+_REDUCTIONS = {
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.amax.default,
+    torch.ops.aten.amin.default,
+}
+
 
 @dataclass(frozen=True, slots=True)
 class PureGraph:
@@ -76,17 +84,17 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
     output.args = ((*values, *written.values()),)
     _drop_copies(pure.graph)
-    _spell_out_full_sums(pure.graph)
+    _spell_out_full_reductions(pure.graph)
     pure.graph.eliminate_dead_code()
     pure.recompile()
     return PureGraph(pure, list(written))
 
 
-def _spell_out_full_sums(graph: torch.fx.Graph) -> None:
-    """Names all dimensions where a sum over all of them names none: torch-xla takes that for a sum over none."""
+def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:
+    """Names all dimensions where a reduction over all of them names none: torch-xla takes that for one over none."""
     for node in graph.nodes:
-        if node.target is torch.ops.aten.sum.dim_IntList and not node.args[1]:
-            node.update_arg(1, list(range(node.args[0].meta["val"].dim())))
+        if node.target in _REDUCTIONS and (len(node.args) < 2 or not node.args[1]):
+            node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())), *node.args[2:])
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:

@@ -24,8 +24,12 @@ def _matrix(operator: Any, size: int, out_size: int, dim: int, num_dims: int, re
     with _disable_current_modes():
         shape = [size if other == dim else 1 for other in range(num_dims)]
         out_shape = [out_size if other == dim else 1 for other in range(num_dims)]
-        rows = operator(torch.eye(size).reshape(size, 1, *shape), out_shape, *rest).reshape(size, out_size).tolist()
-    return torch.tensor(rows)  # a constant of the graph
+        rows = operator(torch.eye(size).reshape(size, 1, *shape), out_shape, *rest).reshape(size, out_size)
+    from torchways.capture.tracer import current_trace  # which applies these decompositions
+
+    trace = current_trace()
+    assert trace is not None
+    return trace.constant(rows)
 
 
 def _multiply(value: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -91,15 +95,11 @@ def resizing_decompositions() -> dict[Any, Any]:
         "_upsample_nearest_exact1d": 1,
         "_upsample_nearest_exact2d": 2,
         "_upsample_nearest_exact3d": 3,
-        "_upsample_bilinear2d_aa": 2,
-        "_upsample_bicubic2d_aa": 2,
     }
     table: dict[Any, Any] = {}
     for name, num_dims in names.items():
         operator = getattr(aten, name).default
         table[getattr(aten, name + "_backward").default] = _resize_backward(operator, num_dims)
-        if name.endswith("_aa"):
-            table[operator] = _resize(operator, num_dims)
     for name, num_dims in {"_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3}.items():
         operator = getattr(aten, name).default
         table[operator] = _pool(operator, num_dims)

@@ -263,6 +263,10 @@ class _TraceMode(TorchDispatchMode):
             self.lifted.append(source)
         return graph_input
 
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a host tensor that is the same in each run."""
+        return self._lift(tensor)
+
     def constant_state(self, tensor: torch.Tensor) -> float | None:
         """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
         known = self._constants.get(_storage_of(tensor))

@@ -241,3 +241,74 @@ def test_operators_without_lowering_are_taken_apart_or_all_reported():
 
     with pytest.raises(CaptureError, match=r"_linalg_det at [\s\S]*_linalg_eigh at [\s\S]*i0 at"):
         ProgramFunction(program, session.mesh(), lambda: session)(torch.eye(3))
+
+
+class Images(nn.Module):
+    """Operators of image models that torch-xla would run on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        total = F.adaptive_avg_pool2d(x, (3, 5)).square().mean()
+        for mode, flags in (("bilinear", {"align_corners": True}), ("bicubic", {}), ("nearest-exact", {})):
+            total = total + F.interpolate(x, size=(5, 12), mode=mode, **flags).square().mean()
+        return total + F.interpolate(x, scale_factor=2.0).square().mean()
+
+
+def test_image_operators_are_taken_apart():
+    torch.manual_seed(0)
+    session = LocalSession()
+    eager = Images()
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+
+    def make(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x):
+            loss = model(x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    expected, step = make(eager), ProgramFunction(make(ours), None, lambda: session)
+    for _ in range(2):
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(step(x).cpu(), expected(x).detach())
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    text = " ".join(
+        str(node.target)
+        for _, _, parts in session.programs.values()
+        for part in parts
+        for graph in part
+        for node in graph.graph.nodes
+    )
+    for name in ("batch_norm", "upsample", "_adaptive_avg_pool2d", "_weight_norm"):
+        assert name not in text
+
+
+def test_elementwise_operators_and_means_by_index_are_taken_apart():
+    session = LocalSession()
+
+    def function(x, y, index):
+        y = torch.where(y > 1, torch.nan, y)
+        mean = x.scatter_reduce(1, index, y.nan_to_num(), "mean")
+        alone = x.scatter_reduce(1, index, y.nan_to_num(), "mean", include_self=False)
+        return (
+            torch.fmax(x, y), torch.fmin(x, y), torch.hypot(x, x + 1), torch.copysign(x, -torch.zeros(6)), x.exp2(),
+            mean, alone, x.aminmax()[0], x.amax(),
+        )  # fmt: skip
+
+    x, y, index = torch.randn(4, 6), torch.randn(4, 6), torch.randint(0, 6, (4, 3))
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x, y, index), function(x, y, index), strict=True):
+        torch.testing.assert_close(result.cpu(), expected, equal_nan=True)
+    for name in ("fmax", "hypot", "copysign", "exp2"):
+        assert session.num_operators(name) == 0
