@@ -87,6 +87,12 @@ class LocalSession:
         self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
         return program_id
 
+    def num_operators(self, name):
+        """Returns how many operators of this name (without "aten" and overload) the registered programs have."""
+        graphs = [graph for _, _, parts in self.programs.values() for part in parts for graph in part]
+        targets = [str(node.target).split(".") for graph in graphs for node in graph.graph.nodes]
+        return sum(target[1:2] == [name] for target in targets)
+
     def forget_program(self, program_id):
         del self.programs[program_id]
 

@@ -5,6 +5,7 @@ Labels (region, source line) of the old nodes carry over to the nodes that repla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,14 @@ from torchways.capture.tracer import REGION_KEY
 from torchways.graphs import SOURCE_KEY
 
 _ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
+
+#: Reductions that go over all dimensions if they name none.
+_REDUCTIONS = {
+    torch.ops.aten.sum.dim_IntList,
+    torch.ops.aten.mean.dim,
+    torch.ops.aten.amax.default,
+    torch.ops.aten.amin.default,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +59,18 @@ class _LabellingInterpreter(torch.fx.Interpreter):
         return result
 
 
-def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
+def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, Any] | None = None) -> PureGraph:
     """Returns `graph_module` without in-place operators, dead nodes and aliases.
 
     Args:
         graph_module: all placeholders come first; every placeholder has a fake tensor in ``meta["val"]``.
+        decompositions: of operators to be taken apart beyond those that always are.
     """
     fakes = [node.meta["val"] for node in graph_module.graph.nodes if node.op == "placeholder"]
     with fakes[0].fake_mode if fakes else _no_fake_mode():
         pure = make_fx(
             functionalize(_LabellingInterpreter(graph_module).run, remove="mutations"),
-            decomposition_table=decomposition_table(),
+            decomposition_table={**decomposition_table(), **(decompositions or {})},
         )(*fakes)
     placeholders = [node for node in pure.graph.nodes if node.op == "placeholder"]
     written: dict[int, torch.fx.Node] = {}
@@ -74,17 +84,17 @@ def make_pure(graph_module: torch.fx.GraphModule) -> PureGraph:
     values = output.args[0] if isinstance(output.args[0], (list, tuple)) else [output.args[0]]
     output.args = ((*values, *written.values()),)
     _drop_copies(pure.graph)
-    _spell_out_full_sums(pure.graph)
+    _spell_out_full_reductions(pure.graph)
     pure.graph.eliminate_dead_code()
     pure.recompile()
     return PureGraph(pure, list(written))
 
 
-def _spell_out_full_sums(graph: torch.fx.Graph) -> None:
-    """Names all dimensions where a sum over all of them names none: torch-xla takes that for a sum over none."""
+def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:
+    """Names all dimensions where a reduction over all of them names none: torch-xla takes that for one over none."""
     for node in graph.nodes:
-        if node.target is torch.ops.aten.sum.dim_IntList and not node.args[1]:
-            node.update_arg(1, list(range(node.args[0].meta["val"].dim())))
+        if node.target in _REDUCTIONS and (len(node.args) < 2 or not node.args[1]):
+            node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())), *node.args[2:])
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:

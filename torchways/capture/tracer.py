@@ -29,6 +29,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.fx.experimental.proxy_tensor import (
     get_proxy_mode,
+    get_proxy_slot,
     make_fx,
     track_tensor_tree,
 )
@@ -37,6 +38,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
+from torchways.capture.known_values import KnownValues
+from torchways.capture.masks import MaskedAssignments
+from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError, ShapeError
 from torchways.graphs import SOURCE_KEY
@@ -144,6 +148,8 @@ class _TraceMode(TorchDispatchMode):
         self._calls = 0
         #: Region and line of the forward operator that made an autograd node, by its sequence number.
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
+        self._known: KnownValues | None = None
+        self._random = RandomNumbers()
 
     # ---- regions
 
@@ -169,8 +175,8 @@ class _TraceMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _HOST_READS and not _is_known_constant(args[0]):
-            raise DataDependentError(_data_dependent(str(func)))
+        if func in _HOST_READS and not all(map(_is_known_constant, _tensors(args))):
+            return self._on_known(func, args, kwargs)
         if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
             return func(*args)
         _check_dtypes(func, args)
@@ -182,9 +188,10 @@ class _TraceMode(TorchDispatchMode):
                 with self:  # its C++ kernel calls the operators one by one: see these
                     result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *new_args, **new_kwargs)
             else:
-                result = func(*new_args, **new_kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise DataDependentError(_data_dependent(str(error.func))) from error
+                result = self._random.call(func, new_args, new_kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            _erase_after(before, tracer.graph)
+            result = self._on_known(func, new_args, new_kwargs)
         except UnsupportedOperatorException as error:
             raise CaptureError(
                 f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
@@ -194,6 +201,34 @@ class _TraceMode(TorchDispatchMode):
         if self.in_optimizer and func in _CONSTANT_VALUE:
             self._constants[_storage_of(result)] = (result, _last_node(tracer.graph), _CONSTANT_VALUE[func](args))
         return _returned(func, args, kwargs, result)
+
+    def _on_known(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator whose result, or its shape, depends on values: possible where these are known.
+
+        Raises:
+            DataDependentError: they are not.
+        """
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        if self._known is None:
+            self._known = KnownValues(tracer.root, tracer.graph, self._constant_of)
+        values: dict[int, torch.Tensor] = {}
+        for tensor in _tensors((args, kwargs)):
+            proxy: Any = get_proxy_slot(self._as_traced(tensor), tracer, None)
+            value = tensor.constant if _is_known_constant(tensor) else None  # type: ignore[attr-defined]
+            if value is None and proxy is not None:
+                value = self._known.value_of(proxy.proxy.node)
+            if value is None:
+                raise DataDependentError(_data_dependent(str(func)))
+            values[id(tensor)] = value
+        with _disable_current_modes(), torch.no_grad():
+            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: values[id(tensor)], (args, kwargs))
+            result = func(*args, **kwargs)
+        return pytree.tree_map_only(torch.Tensor, self._lift, result)
+
+    def _constant_of(self, node: torch.fx.Node) -> torch.Tensor | None:
+        """Returns the tensor of the closure that a placeholder stands for."""
+        sources = [item.source for item in self.inputs if item.node is node]
+        return sources[0] if sources and type(sources[0]) is torch.Tensor else None
 
     def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the fake tensor that stands for `tensor` in this trace."""
@@ -228,6 +263,10 @@ class _TraceMode(TorchDispatchMode):
             self.lifted.append(source)
         return graph_input
 
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a host tensor that is the same in each run."""
+        return self._lift(tensor)
+
     def constant_state(self, tensor: torch.Tensor) -> float | None:
         """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
         known = self._constants.get(_storage_of(tensor))
@@ -246,13 +285,14 @@ class _TraceMode(TorchDispatchMode):
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
             region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
-            if region is not None:
+            if region is not None and not region.backward:
                 region = Region(region.mesh, region.call, region.name, backward=True)
         else:
             region, line = self.region, user_line()
-            # The sequence number was raised when the operator's autograd node was made, just before this dispatch.
-            # An operator that needs no gradient makes none, and finds the number of the one before.
-            self._of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, (region, line))
+        # The sequence number was raised when the operator's autograd node was made, just before this dispatch. An
+        # operator that needs no gradient makes none, and finds the number of the one before. Within backward, nodes
+        # are made where a checkpoint computes its forward again.
+        self._of_sequence.setdefault(torch.autograd._get_sequence_nr() - 1, (region, line))
         node = before.next
         while node is not graph._root:
             if node.op != "placeholder":
@@ -303,10 +343,12 @@ def trace(
     # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
     _FAKE_TENSOR_LOGGER.disabled = True
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH):
+        with fake_mode, sdpa_kernel(SDPBackend.MATH), MaskedAssignments():
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
+        torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
         _active.reset(token)
@@ -352,6 +394,10 @@ def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
     return result
 
 
+def _tensors(tree: Any) -> list[torch.Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
 def _storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -362,6 +408,12 @@ def _is_known_constant(value: Any) -> bool:
 
 def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:
     return graph._root.prev
+
+
+def _erase_after(before: torch.fx.Node, graph: torch.fx.Graph) -> None:
+    """Takes back what an operator that failed left in the graph."""
+    while (node := _last_node(graph)) is not before and not node.users:
+        graph.erase_node(node)
 
 
 def _check_dtypes(func: Any, args: Any) -> None:

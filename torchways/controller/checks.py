@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 
 from torchways.capture.collectives import ALL_REDUCE
@@ -11,28 +13,42 @@ from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 
 
+def not_lowered(
+    graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]
+) -> dict[torch._ops.OpOverload, list[str]]:
+    """Returns the operators that the executors would run on the host, with the user's lines."""
+    supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
+    missing: dict[torch._ops.OpOverload, list[str]] = {}
+    for node in graph_module.graph.nodes:
+        if not isinstance(node.target, torch._ops.OpOverload) or node.target is ALL_REDUCE:
+            continue
+        if not all(_is_lowered(node.target, operators) for operators in supported):
+            lines = missing.setdefault(node.target, [])
+            if (line := node.meta.get(SOURCE_KEY, "")) not in lines:
+                lines.append(line)
+    return missing
+
+
 def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]) -> None:
     """Refuses operators that the executors would run on the host.
 
     Raises:
         CaptureError: names every such operator with the user's lines.
     """
-    supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
-    missing: dict[str, list[str]] = {}
-    for node in graph_module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target is ALL_REDUCE:
-            continue
-        name = operator_name(node.target)
-        if not all(name in operators for operators in supported):
-            lines = missing.setdefault(name, [])
-            if (line := node.meta.get(SOURCE_KEY, "")) not in lines:
-                lines.append(line)
-    if missing:
-        listing = "\n".join(f"  {name} at {', '.join(lines)}" for name, lines in missing.items())
+    if missing := not_lowered(graph_module, session, meshes):
+        listing = "\n".join(f"  {operator_name(target)} at {', '.join(lines)}" for target, lines in missing.items())
         raise CaptureError(
             f"these operators have no lowering to XLA:\n{listing}\n"
             "write them with other operators, or compute them outside the program"
         )
+
+
+def _is_lowered(operator: torch._ops.OpOverload, lowered: Collection[str]) -> bool:
+    name = operator._schema.name.split("::")[1]
+    if operator.namespace == "prims" and hasattr(torch.ops.aten, name):  # it runs as the operator of that name
+        packet = getattr(torch.ops.aten, name)
+        return any(operator_name(getattr(packet, overload)) in lowered for overload in packet.overloads())
+    return operator_name(operator) in lowered
 
 
 def operator_name(operator: torch._ops.OpOverload) -> str:

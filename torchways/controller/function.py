@@ -54,7 +54,7 @@ def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_sessio
 
     functools.update_wrapper(run, function)
     # A call outside any program is a program of one node; within one, ProgramFunction calls `run` directly.
-    return ProgramFunction(run, mesh, get_session)
+    return ProgramFunction(run, mesh, get_session, is_one_node=True)
 
 
 def _call_on(mesh: VirtualSlice) -> Callable[..., Any]:
@@ -75,7 +75,7 @@ def _module_entry(
             return module(*args, **kwargs)
 
     run.__name__ = type(module).__name__
-    return ProgramFunction(run, mesh, get_session)
+    return ProgramFunction(run, mesh, get_session, is_one_node=True)
 
 
 def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Session]) -> type:

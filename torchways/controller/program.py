@@ -17,13 +17,15 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
-from torchways.capture.functionalize import make_pure
+from torchways.capture.decompositions import decompositions_of
+from torchways.capture.functionalize import PureGraph, make_pure
+from torchways.capture.objects import copy_object, holds_tensors, may_open, open_objects, set_attributes
 from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.state import HostContent, LearningRate, StateSlot, StateTracker, hyperparameters
 from torchways.capture.tracer import Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, array_like
-from torchways.controller.checks import check_lowered
+from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.session import Session
 from torchways.errors import (
     CaptureError,
@@ -144,12 +146,24 @@ class Variant:
         return self.session is session and all(guard() for guard in self.guards)
 
 
+@dataclass(frozen=True, slots=True)
+class _ArgumentObject:
+    """Stands in a result for one of the call's own argument objects."""
+
+    number: int
+
+
 @dataclass(slots=True)
 class _Signature:
-    """A call's arguments, flattened: tensors apart from constants."""
+    """A call's arguments, flattened: tensors apart from constants.
+
+    Attributes:
+        objects: arguments that are objects, which a call may change.
+    """
 
     leaves: list[Any]
     spec: pytree.TreeSpec
+    objects: list[Any] = field(default_factory=list)
     tensor_positions: list[int] = field(default_factory=list)
     key: Any = None
 
@@ -167,6 +181,7 @@ class ProgramFunction:
         mesh: VirtualSlice | None,
         get_session: Callable[[], Session],
         dispatch: Dispatch = "parallel",
+        is_one_node: bool = False,
     ) -> None:
         if dispatch not in ("parallel", "sequential"):
             raise ConfigError(f"dispatch={dispatch!r}: a program is dispatched 'parallel' or 'sequential'")
@@ -175,6 +190,8 @@ class ProgramFunction:
         self.mesh = mesh
         self._get_session = get_session
         self._dispatch = dispatch
+        #: It is one compiled function: there are no smaller nodes that it could be run by.
+        self._is_one_node = is_one_node
         self._variants: dict[Any, list[Variant]] = {}
         #: Signatures for which the graph depends on values: these calls run node by node.
         self._untraceable: set[Any] = set()
@@ -197,6 +214,8 @@ class ProgramFunction:
             try:
                 variant = self._trace(signature, session)
             except DataDependentError as error:
+                if self._is_one_node:
+                    raise
                 return self._run_untraced(args, kwargs, error)
             if len(self._untraceable) > _MAX_VARIANTS:
                 self._untraceable.clear()
@@ -277,7 +296,10 @@ class ProgramFunction:
 
 def _signature(args: Any, kwargs: Any) -> _Signature:
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    signature = _Signature(leaves, spec)
+    objects = [leaf for leaf in leaves if may_open(leaf)]
+    if objects:
+        leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
+    signature = _Signature(leaves, spec, objects)
     key: list[Any] = []
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Array):
@@ -326,17 +348,29 @@ def _trace_variant(
         args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
         if mesh is not None:
             mode.enter_stage(mesh)
-        return function(*args, **kwargs)
+        if not signature.objects:
+            return open_objects(function(*args, **kwargs)), {}
+        args, kwargs = pytree.tree_map(lambda leaf: _own_object(leaf), (args, kwargs))
+        objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if may_open(leaf)]
+        before = list(map(_content, objects))
+        result = function(*args, **kwargs)
+        changed = {
+            number: open_objects(item) for number, item in enumerate(objects) if _content(item) != before[number]
+        }
+        numbers = {id(item): number for number, item in enumerate(objects)}
+        return (
+            open_objects(result, lambda leaf: _ArgumentObject(numbers[id(leaf)]) if id(leaf) in numbers else leaf),
+            changed,
+        )
 
     try:
         with tracker.watching():
             shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
             traced = trace(call, shapes, lambda: tracker.escaped(lifted), lifted)
         tracker.check_learning_rates()
-        pure = make_pure(traced.graph_module)
-        specs = _placeholder_specs(traced, tensors)
-        _check_written(traced, pure.written, name)
-        cut = partition(pure.graph_module, specs, name=name, written=pure.written, default_mesh=mesh)
+        pure, cut = _cut(traced, tensors, name, mesh, {})
+        if missing := not_lowered(pure.graph_module, session, cut.meshes):
+            pure, cut = _cut(traced, tensors, name, mesh, decompositions_of(missing))
         check_lowered(pure.graph_module, session, cut.meshes)
         lowered = lower(cut.program)
         pieces = [whole(cut.program)] if dispatch == "parallel" else sequential(cut.program)
@@ -359,6 +393,27 @@ def _trace_variant(
         raise _capture_error(name, error) from error
     tracker.commit()
     return variant
+
+
+def _cut(
+    traced: Trace, tensors: list[torch.Tensor], name: str, mesh: VirtualSlice | None, decompositions: dict[Any, Any]
+) -> tuple[PureGraph, PartitionedProgram]:
+    """Makes a pure graph of a trace, and a program of that."""
+    pure = make_pure(traced.graph_module, decompositions)
+    specs = _placeholder_specs(traced, tensors)
+    _check_written(traced, pure.written, name)
+    return pure, partition(pure.graph_module, specs, name=name, written=pure.written, default_mesh=mesh)
+
+
+def _own_object(leaf: Any) -> Any:
+    """Returns what a trace may change in place of an argument; what holds tensors is a copy already."""
+    return copy_object(leaf) if may_open(leaf) and not holds_tensors(leaf) else leaf
+
+
+def _content(item: Any) -> Any:
+    """Returns what an object holds, to be compared with what it holds later."""
+    leaves, spec = pytree.tree_flatten(open_objects(item))
+    return spec, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
 def _make_piece(
@@ -503,13 +558,16 @@ def _run(variant: Variant, signature: _Signature) -> Any:
     outputs: list[Any] = [None] * (variant.out_spec.num_leaves)
     positions = [index for index in range(len(outputs)) if index not in variant.constants]
     for index, value in variant.constants.items():
-        outputs[index] = value
+        outputs[index] = signature.objects[value.number] if isinstance(value, _ArgumentObject) else value
     made: dict[ValueIndex, RemoteBuffer] = {}
     for number, piece in enumerate(variant.pieces):
         run_id = _run_piece(variant, piece, tensors, made, outputs, positions)
         if number < len(variant.pieces) - 1:
             session.wait_for_run(run_id)
-    return pytree.tree_unflatten(outputs, variant.out_spec)
+    result, changed = pytree.tree_unflatten(outputs, variant.out_spec)
+    for number, item in changed.items():
+        set_attributes(signature.objects[number], item)
+    return result
 
 
 def _run_piece(

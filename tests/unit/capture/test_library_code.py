@@ -1,0 +1,314 @@
+"""What libraries of models do that a small model of one's own does not; no processes."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from tests.local_session import LocalSession
+from torchways.array import Array
+from torchways.controller.function import make_function
+from torchways.controller.program import ProgramFunction
+from torchways.errors import CaptureError, DataDependentError
+
+
+class Layer:
+    """A layer of a cache, as a library writes it: a plain object that is empty at first."""
+
+    def __init__(self):
+        self.keys = None
+        self.length = 0
+
+    def update(self, keys):
+        self.keys = keys if self.keys is None else torch.cat([self.keys, keys], dim=1)
+        self.length += keys.shape[1]
+        return self.keys
+
+
+class Cache:
+    def __init__(self):
+        self.layers = []
+
+    def update(self, index, keys):
+        while len(self.layers) <= index:
+            self.layers.append(Layer())
+        return self.layers[index].update(keys)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    logits: torch.Tensor
+    cache: Cache | None = None
+    note: str = "plain"
+
+
+class Bag(dict):
+    """A kind of dict that pytrees do not know."""
+
+
+class Decoder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+    def forward(self, x, cache=None):
+        cache = Cache() if cache is None else cache
+        for index, layer in enumerate(self.layers):
+            x = x + cache.update(index, layer(x)).mean(1, keepdim=True)
+        return Output(x, cache, note="decoded")
+
+
+def test_objects_come_back_as_they_are_and_are_updated_as_in_eager():
+    torch.manual_seed(0)
+    session = LocalSession()
+    eager = Decoder()
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+    expected_cache, cache = Cache(), Cache()
+    for number in range(4):
+        x = torch.randn(2, 3 if number == 0 else 1, 4)
+        expected = eager(x, expected_cache)
+        result = ours(x, cache)
+        assert type(result) is Output
+        assert result.note == "decoded"
+        assert result.cache is cache
+        torch.testing.assert_close(result.logits.cpu(), expected.logits)
+        for layer, other in zip(cache.layers, expected_cache.layers, strict=True):
+            assert type(layer) is Layer
+            assert isinstance(layer.keys, Array)
+            assert layer.length == other.length
+            torch.testing.assert_close(layer.keys.cpu(), other.keys)
+    fresh = ours(torch.randn(2, 3, 4))
+    assert fresh.cache is not cache
+    assert fresh.cache.layers[1].keys.shape == (2, 3, 4)
+
+
+def test_an_empty_object_is_known_by_its_class_after_the_first_call():
+    session = LocalSession()
+    ours = make_function(Decoder(), session.mesh(), lambda: session)
+    for _ in range(5):
+        ours(torch.randn(2, 3, 4), Cache())
+    assert ours._torchways_entry.num_traces <= 2
+
+
+def test_kinds_of_dicts_are_results():
+    session = LocalSession()
+    double = make_function(lambda x: Bag(a=x * 2, b=[1, "two"]), session.mesh(), lambda: session)
+    result = double(torch.ones(2))
+    assert type(result) is Bag
+    assert result["a"].tolist() == [2, 2]
+    assert result["b"] == [1, "two"]
+
+
+class Drops(nn.Module):
+    """Layer drop that is off, as several libraries write it."""
+
+    def __init__(self, probability):
+        super().__init__()
+        self.probability = probability
+        self.layer = nn.Linear(2, 2)
+        self.stray = torch.tensor([0.0, 3.0])  # no buffer
+
+    def forward(self, x):
+        for _ in range(2):
+            if self.training and torch.rand([]) < self.probability:
+                continue
+            x = self.layer(x)
+        steps = torch.arange(4)
+        steps[1] = 7
+        if steps.max() > self.stray.max():
+            x = x * int(steps.max())
+        return x.repeat_interleave(steps.nonzero().shape[0], dim=0)
+
+
+def test_values_that_depend_on_nothing_can_be_asked():
+    session = LocalSession()
+    eager = Drops(0.0)
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+    x = torch.randn(2, 2)
+    torch.testing.assert_close(ours(x).cpu(), eager(x))
+
+
+def test_a_random_branch_is_refused_with_its_line():
+    session = LocalSession()
+    ours = make_function(Drops(0.5), session.mesh(), lambda: session)
+    line = Drops.forward.__code__.co_firstlineno + 2
+    for _ in range(2):
+        with pytest.raises(DataDependentError, match=rf"test_library_code\.py:{line} in forward"):
+            ours(torch.randn(2, 2))
+
+
+def test_a_value_that_depends_on_an_input_through_a_view_cannot_be_asked():
+    session = LocalSession()
+
+    def function(x):
+        y = torch.zeros(2)
+        y[0] = x.sum()
+        return x if y.sum() > 0 else -x
+
+    with pytest.raises(DataDependentError, match="test_library_code"):
+        make_function(function, session.mesh(), lambda: session)(torch.ones(2))
+
+
+class Block(nn.Module):
+    def __init__(self, reentrant):
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 16), nn.Linear(16, 8)
+        self.reentrant = reentrant
+
+    def inner(self, x, p):
+        return x + self.second(F.dropout(F.gelu(self.first(x)), p))
+
+    def forward(self, x, p):
+        if self.reentrant is None:
+            return self.inner(x, p)
+        return checkpoint(self.inner, x, p, use_reentrant=self.reentrant)
+
+
+def make_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+    def step(x, p):
+        x = x * model[0].second.bias.exp()  # a reentrant checkpoint wants an input with a gradient
+        for block in model:
+            x = block(x, p)
+        loss = x.square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing_survives(reentrant):
+    torch.manual_seed(0)
+    session = LocalSession()
+    eager = nn.Sequential(Block(None), Block(None))
+    ours = nn.Sequential(Block(reentrant), Block(reentrant))
+    ours.load_state_dict(eager.state_dict())
+    make_function(ours, session.mesh(), lambda: session)
+    expected, step = make_step(eager), ProgramFunction(make_step(ours), session.mesh(), lambda: session)
+    for _ in range(3):
+        x = torch.randn(4, 8)
+        torch.testing.assert_close(step(x, 0.0).cpu(), expected(x, 0.0).detach(), rtol=1e-5, atol=1e-6)
+    products = session.num_operators("mm") + session.num_operators("addmm")
+    assert products > 2 * 2 * 3  # forward, and for each product two in backward: what is above was computed again
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_checkpoint_drops_the_same_elements_again(reentrant):
+    session = LocalSession()
+    model = make_function(nn.Sequential(Block(reentrant)), session.mesh(), lambda: session)
+
+    @lambda function: ProgramFunction(function, session.mesh(), lambda: session)
+    def step(x):
+        x = x * model[0].first.weight.mean().exp()
+        model[0](x, 0.5).sum().backward()
+        return 0
+
+    step(torch.randn(4, 8))
+    assert session.num_operators("bernoulli") + session.num_operators("rand") == 1
+
+
+def test_assignments_by_mask():
+    session = LocalSession()
+
+    def function(x, mask, vector):
+        x = x * 1
+        x[mask] = 5.0
+        x[mask[:, 0]] = vector
+        counts = torch.zeros(3, 2, dtype=torch.int64)
+        counts[mask] = 2.9
+        return x, counts
+
+    x, mask, vector = torch.randn(3, 2), torch.tensor([[True, False], [False, True], [False, False]]), torch.ones(2)
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x, mask, vector), function(x, mask, vector), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+
+
+def test_operators_without_lowering_are_taken_apart_or_all_reported():
+    everything = {"aten::" + name for name in ("mul.Tensor", "add.Tensor", "exp", "pow.Tensor_Scalar")}
+    session = LocalSession(lowered_ops=everything)
+
+    def program(x):
+        return torch.linalg.det(x) + torch.linalg.eigvalsh(x).sum() + torch.special.i0(x).sum()
+
+    with pytest.raises(CaptureError, match=r"_linalg_det at [\s\S]*_linalg_eigh at [\s\S]*i0 at"):
+        ProgramFunction(program, session.mesh(), lambda: session)(torch.eye(3))
+
+
+class Images(nn.Module):
+    """Operators of image models that torch-xla would run on the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 4, 3, padding=1))
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        x = self.norm(self.conv(x))
+        total = F.adaptive_avg_pool2d(x, (3, 5)).square().mean()
+        for mode, flags in (("bilinear", {"align_corners": True}), ("bicubic", {}), ("nearest-exact", {})):
+            total = total + F.interpolate(x, size=(5, 12), mode=mode, **flags).square().mean()
+        return total + F.interpolate(x, scale_factor=2.0).square().mean()
+
+
+def test_image_operators_are_taken_apart():
+    torch.manual_seed(0)
+    session = LocalSession()
+    eager = Images()
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+
+    def make(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x):
+            loss = model(x)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    expected, step = make(eager), ProgramFunction(make(ours), None, lambda: session)
+    for _ in range(2):
+        x = torch.randn(2, 3, 8, 8)
+        torch.testing.assert_close(step(x).cpu(), expected(x).detach())
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+    text = " ".join(
+        str(node.target)
+        for _, _, parts in session.programs.values()
+        for part in parts
+        for graph in part
+        for node in graph.graph.nodes
+    )
+    for name in ("batch_norm", "upsample", "_adaptive_avg_pool2d", "_weight_norm"):
+        assert name not in text
+
+
+def test_elementwise_operators_and_means_by_index_are_taken_apart():
+    session = LocalSession()
+
+    def function(x, y, index):
+        y = torch.where(y > 1, torch.nan, y)
+        mean = x.scatter_reduce(1, index, y.nan_to_num(), "mean")
+        alone = x.scatter_reduce(1, index, y.nan_to_num(), "mean", include_self=False)
+        return (
+            torch.fmax(x, y), torch.fmin(x, y), torch.hypot(x, x + 1), torch.copysign(x, -torch.zeros(6)), x.exp2(),
+            mean, alone, x.aminmax()[0], x.amax(),
+        )  # fmt: skip
+
+    x, y, index = torch.randn(4, 6), torch.randn(4, 6), torch.randint(0, 6, (4, 3))
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x, y, index), function(x, y, index), strict=True):
+        torch.testing.assert_close(result.cpu(), expected, equal_nan=True)
+    for name in ("fmax", "hypot", "copysign", "exp2"):
+        assert session.num_operators(name) == 0

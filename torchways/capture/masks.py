@@ -1,0 +1,43 @@
+"""Assignments to the elements that a boolean mask selects, as a selection between two tensors.
+
+`x[mask] = value` finds the selected elements first, and how many these are depends on values; `torch.where` gives the
+same result in one shape for all masks. Rewritten above autograd, since the gradient of the former looks them up again.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class MaskedAssignments(TorchFunctionMode):
+    """While it is active, `x[mask] = value` runs as `x.copy_(torch.where(mask, value, x))` where that is the same."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.__setitem__ and _is_mask(args[1]):
+            target, mask, value = args
+            if isinstance(mask, tuple):
+                [mask] = mask
+            rest = target.dim() - mask.dim()
+            if rest >= 0 and mask.shape == target.shape[: mask.dim()] and _is_same_for_all(value, target, rest):
+                if not isinstance(value, torch.Tensor):
+                    value = torch.full((), value, dtype=target.dtype)
+                mask = mask.reshape(*mask.shape, *[1] * rest)
+                target.copy_(torch.where(mask, value, target))
+                return None
+        return func(*args, **(kwargs or {}))
+
+
+def _is_mask(index: Any) -> bool:
+    if isinstance(index, tuple) and len(index) == 1:
+        [index] = index
+    return isinstance(index, torch.Tensor) and index.dtype == torch.bool and index.dim() > 0
+
+
+def _is_same_for_all(value: Any, target: torch.Tensor, rest: int) -> bool:
+    """Whether each selected element gets the same value: a number, or one of no more dimensions than an element."""
+    if isinstance(value, torch.Tensor):
+        return value.dtype == target.dtype and value.dim() <= rest
+    return isinstance(value, (int, float))

@@ -1,0 +1,48 @@
+"""Random operators of a trace: the same state of PyTorch's generator gives the same numbers, as in eager PyTorch.
+
+`torch.utils.checkpoint` computes a forward again in backward, and restores the generator's state before, so that
+dropout drops the same elements. Traced operators draw no numbers. So each one advances the generator by hand, and one
+that finds it in a state that another of the same kind found before returns that one's numbers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+
+
+class RandomNumbers:
+    """The random operators of one trace, by the state of the generator that they found."""
+
+    def __init__(self) -> None:
+        self._drawn: dict[Any, Any] = {}
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator on traced tensors."""
+        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+            return func(*args, **kwargs)
+        key = (func, _generator_state(), *map(_kind, pytree.tree_leaves((args, kwargs))))
+        drawn = self._drawn.get(key)
+        if drawn is None:
+            result = func(*args, **kwargs)
+            # The caller may change the result in place (dropout scales its mask): a copy is kept.
+            self._drawn[key] = pytree.tree_map_only(torch.Tensor, torch.clone, result)
+            return result
+        if func._schema.is_mutable:
+            return args[0].copy_(drawn)
+        return pytree.tree_map_only(torch.Tensor, torch.clone, drawn)
+
+
+def _generator_state() -> bytes:
+    """Returns the state of PyTorch's generator, and advances it."""
+    with _disable_current_modes():
+        state = torch.get_rng_state().numpy().tobytes()
+        torch.rand(1)
+    return state
+
+
+def _kind(leaf: Any) -> Any:
+    return (tuple(leaf.shape), leaf.dtype) if isinstance(leaf, torch.Tensor) else (type(leaf), str(leaf))
