@@ -84,8 +84,9 @@ class KnownValues:
 
     def _compare(self, node: torch.fx.Node) -> None:
         """A comparison of a random number with one that is out of its range is known."""
-        compare: Callable[[Any, Any], bool] = _COMPARISONS[node.target]  # type: ignore[index]
-        holds = {compare(bound, node.args[1]) for bound in (0.0, _BELOW_ONE)}
+        target: Any = node.target
+        number: Any = node.args[1]
+        holds = {_COMPARISONS[target](bound, number) for bound in (0.0, _BELOW_ONE)}
         if len(holds) == 1:
             self._values[node] = torch.full(node.meta["val"].shape, holds.pop())
 

@@ -292,8 +292,8 @@ class _TraceMode(TorchDispatchMode):
         # The sequence number was raised when the operator's autograd node was made, just before this dispatch. An
         # operator that needs no gradient makes none, and finds the number of the one before. Within backward, nodes
         # are made where a checkpoint computes its forward again.
-        number: int = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
-        self._of_sequence.setdefault(number, (region, line))
+        sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+        self._of_sequence.setdefault(sequence, (region, line))
         node = before.next
         while node is not graph._root:
             if node.op != "placeholder":
