@@ -43,6 +43,9 @@ _XLAC = torch_xla._XLAC
 _MAX_IN_FLIGHT = 24
 _MARKER_EVERY = 8
 
+#: A launch that takes longer may have failed, of which torch-xla says nothing by itself.
+_LAUNCH_SECONDS = 2.0
+
 #: Bytes; XLA's CPU client takes only memory that is aligned to it. PyTorch's own is.
 _XLA_ALIGNMENT = 64
 
@@ -96,6 +99,9 @@ class XlaRuntime:
         self._since_marker = 0
         #: An output of the last execution.
         self._last: torch.Tensor | None = None
+        #: A buffer whose launch is under way, and since when that is known.
+        self._launching: torch.Tensor | None = None
+        self._launching_since = 0.0
         #: Who waits for computations whose launch may be under way, in order.
         self._waiting: collections.deque[_Waiting] = collections.deque()
         #: Host memory can be a buffer, and a buffer host memory, without a copy.
@@ -300,11 +306,31 @@ class XlaRuntime:
         while markers and markers[0].is_set():
             markers.popleft()
         if waiting and self._is_launching():
+            self._check_launch(self._last)
             return True
         while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
             item = waiting.popleft()
             _XLAC._on_ready_callback(item.buffers[0], item.callback)
+        if waiting:
+            self._check_launch(waiting[0].buffers[0])
         return bool(waiting)
+
+    def _check_launch(self, buffer: torch.Tensor | None) -> None:
+        """Raises where a launch has failed: torch-xla tells only who waits for all computations.
+
+        Raises:
+            InternalError: its buffers will never be there.
+        """
+        now = time.monotonic()
+        if buffer is not self._launching:
+            self._launching, self._launching_since = buffer, now
+        elif now > self._launching_since + _LAUNCH_SECONDS:
+            self._launching_since = now
+            logger.info("a computation is not launched after %g s; asking torch-xla why", _LAUNCH_SECONDS)
+            try:
+                xm.wait_device_ops()
+            except RuntimeError as error:
+                raise InternalError(f"a computation could not be launched: {str(error).splitlines()[0]}") from error
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:
         """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
