@@ -184,6 +184,11 @@ def mesh(cluster):
     return tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=0)
 
 
+@pytest.fixture(scope="module")
+def place(mesh):
+    return lambda model: tw.function(model, mesh=mesh)
+
+
 def build(name, config):
     torch.manual_seed(0)
     cls = getattr(transformers, name)
@@ -222,11 +227,12 @@ def check_forward(model, mesh, batch):
             assert leaf == other
 
 
-def check_training(model, mesh, data, num_steps=10, eps=1e-8, atol=1e-5):
+def check_training(model, place, data, num_steps=10, eps=1e-8, atol=1e-5):
+    """Trains a model and a copy that `place` puts on a slice."""
     generator = torch.Generator().manual_seed(1)
     batches = [data(generator) for _ in range(num_steps)]
     eager = model.train()
-    ours = tw.function(copy.deepcopy(model), mesh=mesh)
+    ours = place(copy.deepcopy(model))
     losses = train(ours, batches, tw.program, eps)
     expected = train(eager, batches, lambda step: step, eps)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
@@ -239,17 +245,17 @@ def check_training(model, mesh, data, num_steps=10, eps=1e-8, atol=1e-5):
 
 
 @pytest.mark.parametrize("name", MAIN)
-def test_ten_steps_agree_with_eager(mesh, name):
+def test_ten_steps_agree_with_eager(mesh, place, name):
     config, data = MAIN[name]
     check_forward(build(name, config), mesh, data(torch.Generator().manual_seed(0)))
-    check_training(build(name, config), mesh, data)
+    check_training(build(name, config), place, data)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_activation_checkpointing(mesh, reentrant):
+def test_activation_checkpointing(place, reentrant):
     model = build("GPT2LMHeadModel", {**GPT2, "use_cache": False})
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-    check_training(model, mesh, text, num_steps=3)
+    check_training(model, place, text, num_steps=3)
 
 
 def test_a_cache_goes_from_call_to_call(mesh):
@@ -271,9 +277,9 @@ def test_a_cache_goes_from_call_to_call(mesh):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MORE)
-def test_more_architectures(mesh, name):
+def test_more_architectures(mesh, place, name):
     config, data = MORE[name]
     check_forward(build(name, config), mesh, data(torch.Generator().manual_seed(0)))
     # Some gradients are zero but for rounding (biases of keys, what comes before a batch norm); with its usual epsilon,
     # Adam makes steps of that noise.
-    check_training(build(name, config), mesh, data, num_steps=3, eps=1e-4)
+    check_training(build(name, config), place, data, num_steps=3, eps=1e-4)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
+from tests.cluster.test_hugging_face import MAIN, build, check_training
 
 STEPS = 10
 VOCAB = 64
@@ -75,6 +76,27 @@ def test_a_plan_agrees_with_eager(cluster, shape, name):
         assert parameter.sharding == placements
         assert opt.state[parameter]["exp_avg"].sharding == placements
     assert all(not status.fallback_counters for status in tw.executor_status())
+    mesh.close()
+
+
+@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize(
+    ("shape", "plan"),
+    [
+        ((2, 2), "full x tensor"),
+        pytest.param((4, 1), "data", marks=pytest.mark.slow),
+        pytest.param((4, 1), "full", marks=pytest.mark.slow),
+        pytest.param((1, 4), "tensor", marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_transformers_agree_with_eager(cluster, shape, plan, name):
+    mesh = tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"))
+    config, data = MAIN[name]
+
+    def place(model):
+        return tw.parallelize_module(model, mesh, _plans(model, mesh, plan))
+
+    check_training(build(name, config), place, data)
     mesh.close()
 
 

@@ -292,7 +292,7 @@ class Session:
         put = self._puts.get(buffer.buffer_id)
         try:
             if put is not None:
-                await asyncio.wrap_future(put)
+                await asyncio.shield(asyncio.wrap_future(put))  # who gives up reading does not take the value back
             fetching = asyncio.ensure_future(entry.executors[0].fetch(buffer.buffer_id))
             lost = asyncio.ensure_future(self._wait_broken())
             done, pending = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
