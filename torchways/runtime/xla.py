@@ -97,8 +97,6 @@ class XlaRuntime:
         #: Set when the execution of each marker has ended.
         self._markers: collections.deque[threading.Event] = collections.deque()
         self._since_marker = 0
-        #: An output of the last execution.
-        self._last: torch.Tensor | None = None
         #: A buffer whose launch is under way, and since when that is known.
         self._launching: torch.Tensor | None = None
         self._launching_since = 0.0
@@ -110,6 +108,8 @@ class XlaRuntime:
         self._loans: collections.deque[torch.Tensor] = collections.deque()
         self._large_loans: list[torch.Tensor] = []
         self._compiled: dict[Any, _Executable] = {}
+        #: A value that is there for ever.
+        self._anchor = self._place(torch.zeros(()), ())
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> torch.Tensor:
         """Puts a CPU tensor, which must not change any more, on the devices; returns the buffer."""
@@ -248,13 +248,13 @@ class XlaRuntime:
         if executable.graph_hash is None:
             return [inputs[~source] for source in executable.outputs], ()
         self._wait_for_room()
+        self._pass_device_lock()
         # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
         results = _XLAC._run_cached_graph(
             executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
         )
         if executable.donated and self._waiting:
             self._redirect([inputs[position] for position in executable.donated], results)
-        self._last = results[0]
         self._since_marker += 1
         if self._since_marker == _MARKER_EVERY:
             self._since_marker = 0
@@ -264,12 +264,15 @@ class XlaRuntime:
             self.progress()
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
 
-    def _is_launching(self) -> bool:
-        """Whether a launch is under way that may hold the device lock until a callback, which needs the GIL, is over.
+    def _pass_device_lock(self) -> None:
+        """On several devices: waits until no launch has the device lock, without the GIL.
 
-        Seen in the stacks of hangs on several devices; never met on one.
+        A launch may wait for a callback, which needs the GIL. To ask meanwhile whether its buffers are there is no way
+        out: they are looked at while they are made, which crashed.
         """
-        return self._num_devices > 1 and self._last is not None and _XLAC._is_placecholder(self._last)
+        if self._num_devices > 1:
+            # To sync a tensor that has its value takes the lock and does nothing more; the public sync() takes none.
+            _XLAC._xla_sync_multi([self._anchor], [], False, False)
 
     def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Lets who waits for a donated buffer, which can tell nothing any more, wait for another one."""
@@ -280,8 +283,8 @@ class XlaRuntime:
     def _wait_for_room(self) -> None:
         markers = self._markers
         deadline, pause = time.monotonic() + 30, 0.00002
-        while (launching := self._is_launching()) or len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
-            if self.progress() or launching:
+        while len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
+            if self.progress():
                 time.sleep(pause)
                 pause = min(2 * pause, 0.001)
             elif markers:
@@ -305,9 +308,8 @@ class XlaRuntime:
         markers = self._markers
         while markers and markers[0].is_set():
             markers.popleft()
-        if waiting and self._is_launching():
-            self._check_launch(self._last)
-            return True
+        if waiting:
+            self._pass_device_lock()
         while waiting and not _XLAC._is_placecholder(waiting[0].buffers[0]):
             item = waiting.popleft()
             _XLAC._on_ready_callback(item.buffers[0], item.callback)
@@ -315,7 +317,7 @@ class XlaRuntime:
             self._check_launch(waiting[0].buffers[0])
         return bool(waiting)
 
-    def _check_launch(self, buffer: torch.Tensor | None) -> None:
+    def _check_launch(self, buffer: torch.Tensor) -> None:
         """Raises where a launch has failed: torch-xla tells only who waits for all computations.
 
         Raises:
@@ -327,10 +329,13 @@ class XlaRuntime:
         elif now > self._launching_since + _LAUNCH_SECONDS:
             self._launching_since = now
             logger.info("a computation is not launched after %g s; asking torch-xla why", _LAUNCH_SECONDS)
+            reason = "torch-xla does not say why"
             try:
                 xm.wait_device_ops()
             except RuntimeError as error:
-                raise InternalError(f"a computation could not be launched: {str(error).splitlines()[0]}") from error
+                reason = str(error).splitlines()[0]
+            if _XLAC._is_placecholder(buffer):
+                raise InternalError(f"a computation could not be launched: {reason}")
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:
         """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
