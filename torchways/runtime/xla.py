@@ -315,6 +315,8 @@ class XlaRuntime:
             _XLAC._on_ready_callback(item.buffers[0], item.callback)
         if waiting:
             self._check_launch(waiting[0].buffers[0])
+        else:
+            self._launching = None  # its memory is not ours to keep
         return bool(waiting)
 
     def _check_launch(self, buffer: torch.Tensor) -> None:
