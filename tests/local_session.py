@@ -126,7 +126,8 @@ class LocalSession:
         for step in part.steps:
             match step:
                 case ComputeStep():
-                    results = graphs[step.function_index](*(slots[slot] for slot in step.inputs))
+                    with torch.random.fork_rng(devices=[]):  # a graph may seed it
+                        results = graphs[step.function_index](*(slots[slot] for slot in step.inputs))
                     for slot, result in zip(step.outputs, results, strict=True):
                         expected = part.slots[slot]
                         assert tuple(result.shape) == expected.shape

@@ -20,6 +20,8 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+import torchways.operators  # noqa: F401  (graphs have its operators)
+
 #: Key of `node.meta`: the user's line that a node comes from, "train.py:41 in train_step".
 SOURCE_KEY = "tw_source"
 

@@ -39,6 +39,7 @@ from torchways.ir.program import (
     node_outputs,
 )
 from torchways.mesh import DATA_AXIS, Placements, VirtualSlice
+from torchways.operators import MANUAL_SEED, is_random
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -76,7 +77,8 @@ class PartitionedProgram:
     """A program and how its ends are tied to what was traced.
 
     Attributes:
-        program: the dataflow program; not lowered yet.
+        program: the dataflow program; not lowered yet. Arguments whose source is past the inputs of what was traced
+            are seeds, int64[]: one for each computation that draws random numbers.
         meshes: the virtual slice that each of its slices stands for.
     """
 
@@ -137,6 +139,7 @@ class _Partitioner:
         self.written = written
         self.meshes: list[VirtualSlice] = []
         self.placeholders = [node for node in self.graph.nodes if node.op == "placeholder"]
+        self.num_traced = len(self.placeholders)
         self._position = {node: position for position, node in enumerate(self.placeholders)}
         self.operators = [node for node in self.graph.nodes if node.op == "call_function"]
         #: Operators that span slices, with what they give to each slice; neither belongs to a compiled function.
@@ -158,6 +161,7 @@ class _Partitioner:
         self._place_operators()
         self._place_outputs()
         groups = self._cut()
+        self._add_seeds(groups)
         self.data_sizes = self._find_data_sizes()
         self.state_placements = {
             (self.slice_of[node], tuple(node.meta["val"].shape)): self._placements(node, self.slice_of[node])
@@ -228,10 +232,9 @@ class _Partitioner:
         for node in self.operators:
             inputs = node.all_input_nodes
             from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
-            is_random = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
             if node in self._of_sums:
                 continue
-            if (from_constants and not is_random) or (node.target in _VIEWS and all(a in free for a in inputs)):
+            if (from_constants and not is_random(node)) or (node.target in _VIEWS and all(a in free for a in inputs)):
                 free.add(node)
                 self.slice_of.pop(node, None)
         return free
@@ -278,7 +281,7 @@ class _Partitioner:
     def _place_outputs(self) -> None:
         """Outputs do not float, random operators are not repeated, and new state is made where the old one is."""
         for node in self.operators:
-            if node not in self.slice_of and torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            if node not in self.slice_of and is_random(node):
                 homes = [self.slice_of[user] for user in node.users if user in self.slice_of]
                 self.slice_of[node] = homes[0] if homes else self._default_slice()
         for number, node in enumerate(self.outputs):
@@ -378,6 +381,26 @@ class _Partitioner:
                     awaited.add(node)
                     break
         return awaited
+
+    def _add_seeds(self, groups: list[_Group]) -> None:
+        """Gives each computation that draws random numbers a seed of its own, as an input."""
+        for group in groups:
+            if not any(is_random(node) for node in group.nodes):
+                continue
+            number = len(self.placeholders) - self.num_traced
+            with self.graph.inserting_after(self.placeholders[-1] if self.placeholders else self.graph._root):
+                seed = self.graph.placeholder(f"seed_{number}")
+            with self.graph.inserting_before(self.operators[0]):
+                seeding = self.graph.call_function(MANUAL_SEED, (seed,))
+            seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+            seeding.meta["val"] = None
+            self._position[seed] = len(self.placeholders)
+            self.placeholders.append(seed)
+            self.inputs.append(
+                PlaceholderSpec(label=f"seed {number}", mesh=None, placements=None, is_state=False, is_data=False)
+            )
+            self.slice_of[seeding] = group.key.slice_index
+            group.nodes.insert(0, seeding)
 
     # ---- values
 

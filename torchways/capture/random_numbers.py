@@ -1,5 +1,7 @@
 """Random operators of a trace: the same state of PyTorch's generator gives the same numbers, as in eager PyTorch.
 
+Within a trace, that is. What a run draws comes from its seed (operators.py, `MANUAL_SEED`).
+
 `torch.utils.checkpoint` computes a forward again in backward, and restores the generator's state before, so that
 dropout drops the same elements. Traced operators draw no numbers. So each one advances the generator by hand, and one
 that finds it in a state that another of the same kind found before returns that one's numbers.
@@ -13,6 +15,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.capture.source import user_line
+from torchways.errors import CaptureError
+
 
 class RandomNumbers:
     """The random operators of one trace, by the state of the generator that they found."""
@@ -21,9 +26,18 @@ class RandomNumbers:
         self._drawn: dict[Any, Any] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Calls an operator on traced tensors."""
-        if torch.Tag.nondeterministic_seeded not in func.tags or kwargs.get("generator") is not None:
+        """Calls an operator on traced tensors.
+
+        Raises:
+            CaptureError: it has a generator of its own.
+        """
+        if torch.Tag.nondeterministic_seeded not in func.tags:
             return func(*args, **kwargs)
+        if kwargs.get("generator") is not None:
+            raise CaptureError(
+                f"{func} has a generator of its own at {user_line()}: a program draws from PyTorch's default one, so "
+                "leave it out and call torch.manual_seed, or draw outside the program and pass the tensor"
+            )
         key = (func, _generator_state(), *map(_kind, pytree.tree_leaves((args, kwargs))))
         drawn = self._drawn.get(key)
         if drawn is None:

@@ -60,6 +60,20 @@ class _Made:
 
 
 @dataclass(frozen=True, slots=True)
+class _Seed:
+    """The seed of one of a run's computations that draw random numbers."""
+
+    number: int
+
+    def of_run(self, run_seed: int) -> bytes:
+        """Returns it as int64[]; seeds of one run have nothing to do with each other (SplitMix64's finalizer)."""
+        mixed = (run_seed + (self.number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        return ((mixed ^ (mixed >> 31)) >> 1).to_bytes(8, "little")
+
+
+@dataclass(frozen=True, slots=True)
 class _Source:
     """What an argument of a slice part is bound to: a traced input, and how it is sharded there."""
 
@@ -98,7 +112,7 @@ class _Piece:
     bound_to: tuple[SliceId, ...] = ()
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class Variant:
     """One traced, lowered and registered form of a function.
 
@@ -119,6 +133,12 @@ class Variant:
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
     guards: list[Callable[[], bool]]
+
+    @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers."""
+        sources = (item.source for piece in self.pieces for items in piece.arguments.values() for item in items)
+        return any(isinstance(source, _Seed) for source in sources)
 
     def __del__(self) -> None:
         for piece in self.pieces:
@@ -426,7 +446,13 @@ def _make_piece(
     sources: dict[ValueIndex, _Source] = {}
     for node in lowered.program.nodes:
         if isinstance(node, Arg):
-            source = traced.inputs[node.source].source if node.source >= 0 else _Made(~node.source)
+            source: Any
+            if node.source < 0:
+                source = _Made(~node.source)
+            elif node.source < len(traced.inputs):
+                source = traced.inputs[node.source].source
+            else:
+                source = _Seed(node.source - len(traced.inputs))
             placements = lowered.program.values[node.output].placements
             sources[node.output] = _Source(source, placements, node.output in donated)
     results = []
@@ -555,13 +581,15 @@ def _run(variant: Variant, signature: _Signature) -> Any:
     session = variant.session
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     variant.bind()
+    # One number of PyTorch's generator a run: torch.manual_seed and torch.get_rng_state mean what they always do.
+    run_seed = int(torch.randint(2**63 - 1, (), device="cpu")) if variant.is_random else 0
     outputs: list[Any] = [None] * (variant.out_spec.num_leaves)
     positions = [index for index in range(len(outputs)) if index not in variant.constants]
     for index, value in variant.constants.items():
         outputs[index] = signature.objects[value.number] if isinstance(value, _ArgumentObject) else value
     made: dict[ValueIndex, RemoteBuffer] = {}
     for number, piece in enumerate(variant.pieces):
-        run_id = _run_piece(variant, piece, tensors, made, outputs, positions)
+        run_id = _run_piece(variant, piece, tensors, run_seed, made, outputs, positions)
         if number < len(variant.pieces) - 1:
             session.wait_for_run(run_id)
     result, changed = pytree.tree_unflatten(outputs, variant.out_spec)
@@ -574,6 +602,7 @@ def _run_piece(
     variant: Variant,
     piece: _Piece,
     tensors: list[torch.Tensor],
+    run_seed: int,
     made: dict[ValueIndex, RemoteBuffer],
     outputs: list[Any],
     positions: list[int],
@@ -583,7 +612,7 @@ def _run_piece(
     arguments: dict[SliceId, list[Binding]] = {}
     for slice_index, sources in piece.arguments.items():
         mesh = variant.meshes[slice_index]
-        arguments[mesh.slice_id] = [_bind(item, tensors, made, mesh, session, consumed) for item in sources]
+        arguments[mesh.slice_id] = [_bind(item, tensors, run_seed, made, mesh, session, consumed) for item in sources]
     first = BufferId(session.new_ids(max(1, len(piece.results))))
     run_id = session.run_program(piece.program_id, variant.traced.name, first, arguments)
     for buffer in consumed:
@@ -604,6 +633,7 @@ def _run_piece(
 def _bind(
     item: _Source,
     tensors: list[torch.Tensor],
+    run_seed: int,
     made: dict[ValueIndex, RemoteBuffer],
     mesh: VirtualSlice,
     session: Session,
@@ -626,6 +656,8 @@ def _bind(
         if item.donated:
             consumed.append(buffer)
         return buffer.buffer_id
+    if isinstance(source, _Seed):
+        return InlineValue(dtype="int64", shape=(), placements=item.placements, data=source.of_run(run_seed))
     if isinstance(source, LearningRate):
         return InlineValue(dtype="float32", shape=(), placements=item.placements, data=source.read())
     content = HostContent(tuple(source.shape), source.dtype, source.detach())

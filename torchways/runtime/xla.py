@@ -31,6 +31,7 @@ from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
+from torchways.operators import MANUAL_SEED
 from torchways.runtime.base import BufferSpec
 
 logger = logging.getLogger(__name__)
@@ -188,6 +189,7 @@ class XlaRuntime:
     ) -> _Executable:
         module = deserialize_graph(graph)
         _move_to_device(module, self._device)
+        seed = _take_seed(module)
         arguments = [self.fill(spec, 0) for spec in inputs]
         torch_xla.sync()
         xm.wait_device_ops()
@@ -215,6 +217,8 @@ class XlaRuntime:
             return _Executable(None, (), tuple(sources), ())
         # Ids tell which device data of the graph is which of our inputs; only the private call gives them.
         position_of = {_XLAC._xla_get_tensor_id(argument): index for index, argument in enumerate(arguments)}
+        if seed is not None:
+            position_of[_XLAC._get_seed_info_id()] = seed  # what random operators read; there is no public name for it
         tensor_ids, device_data = _XLAC._get_tensors_xla_device_data_node(computed)
         graph_hash = self._warm_up(computed)
         taken = tuple(position_of.get(tensor_id, data) for tensor_id, data in zip(tensor_ids, device_data, strict=True))
@@ -377,6 +381,18 @@ class XlaRuntime:
 
 def _is_shared(tensor: torch.Tensor) -> bool:
     return tensor._use_count() > 1  # no public call tells whether C++ holds a tensor
+
+
+def _take_seed(module: torch.fx.GraphModule) -> int | None:
+    """Returns the position of the argument that seeds a graph's random operators, if it has any, and forgets it."""
+    graph = module.graph
+    placeholders = graph.find_nodes(op="placeholder")
+    for node in graph.find_nodes(op="call_function", target=MANUAL_SEED):
+        seed = placeholders.index(node.args[0])
+        graph.erase_node(node)
+        module.recompile()
+        return seed
+    return None
 
 
 def _move_to_device(module: torch.fx.GraphModule, device: torch.device) -> None:

@@ -1,0 +1,49 @@
+"""Operators of captured graphs beside ATen's. On the CPU they do what they say; `runtime/xla.py` gives them to XLA."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+@torch.library.custom_op("torchways::manual_seed", mutates_args=())
+def _manual_seed(seed: torch.Tensor) -> None:
+    torch.manual_seed(int(seed))
+
+
+@_manual_seed.register_fake
+def _(seed: torch.Tensor) -> None:
+    return None
+
+
+@torch.library.custom_op("torchways::constrain", mutates_args=())
+def _constrain(value: torch.Tensor, placements: str) -> torch.Tensor:
+    return value.clone()
+
+
+@_constrain.register_fake
+def _(value: torch.Tensor, placements: str) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+def _save_placements(ctx: Any, inputs: tuple[torch.Tensor, str], output: torch.Tensor) -> None:
+    ctx.placements = inputs[1]
+
+
+def _constrain_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    return _constrain(gradient, ctx.placements), None
+
+
+_constrain.register_autograd(_constrain_backward, setup_context=_save_placements)
+
+#: ``manual_seed(seed)``: the random operators of a compiled function draw from `seed`, int64[]. Its first operator.
+MANUAL_SEED = torch.ops.torchways.manual_seed.default
+
+#: ``constrain(value, placements)``: the value itself, split as placements say: "R" or "S(dim)" for each mesh axis, with spaces between.
+CONSTRAIN = torch.ops.torchways.constrain.default
+
+
+def is_random(node: torch.fx.Node) -> bool:
+    """Whether a node draws random numbers."""
+    return torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
