@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         pipeline,
         profile,
         program,
+        redistribute,
         shutdown,
         while_loop,
     )
@@ -51,6 +52,7 @@ _MODULE_OF = {
             "pipeline",
             "profile",
             "program",
+            "redistribute",
             "shutdown",
             "while_loop",
         ],
@@ -83,6 +85,7 @@ __all__ = [
     "pipeline",
     "profile",
     "program",
+    "redistribute",
     "shutdown",
     "tensor_parallel",
     "while_loop",

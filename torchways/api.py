@@ -18,14 +18,14 @@ from typing import Any
 import torch
 
 from torchways.array import Array
-from torchways.capture.state import HostContent
 from torchways.config import ClusterConfig
-from torchways.controller.buffers import HostBuffer, get_all
+from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import _module_entry, make_function, make_parallel
 from torchways.controller.loop import LoopThread
 from torchways.controller.modules import make_placed
 from torchways.controller.program import Dispatch, ProgramFunction
+from torchways.controller.redistribute import distribute
 from torchways.controller.session import Session
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId
@@ -322,21 +322,43 @@ def parallelize_module(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan |
 
 
 def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
-    """Starts copying a host tensor to a slice and returns its array.
+    """Starts copying a host tensor to a slice and returns its array. On an array, and within a program, `redistribute`.
 
     Args:
         tensor: on the CPU.
         mesh: where to.
-        placements: one an axis of `mesh`: Shard(dim) or Replicate() of torch.distributed.tensor; None replicates.
+        placements: one an axis of `mesh`: Shard(dim) or Replicate() of torch.distributed.tensor; or a partition spec,
+            one entry a dimension: an axis name, a tuple of these, or None. None replicates.
 
     Raises:
         PlacementError: placements do not fit the mesh or the shape.
     """
-    texts = normalize_placements(placements, mesh, tensor.shape)
     if is_eager():
+        normalize_placements(placements, mesh, tensor.shape)
         return tensor
-    content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
-    return Array(_current().put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
+    return distribute(tensor, mesh, placements, _current)
+
+
+def redistribute(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
+    """Returns a tensor of the same value that is on `mesh` and sharded so; never waits.
+
+    Within a program it is a constraint: XLA reshards the tensor where it was sharded otherwise, and its gradient comes
+    back with the same placements; a tensor of another slice is transferred. Use it on what a program returns to say how
+    results are sharded, and on its arguments to say how host tensors are split. Outside a program it is a program of
+    its own.
+
+    Args:
+        tensor: an array, or any tensor within a program.
+        mesh: the slice. Within a compiled function, the slice that it runs on.
+        placements: as for `distribute_tensor`.
+
+    Raises:
+        PlacementError: placements do not fit the mesh or the shape, or `mesh` is not the compiled function's.
+    """
+    return distribute_tensor(tensor, mesh, placements)
+
+
+Array._redistribute = staticmethod(redistribute)
 
 
 def get(tree: Any, *, timeout: timedelta | None = None) -> Any:

@@ -7,14 +7,14 @@ waits for them and reads them to the host.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 
-from torchways.errors import UserError
-from torchways.mesh import Placements, VirtualSlice
+from torchways.errors import PlacementError, UserError
+from torchways.mesh import Placements, VirtualSlice, tensor_text
 
 
 class Buffer(Protocol):
@@ -47,6 +47,8 @@ class Array(torch.Tensor):
     """
 
     _buffer: Buffer
+    #: Set by the controller, which knows programs.
+    _redistribute: ClassVar[Callable[[Any, VirtualSlice, Sequence[Any] | None], Any]]
 
     @staticmethod
     def __new__(
@@ -102,6 +104,22 @@ class Array(torch.Tensor):
         """
         return self._buffer.read(timeout).requires_grad_(False)
 
+    def full_tensor(self) -> torch.Tensor:
+        """Waits for the value and returns the whole of it on the host, however it is sharded; as `cpu`."""
+        return self.cpu()
+
+    def redistribute(self, mesh: VirtualSlice | None = None, placements: Sequence[Any] | None = None) -> Any:
+        """Returns an array of the same value with another sharding, or on another slice; see `tw.redistribute`.
+
+        Args:
+            mesh: slice that it is to be on; None: the one where it is.
+            placements: as for `tw.distribute_tensor`.
+        """
+        home = mesh or self.mesh
+        if home is None:
+            raise PlacementError(f"{self!r} is on no slice yet: name the mesh to redistribute it to")
+        return Array._redistribute(self, home, placements)
+
     def item(self) -> Any:
         """Waits for the value of a one-element array and returns it as a Python number."""
         return self.cpu().item()
@@ -139,9 +157,7 @@ class Array(torch.Tensor):
         raise UserError("an array stands for a buffer on a slice and cannot be deep-copied; read it with .cpu() first")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        placements = "".join(f"[{text}]" for text in self.sharding or ())
-        where = f"{placements} on mesh{self.mesh}" if self.mesh is not None else ", not placed yet"
-        shape = ", ".join(map(str, self.shape))
-        return f"tw.Array({str(self.dtype).removeprefix('torch.')}[{shape}]{where})"
+        text = tensor_text(str(self.dtype).removeprefix("torch."), self.shape, self.sharding)
+        return f"tw.Array({text} on mesh{self.mesh})" if self.mesh is not None else f"tw.Array({text}, not placed yet)"
 
     __str__ = __repr__

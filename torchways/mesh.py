@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 from torchways.errors import PlacementError
 from torchways.ids import IslandId, SliceId
@@ -21,12 +21,29 @@ Placements: TypeAlias = tuple[str, ...]
 #: The mesh axis over which a program's host tensors are split along dimension 0 unless they say otherwise.
 DATA_AXIS = "dp"
 
+_SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+
 _PLACEMENT = re.compile(r"R|S\(\d+\)")
 
 
-@dataclass(eq=False, slots=True, kw_only=True)
+class SliceOwner(Protocol):
+    """What a slice asks of the session that it belongs to."""
+
+    def close_slice(self, mesh: VirtualSlice) -> None:
+        """Gives the devices back."""
+
+    def forget_slice(self, slice_id: SliceId) -> None:
+        """Gives back the devices of a slice that nobody can name any more; never waits. Any thread."""
+
+    def move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
+        """Takes a slice to other devices."""
+
+
+@dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
 class VirtualSlice:
     """A mesh of virtual devices on one island, spelled as PyTorch's DeviceMesh. Made by `init_device_mesh`.
+
+    Its devices are given back by `close`, or when nothing refers to it any more: no variable, array, module or program.
 
     Attributes:
         shape: size of each axis.
@@ -41,10 +58,8 @@ class VirtualSlice:
     island: IslandId = IslandId(-1)
     #: The slice that this is a sub-mesh of.
     parent: VirtualSlice | None = field(default=None, repr=False)
-    #: Called once by `close`; gives the devices back.
-    release: Callable[[], None] | None = field(default=None, repr=False)
-    #: Called by `remap` with an island.
-    move: Callable[[int | None], None] | None = field(default=None, repr=False)
+    #: None in eager mode, of a sub-mesh, and once it is closed.
+    owner: SliceOwner | None = field(default=None, repr=False)
 
     @property
     def ndim(self) -> int:
@@ -84,23 +99,36 @@ class VirtualSlice:
             ResourceExhausted: there are not enough devices.
             PlacementError: there is no such island.
         """
-        move = self.root.move
-        if move is not None:
-            move(island)
+        owner = self.root.owner
+        if owner is not None:
+            owner.move_slice(self.root, island)
 
     def close(self) -> None:
         """Gives the devices back. Arrays on the slice can no longer be read. Idempotent."""
-        release, self.release = self.release, None
-        if release is not None:
-            release()
+        owner, self.owner = self.owner, None
+        if owner is not None:
+            owner.close_slice(self)
+
+    def __del__(self) -> None:
+        if self.owner is not None:
+            self.owner.forget_slice(self.slice_id)
 
     def __str__(self) -> str:
         return mesh_text(self.shape, self.mesh_dim_names)
 
 
 def mesh_text(shape: Sequence[int], names: Sequence[str]) -> str:
-    """Returns ``('dp'=2, 'tp'=4)``."""
-    return "(" + ", ".join(f"{name!r}={size}" for name, size in zip(names, shape, strict=True)) + ")"
+    """Returns ``('dp'=2,'tp'=4)``."""
+    return "(" + ",".join(f"{name!r}={size}" for name, size in zip(names, shape, strict=True)) + ")"
+
+
+def tensor_text(dtype: str, shape: Sequence[int], placements: Placements | None) -> str:
+    """Returns ``fp32[2048,256][S(0)]``: dtype, shape, and one placement an axis, up to the last that is split."""
+    kept = list(placements or ())
+    while len(kept) > 1 and kept[-1] == "R":
+        kept.pop()
+    dtype = _SHORT_DTYPES.get(dtype, dtype)
+    return f"{dtype}[{','.join(map(str, shape))}]" + "".join(f"[{text}]" for text in kept)
 
 
 def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple[int, ...], tuple[str, ...]]:
@@ -123,19 +151,23 @@ def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple
 
 
 def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, shape: Sequence[int]) -> Placements:
-    """Returns placements in their one internal form.
+    """Returns placements in their one internal form: one for each axis of the slice.
 
     Args:
-        placements: torch.distributed.tensor placements (``Shard(0)``, ``Replicate()``) or "R"/"S(0)" strings, one an
-            axis of `mesh`; None replicates.
-        mesh: where the tensor is to live.
+        placements: placements of torch.distributed.tensor (``Shard(0)``, ``Replicate()``) or "R"/"S(0)" strings, one an
+            axis of `mesh`; or a partition spec, one entry a dimension: an axis name, a tuple of them, or None
+            (``("dp", None)``, ``(("dp", "tp"),)``; dimensions that it does not name are whole). None replicates.
+        mesh: where the tensor is to live; over the axes that a sub-mesh leaves out it is replicated.
         shape: its logical shape.
 
     Raises:
-        PlacementError: wrong number of placements, an unknown kind, or a dimension that does not exist or divide.
+        PlacementError: wrong number of placements, an unknown kind or axis, or a dimension that does not exist or
+            divide.
     """
     if placements is None:
-        return ("R",) * mesh.ndim
+        placements = ("R",) * mesh.ndim
+    elif _is_partition_spec(placements):
+        placements = _from_partition_spec(placements, mesh, shape)
     texts = tuple(_placement_text(placement) for placement in placements)
     if len(texts) != mesh.ndim:
         raise PlacementError(
@@ -150,7 +182,37 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
             raise PlacementError(f"placement S({dim}) of a tensor of shape {tuple(shape)}: it has no dimension {dim}")
         names = " x ".join(mesh.mesh_dim_names[axis] for axis in axes)
         check_divides(names, math.prod(mesh.shape[axis] for axis in axes), dim, shape[dim])
-    return texts
+    of_axis = dict(zip(mesh.mesh_dim_names, texts, strict=True))
+    return tuple(of_axis.get(name, "R") for name in mesh.root.mesh_dim_names)
+
+
+def _is_partition_spec(entries: Sequence[Any]) -> bool:
+    """Whether entries are those of a partition spec: names, tuples of names, and None."""
+    return all(
+        entry is None or isinstance(entry, tuple) or (isinstance(entry, str) and not _PLACEMENT.fullmatch(entry))
+        for entry in entries
+    )
+
+
+def _from_partition_spec(spec: Sequence[Any], mesh: VirtualSlice, shape: Sequence[int]) -> list[str]:
+    if len(spec) > len(shape):
+        raise PlacementError(f"the partition spec {tuple(spec)} has {len(spec)} entries for shape {tuple(shape)}")
+    texts = {name: "R" for name in mesh.mesh_dim_names}
+    for dim, entry in enumerate(spec):
+        names = (entry,) if isinstance(entry, str) else entry or ()
+        for name in names:
+            if name not in texts:
+                axes = ", ".join(mesh.mesh_dim_names)
+                raise PlacementError(f"the partition spec {tuple(spec)} names {name!r}; mesh {mesh} has axes {axes}")
+            if texts[name] != "R":
+                raise PlacementError(f"the partition spec {tuple(spec)} names axis {name!r} twice")
+            texts[name] = f"S({dim})"
+        if list(names) != [name for name in mesh.mesh_dim_names if name in names]:
+            raise PlacementError(
+                f"the partition spec {tuple(spec)} splits dimension {dim} over {names}: name axes in the mesh's order, "
+                f"{mesh.mesh_dim_names}"
+            )
+    return list(texts.values())
 
 
 def check_divides(axis_name: str, axis_size: int, dim: int, dim_size: int, where: str = "") -> None:

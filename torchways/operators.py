@@ -40,7 +40,8 @@ _constrain.register_autograd(_constrain_backward, setup_context=_save_placements
 #: ``manual_seed(seed)``: the random operators of a compiled function draw from `seed`, int64[]. Its first operator.
 MANUAL_SEED = torch.ops.torchways.manual_seed.default
 
-#: ``constrain(value, placements)``: the value itself, split as placements say: "R" or "S(dim)" for each mesh axis, with spaces between.
+#: ``constrain(value, placements)``: the value itself, split as placements say: "R" or "S(dim)" for each mesh axis, with
+#: spaces between.
 CONSTRAIN = torch.ops.torchways.constrain.default
 
 

@@ -39,7 +39,7 @@ from torchways.ir.program import (
     node_outputs,
 )
 from torchways.mesh import DATA_AXIS, Placements, VirtualSlice
-from torchways.operators import MANUAL_SEED, is_random
+from torchways.operators import CONSTRAIN, MANUAL_SEED, is_random
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -456,6 +456,8 @@ class _Partitioner:
             if output is node:
                 old = self.placeholders[self.written[position]]
                 return self._placements(old, slice_index) if self.slice_of[old] == slice_index else ("R",) * mesh.ndim
+        if node.target is CONSTRAIN:
+            return _constraint(node)
         as_state = self.state_placements.get((slice_index, shape))  # a gradient, most likely
         return as_state if as_state is not None else self._derived_placements(shape, mesh)
 
@@ -479,9 +481,16 @@ class _Partitioner:
                 source=position,
                 replaced=position in self.written,
                 is_data=self.inputs[position].is_data and self.values[value].slice_index == UNPLACED,
+                placements=self._wanted(self.placeholders[position]),
             )
             for value, position in sorted(self.arg_inputs.items())
         ]
+
+    def _wanted(self, node: torch.fx.Node) -> Placements | None:
+        """Returns the sharding in which alone a host argument is read, if there is one."""
+        constraints = {_constraint(user) for user in node.users if user.target is CONSTRAIN}
+        is_alone = len(constraints) == 1 and all(user.target is CONSTRAIN for user in node.users)
+        return constraints.pop() if is_alone else None
 
     def _make_compute(self, group: _Group) -> Compute:
         members = set(group.nodes)
@@ -599,6 +608,10 @@ def _summed(item: torch.fx.Node) -> torch.fx.Node:
     """Returns what a sum's output is the sum of, on its slice: the sum's input of the same number."""
     total, number = item.args
     return total.args[0][number]  # type: ignore[union-attr, index, return-value]
+
+
+def _constraint(node: torch.fx.Node) -> Placements:
+    return tuple(str(node.args[1]).split())
 
 
 def _call_of(node: torch.fx.Node) -> int:

@@ -42,9 +42,10 @@ from torchways.capture.known_values import KnownValues
 from torchways.capture.masks import MaskedAssignments
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.source import user_line
-from torchways.errors import CaptureError, DataDependentError, ShapeError
+from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
 from torchways.graphs import SOURCE_KEY
-from torchways.mesh import VirtualSlice
+from torchways.mesh import Placements, VirtualSlice
+from torchways.operators import CONSTRAIN
 
 #: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
 REGION_KEY = "tw_region"
@@ -170,6 +171,25 @@ class _TraceMode(TorchDispatchMode):
         """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""
         if self.region is None or self.region.call < 0:
             self.region = Region(mesh, -1, name) if mesh is not None else None
+
+    def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
+        """Returns the tensor, on `mesh` and sharded so.
+
+        Raises:
+            PlacementError: a compiled function of another slice is being called.
+        """
+        saved = self.region
+        if saved is None or saved.call < 0:
+            self.region = Region(mesh, -1, "" if saved is None else saved.name)
+        elif saved.mesh.root is not mesh.root:
+            raise PlacementError(
+                f"{saved.name} runs on mesh {saved.mesh} as a whole, and cannot place a tensor on another slice, mesh "
+                f"{mesh}, at {user_line()}"
+            )
+        try:
+            return CONSTRAIN(tensor, " ".join(placements))  # type: ignore[no-any-return]
+        finally:
+            self.region = saved
 
     # ---- operators
 

@@ -15,6 +15,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -67,7 +68,9 @@ _REASON_SECONDS = 3.0
 class _Slice:
     """A slice of this session and its connections, once they are up."""
 
-    mesh: VirtualSlice
+    #: Weak: a slice that nobody refers to is given back.
+    mesh: weakref.ref[VirtualSlice]
+    island: IslandId
     ready: concurrent.futures.Future[None]
     address: SliceAddress | None = None
     #: One for each host; every host has what the slice has.
@@ -166,12 +169,13 @@ class Session:
         self.check()
         shape, names = check_mesh(shape, names)
         slice_id, island_id = self.loop.run(self.manager.reserve_slice(shape, names, island), _CALL, "a slice")
-        mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id)
-        mesh.release = lambda: self._release_slice(mesh.slice_id)
-        mesh.move = lambda island: self._move_slice(mesh, island)
-        entry = _Slice(mesh, self.loop.start(self._open_slice(slice_id)))
-        self._slices[slice_id] = entry
+        mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id, owner=self)
+        self._add_slice(mesh)
         return mesh
+
+    def _add_slice(self, mesh: VirtualSlice) -> None:
+        opening = self.loop.start(self._open_slice(mesh.slice_id))
+        self._slices[mesh.slice_id] = _Slice(weakref.ref(mesh), mesh.island, opening)
 
     async def _open_slice(self, slice_id: SliceId) -> None:
         address = await self.manager.wait_slice(slice_id, self.start_timeout)
@@ -188,15 +192,18 @@ class Session:
     def slice_address(self, mesh: VirtualSlice) -> SliceAddress:
         """Waits until a slice is ready; returns where it is."""
         self.check()
-        entry = self._slices.get(mesh.slice_id)
-        if entry is None or entry.mesh is not mesh.root:
+        entry = self._slices.get(mesh.root.slice_id)
+        if entry is None or entry.mesh() is not mesh.root:
             raise PlacementError(f"mesh {mesh} is closed or belongs to another session; make one with init_device_mesh")
+        return self._wait_slice(entry)
+
+    def _wait_slice(self, entry: _Slice) -> SliceAddress:
         entry.ready.result(self.start_timeout.total_seconds() + 5)
         assert entry.address is not None
         return entry.address
 
-    def _move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
-        """Takes a slice, with all its arrays, to other devices."""
+    def move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
+        """Takes a slice, with all its arrays, to other devices; see `VirtualSlice.remap`."""
         old = mesh.slice_id
         self.slice_address(mesh)
         # Nobody keeps a list of references to buffers, which are made with every run: moves are rare.
@@ -206,13 +213,32 @@ class Session:
         values = [(buffer, read.result(_MOVE_SECONDS)) for buffer, read in reads]
         reserving = self.manager.reserve_slice(mesh.shape, mesh.mesh_dim_names, island)
         mesh.slice_id, mesh.island = self.loop.run(reserving, _CALL, "a slice")
-        self._slices[mesh.slice_id] = _Slice(mesh, self.loop.start(self._open_slice(mesh.slice_id)))
+        self._add_slice(mesh)
         for buffer, value in values:
             content = HostContent(tuple(value.shape), value.dtype, value)
             placed = self.put(HostBuffer(content), mesh, buffer.placements)
             buffer.buffer_id = placed.buffer_id
             placed.consumed = True  # it is `buffer` now that releases it
         self._release_slice(old)
+
+    def close_slice(self, mesh: VirtualSlice) -> None:
+        """Gives a slice back."""
+        self._release_slice(mesh.slice_id)
+
+    def forget_slice(self, slice_id: SliceId) -> None:
+        """Gives a slice back that nobody refers to any more. Called by the garbage collector: any thread, no wait."""
+        if not self.closed and self.broken is None:
+            self.loop.start(self._release_unused(slice_id))
+
+    async def _release_unused(self, slice_id: SliceId) -> None:
+        last_id = self._next_id
+        # What is in flight may use it. A run ends, well or not, or the session is over.
+        while any(run_id < last_id for run_id in list(self._runs)) and not self.closed:
+            if self.broken is not None:
+                return
+            await asyncio.sleep(0.05)
+        if self._slices.pop(slice_id, None) is not None and not self.closed and self.broken is None:
+            await self.manager.release_slice(slice_id)
 
     def _release_slice(self, slice_id: SliceId) -> None:
         entry = self._slices.pop(slice_id, None)
@@ -239,9 +265,10 @@ class Session:
 
     def _executors(self) -> list[ExecutorClient]:
         self.check()
-        for entry in self._slices.values():
-            self.slice_address(entry.mesh)
-        return [executor for entry in self._slices.values() for executor in entry.executors]
+        entries = list(self._slices.values())
+        for entry in entries:
+            self._wait_slice(entry)
+        return [executor for entry in entries for executor in entry.executors]
 
     # ---- buffers
 
@@ -411,7 +438,7 @@ class Session:
         run_id = RunId(self.new_ids(1))
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
         for slice_id, bindings in arguments.items():
-            by_island[self._slices[slice_id].mesh.island].append((slice_id, bindings))
+            by_island[self._slices[slice_id].island].append((slice_id, bindings))
         self._runs[run_id] = _Run(name, len(by_island), started_ns)
         for island, slices in by_island.items():
             self._post(self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 from torchways.errors import InternalError
-from torchways.mesh import Placements, mesh_text
+from torchways.mesh import Placements, mesh_text, tensor_text
 
 #: Position of a value in `Program.values`.
 ValueIndex: TypeAlias = int
@@ -72,8 +72,7 @@ class Value:
         return math.prod(self.shape) * self.item_bytes
 
     def __str__(self) -> str:
-        placements = "".join(f"[{text}]" for text in self.placements)
-        return f"{self.dtype}[{','.join(map(str, self.shape))}]{placements}"
+        return tensor_text(self.dtype, self.shape, self.placements)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +102,7 @@ class Arg:
         source: which of the inputs of what was traced it is, or ~v where an earlier program makes value v.
         replaced: the run gives the state a new value, so the old buffer may be donated.
         is_data: a host argument that is split along "dp" where it is placed.
+        placements: how a host argument is split instead, where its slice has as many axes.
     """
 
     output: ValueIndex
@@ -110,6 +110,7 @@ class Arg:
     source: int
     replaced: bool = False
     is_data: bool = False
+    placements: Placements | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,8 +17,10 @@ def insert_transfers(program: Program) -> Program:
     nodes: list[Node] = []
     for node in program.nodes:
         if isinstance(node, Compute):
-            target = compute_slice(program, node)
-            node = replace(node, inputs=tuple(_on_slice(value, target, values, moved) for value in node.inputs))
+            home = compute_slice(program, node)
+            node = replace(
+                node, inputs=tuple(_on_slice(program, value, home, values, moved) for value in node.inputs)
+            )
         nodes.append(node)
     by_source: dict[ValueIndex, list[Transfer]] = {}
     for (value, _), copy in moved.items():
@@ -37,12 +39,33 @@ def compute_slice(program: Program, node: Compute) -> int:
 
 
 def _on_slice(
-    value: ValueIndex, target: int, values: list[Value], moved: dict[tuple[ValueIndex, int], ValueIndex]
+    program: Program,
+    value: ValueIndex,
+    target: int,
+    values: list[Value],
+    moved: dict[tuple[ValueIndex, int], ValueIndex],
 ) -> ValueIndex:
     if values[value].slice_index == target:
         return value
     key = (value, target)
     if key not in moved:
         moved[key] = len(values)
-        values.append(replace(values[value], slice_index=target))
+        values.append(_moved(program, values[value], target))
     return moved[key]
+
+
+def _moved(program: Program, value: Value, target: int) -> Value:
+    """Returns a value on another slice: split over the axes of the same names, where these divide it."""
+    source, spec = program.slices[value.slice_index], program.slices[target]
+    of_axis = dict(zip(source.axis_names, value.placements, strict=True))
+    placements: list[str] = []
+    ways: dict[str, int] = {}
+    for name, size in zip(spec.axis_names, spec.shape, strict=True):
+        text = of_axis.get(name, "R")
+        if text != "R":
+            ways[text] = ways.get(text, 1) * size
+            if value.shape[int(text[2:-1])] % ways[text]:
+                ways[text] //= size
+                text = "R"
+        placements.append(text)
+    return replace(value, slice_index=target, placements=tuple(placements))

@@ -30,7 +30,7 @@ def place(program: Program) -> Program:
         nodes.append(node)
     homes: dict[ValueIndex, list[Arg]] = {}
     for (value, _), index in placed.items():
-        homes.setdefault(value, []).append(replace(args[value], output=index, is_data=False))
+        homes.setdefault(value, []).append(replace(args[value], output=index, is_data=False, placements=None))
     with_args: list[Node] = []
     for node in nodes:
         if isinstance(node, Arg) and values[node.output].slice_index == UNPLACED:
@@ -43,6 +43,8 @@ def place(program: Program) -> Program:
 def _placed(program: Program, arg: Arg, value: Value, home: int) -> Value:
     spec = program.slices[home]
     placements: Placements = ("R",) * len(spec.shape)
-    if arg.is_data:
+    if arg.placements is not None and len(arg.placements) == len(spec.shape):
+        placements = arg.placements
+    elif arg.is_data:
         placements = data_placements(value.shape, spec.shape, spec.axis_names, f"{arg.label} of {program.name}")
     return replace(value, slice_index=home, placements=placements)

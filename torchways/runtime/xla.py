@@ -31,7 +31,7 @@ from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
-from torchways.operators import MANUAL_SEED
+from torchways.operators import CONSTRAIN, MANUAL_SEED
 from torchways.runtime.base import BufferSpec
 
 logger = logging.getLogger(__name__)
@@ -190,6 +190,9 @@ class XlaRuntime:
         module = deserialize_graph(graph)
         _move_to_device(module, self._device)
         seed = _take_seed(module)
+        for node in module.graph.find_nodes(op="call_function", target=CONSTRAIN):
+            node.target = self._constrain
+        module.recompile()
         arguments = [self.fill(spec, 0) for spec in inputs]
         torch_xla.sync()
         xm.wait_device_ops()
@@ -223,6 +226,13 @@ class XlaRuntime:
         graph_hash = self._warm_up(computed)
         taken = tuple(position_of.get(tensor_id, data) for tensor_id, data in zip(tensor_ids, device_data, strict=True))
         return _Executable(graph_hash, taken, tuple(sources), tuple(donated))
+
+    def _constrain(self, value: torch.Tensor, placements: str) -> torch.Tensor:
+        """What the operator of this name is on these devices."""
+        copy = value.clone()
+        if self._num_devices > 1 and value.dim():
+            xs.annotate_custom_sharding(copy, self._mesh, self._sharding(placements.split(), value.dim()))
+        return copy
 
     def _warm_up(self, computed: list[torch.Tensor]) -> Any:
         """Compiles the pending graph of `computed` into torch-xla's cache and drops it; returns its key."""
@@ -390,7 +400,6 @@ def _take_seed(module: torch.fx.GraphModule) -> int | None:
     for node in graph.find_nodes(op="call_function", target=MANUAL_SEED):
         seed = placeholders.index(node.args[0])
         graph.erase_node(node)
-        module.recompile()
         return seed
     return None
 
