@@ -21,9 +21,8 @@ from torchways.array import Array
 from torchways.config import ClusterConfig
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
-from torchways.controller.function import _module_entry, make_function, make_parallel
+from torchways.controller.function import make_function, make_parallel, make_pipeline
 from torchways.controller.loop import LoopThread
-from torchways.controller.modules import make_placed
 from torchways.controller.program import Dispatch, ProgramFunction
 from torchways.controller.redistribute import distribute
 from torchways.controller.session import Session
@@ -34,7 +33,7 @@ from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
 from torchways.observability.process import setup_logging
 from torchways.observability.trace import write_chrome_trace
 from torchways.parallel.pipeline import SplitPoint, add_stages
-from torchways.parallel.plans import Plan, placements_of
+from torchways.parallel.plans import PlanOrMaker, placements_of, plan_of
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
 
@@ -279,26 +278,38 @@ def while_loop(
     return run_while_loop(cond_fn, body_fn, operands, mesh, _current)
 
 
-def pipeline(module: torch.nn.Module, *, split_spec: Mapping[str, SplitPoint], meshes: Sequence[VirtualSlice]) -> Any:
+def pipeline(
+    module: torch.nn.Module | Callable[[], torch.nn.Module],
+    *,
+    split_spec: Mapping[str, SplitPoint],
+    meshes: Sequence[VirtualSlice],
+    plan: PlanOrMaker | None = None,
+) -> Any:
     """Splits a module into stages, each on a slice of its own; returns the module itself.
 
     Its parameters become arrays: build the optimizer after this call.
 
     Args:
-        module: any module.
+        module: any module, or a function that builds one, which is then initialised on the slices (see
+            `parallelize_module`); its parameters are on the stage of their submodule, in the order of registration.
         split_spec: names of submodules at which a new stage begins, in the order in which they run.
         meshes: slice of each stage: one more than split points.
+        plan: how parameters are split over the axes of their stage's slice, as for `parallelize_module`; then all
+            meshes have the same axes.
 
     Raises:
-        PlacementError: a name does not exist, or the numbers do not fit.
+        PlacementError: a name does not exist, the numbers do not fit, or the plan does not.
     """
-    call = add_stages(module, split_spec, meshes)
-    if not is_eager():
-        make_placed(module, call, lambda placed: _module_entry(placed, None, _current))
-    return module
+    if is_eager():
+        module = module if isinstance(module, torch.nn.Module) else module()
+        add_stages(module, split_spec, meshes)
+        return module
+    return make_pipeline(module, split_spec, meshes, plan, _current)
 
 
-def parallelize_module(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan | None = None) -> Any:
+def parallelize_module(
+    module: torch.nn.Module | Callable[[], torch.nn.Module], mesh: VirtualSlice, plan: PlanOrMaker | None = None
+) -> Any:
     """Makes a module a compiled function on `mesh`, its parameters split as a plan says; returns the module itself.
 
     Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
@@ -306,19 +317,26 @@ def parallelize_module(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan |
     values live and never changes a result.
 
     Args:
-        module: any module.
+        module: any module, whose values are copied; or a function that builds one, ``lambda: GPT(config)``: then it is
+            initialised on the slice, every parameter split as the plan says, and the controller holds no values. Its
+            random numbers come from PyTorch's generator as those of any program: reproducible by torch.manual_seed,
+            but not those that the constructor would draw on the host.
         mesh: slice that it runs on.
-        plan: from patterns of parameter names to placements, ``{"*.wq.weight": {"tp": Shard(0)}}``; the first that
-            fits holds, and what none fits is replicated. `tw.fully_shard` and `tw.tensor_parallel` make some. None:
-            all is replicated, which is data parallelism.
+        plan: from patterns of parameter names to placements, ``{"*.wq.weight": {"tp": Shard(0)}}`` or
+            ``{"*.wq.weight": ("tp", None)}``; the first that fits holds, and what none fits is replicated. Patterns
+            of submodules that end in ":input" or ":output" constrain activations. `tw.fully_shard` and
+            `tw.tensor_parallel` make plans, and can be given themselves. None: all is replicated, which is data
+            parallelism.
 
     Raises:
         PlacementError: a pattern fits no parameter, an axis does not exist, or a dimension cannot be split evenly.
+        CaptureError: the function that builds the module cannot be captured.
     """
     if is_eager():
-        placements_of(module, mesh, plan or {})
+        module = module if isinstance(module, torch.nn.Module) else module()
+        placements_of(module, mesh, plan_of(module, mesh, plan))
         return module
-    return make_parallel(module, mesh, plan or {}, _current)
+    return make_parallel(module, mesh, plan, _current)
 
 
 def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:

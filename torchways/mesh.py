@@ -168,7 +168,7 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
         placements = ("R",) * mesh.ndim
     elif _is_partition_spec(placements):
         placements = _from_partition_spec(placements, mesh, shape)
-    texts = tuple(_placement_text(placement) for placement in placements)
+    texts = tuple(_placement_text(placement, shape) for placement in placements)
     if len(texts) != mesh.ndim:
         raise PlacementError(
             f"{len(texts)} placements {texts} for the {mesh.ndim} axes of mesh {mesh}: give one an axis"
@@ -236,14 +236,17 @@ def data_placements(shape: Sequence[int], mesh_shape: Sequence[int], names: Sequ
     return tuple(texts)
 
 
-def _placement_text(placement: Any) -> str:
+def _placement_text(placement: Any, shape: Sequence[int]) -> str:
     if isinstance(placement, str) and _PLACEMENT.fullmatch(placement):
         return placement
     # torch.distributed.tensor takes a second to import; its placements say what they are.
     if getattr(placement, "is_replicate", bool)():
         return "R"
-    if getattr(placement, "is_shard", bool)() and placement.dim >= 0:
-        return f"S({placement.dim})"
-    raise PlacementError(
-        f"unknown placement {placement!r}: use Shard(dim), with dim from 0, or Replicate() of torch.distributed.tensor"
-    )
+    if getattr(placement, "is_shard", bool)():
+        dim = placement.dim + len(shape) if placement.dim < 0 else placement.dim
+        if dim < 0:
+            raise PlacementError(
+                f"placement {placement!r} of a tensor of shape {tuple(shape)}: it has no such dimension"
+            )
+        return f"S({dim})"
+    raise PlacementError(f"unknown placement {placement!r}: use Shard(dim) or Replicate() of torch.distributed.tensor")

@@ -121,7 +121,7 @@ def test_closed_sessions():
         pids = [pid for _, pid in tw.cluster_info().processes if pid]
     assert wait_gone(pids) == set()
     tw.shutdown()  # idempotent
-    assert "float32[2]" in repr(array)
+    assert "fp32[2]" in repr(array)
     with pytest.raises(SessionClosed, match=r"tw\.shutdown\(\) has closed"):
         array.cpu()
     with tw.init(islands=1, devices_per_island=1):

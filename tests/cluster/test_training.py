@@ -114,7 +114,7 @@ def test_memory_is_flat(cluster, meshes):
 def test_arrays_are_futures(cluster, meshes):
     double = tw.function(lambda x: x * 2, mesh=meshes[0])
     y = double(torch.arange(4.0).reshape(4, 1))
-    assert repr(y) == "tw.Array(float32[4, 1][S(0)] on mesh('dp'=2))"
+    assert repr(y) == "tw.Array(fp32[4,1][S(0)] on mesh('dp'=2))"
     assert y.mesh is meshes[0]
     assert y.sharding == ("S(0)",)
     assert y.tolist() == [[0], [2], [4], [6]]

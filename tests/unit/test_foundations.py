@@ -9,7 +9,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torchways import errors
 from torchways.config import ClusterConfig
 from torchways.ids import ClientId, client_range, owner
-from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
+from torchways.mesh import VirtualSlice, check_mesh, normalize_placements, tensor_text
 from torchways.observability.trace import chrome_trace
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -49,9 +49,16 @@ def test_ids_name_their_client():
 
 def test_meshes_are_spelled_as_device_meshes():
     mesh = VirtualSlice(shape=(2, 4), mesh_dim_names=("dp", "tp"))
-    assert (mesh.size(), mesh.size(1), mesh.ndim, str(mesh)) == (8, 4, 2, "('dp'=2, 'tp'=4)")
+    assert (mesh.size(), mesh.size(1), mesh.ndim, str(mesh)) == (8, 4, 2, "('dp'=2,'tp'=4)")
     assert (mesh["tp"].shape, mesh["tp"].root) == ((4,), mesh)
     assert normalize_placements([Shard(0), Replicate()], mesh, (4, 4)) == ("S(0)", "R")
+    assert normalize_placements([Replicate(), Shard(-1)], mesh, (4, 4)) == ("R", "S(1)")
+    assert normalize_placements(("tp", None), mesh, (4, 4)) == ("R", "S(0)")
+    assert normalize_placements((None, ("dp", "tp")), mesh, (4, 8)) == ("S(1)", "S(1)")
+    assert normalize_placements((), mesh, (4, 4)) == ("R", "R")
+    assert normalize_placements([Shard(0)], mesh["tp"], (4, 4)) == ("R", "S(0)")
+    assert tensor_text("float32", (2048, 256), ("S(0)", "R")) == "fp32[2048,256][S(0)]"
+    assert tensor_text("int64", (), ("R", "R")) == "int64[][R]"
     with pytest.raises(errors.PlacementError, match=r"no axis 'pp'; its axes are \('dp', 'tp'\)"):
         mesh["pp"]
     with pytest.raises(errors.PlacementError, match="1 placements"):

@@ -232,7 +232,7 @@ class _Partitioner:
         for node in self.operators:
             inputs = node.all_input_nodes
             from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
-            if node in self._of_sums:
+            if node in self._of_sums or node.target is CONSTRAIN:
                 continue
             if (from_constants and not is_random(node)) or (node.target in _VIEWS and all(a in free for a in inputs)):
                 free.add(node)
@@ -289,6 +289,11 @@ class _Partitioner:
                 self.slice_of[node] = self._default_slice()
             elif node not in self.slice_of:
                 self.outputs[number] = self._copied_to(self._default_slice(), node, self.graph.output_node())
+        first_written = len(self.outputs) - len(self.written)
+        for number, position in enumerate(self.written, start=first_written):
+            home = self.slice_of[self.placeholders[position]]
+            if self.slice_of[self.outputs[number]] != home:
+                self.outputs[number] = self._copied_to(home, self.outputs[number], self.graph.output_node())
         self.graph.output_node().args = (self.outputs,)
 
     def _slice(self, node: torch.fx.Node) -> int:

@@ -39,8 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.known_values import KnownValues
-from torchways.capture.masks import MaskedAssignments
 from torchways.capture.random_numbers import RandomNumbers
+from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
 from torchways.graphs import SOURCE_KEY
@@ -187,7 +187,7 @@ class _TraceMode(TorchDispatchMode):
                 f"{mesh}, at {user_line()}"
             )
         try:
-            return CONSTRAIN(tensor, " ".join(placements))  # type: ignore[no-any-return]
+            return CONSTRAIN(tensor, " ".join(placements))
         finally:
             self.region = saved
 
@@ -366,7 +366,7 @@ def trace(
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH), MaskedAssignments():
+        with fake_mode, sdpa_kernel(SDPBackend.MATH), Rewrites():
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)

@@ -265,7 +265,9 @@ class ClusterState:
         candidates = [self.islands[IslandId(island_id)]] if island_id is not None else list(self.islands.values())
         fitting = [island for island in candidates if len(island.load) >= size]
         if not fitting:
-            have = ", ".join(f"island {i.island_id} has {len(i.load)}" for i in self.islands.values())
+            have = ", ".join(
+                f"island {i.island_id} has {len(i.load)} ({i.load.count(0)} free)" for i in self.islands.values()
+            )
             raise ResourceExhausted(
                 f"a slice {mesh_text(shape, axis_names)} needs {size} devices of one island; {have}. Ask for a smaller "
                 "mesh, or start the cluster with more --devices-per-island"

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from torchways.capture.tracer import current_trace
 from torchways.controller.buffers import HostBuffer
+from torchways.controller.initialize import build_on_slices
 from torchways.controller.modules import _ENTRY, arrays_of, make_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
-from torchways.errors import UserError
-from torchways.mesh import VirtualSlice
-from torchways.parallel.plans import Plan, placements_of
+from torchways.errors import PlacementError, UserError
+from torchways.mesh import Placements, VirtualSlice, normalize_placements
+from torchways.parallel.pipeline import SplitPoint, add_stages, check_stages, stages_of
+from torchways.parallel.plans import PlanOrMaker, add_constraints, placements_of, plan_of
 
 
 def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
@@ -31,18 +33,74 @@ def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Ses
 
 
 def make_parallel(
-    module: torch.nn.Module, mesh: VirtualSlice, plan: Plan, get_session: Callable[[], Session]
+    target: torch.nn.Module | Callable[[], torch.nn.Module],
+    mesh: VirtualSlice,
+    plan: PlanOrMaker | None,
+    get_session: Callable[[], Session],
 ) -> torch.nn.Module:
-    """Makes a module a compiled function on `mesh`, its parameters split as `plan` says; in place."""
-    placements = placements_of(module, mesh, plan)
+    """Makes a module, or what `target` builds, a compiled function on `mesh`, its parameters split as `plan` says."""
+
+    def place(module: torch.nn.Module) -> dict[str, tuple[VirtualSlice, Placements]]:
+        placements = placements_of(module, mesh, plan_of(module, mesh, plan))
+        return {name: (mesh.root, texts) for name, texts in placements.items()}
+
+    module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
+    homes = place(module)
+    add_constraints(module, mesh, plan_of(module, mesh, plan), _constrain_here)
     make_function(module, mesh, get_session)
-    arrays: list[tuple[str, Any]] = [
-        *module.named_parameters(remove_duplicate=False),
-        *module.named_buffers(remove_duplicate=False),
-    ]
-    for name, array in arrays:
-        array._buffer = HostBuffer(array._buffer.value, mesh=mesh.root, placements=placements[name])
+    for name, array in _state(module):
+        if isinstance(array._buffer, HostBuffer):
+            array._buffer = HostBuffer(array._buffer.value, mesh=homes[name][0], placements=homes[name][1])
     return module
+
+
+def make_pipeline(
+    target: torch.nn.Module | Callable[[], torch.nn.Module],
+    split_spec: Mapping[str, SplitPoint],
+    meshes: Sequence[VirtualSlice],
+    plan: PlanOrMaker | None,
+    get_session: Callable[[], Session],
+) -> torch.nn.Module:
+    """Splits a module, or what `target` builds, into stages; see `tw.pipeline`."""
+
+    def placements(module: torch.nn.Module) -> dict[str, Placements]:
+        axes = {mesh.mesh_dim_names for mesh in meshes}
+        if plan is not None and len(axes) > 1:
+            raise PlacementError(
+                f"tw.pipeline: one plan is for meshes with the same axes, not {' and '.join(map(str, sorted(axes)))}"
+            )
+        actual = plan_of(module, meshes[0], plan)
+        by_stage = [placements_of(module, mesh, actual) for mesh in meshes]
+        return by_stage[0]
+
+    def place(module: torch.nn.Module) -> dict[str, tuple[VirtualSlice, Placements]]:
+        check_stages(module, split_spec, meshes)
+        stages, texts = stages_of(module, split_spec), placements(module)
+        return {name: (meshes[stage].root, texts[name]) for name, stage in stages.items()}
+
+    module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
+    call = add_stages(module, split_spec, meshes)
+    if plan is not None:
+        add_constraints(module, meshes[0], plan_of(module, meshes[0], plan), _constrain_here)
+    texts = placements(module) if plan is not None else {}
+    make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
+    for name, array in _state(module):
+        if isinstance(array._buffer, HostBuffer) and name in texts:
+            array._buffer = HostBuffer(array._buffer.value, placements=texts[name])
+    return module
+
+
+def _state(module: torch.nn.Module) -> list[tuple[str, Any]]:
+    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+
+
+def _constrain_here(tensor: torch.Tensor, placements: Sequence[Any]) -> torch.Tensor:
+    """Constrains a tensor on the slice of the module that is being called."""
+    mode = current_trace()
+    if mode is None or mode.region is None:
+        return tensor
+    mesh = mode.region.mesh
+    return mode.constrain(tensor, mesh, normalize_placements(placements, mesh, tensor.shape))
 
 
 def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:

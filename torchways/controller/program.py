@@ -31,6 +31,7 @@ from torchways.errors import (
     CaptureError,
     ConfigError,
     DataDependentError,
+    InternalError,
     PlacementError,
     TorchwaysError,
     UserError,
@@ -653,6 +654,8 @@ def _bind(
         assert isinstance(buffer, RemoteBuffer)
         if buffer.session is not session:
             raise PlacementError("an array of a closed session is used; make its module or value anew")
+        if buffer.mesh is not mesh:
+            raise InternalError(f"a program reads {source!r} on another mesh, {mesh}")
         if item.donated:
             consumed.append(buffer)
         return buffer.buffer_id

@@ -40,16 +40,9 @@ def add_stages(
     Raises:
         PlacementError: a name does not exist, or the numbers do not fit.
     """
-    if len(meshes) != len(split_spec) + 1:
-        raise PlacementError(
-            f"tw.pipeline: {len(split_spec)} split points make {len(split_spec) + 1} stages, but there are "
-            f"{len(meshes)} meshes; give one mesh a stage"
-        )
+    check_stages(module, split_spec, meshes)
     names = dict(module.named_modules())
     for stage_index, (name, point) in enumerate(split_spec.items(), start=1):
-        if name not in names:
-            known = ", ".join(list(names)[1:12])
-            raise PlacementError(f"tw.pipeline: the module has no submodule {name!r}; it has {known}, ...")
         _add_boundary(names[name], point, meshes[stage_index], f"stage{stage_index}")
 
     def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -63,6 +56,36 @@ def add_stages(
             mode.region = saved
 
     return call
+
+
+def check_stages(module: torch.nn.Module, split_spec: Mapping[str, SplitPoint], meshes: Sequence[VirtualSlice]) -> None:
+    """Raises PlacementError where a name does not exist, or the numbers do not fit."""
+    if len(meshes) != len(split_spec) + 1:
+        raise PlacementError(
+            f"tw.pipeline: {len(split_spec)} split points make {len(split_spec) + 1} stages, but there are "
+            f"{len(meshes)} meshes; give one mesh a stage"
+        )
+    names = dict(module.named_modules())
+    for name in split_spec:
+        if name not in names:
+            known = ", ".join(list(names)[1:12])
+            raise PlacementError(f"tw.pipeline: the module has no submodule {name!r}; it has {known}, ...")
+
+
+def stages_of(module: torch.nn.Module, split_spec: Mapping[str, SplitPoint]) -> dict[str, int]:
+    """Returns the stage of every parameter and buffer, by name: submodules run in the order of their registration."""
+    stage = 0
+    ended = ""
+    found: dict[str, int] = {}
+    for name, submodule in module.named_modules():
+        if ended and not name.startswith(ended + "."):
+            stage, ended = stage + 1, ""
+        point = split_spec.get(name)
+        stage += point is SplitPoint.BEGINNING
+        ended = name if point is SplitPoint.END else ended
+        for key, _ in (*submodule.named_parameters(recurse=False), *submodule.named_buffers(recurse=False)):
+            found[f"{name}.{key}" if name else key] = stage
+    return found
 
 
 def _add_boundary(submodule: torch.nn.Module, point: SplitPoint, mesh: VirtualSlice, name: str) -> None:

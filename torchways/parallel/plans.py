@@ -1,26 +1,34 @@
 """Sharding plans: how the parameters of a module are split over the axes of a slice.
 
-A plan is a mapping that can be read and edited: from patterns of parameter names to placements, either by axis
-(``{"*.wq.weight": {"tp": Shard(0)}}``) or one an axis (``{"*.wq.weight": [Replicate(), Shard(0)]}``). The first pattern
-that fits a name holds; what no pattern fits is replicated. A plan says where values live, never what is computed: XLA
-adds the collectives that a split needs.
+A plan is a mapping that can be read and edited: from patterns of parameter names to placements, by axis
+(``{"*.wq.weight": {"tp": Shard(0)}}``), one an axis (``[Replicate(), Shard(0)]``), or as a partition spec, one entry a
+dimension (``("tp", None)``). The first pattern that fits a name holds; what no pattern fits is replicated. A pattern of
+submodule names that ends in ":input" or ":output" constrains what these modules take or give
+(``{"layers.*:output": ("dp", "tp", None)}``). A plan says where values live, never what is computed: XLA adds the
+collectives that a split needs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any, TypeAlias
 
 import torch
+import torch.utils._pytree as pytree
 from torch.distributed.tensor import Shard
 
 from torchways.errors import PlacementError
-from torchways.mesh import Placements, VirtualSlice, normalize_placements
+from torchways.mesh import Placements, VirtualSlice, normalize_placements, tensor_text
 
 #: Placements of one parameter: by axis name, or one an axis.
 Entry: TypeAlias = Mapping[str, Any] | Sequence[Any]
 Plan: TypeAlias = Mapping[str, Entry]
+#: A plan, or what makes one of a module and its slice, as `fully_shard` does.
+PlanOrMaker: TypeAlias = Plan | Callable[[torch.nn.Module, VirtualSlice], Plan]
+
+_ENDS = ("input", "output")
 
 #: Last parts of the names of modules that split what they make (column-wise), and of those that take what is split
 #: (row-wise), in the transformers of torchtitan, Llama and its relatives, GPT-2, T5, BERT, OPT and ViT.
@@ -95,6 +103,11 @@ def fully_shard(
     return found
 
 
+def plan_of(module: torch.nn.Module, mesh: VirtualSlice, plan: PlanOrMaker | None) -> Plan:
+    """Returns the plan itself."""
+    return plan(module, mesh) if callable(plan) else plan or {}
+
+
 def placements_of(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan) -> dict[str, Placements]:
     """Returns the placements of every parameter and buffer of a module, by all of its names.
 
@@ -103,7 +116,7 @@ def placements_of(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan) -> di
             has the parameter's name and shape.
     """
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    unused = set(plan)
+    unused = {pattern for pattern in plan if not _is_of_modules(pattern)}
     by_tensor: dict[int, Placements] = {}
     for name, tensor in tensors.items():
         for pattern, entry in plan.items():
@@ -121,17 +134,70 @@ def placements_of(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan) -> di
 
 
 def _placements(name: str, tensor: torch.Tensor, mesh: VirtualSlice, entry: Entry) -> Placements:
-    placements: Sequence[Any]
-    if isinstance(entry, Mapping):
-        for axis in entry:
-            _axis_size(mesh, axis)
-        placements = [entry.get(axis, "R") for axis in mesh.mesh_dim_names]
-    else:
-        placements = entry
     try:
-        return normalize_placements(placements, mesh, tensor.shape)
+        return normalize_placements(_listed(mesh, entry), mesh, tensor.shape)
     except PlacementError as error:
-        raise PlacementError(f"parameter {name} of shape {tuple(tensor.shape)}: {error}") from error
+        text = tensor_text(str(tensor.dtype).removeprefix("torch."), tensor.shape, None)
+        raise PlacementError(f"parameter {name} {text}: {error}") from error
+
+
+def _listed(mesh: VirtualSlice, entry: Entry) -> Sequence[Any]:
+    if not isinstance(entry, Mapping):
+        return entry
+    for axis in entry:
+        _axis_size(mesh, axis)
+    return [entry.get(axis, "R") for axis in mesh.mesh_dim_names]
+
+
+def _is_of_modules(pattern: str) -> bool:
+    return pattern.rpartition(":")[2] in _ENDS and ":" in pattern
+
+
+def add_constraints(
+    module: torch.nn.Module,
+    mesh: VirtualSlice,
+    plan: Plan,
+    constrain: Callable[[torch.Tensor, Sequence[Any]], torch.Tensor],
+) -> None:
+    """Adds the hooks that a plan's ":input" and ":output" entries ask for.
+
+    Args:
+        module: the whole model.
+        mesh: slice that it runs on, or one with its axes.
+        plan: the plan.
+        constrain: called by the hooks with a tensor and placements; returns the constrained tensor.
+
+    Raises:
+        PlacementError: a pattern fits no submodule, or an axis does not exist.
+    """
+    for pattern, entry in plan.items():
+        if not _is_of_modules(pattern):
+            continue
+        names, _, end = pattern.rpartition(":")
+        placements = _listed(mesh, entry)
+        found = [submodule for name, submodule in module.named_modules() if fnmatchcase(name, names)]
+        if not found:
+            known = ", ".join(list(dict(module.named_modules()))[1:9])
+            raise PlacementError(f"the plan's pattern {pattern!r} fits no submodule; there are {known}, ...")
+        for submodule in found:
+            _constrain_end(submodule, end, functools.partial(_first_tensor, constrain, placements))
+
+
+def _constrain_end(module: torch.nn.Module, end: str, change: Callable[[Any], Any]) -> None:
+    if end == "output":
+        module.register_forward_hook(lambda _module, _args, result: change(result))
+    else:
+        module.register_forward_pre_hook(lambda _module, args, kwargs: change((args, kwargs)), with_kwargs=True)
+
+
+def _first_tensor(constrain: Callable[..., Any], placements: Sequence[Any], tree: Any) -> Any:
+    """Constrains the first tensor of what a module takes or gives that is no scalar: its activations."""
+    leaves, spec = pytree.tree_flatten(tree)
+    for position, leaf in enumerate(leaves):
+        if isinstance(leaf, torch.Tensor) and leaf.dim() > 0:
+            leaves[position] = constrain(leaf, placements)
+            break
+    return pytree.tree_unflatten(leaves, spec)
 
 
 def _axis_size(mesh: VirtualSlice, axis: str) -> int:

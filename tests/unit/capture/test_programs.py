@@ -106,6 +106,24 @@ def test_training_agrees_with_eager_with_a_schedule_and_without_tracing_again(op
     assert session.num_transfers > 0
 
 
+def test_new_state_stays_on_its_slice_wherever_it_is_computed():
+    session = LocalSession()
+    home, other = session.mesh(), session.mesh()
+    norm = make_function(nn.BatchNorm1d(3), home, lambda: session)
+
+    def step(x):
+        with torch.no_grad():
+            norm.running_mean.copy_(double(norm.running_mean + x))
+        return norm.running_mean + 0
+
+    double = make_function(lambda value: value * 2, other, lambda: session)
+    step = ProgramFunction(step, home, lambda: session)
+    results = [step(torch.ones(3)).cpu() for _ in range(3)]
+    assert [result[0].item() for result in results] == [2.0, 6.0, 14.0]
+    assert norm.running_mean.mesh is home
+    assert step.num_traces == 1
+
+
 def test_adam_state_lives_where_its_parameter_does():
     session = LocalSession()
     meshes = [session.mesh(), session.mesh()]

@@ -62,7 +62,7 @@ def test_too_large_a_slice_is_refused_with_what_there_is():
     with pytest.raises(ResourceExhausted) as caught:
         reserve(cluster, 2, 2)
     assert str(caught.value) == (
-        "a slice ('dp'=2, 'tp'=2) needs 4 devices of one island; island 0 has 2, island 1 has 2. "
+        "a slice ('dp'=2,'tp'=2) needs 4 devices of one island; island 0 has 2 (2 free), island 1 has 2 (2 free). "
         "Ask for a smaller mesh, or start the cluster with more --devices-per-island"
     )
     assert not cluster.slices

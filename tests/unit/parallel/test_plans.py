@@ -9,7 +9,7 @@ import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
 from torchways.errors import PlacementError
 from torchways.mesh import VirtualSlice
-from torchways.parallel.plans import placements_of
+from torchways.parallel.plans import add_constraints, placements_of
 
 
 def mesh(**axes):
@@ -71,18 +71,28 @@ def test_fully_shard_splits_the_longest_dimension_that_is_free():
             {"0.wieght": {"tp": Shard(0)}},
             r"pattern '0.wieght' fits no parameter of Sequential, which has 0.weight, 0.bi",
         ),
-        ({"0.weight": {"pp": Shard(0)}}, r"mesh \('dp'=2, 'tp'=2\) has no axis 'pp'; its axes are dp, tp"),
-        ({"0.weight": {"tp": Shard(1)}}, r"parameter 0.weight of shape \(8, 3\): mesh axis 'tp' has size 2 but dim"),
-        ({"0.bias": {"tp": Shard(1)}}, r"parameter 0.bias of shape \(8,\): placement S\(1\) .* it has no dimension 1"),
+        ({"0.weight": {"pp": Shard(0)}}, r"mesh \('dp'=2,'tp'=2\) has no axis 'pp'; its axes are dp, tp"),
+        ({"0.weight": {"tp": Shard(1)}}, r"parameter 0.weight fp32\[8,3\]: mesh axis 'tp' has size 2 but dim"),
+        ({"0.bias": {"tp": Shard(1)}}, r"parameter 0.bias fp32\[8\]: placement S\(1\) .* it has no dimension 1"),
         ({"1.weight": [Shard(0), Shard(0)]}, r"mesh axis 'dp x tp' has size 4 but dimension 0 has 2"),
         ({"0.weight": [Shard(0)]}, r"1 placements \('S\(0\)',\) for the 2 axes"),
-        ({"0.weight": {"tp": Shard(-1)}}, r"unknown placement Shard\(dim=-1\)"),
+        ({"0.weight": {"tp": Shard(-3)}}, r"placement Shard\(dim=-3\) of a tensor of shape \(8, 3\)"),
+        ({"0.weight": ("pp", None)}, r"partition spec \('pp', None\) names 'pp'; mesh .* has axes dp, tp"),
+        ({"0.weight": ("tp", "tp")}, r"names axis 'tp' twice"),
+        ({"0.weight": (("tp", "dp"),)}, r"name axes in the mesh's order, \('dp', 'tp'\)"),
+        ({"0.bias": ("tp", None)}, r"has 2 entries for shape \(8,\)"),
     ],
 )
 def test_plans_that_do_not_fit_are_refused_with_names_and_sizes(plan, message):
     model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
     with pytest.raises(PlacementError, match=message):
         placements_of(model, mesh(dp=2, tp=2), plan)
+
+
+def test_constraints_of_submodules_that_do_not_exist_are_refused():
+    model = nn.Sequential(nn.Linear(3, 8), nn.Linear(8, 2))
+    with pytest.raises(PlacementError, match="pattern '2:output' fits no submodule; there are 0, 1"):
+        add_constraints(model, mesh(dp=2), {"2:output": ("dp",)}, lambda tensor, placements: tensor)
 
 
 def test_ready_plans_need_their_axis():

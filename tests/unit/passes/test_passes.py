@@ -60,21 +60,21 @@ def body(program):
 
 def test_transfers_stand_behind_what_makes_their_value():
     assert body(insert_transfers(two_stages())) == [
-        "%3: float32[4][R] @0 = compute @0 f(%0, %1)",
-        "%7: float32[4][R] @1 = transfer @0 -> @1 %3",
-        "%4: float32[4][R] @1, %5: float32[4][R] @1 = compute @1 g(%2, %7)",
-        "%8: float32[4][R] @0 = transfer @1 -> @0 %4",
-        "%6: float32[4][R] @0 = compute @0 h(%0, %8)",
+        "%3: fp32[4][R] @0 = compute @0 f(%0, %1)",
+        "%7: fp32[4][R] @1 = transfer @0 -> @1 %3",
+        "%4: fp32[4][R] @1, %5: fp32[4][R] @1 = compute @1 g(%2, %7)",
+        "%8: fp32[4][R] @0 = transfer @1 -> @0 %4",
+        "%6: fp32[4][R] @0 = compute @0 h(%0, %8)",
     ]
 
 
 def test_only_the_last_reader_donates():
     assert body(donate(insert_transfers(two_stages()))) == [
-        "%3: float32[4][R] @0 = compute @0 f(%0, %1)",
-        "%7: float32[4][R] @1 = transfer @0 -> @1 %3",
-        "%4: float32[4][R] @1, %5: float32[4][R] @1 = compute @1 g(donate %2, %7)",
-        "%8: float32[4][R] @0 = transfer @1 -> @0 %4",
-        "%6: float32[4][R] @0 = compute @0 h(donate %0, %8)",
+        "%3: fp32[4][R] @0 = compute @0 f(%0, %1)",
+        "%7: fp32[4][R] @1 = transfer @0 -> @1 %3",
+        "%4: fp32[4][R] @1, %5: fp32[4][R] @1 = compute @1 g(donate %2, %7)",
+        "%8: fp32[4][R] @0 = transfer @1 -> @0 %4",
+        "%6: fp32[4][R] @0 = compute @0 h(donate %0, %8)",
     ]
 
 
@@ -144,12 +144,12 @@ def test_place_gives_every_reading_slice_an_argument_of_its_own():
     placed = place(one_host_argument())
     args = [line.strip() for line in str(placed).splitlines() if " arg " in line]
     assert args == [
-        "%4: float32[4,3][S(0)] @0 = arg host 0",
-        "%6: float32[4,3][S(0)][R] @1 = arg host 0",
-        "%5: float32[][R] @0 = arg learning rate",
+        "%4: fp32[4,3][S(0)] @0 = arg host 0",
+        "%6: fp32[4,3][S(0)] @1 = arg host 0",
+        "%5: fp32[][R] @0 = arg learning rate",
     ]
     assert [node.source for node in placed.nodes if isinstance(node, Arg)] == [0, 0, 1]
-    assert body(placed)[0] == "%2: float32[4][R] @0 = compute @0 f(%4, %5)"
+    assert body(placed)[0] == "%2: fp32[4][R] @0 = compute @0 f(%4, %5)"
     with pytest.raises(PlacementError, match=r"axis 'dp' has size 2 but dimension 0 has 5 \(host 0 of step\)"):
         place(one_host_argument(rows=5))
 
@@ -158,12 +158,12 @@ def test_sequential_pieces_are_programs_of_one_computation():
     pieces = sequential(two_stages())
     texts = [body(insert_transfers(piece.program)) for piece in pieces]
     assert texts == [
-        ["%3: float32[4][R] @0 = compute @0 f(%0, %1)"],
+        ["%3: fp32[4][R] @0 = compute @0 f(%0, %1)"],
         [
-            "%7: float32[4][R] @1 = transfer @0 -> @1 %3",
-            "%4: float32[4][R] @1, %5: float32[4][R] @1 = compute @1 g(%2, %7)",
+            "%7: fp32[4][R] @1 = transfer @0 -> @1 %3",
+            "%4: fp32[4][R] @1, %5: fp32[4][R] @1 = compute @1 g(%2, %7)",
         ],
-        ["%7: float32[4][R] @0 = transfer @1 -> @0 %4", "%6: float32[4][R] @0 = compute @0 h(%0, %7)"],
+        ["%7: fp32[4][R] @0 = transfer @1 -> @0 %4", "%6: fp32[4][R] @0 = compute @0 h(%0, %7)"],
     ]
     assert [piece.results for piece in pieces] == [(~3,), (~4, 1), (0,)]
     # w is read by f and replaced by h: only the last of them may donate it.
@@ -210,7 +210,7 @@ def test_a_program_that_cannot_fit_is_refused_with_the_smallest_fix():
         check_memory("step", parts, program.slices, {0: 30_000})
     assert "step needs 40,992 bytes on each device of slice ('dp'=2) at step" not in str(caught.value)
     assert "step needs 40,992 bytes on each device of slice ('dp'=2) at f (train.py:3 in step)" in str(caught.value)
-    assert "budget is 30,000; the largest value is float32[1024,10][R] with 40,960 bytes" in str(caught.value)
+    assert "budget is 30,000; the largest value is fp32[1024,10][R] with 40,960 bytes" in str(caught.value)
     assert "shard it, Shard(0) on axis 'dp' would do" in str(caught.value)
     with pytest.raises(ResourceExhausted, match="a slice of 9 devices, all of it sharded, would do"):
         check_memory("step", parts, program.slices, {0: 10_000})

@@ -1,7 +1,7 @@
-"""Assignments to the elements that a boolean mask selects, as a selection between two tensors.
+"""Calls of the user's code that are rewritten above autograd, since what reaches the tracer could not be captured.
 
 `x[mask] = value` finds the selected elements first, and how many these are depends on values; `torch.where` gives the
-same result in one shape for all masks. Rewritten above autograd, since the gradient of the former looks them up again.
+same result in one shape for all masks. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class MaskedAssignments(TorchFunctionMode):
+class Rewrites(TorchFunctionMode):
     """While it is active, `x[mask] = value` runs as `x.copy_(torch.where(mask, value, x))` where that is the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DATA:
+            return args[0].detach()
         if func is torch.Tensor.__setitem__ and _is_mask(args[1]):
             target, mask, value = args
             if isinstance(mask, tuple):
@@ -28,6 +30,10 @@ class MaskedAssignments(TorchFunctionMode):
                 target.copy_(torch.where(mask, value, target))
                 return None
         return func(*args, **(kwargs or {}))
+
+
+#: What reads the attribute `data`.
+_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 def _is_mask(index: Any) -> bool:
