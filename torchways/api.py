@@ -299,9 +299,10 @@ def pipeline(module: torch.nn.Module, *, split_spec: Mapping[str, SplitPoint], m
 
 
 def parallelize_module(module: torch.nn.Module, mesh: VirtualSlice, plan: Plan | None = None) -> Any:
-    """Makes a module a compiled function on `mesh`, its parameters split as a plan says; returns the module itself.
+    """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
 
-    Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
+    Within a program it is one computation with all that runs on `mesh` besides: backward, an optimizer's update. Its
+    parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
     Host tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where
     values live and never changes a result.
 

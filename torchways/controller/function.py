@@ -15,6 +15,7 @@ from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import UserError
 from torchways.mesh import VirtualSlice
+from torchways.parallel.pipeline import add_stages
 from torchways.parallel.plans import Plan, placements_of
 
 
@@ -33,9 +34,15 @@ def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Ses
 def make_parallel(
     module: torch.nn.Module, mesh: VirtualSlice, plan: Plan, get_session: Callable[[], Session]
 ) -> torch.nn.Module:
-    """Makes a module a compiled function on `mesh`, its parameters split as `plan` says; in place."""
+    """Places a module on `mesh`, its parameters split as `plan` says; in place.
+
+    It is a stage and no compiled function: a training step of it is one computation, within which XLA chooses how
+    activations are split; a function's forward would be a computation of its own, and all that backward needs of it an
+    output with a sharding that is guessed.
+    """
     placements = placements_of(module, mesh, plan)
-    make_function(module, mesh, get_session)
+    call = add_stages(module, {}, [mesh])
+    make_placed(module, call, lambda placed: _module_entry(placed, mesh, get_session))
     arrays: list[tuple[str, Any]] = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
