@@ -3,8 +3,8 @@
 As torch-xla's SPMD guide has it: parameters and inputs are marked with how they are split over a mesh, the step is
 traced lazily, and `torch_xla.sync()` compiles and launches it, without waiting.
 
-With `--compiled`, forward and backward, and the optimizer's step, are compiled by `torch.compile(backend="openxla")`, so
-that nothing is traced anew at each step, which is three computations. (The first step is lazy: where the compiled update
+With `--compiled`, forward and backward, and the optimizer's step, are compiled by `torch.compile(backend="openxla")`:
+nothing is traced anew at each step, which is three computations. (The first step is lazy: where the compiled update
 is what makes the optimizer's state, torch-xla 2.9 trains to other losses.)
 """
 
