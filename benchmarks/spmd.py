@@ -38,7 +38,7 @@ WORKLOADS = (
     ("llama", "tiny", 8, 128, BOTH),
     ("llama", "mini", 8, 128, FULL),
 )
-QUICK = (("t5", "nano", 8, 16, BOTH),)
+QUICK = (("llama", "nano", 8, 16, BOTH),)
 
 #: Ratio of tokens a second to the plain script's, and the step time from which on it is wanted.
 WANTED, WANTED_FROM_MS = 0.98, 50.0

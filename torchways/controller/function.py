@@ -15,7 +15,6 @@ from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import UserError
 from torchways.mesh import VirtualSlice
-from torchways.parallel.pipeline import add_stages
 from torchways.parallel.plans import Plan, placements_of
 
 
@@ -41,8 +40,7 @@ def make_parallel(
     output with a sharding that is guessed.
     """
     placements = placements_of(module, mesh, plan)
-    call = add_stages(module, {}, [mesh])
-    make_placed(module, call, lambda placed: _module_entry(placed, mesh, get_session))
+    make_placed(module, _stage_on(mesh), lambda placed: _module_entry(placed, mesh, get_session))
     arrays: list[tuple[str, Any]] = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
@@ -70,6 +68,20 @@ def _call_on(mesh: VirtualSlice) -> Callable[..., Any]:
         assert mode is not None
         with mode.function_call(mesh, type(module).__name__):
             return plain_call(*args, **kwargs)
+
+    return call
+
+
+def _stage_on(mesh: VirtualSlice) -> Callable[..., Any]:
+    def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        mode = current_trace()
+        assert mode is not None
+        saved = mode.region
+        mode.enter_stage(mesh, type(module).__name__)
+        try:
+            return plain_call(*args, **kwargs)
+        finally:
+            mode.region = saved
 
     return call
 
