@@ -310,9 +310,9 @@ def pipeline(
 def parallelize_module(
     module: torch.nn.Module | Callable[[], torch.nn.Module], mesh: VirtualSlice, plan: PlanOrMaker | None = None
 ) -> Any:
-    """Makes a module a compiled function on `mesh`, its parameters split as a plan says; returns the module itself.
+    """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
 
-    Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
+    A training step of it is one computation. Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
     Host tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where
     values live and never changes a result.
 

@@ -179,8 +179,12 @@ def argument_parser(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def serve(open_peer: Callable[[], AbstractContextManager[Peer]]) -> None:
-    """Run a worker until EOF; `open_peer` starts the hosts, and ends them when its context closes."""
+def converse(open_peer: Callable[[], AbstractContextManager[Any]], reply: Callable[[Any, dict[str, Any]], Any]) -> None:
+    """Answer the requests on stdin, one a line, until EOF.
+
+    `open_peer` starts what is asked, which has a `version`, and ends it when its context closes; `reply` is called with
+    it and a request, and returns the answer.
+    """
     watch_parent()
     lines = claim_stdout()
 
@@ -189,7 +193,12 @@ def serve(open_peer: Callable[[], AbstractContextManager[Peer]]) -> None:
 
     with open_peer() as peer:
         say({"ready": True, "version": peer.version})
-        loops: dict[Kind, Loop] = {}
         for line in sys.stdin:
             if line.strip():
-                say(answer(peer, loops, json.loads(line)))
+                say(reply(peer, json.loads(line)))
+
+
+def serve(open_peer: Callable[[], AbstractContextManager[Peer]]) -> None:
+    """Run a worker until EOF; `open_peer` starts the hosts, and ends them when its context closes."""
+    loops: dict[Kind, Loop] = {}
+    converse(open_peer, lambda peer, request: answer(peer, loops, request))

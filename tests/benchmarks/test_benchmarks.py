@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
         ("dispatch", ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"], "rows"),
         ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
+        ("spmd", ["--quick", "--seconds", "0.05"], "rows"),
         ("transfer", ["--sizes", "4,65536"], "latency"),
     ],
 )

@@ -16,7 +16,7 @@ from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import PlacementError, UserError
 from torchways.mesh import Placements, VirtualSlice, normalize_placements
-from torchways.parallel.pipeline import SplitPoint, add_stages, check_stages, stages_of
+from torchways.parallel.pipeline import SplitPoint, add_stages, check_stages, stage_call, stages_of
 from torchways.parallel.plans import PlanOrMaker, add_constraints, placements_of, plan_of
 
 
@@ -38,7 +38,12 @@ def make_parallel(
     plan: PlanOrMaker | None,
     get_session: Callable[[], Session],
 ) -> torch.nn.Module:
-    """Makes a module, or what `target` builds, a compiled function on `mesh`, its parameters split as `plan` says."""
+    """Places a module, or what `target` builds, on `mesh`, its parameters split as `plan` says.
+
+    It is a stage and no compiled function: a training step of it is one computation, within which XLA chooses how
+    activations are split; a function's forward would be a computation of its own, and all that backward needs of it an
+    output with a sharding that is guessed.
+    """
 
     def place(module: torch.nn.Module) -> dict[str, tuple[VirtualSlice, Placements]]:
         placements = placements_of(module, mesh, plan_of(module, mesh, plan))
@@ -47,7 +52,9 @@ def make_parallel(
     module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
     homes = place(module)
     add_constraints(module, mesh, plan_of(module, mesh, plan), _constrain_here)
-    make_function(module, mesh, get_session)
+    make_placed(
+        module, stage_call(mesh, type(module).__name__), lambda placed: _module_entry(placed, mesh, get_session)
+    )
     for name, array in _state(module):
         if isinstance(array._buffer, HostBuffer):
             array._buffer = HostBuffer(array._buffer.value, mesh=homes[name][0], placements=homes[name][1])

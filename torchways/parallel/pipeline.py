@@ -45,11 +45,17 @@ def add_stages(
     for stage_index, (name, point) in enumerate(split_spec.items(), start=1):
         _add_boundary(names[name], point, meshes[stage_index], f"stage{stage_index}")
 
+    return stage_call(meshes[0], "stage0")
+
+
+def stage_call(mesh: VirtualSlice, name: str) -> Callable[..., Any]:
+    """Returns what runs a call of a module within a trace as a stage on `mesh`, until other stages begin within it."""
+
     def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         mode = current_trace()
         assert mode is not None
         saved = mode.region
-        mode.enter_stage(meshes[0], "stage0")
+        mode.enter_stage(mesh, name)
         try:
             return plain_call(*args, **kwargs)
         finally:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.local_session import LocalSession
-from torchways.controller.function import _module_entry, make_function
+from torchways.controller.function import _module_entry, make_function, make_parallel
 from torchways.controller.modules import make_placed
 from torchways.controller.program import ProgramFunction
 from torchways.errors import CaptureError, DataDependentError, PlacementError
@@ -234,6 +234,17 @@ def test_functions_are_nodes_of_their_own_and_nest():
     assert text.count(" compute @1") == 1
     assert text.count(" transfer ") == 1
     assert len(program._last.traced.functions) == 2  # four calls share one compiled function
+
+
+def test_a_training_step_on_one_slice_is_one_computation():
+    session = LocalSession()
+    model = make_parallel(Model(tied=True), session.mesh(2), {}, lambda: session)
+    step = make_step(model, torch.optim.AdamW(model.parameters()), clip=True)
+    program = ProgramFunction(step, None, lambda: session)
+    tokens = torch.randint(0, 17, (4, 6))
+    for _ in range(2):
+        program(tokens, tokens)
+        assert str(program).count(" compute @0") == 1
 
 
 def test_an_array_of_another_slice_is_transferred():
