@@ -312,9 +312,10 @@ def parallelize_module(
 ) -> Any:
     """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
 
-    A training step of it is one computation. Its parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter.
-    Host tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where
-    values live and never changes a result.
+    Within a program it is one computation with all that runs on `mesh` besides: backward, an optimizer's update. Its
+    parameters become arrays: build the optimizer after this call. Optimizer state is split as its parameter. Host
+    tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where values
+    live and never changes a result.
 
     Args:
         module: any module, whose values are copied; or a function that builds one, ``lambda: GPT(config)``: then it is
