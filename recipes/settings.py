@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,6 +17,13 @@ from torchways.errors import ConfigError
 T = TypeVar("T")
 
 
+class Precision(enum.Enum):
+    """What products are computed in."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParallelConfig:
     """How the model is laid over islands."""
@@ -24,10 +32,24 @@ class ParallelConfig:
     """Stages of the pipeline; stage i runs on island i."""
 
     devices_per_stage: int | None = None
-    """Devices that share a stage's batch, in the mesh axis "dp"; null means all of the island's (eager mode: 1)."""
+    """Devices of a stage's slice; null means all of the island's (eager mode: 1)."""
+
+    tensor_parallel: int = 1
+    """Devices that share each layer's products, in the mesh axis "tp"; the others, in "dp", share the batch."""
+
+    fully_shard: bool = False
+    """Whether parameters and optimizer state are split over "dp", instead of each device having them all."""
+
+    init_on_slices: bool = False
+    """Whether weights are drawn on the slices, each device its part; else on the host, as plain PyTorch draws them."""
 
     def __post_init__(self) -> None:
-        _at_least(1, pipeline_stages=self.pipeline_stages, devices_per_stage=self.devices_per_stage)
+        _at_least(
+            1,
+            pipeline_stages=self.pipeline_stages,
+            devices_per_stage=self.devices_per_stage,
+            tensor_parallel=self.tensor_parallel,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +79,9 @@ class TrainConfig:
 
     trace_step: int | None = 20
     """Step whose trace is written; null writes none."""
+
+    precision: Precision = Precision.fp32
+    """fp32, or bf16: products are computed in bfloat16 (torch.autocast), while weights and their updates stay fp32."""
 
     def __post_init__(self) -> None:
         _at_least(
@@ -90,10 +115,24 @@ class Settings:
                 f"{self.model.n_layers}; a stage has a layer or more, so lower the one or raise the other"
             )
         if self.parallel.devices_per_stage is not None:
-            self.check_batch(self.parallel.devices_per_stage)
+            self.mesh_shape(self.parallel.devices_per_stage)
 
-    def check_batch(self, num_devices: int) -> None:
-        """Raises `ConfigError` unless `num_devices` devices can share a batch evenly."""
+    def mesh_shape(self, num_devices: int) -> tuple[int, int]:
+        """Returns the sizes of the mesh axes "dp" and "tp" of a stage with `num_devices` devices.
+
+        Raises:
+            ConfigError: the axes do not divide the devices, or the batch.
+        """
+        tensor_parallel = self.parallel.tensor_parallel
+        if num_devices % tensor_parallel:
+            raise ConfigError(
+                f"parallel.tensor_parallel is {tensor_parallel} but a stage has {num_devices} devices; set it to a "
+                "divisor of these"
+            )
+        self._check_batch(num_devices // tensor_parallel)
+        return num_devices // tensor_parallel, tensor_parallel
+
+    def _check_batch(self, num_devices: int) -> None:
         if self.train.batch_size % num_devices:
             raise ConfigError(
                 f"train.batch_size is {self.train.batch_size} but the {num_devices} devices of mesh axis 'dp' share "

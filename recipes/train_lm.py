@@ -12,9 +12,10 @@ import contextlib
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -34,7 +35,7 @@ from recipes.metrics import MetricLogger
 from recipes.models.gpt import GPT
 from recipes.optim import build_optimizer, build_schedule
 from recipes.progress import Progress
-from recipes.settings import Settings, read_settings
+from recipes.settings import Precision, Settings, read_settings
 from torchways.errors import ConfigError, InternalError, TorchwaysError
 
 log = logging.getLogger("train_lm")
@@ -60,19 +61,20 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     """Trains, evaluates and writes everything to `run_dir`."""
     config = settings.train
     torch.manual_seed(config.seed)
-    gpt = GPT(settings.model)
-    log.info("model: %s parameters in %d layers", f"{gpt.num_parameters():,}", settings.model.n_layers)
     model = tw.pipeline(
-        gpt,
+        (lambda: GPT(settings.model)) if settings.parallel.init_on_slices else GPT(settings.model),
         split_spec={f"layers.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()},
         meshes=stage_meshes(settings),
+        plan=lambda module, mesh: sharding_plan(settings, module, mesh),
     )
+    log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
     @tw.program
     def train_step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        loss = next_byte_loss(model, x, y)
+        with precision(settings):
+            loss = next_byte_loss(model, x, y)
         loss.backward()
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
         optimizer.step()
@@ -82,7 +84,8 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     @tw.program
     @torch.no_grad()
     def eval_step(x: Tensor, y: Tensor) -> Tensor:
-        return next_byte_loss(model, x, y)
+        with precision(settings):
+            return next_byte_loss(model, x, y)
 
     batches = data.train_batches(config.batch_size, seed=config.seed)
     tokens_per_step = config.batch_size * settings.model.seq_len
@@ -113,8 +116,8 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     )
 
 
-def stage_meshes(settings: Settings) -> list[object]:
-    """Asks for a virtual slice for each stage: devices of its own island in one axis, "dp", which shares the batch."""
+def stage_meshes(settings: Settings) -> list[tw.VirtualSlice]:
+    """Asks for a virtual slice for each stage, of its own island: "dp" shares the batch, "tp" each layer's products."""
     stages, devices = settings.parallel.pipeline_stages, settings.parallel.devices_per_stage
     if tw.is_eager():  # no cluster to measure
         sizes = [devices or 1] * stages
@@ -126,9 +129,21 @@ def stage_meshes(settings: Settings) -> list[object]:
                 f"one; start it with twrun --islands {stages}, or lower the stages"
             )
         sizes = [devices or island.num_devices for island in islands[:stages]]
-    for size in sizes:
-        settings.check_batch(size)
-    return [tw.init_device_mesh((size,), mesh_dim_names=("dp",), island=stage) for stage, size in enumerate(sizes)]
+    shapes = [settings.mesh_shape(size) for size in sizes]
+    return [tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"), island=stage) for stage, shape in enumerate(shapes)]
+
+
+def sharding_plan(settings: Settings, module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:
+    """Returns how parameters are split over their stage's devices."""
+    plan = tw.tensor_parallel(module, mesh)
+    return tw.fully_shard(module, mesh, plan=plan) if settings.parallel.fully_shard else plan
+
+
+def precision(settings: Settings) -> contextlib.AbstractContextManager[None]:
+    """Returns the context of the forward pass."""
+    if settings.train.precision is Precision.bf16:
+        return torch.autocast("cpu", dtype=torch.bfloat16)
+    return contextlib.nullcontext()
 
 
 def next_byte_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:

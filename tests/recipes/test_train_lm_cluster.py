@@ -5,14 +5,26 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 
 
-def test_train_lm_on_two_islands(tmp_path):
+SHARDED = [
+    "parallel.tensor_parallel=2",
+    "parallel.fully_shard=true",
+    "parallel.init_on_slices=true",
+    "train.precision=bf16",
+]
+
+
+@pytest.mark.parametrize("overrides", [[], pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["plain", "sharded"])
+def test_train_lm_on_two_islands(tmp_path, overrides):
     command = [
         *(sys.executable, "-m", "torchways.run", "--islands", "2", "--devices-per-island", "2"),
         *(str(ROOT / "recipes" / "train_lm.py"), "model=tiny", "train.steps=6", "train.log_every=3"),
         *("train.trace_step=4", "train.eval_batches=2", f"hydra.run.dir={tmp_path / 'run'}"),
+        *overrides,
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr

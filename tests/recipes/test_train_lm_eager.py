@@ -104,6 +104,11 @@ def test_a_run_can_be_repeated(tmp_path: Path) -> None:
         (["data.path=nowhere.txt"], "ConfigError: data.path=nowhere.txt is no file and no folder"),
         (["parallel.pipeline_stages=9"], "ConfigError: parallel.pipeline_stages is 9 but model.n_layers is 4"),
         (["parallel.devices_per_stage=3"], "ConfigError: train.batch_size is 4 but the 3 devices of mesh axis 'dp'"),
+        (
+            ["parallel.devices_per_stage=4", "parallel.tensor_parallel=3"],
+            "ConfigError: parallel.tensor_parallel is 3 but a stage has 4 devices",
+        ),
+        (["train.precision=fp8"], "ConfigError: train.precision"),
     ],
 )
 def test_bad_values_end_the_run_with_one_line(tmp_path: Path, overrides: list[str], message: str) -> None:
