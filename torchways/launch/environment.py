@@ -22,6 +22,9 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     environment.setdefault("NPROC", "32")
     # Threads that launch computations; idle ones of a large pool wake each other and spin.
     environment.setdefault("XLA_THREAD_POOL_SIZE", "4")
+    # torch-xla cannot be told to forget a compiled function: a smaller cache than its own, of 2,048, bounds the memory
+    # of those that no program has any more. One that is still in use is compiled again (runtime/xla.py).
+    environment.setdefault("XLA_COMPILATION_CACHE_SIZE", "512")
     # glibc would give every large block back to the kernel and take it anew: received values are then written to fresh
     # pages, at a quarter of the speed. (Thread arenas are too small for large blocks: one arena.)
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))

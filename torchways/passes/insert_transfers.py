@@ -18,9 +18,7 @@ def insert_transfers(program: Program) -> Program:
     for node in program.nodes:
         if isinstance(node, Compute):
             home = compute_slice(program, node)
-            node = replace(
-                node, inputs=tuple(_on_slice(program, value, home, values, moved) for value in node.inputs)
-            )
+            node = replace(node, inputs=tuple(_on_slice(program, value, home, values, moved) for value in node.inputs))
         nodes.append(node)
     by_source: dict[ValueIndex, list[Transfer]] = {}
     for (value, _), copy in moved.items():
