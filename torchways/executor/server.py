@@ -182,6 +182,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             num_runs_in_flight=len(state.runs),
             num_messages=self._num_messages,
             num_control_batches=self._num_batches,
+            num_compiled=self.engine.compiler.num_compiled,
+            compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
             waiting_for=state.waiting_for(),
             budget_bytes=state.budget_bytes,

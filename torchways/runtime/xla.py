@@ -123,6 +123,7 @@ class XlaRuntime:
         self._large_loans: list[torch.Tensor] = []
         #: Executables that a program still has, to be shared by equal functions; by a digest of their source.
         self._compiled: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
+        #: One graph is read or compiled at a time: torch.export's reader is no more than that.
         self._compiling = threading.Lock()
         # Compiled graphs reuse what is donated. It is a setting of the process, not of a thread: on once and for all.
         _XLAC._xla_set_enable_alias_with_buffer_donor_config(True)
@@ -203,7 +204,8 @@ class XlaRuntime:
         return executable
 
     def _compile(self, source: _Source, on_device: OnDevice) -> _Executable:
-        module = deserialize_graph(source.graph)
+        with self._compiling:
+            module = deserialize_graph(source.graph)
         _move_to_device(module, self._device)
         seed = _take_seed(module)
         for node in module.graph.find_nodes(op="call_function", target=CONSTRAIN):
