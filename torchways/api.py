@@ -89,6 +89,9 @@ def init(
         log_level: of this process and of the embedded cluster: debug, info, warning or error.
         start_timeout: longest wait for the cluster, and for each slice, to be ready.
 
+    On TPU (untested on hardware) TORCHWAYS_COMPILATION_CACHE in the environment names a folder in which executors keep
+    what they compiled, for later runs. torch-xla's CPU client cannot load such files.
+
     Raises:
         ConfigError: a setting is out of range, or there is no token for `address`.
         ClusterLost: the cluster cannot be reached.

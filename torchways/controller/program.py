@@ -284,13 +284,15 @@ class ProgramFunction:
 
     def _trace(self, signature: Signature, session: Session) -> Variant:
         if self._variants:
+            kept, most = len(self._variants), self._variants.max_variants
             logger.warning(
-                "tracing %s anew at %s, for the %s time (%d of at most %d traces kept): %s",
+                "tracing %s anew at %s, for the %s time (%d of at most %d traces kept%s): %s",
                 self._name,
                 user_line(),
                 _ordinal(self._times_traced + 1),
-                len(self._variants),
-                self._variants.max_variants,
+                kept,
+                most,
+                ": buckets= pads sizes, max_variants= keeps more" if kept == most else "",
                 self._why(signature, session),
             )
         variant = _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
@@ -303,8 +305,8 @@ class ProgramFunction:
         same = self._variants.of_key(signature.key)
         if not same:
             return difference(self._function, signature, self._variants.keys())
-        changes: list[list[str]] = [variant.changes(session) for variant in same]
-        return "; ".join(min(changes, key=len))
+        fewest = min([variant.changes(session) for variant in same], key=len)
+        return "; ".join(fewest)
 
 
 def _ordinal(number: int) -> str:

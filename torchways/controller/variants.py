@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -49,13 +49,9 @@ class VariantCache(Generic[V]):
     def __len__(self) -> int:
         return len(self._order)
 
-    def __iter__(self) -> Iterator[V]:
-        """From the least to the most recently used."""
-        return iter([variant for _, variant in self._order.values()])
-
     def keys(self) -> list[Any]:
-        """Returns all keys that have a variant."""
-        return list(self._of_key)
+        """Returns the keys of all variants, from the most to the least recently used."""
+        return list(dict.fromkeys(key for key, _ in reversed(self._order.values())))
 
     def of_key(self, key: Any) -> list[V]:
         """Returns the variants of a key."""

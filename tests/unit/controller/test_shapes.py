@@ -92,12 +92,12 @@ def test_the_log_names_the_argument_that_differs(session, caplog, first, second,
 
 
 def test_the_log_compares_with_the_nearest_signature(session, caplog):
-    run = placed(lambda x, y: x.sum() + y.sum(), session)
+    run = placed(lambda x, y: x.sum() + y.sum(), session, max_variants=2)
     run(torch.ones(1), torch.ones(1))
     run(torch.ones(2), torch.ones(2))
     caplog.clear()
     run(torch.ones(2), torch.ones(3))
-    assert "for the 3rd time" in caplog.text
+    assert "for the 3rd time (2 of at most 2 traces kept: buckets= pads sizes, max_variants= keeps more)" in caplog.text
     assert "y is float32[3] on the host, was float32[2] on the host\n" in caplog.text
     assert "x is" not in caplog.text
 
@@ -184,10 +184,11 @@ def test_cache_is_least_recently_used():
         cache.add(key, variant)
     assert cache.find("a", lambda variant: variant == "a1") == "a1"
     cache.add("c", "c1")  # a2 is the one used least recently
-    assert list(cache) == ["b1", "a1", "c1"]
     assert cache.of_key("a") == ["a1"]
+    assert cache.keys() == ["c", "a", "b"]
     cache.add("d", "d1")
-    assert cache.keys() == ["a", "c", "d"]
+    assert cache.keys() == ["d", "c", "a"]
+    assert len(cache) == 3
     assert cache.find("b", lambda variant: True) is None
     with pytest.raises(ConfigError, match="max_variants=0: a function keeps one trace at least"):
         VariantCache(0)
