@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.objects import may_open, open_objects
+from torchways.mesh import tensor_text
 
 #: Differences that one message lists.
 _MAX_LISTED = 4
@@ -131,10 +132,8 @@ def _describe(now: Any, was: Any) -> str:
 
 def _text(entry: Any) -> str:
     if _is_tensor(entry):
-        text = f"{str(entry[1]).removeprefix('torch.')}{list(entry[0])}"
-        if len(entry) == 2:
-            return f"{text} on the host"
-        return text + (f" split {entry[3]}" if any(item != "R" for item in entry[3] or ()) else "")
+        text = tensor_text(str(entry[1]).removeprefix("torch."), entry[0], entry[3] or () if len(entry) == 4 else ())
+        return f"{text} on the host" if len(entry) == 2 else text
     if isinstance(entry, int):
         return "an object that cannot be hashed"
     text = repr(entry[1])

@@ -51,15 +51,15 @@ def scale(x, batch=None, factor=2.0, *rest):
         (
             (torch.ones(4, 2),),
             (torch.ones(8, 2),),
-            r"x is float32\[8, 2\] on the host, was float32\[4, 2\] on the host",
+            r"x is fp32\[8,2\] on the host, was fp32\[4,2\] on the host",
         ),
-        ((torch.ones(4),), (torch.ones(4, dtype=torch.float64),), r"x is float64\[4\] on the host, was float32\[4\]"),
+        ((torch.ones(4),), (torch.ones(4, dtype=torch.float64),), r"x is fp64\[4\] on the host, was fp32\[4\]"),
         (
             (torch.ones(4), {"inputs": torch.ones(2)}),
             (torch.ones(4), {"inputs": torch.ones(3)}),
-            r"batch\['inputs'\] is float32\[3\]",
+            r"batch\['inputs'\] is fp32\[3\]",
         ),
-        ((torch.ones(4), Batch(torch.ones(2))), (torch.ones(4), Batch(torch.ones(3))), r"batch.inputs is float32\[3\]"),
+        ((torch.ones(4), Batch(torch.ones(2))), (torch.ones(4), Batch(torch.ones(3))), r"batch.inputs is fp32\[3\]"),
         (
             (torch.ones(4), Batch(torch.ones(2))),
             (torch.ones(4), Batch(torch.ones(2), 3.0)),
@@ -69,7 +69,7 @@ def scale(x, batch=None, factor=2.0, *rest):
         (
             (torch.ones(4), None, 2.0, torch.ones(1), torch.ones(2)),
             (torch.ones(4), None, 2.0, torch.ones(1), torch.ones(5)),
-            r"rest\[1\] is float32\[5\]",
+            r"rest\[1\] is fp32\[5\]",
         ),
         (
             (torch.ones(4),),
@@ -98,7 +98,7 @@ def test_the_log_compares_with_the_nearest_signature(session, caplog):
     caplog.clear()
     run(torch.ones(2), torch.ones(3))
     assert "for the 3rd time (2 of at most 2 traces kept: buckets= pads sizes, max_variants= keeps more)" in caplog.text
-    assert "y is float32[3] on the host, was float32[2] on the host\n" in caplog.text
+    assert "y is fp32[3] on the host, was fp32[2] on the host\n" in caplog.text
     assert "x is" not in caplog.text
 
 
