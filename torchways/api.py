@@ -19,6 +19,7 @@ import torch
 
 from torchways.array import Array
 from torchways.config import ClusterConfig
+from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import make_function, make_parallel, make_pipeline
@@ -26,6 +27,7 @@ from torchways.controller.loop import LoopThread
 from torchways.controller.program import Dispatch, ProgramFunction
 from torchways.controller.redistribute import distribute
 from torchways.controller.session import Session
+from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId
 from torchways.launch.embedded import start_cluster
@@ -85,6 +87,9 @@ def init(
         memory_wait: how long a computation may wait for memory while nothing runs that could free some.
         log_level: of this process and of the embedded cluster: debug, info, warning or error.
         start_timeout: longest wait for the cluster, and for each slice, to be ready.
+
+    On TPU (untested on hardware) TORCHWAYS_COMPILATION_CACHE in the environment names a folder in which executors keep
+    what they compiled, for later runs. torch-xla's CPU client cannot load such files.
 
     Raises:
         ConfigError: a setting is out of range, or there is no token for `address`.
@@ -176,23 +181,49 @@ def init_device_mesh(
     return _current().init_device_mesh(shape, mesh_dim_names, island)
 
 
-def function(target: Any = None, *, mesh: VirtualSlice) -> Any:
+def function(
+    target: Any = None,
+    *,
+    mesh: VirtualSlice,
+    buckets: Buckets | None = None,
+    pad_value: PadValue = 0,
+    max_variants: int = MAX_VARIANTS,
+) -> Any:
     """Makes a function, an `nn.Module` class or a module a compiled function on `mesh`; also as a decorator.
 
     Called inside a program it is one node of it. Called outside it is a program of one node: it returns arrays at
     once and computes no gradients. An argument that lives on another slice is transferred to `mesh`. A module's
     state lives on the slice; `state_dict()` reads it back.
 
+    Args:
+        target: what is decorated.
+        mesh: slice that it runs on.
+        buckets, pad_value, max_variants: for calls outside a program; see `program`.
+
     Raises:
+        ConfigError: buckets make no sense.
         UserError: `target` is none of these.
     """
     if target is None:
-        return lambda actual: function(actual, mesh=mesh)
-    return target if is_eager() else make_function(target, mesh, _current)
+        return lambda actual: function(
+            actual, mesh=mesh, buckets=buckets, pad_value=pad_value, max_variants=max_variants
+        )
+    options = _variant_options(buckets, pad_value, max_variants)
+    return target if is_eager() else make_function(target, mesh, _current, options)
+
+
+def _variant_options(buckets: Buckets | None, pad_value: PadValue, max_variants: int) -> VariantOptions:
+    return VariantOptions(max_variants, Padding(buckets, pad_value) if buckets else None)
 
 
 def program(
-    target: Callable[..., Any] | None = None, *, mesh: VirtualSlice | None = None, dispatch: Dispatch = "parallel"
+    target: Callable[..., Any] | None = None,
+    *,
+    mesh: VirtualSlice | None = None,
+    dispatch: Dispatch = "parallel",
+    buckets: Buckets | None = None,
+    pad_value: PadValue = 0,
+    max_variants: int = MAX_VARIANTS,
 ) -> Any:
     """Decorates a function that calls compiled functions, modules, `backward()` and optimizers: one dataflow program.
 
@@ -205,17 +236,34 @@ def program(
         mesh: slice of all that no compiled function or pipeline stage places.
         dispatch: "parallel" sends the whole program in one message an island, so that the control plane runs ahead of
             the data; "sequential" dispatches each computation when the one before is over, for comparison.
+        buckets: sizes that dimensions of host tensors are padded to, at the end, by argument:
+            ``{"x": {1: [64, 128, 256]}, "labels": {1: [64, 128, 256]}}``. A dict's items are named
+            ``"batch['input_ids']"``; the name of what holds tensors stands for all of them. Calls of any size need as
+            many traces and executables as there are buckets. What is returned keeps the padded sizes: pad the mask too
+            (with 0), or labels with the loss's ``ignore_index``, and cut what you read. Arrays, calls within another
+            program and eager mode are not padded.
+        pad_value: what is padded with: one number, or one for an argument's name, 0 for others.
+        max_variants: traces to keep, with their executables; the least recently used is forgotten first.
 
     A function whose graph depends on values (data-dependent shapes, `tw.cond`) cannot be traced; it runs node by node
     instead, without gradients, and a warning says why.
 
     Raises (when called):
+        ShapeError: an argument is larger than its largest bucket.
         CaptureError: the function cannot be captured; the message names its line.
         PlacementError: nothing says where it runs, or an argument cannot be split.
     """
     if target is None:
-        return lambda actual: program(actual, mesh=mesh, dispatch=dispatch)
-    return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch)
+        return lambda actual: program(
+            actual,
+            mesh=mesh,
+            dispatch=dispatch,
+            buckets=buckets,
+            pad_value=pad_value,
+            max_variants=max_variants,
+        )
+    options = _variant_options(buckets, pad_value, max_variants)
+    return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
 
 
 def cond(

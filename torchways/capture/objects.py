@@ -54,7 +54,13 @@ def _unflatten(values: Any, context: Any) -> Any:
     return result
 
 
-pytree.register_pytree_node(_Opened, _flatten, _unflatten)
+def _flatten_with_keys(opened: _Opened) -> tuple[list[tuple[Any, Any]], Any]:
+    values, context = _flatten(opened)
+    keys: list[Any] = [pytree.GetAttrKey("items"), *map(pytree.GetAttrKey, opened.attributes)]
+    return list(zip(keys, values, strict=True)), context
+
+
+pytree.register_pytree_node(_Opened, _flatten, _unflatten, flatten_with_keys_fn=_flatten_with_keys)
 
 
 def may_open(leaf: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,21 +15,24 @@ from torchways.controller.initialize import build_on_slices
 from torchways.controller.modules import _ENTRY, arrays_of, make_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
+from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
 from torchways.errors import PlacementError, UserError
 from torchways.mesh import Placements, VirtualSlice, normalize_placements
 from torchways.parallel.pipeline import SplitPoint, add_stages, check_stages, stage_call, stages_of
 from torchways.parallel.plans import PlanOrMaker, add_constraints, placements_of, plan_of
 
 
-def make_function(target: Any, mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
+def make_function(
+    target: Any, mesh: VirtualSlice, get_session: Callable[[], Session], options: VariantOptions = DEFAULT_OPTIONS
+) -> Any:
     """Returns `target` (a function, a module class or a module) as a compiled function on `mesh`."""
     if isinstance(target, torch.nn.Module):
-        make_placed(target, _call_on(mesh), lambda module: _module_entry(module, mesh, get_session))
+        make_placed(target, _call_on(mesh), lambda module: _module_entry(module, mesh, get_session, options))
         return target
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
-        return _function_class(target, mesh, get_session)
+        return _function_class(target, mesh, get_session, options)
     if callable(target):
-        return _plain_function(target, mesh, get_session)
+        return _plain_function(target, mesh, get_session, options)
     raise UserError(f"tw.function decorates functions, nn.Module classes and modules, not {target!r}")
 
 
@@ -110,7 +114,9 @@ def _constrain_here(tensor: torch.Tensor, placements: Sequence[Any]) -> torch.Te
     return mode.constrain(tensor, mesh, normalize_placements(placements, mesh, tensor.shape))
 
 
-def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_session: Callable[[], Session]) -> Any:
+def _plain_function(
+    function: Callable[..., Any], mesh: VirtualSlice, get_session: Callable[[], Session], options: VariantOptions
+) -> Any:
     def run(*args: Any, **kwargs: Any) -> Any:
         mode = current_trace()
         assert mode is not None
@@ -119,7 +125,7 @@ def _plain_function(function: Callable[..., Any], mesh: VirtualSlice, get_sessio
 
     functools.update_wrapper(run, function)
     # A call outside any program is a program of one node; within one, ProgramFunction calls `run` directly.
-    return ProgramFunction(run, mesh, get_session, is_one_node=True)
+    return ProgramFunction(run, mesh, get_session, is_one_node=True, options=options)
 
 
 def _call_on(mesh: VirtualSlice) -> Callable[..., Any]:
@@ -133,23 +139,27 @@ def _call_on(mesh: VirtualSlice) -> Callable[..., Any]:
 
 
 def _module_entry(
-    module: torch.nn.Module, mesh: VirtualSlice | None, get_session: Callable[[], Session]
+    module: torch.nn.Module,
+    mesh: VirtualSlice | None,
+    get_session: Callable[[], Session],
+    options: VariantOptions = DEFAULT_OPTIONS,
 ) -> ProgramFunction:
     def run(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return module(*args, **kwargs)
 
     run.__name__ = type(module).__name__
-    return ProgramFunction(run, mesh, get_session, is_one_node=True)
+    run.__signature__ = inspect.signature(module.forward)  # type: ignore[attr-defined]  # it names the arguments
+    return ProgramFunction(run, mesh, get_session, is_one_node=True, options=options)
 
 
-def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Session]) -> type:
+def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Session], options: VariantOptions) -> type:
     placed: Any = placed_class(cls, _call_on(mesh))
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(placed, self).__init__(*args, **kwargs)
         arrays_of(self)
-        object.__setattr__(self, _ENTRY, _module_entry(self, mesh, get_session))
+        object.__setattr__(self, _ENTRY, _module_entry(self, mesh, get_session, options))
 
     placed.__init__ = __init__
     return placed

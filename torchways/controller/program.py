@@ -10,7 +10,7 @@ import functools
 import logging
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -22,11 +22,14 @@ from torchways.capture.functionalize import PureGraph, make_pure
 from torchways.capture.objects import copy_object, holds_tensors, may_open, open_objects, set_attributes
 from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
 from torchways.capture.source import is_user_file, user_line
-from torchways.capture.state import HostContent, LearningRate, StateSlot, StateTracker, hyperparameters
+from torchways.capture.state import HostContent, LearningRate, StateSlot, StateTracker
 from torchways.capture.tracer import Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
+from torchways.controller.guards import Guard, guards_of
 from torchways.controller.session import Session
+from torchways.controller.signatures import Signature, difference, signature_of
+from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
 from torchways.errors import (
     CaptureError,
     ConfigError,
@@ -48,9 +51,6 @@ logger = logging.getLogger(__name__)
 
 #: "parallel": the whole program in one message an island. "sequential": one computation after the other.
 Dispatch: TypeAlias = Literal["parallel", "sequential"]
-
-#: Argument signatures kept for one function; the oldest goes first.
-_MAX_VARIANTS = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class _Piece:
     bound_to: tuple[SliceId, ...] = ()
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Variant:
     """One traced, lowered and registered form of a function.
 
@@ -133,7 +133,7 @@ class Variant:
     session: Session
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
-    guards: list[Callable[[], bool]]
+    guards: list[Guard]
 
     @functools.cached_property
     def is_random(self) -> bool:
@@ -162,9 +162,15 @@ class Variant:
             for index, mesh in enumerate(self.meshes)
         }
 
+    def changes(self, session: Session) -> list[str]:
+        """Says what of Python's state is not as it was traced."""
+        if self.session is not session:
+            return ["there is another session"]
+        return [guard.change() for guard in self.guards if not guard.holds()]
+
     def holds(self, session: Session) -> bool:
         """Whether the trace is valid for Python's state now."""
-        return self.session is session and all(guard() for guard in self.guards)
+        return self.session is session and all(guard.holds() for guard in self.guards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,21 +178,6 @@ class _ArgumentObject:
     """Stands in a result for one of the call's own argument objects."""
 
     number: int
-
-
-@dataclass(slots=True)
-class _Signature:
-    """A call's arguments, flattened: tensors apart from constants.
-
-    Attributes:
-        objects: arguments that are objects, which a call may change.
-    """
-
-    leaves: list[Any]
-    spec: pytree.TreeSpec
-    objects: list[Any] = field(default_factory=list)
-    tensor_positions: list[int] = field(default_factory=list)
-    key: Any = None
 
 
 class ProgramFunction:
@@ -203,6 +194,7 @@ class ProgramFunction:
         get_session: Callable[[], Session],
         dispatch: Dispatch = "parallel",
         is_one_node: bool = False,
+        options: VariantOptions = DEFAULT_OPTIONS,
     ) -> None:
         if dispatch not in ("parallel", "sequential"):
             raise ConfigError(f"dispatch={dispatch!r}: a program is dispatched 'parallel' or 'sequential'")
@@ -213,10 +205,12 @@ class ProgramFunction:
         self._dispatch = dispatch
         #: It is one compiled function: there are no smaller nodes that it could be run by.
         self._is_one_node = is_one_node
-        self._variants: dict[Any, list[Variant]] = {}
+        self._padding = options.padding
+        self._variants: VariantCache[Variant] = VariantCache(options.max_variants)
         #: Signatures for which the graph depends on values: these calls run node by node.
         self._untraceable: set[Any] = set()
         self._last: Variant | None = None
+        self._times_traced = 0
 
     @property
     def _name(self) -> str:
@@ -227,8 +221,10 @@ class ProgramFunction:
             return self._function(*args, **kwargs)  # part of the program that is being traced
         session = self._get_session()
         session.check()
-        signature = _signature(args, kwargs)
-        variant = self._find(signature, session)
+        if self._padding is not None:
+            args, kwargs = self._padding.pad(self._function, args, kwargs)
+        signature = signature_of(args, kwargs)
+        variant = self._variants.find(signature.key, lambda variant: variant.holds(session))
         if variant is None:
             if signature.key in self._untraceable:
                 return self._run_untraced(args, kwargs)
@@ -238,7 +234,7 @@ class ProgramFunction:
                 if self._is_one_node:
                     raise
                 return self._run_untraced(args, kwargs, error)
-            if len(self._untraceable) > _MAX_VARIANTS:
+            if len(self._untraceable) > self._variants.max_variants:
                 self._untraceable.clear()
         self._last = variant
         return _run(variant, signature)
@@ -258,7 +254,7 @@ class ProgramFunction:
             raise
         if reason is not None:
             logger.warning("%s; it runs node by node", reason)
-            self._untraceable.add(_signature(args, kwargs).key)
+            self._untraceable.add(signature_of(args, kwargs).key)
         return result
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -272,7 +268,7 @@ class ProgramFunction:
     @property
     def num_traces(self) -> int:
         """How many variants are kept."""
-        return sum(map(len, self._variants.values()))
+        return len(self._variants)
 
     def lower(self, *, print_after: str | None = None) -> LoweredProgram:
         """Runs the passes anew on the program as traced last.
@@ -287,62 +283,36 @@ class ProgramFunction:
             raise UserError(f"{self} before lower()")
         return lower(self._last.traced, print_after=print_after)
 
-    def _find(self, signature: _Signature, session: Session) -> Variant | None:
-        variants = self._variants.get(signature.key)
-        if variants is None:
-            return None
-        for variant in variants:
-            if variant.holds(session):
-                return variant
-        return None
-
-    def _trace(self, signature: _Signature, session: Session) -> Variant:
-        name = self._name
+    def _trace(self, signature: Signature, session: Session) -> Variant:
         if self._variants:
-            logger.info(
-                "tracing %s again (%d variants): argument shapes, dtypes, shardings or Python state changed, at %s",
-                name,
-                self.num_traces,
+            kept, most = len(self._variants), self._variants.max_variants
+            logger.warning(
+                "tracing %s anew at %s, for the %s time (%d of at most %d traces kept%s): %s",
+                self._name,
                 user_line(),
+                _ordinal(self._times_traced + 1),
+                kept,
+                most,
+                ": buckets= pads sizes, max_variants= keeps more" if kept == most else "",
+                self._why(signature, session),
             )
-        variant = _trace_variant(self._function, name, signature, self.mesh, session, self._dispatch)
-        if len(self._variants) >= _MAX_VARIANTS:
-            self._variants.pop(next(iter(self._variants)))
-        self._variants.setdefault(signature.key, []).append(variant)
+        variant = _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
+        self._times_traced += 1
+        self._variants.add(signature.key, variant)
         return variant
 
-
-# ---- signatures
-
-
-def _signature(args: Any, kwargs: Any) -> _Signature:
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    objects = [leaf for leaf in leaves if may_open(leaf)]
-    if objects:
-        leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
-    signature = _Signature(leaves, spec, objects)
-    key: list[Any] = []
-    for position, leaf in enumerate(leaves):
-        if isinstance(leaf, Array):
-            signature.tensor_positions.append(position)
-            mesh = leaf.mesh
-            # The mesh and not its id, which changes when it moves to other devices; variants keep it alive.
-            key.append((tuple(leaf.shape), leaf.dtype, None if mesh is None else id(mesh), leaf.sharding))
-        elif isinstance(leaf, torch.Tensor):
-            signature.tensor_positions.append(position)
-            key.append((tuple(leaf.shape), leaf.dtype))
-        else:
-            key.append(_constant_key(leaf))
-    signature.key = (spec, tuple(key), torch.is_grad_enabled())
-    return signature
+    def _why(self, signature: Signature, session: Session) -> str:
+        """Says why no variant serves a call."""
+        same = self._variants.of_key(signature.key)
+        if not same:
+            return difference(self._function, signature, self._variants.keys())
+        fewest = min([variant.changes(session) for variant in same], key=len)
+        return "; ".join(fewest)
 
 
-def _constant_key(leaf: Any) -> Any:
-    try:
-        hash(leaf)
-    except TypeError:
-        return id(leaf)
-    return (type(leaf), leaf)
+def _ordinal(number: int) -> str:
+    endings = {1: "st", 2: "nd", 3: "rd"}
+    return f"{number}{'th' if number % 100 in (11, 12, 13) else endings.get(number % 10, 'th')}"
 
 
 # ---- tracing
@@ -351,7 +321,7 @@ def _constant_key(leaf: Any) -> Any:
 def _trace_variant(
     function: Callable[..., Any],
     name: str,
-    signature: _Signature,
+    signature: Signature,
     mesh: VirtualSlice | None,
     session: Session,
     dispatch: Dispatch,
@@ -404,7 +374,7 @@ def _trace_variant(
             session=session,
             out_spec=traced.out_spec,
             constants=traced.constants,
-            guards=_guards(traced, tracker, lifted),
+            guards=guards_of(traced, tracker, lifted),
         )
         variant.bind()
     except BaseException as error:
@@ -539,46 +509,10 @@ def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> _ResultTar
     return _ResultTarget(target, meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype))
 
 
-def _guards(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list[Callable[[], bool]]:
-    slots = {id(slot.owner) for slot in tracker.slots if isinstance(slot.owner, torch.Tensor)}
-    without_grad = [array for array in lifted if array.requires_grad and (array.grad is None or id(array) in slots)]
-    with_grad = [(array, array.grad) for array in lifted if array.requires_grad and isinstance(array.grad, Array)]
-    guards: list[Callable[[], bool]] = [
-        lambda: all(array.grad is None for array in without_grad),
-        lambda: all(array.grad is grad for array, grad in with_grad),
-    ]
-    if not any(isinstance(slot.owner, dict) for slot in tracker.slots):
-        for optimizer in tracker.optimizers:
-            guards.append(
-                functools.partial(_same, functools.partial(hyperparameters, optimizer), hyperparameters(optimizer))
-            )
-    else:  # this run makes the optimizer's state: it is for the first step only
-        for slot in tracker.slots:
-            if isinstance(slot.owner, dict):
-                guards.append(functools.partial(_lacks, slot.owner, slot.key))
-                break
-    for module in dict.fromkeys(traced.modules):
-        flags = functools.partial(_training_flags, module)
-        guards.append(functools.partial(_same, flags, flags()))
-    return guards
-
-
-def _same(read: Callable[[], Any], value: Any) -> bool:
-    return bool(read() == value)
-
-
-def _lacks(state: dict[str, Any], key: str) -> bool:
-    return not isinstance(state.get(key), Array)
-
-
-def _training_flags(module: torch.nn.Module) -> list[bool]:
-    return [item.training for item in module.modules()]
-
-
 # ---- running
 
 
-def _run(variant: Variant, signature: _Signature) -> Any:
+def _run(variant: Variant, signature: Signature) -> Any:
     session = variant.session
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     variant.bind()

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import collections
 import concurrent.futures
+import functools
 import logging
 import os
 import threading
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from torchways.errors import CaptureError, Failure, failure_from
+from torchways.errors import Failure
 from torchways.executor import state as core
+from torchways.executor.compiler import Call, Compiler
 from torchways.executor.inbox import Inbox
 from torchways.executor.plan import (
     AllReduceInstruction,
@@ -29,7 +30,6 @@ from torchways.executor.plan import (
     Instruction,
     ReceiveInstruction,
     SendInstruction,
-    Unit,
     load_program,
 )
 from torchways.executor.reduce import Reducer
@@ -60,18 +60,6 @@ _POLL_SECONDS = (0.00005, 0.002)
 _YIELD_SECONDS = 0.0001
 
 
-@dataclass(frozen=True, slots=True)
-class _Call:
-    """One computation of a unit, ready to run. `dead` are slots that nothing reads after it."""
-
-    executable: Any
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
-    function_index: int
-    is_leaf: bool
-
-
 class _Program:
     """What the engine keeps of a loaded program beside the core's view."""
 
@@ -93,7 +81,7 @@ class _Program:
             [(result.slot, result.result_index) for result in part.results],
         )
         #: By number of the unit.
-        self.calls: dict[int, list[_Call]] = {}
+        self.calls: dict[int, list[Call]] = {}
 
 
 class Engine:
@@ -128,6 +116,7 @@ class Engine:
         self._inbox: Inbox[core.Event | Callable[[], None]] = Inbox()
         self.data_plane = DataPlane(executor_id, host, self._inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
+        self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
         self.axis_sizes = tuple(axis_sizes)
         self._num_devices = torch.Size(axis_sizes).numel()
@@ -186,6 +175,9 @@ class Engine:
 
         self._inbox.put(run)
         return future
+
+    def _on_thread(self, work: Callable[[], _T], /) -> _T:
+        return self.run(work).result()  # if the engine fails meanwhile, the process ends
 
     def ask_computed(self, buffer_id: BufferId, callback: Callable[[], None]) -> None:
         """Calls back once a buffer is computed or poisoned; not at all if nobody makes it yet."""
@@ -269,7 +261,7 @@ class Engine:
                 case core.Deliver():
                     self._deliver(command)
                 case core.Compile():
-                    self._compile(command.program_id)
+                    self.compiler.submit(functools.partial(self._compile, command.program_id))
                 case core.ReportEnded():
                     ended = pb.RunEnded(run_id=command.run_id, failure=_optional(command.failure))
                     self._events.append(pb.ExecutorEvent(run_ended=ended))
@@ -322,53 +314,24 @@ class Engine:
         self._handle(core.ProgramArrived(program=program.loaded))
 
     def _compile(self, program_id: ProgramId) -> None:
+        """Compiles a program; on the compiler's thread."""
         program = self._programs.get(program_id)
         if program is None:  # dropped before any run
             return
-        failure = None
+        failure: Failure | None = None
         started = time.time_ns()
         try:
-            for number, unit in enumerate(program.loaded.units):
-                if failure is None and isinstance(unit.instructions[0], ComputeInstruction):
-                    failure = self._compile_unit(program, number, unit)
+            compiled = self.compiler.compile_units(program.name, program.functions, program.slots, program.loaded.units)
+            if isinstance(compiled, Failure):
+                failure = compiled
+            else:
+                program.calls = compiled
         except Exception as error:
             failure = self.failure("RemoteError", f"{program.name} could not be compiled: {error}", error)
+        for function in program.functions:
+            function.ClearField("graph")  # the runtime has it
         self._note(f"compile {program.name}", "host", started, time.time_ns(), 0)
-        logger.info("compiled %s in %.2f s", program.name, (time.time_ns() - started) / 1e9)
         self.post(core.ProgramCompiled(program_id=program_id, failure=failure))
-
-    def _compile_unit(self, program: _Program, number: int, unit: Unit) -> Failure | None:
-        last_use: dict[int, int] = {}
-        for index, step in enumerate(unit.instructions):
-            assert isinstance(step, ComputeInstruction)
-            last_use.update((slot, index) for slot in (*step.inputs, *step.outputs))
-        read_inside = {slot for step in unit.instructions for slot in step.inputs}  # type: ignore[union-attr]
-        calls: list[_Call] = []
-        for index, step in enumerate(unit.instructions):
-            assert isinstance(step, ComputeInstruction)
-            executable = self._compile_call(program, step)
-            if isinstance(executable, Failure):
-                return executable
-            dead = [slot for slot, last in last_use.items() if last == index and slot not in unit.writes]
-            is_leaf = not any(slot in read_inside for slot in step.outputs)
-            calls.append(_Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index, is_leaf))
-        program.calls[number] = calls
-        return None
-
-    def _compile_call(self, program: _Program, step: ComputeInstruction) -> Any:
-        function = program.functions[step.function_index]
-        try:
-            return self.runtime.compile(
-                function.graph,
-                [program.slots[slot] for slot in step.inputs],
-                [program.slots[slot] for slot in step.outputs],
-                step.donated,
-            )
-        except CaptureError as error:
-            return failure_from(error, process=f"executor {self.executor_id}")
-        except Exception as error:
-            message = f"compiled function {function.name} could not be compiled: {error}"
-            return self.failure("RemoteError", message, error, function.name, function.source)
 
     def _drop_program(self, program_id: ProgramId) -> None:
         self._dropped.add(program_id)

@@ -2,7 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
+import os
 from collections.abc import Mapping, Sequence
+
+logger = logging.getLogger(__name__)
+
+#: Folder in which executors keep what they compiled, for later clusters.
+COMPILATION_CACHE_VARIABLE = "TORCHWAYS_COMPILATION_CACHE"
 
 
 def executor_environment(platform: str, device_indices: Sequence[int], base: Mapping[str, str]) -> dict[str, str]:
@@ -11,7 +19,8 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     Args:
         platform: "cpu", "tpu" or "simulated".
         device_indices: the island's devices that its PJRT client shall have.
-        base: environment to start from; what a user set there for threads is kept.
+        base: environment to start from; what a user set there for threads is kept. TORCHWAYS_COMPILATION_CACHE names
+            a folder for compiled functions, which serves later clusters; on TPU only.
     """
     environment = dict(base)
     environment.setdefault("OMP_NUM_THREADS", "1")
@@ -22,6 +31,9 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     environment.setdefault("NPROC", "32")
     # Threads that launch computations; idle ones of a large pool wake each other and spin.
     environment.setdefault("XLA_THREAD_POOL_SIZE", "4")
+    # torch-xla cannot be told to forget a compiled function: a smaller cache than its own, of 2,048, bounds the memory
+    # of those that no program has any more. One that is still in use is compiled again (runtime/xla.py).
+    environment.setdefault("XLA_COMPILATION_CACHE_SIZE", "512")
     # glibc would give every large block back to the kernel and take it anew: received values are then written to fresh
     # pages, at a quarter of the speed. (Thread arenas are too small for large blocks: one arena.)
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
@@ -33,7 +45,16 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
         environment["TPU_VISIBLE_CHIPS"] = ",".join(map(str, device_indices))
         environment["TPU_PROCESS_BOUNDS"] = "1,1,1"
         environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] = f"1,{len(device_indices)},1"
+        if folder := environment.get(COMPILATION_CACHE_VARIABLE):
+            # Untested on hardware. torch-xla's keys are hashes of graphs: they do not tell its version or the devices.
+            version = importlib.metadata.version("torch_xla")
+            place = os.path.join(folder, f"torch_xla-{version}", f"tpu-{len(device_indices)}")
+            environment["XLA_PERSISTENT_CACHE_PATH"] = place
     else:
+        # torch-xla 2.9's CPU client writes executables to such a cache but reads none: "UNIMPLEMENTED: Deserializing
+        # serialized executable not supported". It would compile everything as before, and write it each time.
+        if environment.pop("XLA_PERSISTENT_CACHE_PATH", None) or environment.get(COMPILATION_CACHE_VARIABLE):
+            logger.warning("no compilation cache on disk: torch-xla's CPU client cannot load what it compiled earlier")
         environment["PJRT_DEVICE"] = "CPU"
         environment["CPU_NUM_DEVICES"] = str(len(device_indices))
     return environment

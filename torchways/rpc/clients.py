@@ -94,6 +94,8 @@ class ExecutorStatus:
     used_bytes: int
     client_bytes: dict[int, int]
     num_control_batches: int
+    num_compiled: int
+    compile_seconds: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -328,6 +330,8 @@ class ExecutorClient:
             used_bytes=status.used_bytes,
             client_bytes=dict(status.client_bytes),
             num_control_batches=status.num_control_batches,
+            num_compiled=status.num_compiled,
+            compile_seconds=status.compile_seconds,
         )
 
     async def trace(self, since_ns: int) -> list[Span]:

@@ -2204,6 +2204,8 @@ class ExecutorStatus(_message.Message):
     USED_BYTES_FIELD_NUMBER: _builtins.int
     CLIENT_BYTES_FIELD_NUMBER: _builtins.int
     NUM_CONTROL_BATCHES_FIELD_NUMBER: _builtins.int
+    NUM_COMPILED_FIELD_NUMBER: _builtins.int
+    COMPILE_SECONDS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     rss_bytes: _builtins.int
     num_buffers: _builtins.int
@@ -2218,6 +2220,10 @@ class ExecutorStatus(_message.Message):
     """of it"""
     num_control_batches: _builtins.int
     """Control messages received; several commands may share one"""
+    num_compiled: _builtins.int
+    """compiled functions since the start"""
+    compile_seconds: _builtins.float
+    """what compiling them took, beside the runs"""
     @_builtins.property
     def fallback_counters(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """torch-xla's "aten::" counters: operators run on the host"""
@@ -2245,10 +2251,12 @@ class ExecutorStatus(_message.Message):
         used_bytes: _builtins.int = ...,
         client_bytes: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
         num_control_batches: _builtins.int = ...,
+        num_compiled: _builtins.int = ...,
+        compile_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_control_batches", b"num_control_batches", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
+
+T = TypeVar("T")
+
+
+class OnDevice(Protocol):
+    """Runs a piece of work on the thread that makes all other calls of a runtime; returns its result."""
+
+    def __call__(self, work: Callable[[], T], /) -> T:
+        """See the class."""
+
+
+def at_once(work: Callable[[], T]) -> T:
+    """The `OnDevice` of a process with one thread."""
+    return work()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +43,7 @@ class BufferSpec:
 
 
 class Runtime(Protocol):
-    """Devices of one slice on one host. One thread calls all methods."""
+    """Devices of one slice on one host. One thread calls all methods but `compile`."""
 
     def put(self, host: torch.Tensor, placements: Sequence[str]) -> Any:
         """Copies a CPU tensor, which must not change any more, to the devices; returns the buffer."""
@@ -43,8 +57,11 @@ class Runtime(Protocol):
         inputs: Sequence[BufferSpec],
         outputs: Sequence[BufferSpec],
         donated: Sequence[int],
+        on_device: OnDevice,
     ) -> Any:
-        """Compiles a serialized graph, without running it.
+        """Compiles a serialized graph, without running it; on any thread, but one call at a time.
+
+        What must not happen beside other calls is given to `on_device`. What is returned is let go with its last user.
 
         Raises:
             CaptureError: an operator would run on the host.

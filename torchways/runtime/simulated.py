@@ -19,7 +19,7 @@ import torch
 
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph
-from torchways.runtime.base import BufferSpec
+from torchways.runtime.base import BufferSpec, OnDevice
 
 #: How long each simulated computation takes, seconds.
 SECONDS_VARIABLE = "TORCHWAYS_SIMULATED_SECONDS"
@@ -89,7 +89,12 @@ class SimulatedRuntime:
         return _Buffer(torch.full(spec.shape, value, dtype=spec.torch_dtype))
 
     def compile(
-        self, graph: bytes, inputs: Sequence[BufferSpec], outputs: Sequence[BufferSpec], donated: Sequence[int]
+        self,
+        graph: bytes,
+        inputs: Sequence[BufferSpec],
+        outputs: Sequence[BufferSpec],
+        donated: Sequence[int],
+        on_device: OnDevice,
     ) -> torch.fx.GraphModule:
         """See `Runtime.compile`."""
         return deserialize_graph(graph)

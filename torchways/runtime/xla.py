@@ -11,10 +11,12 @@ thread pool, collectives of executions in flight at the same time deadlock on CP
 from __future__ import annotations
 
 import collections
+import hashlib
 import logging
 import math
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -26,13 +28,12 @@ import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
-from torch_xla.utils.buffer_donor_context import alias_with_buffer_donor_config
 from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
 from torchways.operators import CONSTRAIN, MANUAL_SEED
-from torchways.runtime.base import BufferSpec
+from torchways.runtime.base import BufferSpec, OnDevice, at_once
 
 logger = logging.getLogger(__name__)
 
@@ -53,21 +54,33 @@ _XLA_ALIGNMENT = 64
 #: Bytes; host memory of this size that a buffer shares is looked after with each such loan, not just now and then.
 _LARGE_LOAN = 1 << 20
 
-#: Compiled graphs that are remembered to be shared by equal functions; torch-xla's own cache holds 2,048.
-_MAX_SHARED = 1024
+#: How `_run_cached_graph` says that a graph has left torch-xla's cache.
+_EVICTED = "Failed to get computation by hash"
 
 
 @dataclass(frozen=True, slots=True)
+class _Source:
+    """What an executable is compiled of."""
+
+    graph: bytes
+    inputs: tuple[BufferSpec, ...]
+    outputs: tuple[BufferSpec, ...]
+    donated: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
 class _Executable:
     """A compiled graph.
 
     Attributes:
+        source: what it is compiled of, should it leave torch-xla's cache.
         graph_hash: its key in torch-xla's cache; None where nothing is computed.
         inputs: what the cached graph takes, in its order: positions of our inputs, or constants.
         outputs: for each of our outputs, its position in the cached graph's, or ~position of the input that it is.
         donated: positions of our inputs whose memory it may reuse.
     """
 
+    source: _Source
     graph_hash: Any
     inputs: tuple[int | torch.Tensor, ...]
     outputs: tuple[int, ...]
@@ -108,7 +121,12 @@ class XlaRuntime:
         #: Host tensors whose memory is a buffer's, or was.
         self._loans: collections.deque[torch.Tensor] = collections.deque()
         self._large_loans: list[torch.Tensor] = []
-        self._compiled: dict[Any, _Executable] = {}
+        #: Executables that a program still has, to be shared by equal functions; by a digest of their source.
+        self._compiled: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
+        #: One graph is read or compiled at a time: torch.export's reader is no more than that.
+        self._compiling = threading.Lock()
+        # Compiled graphs reuse what is donated. It is a setting of the process, not of a thread: on once and for all.
+        _XLAC._xla_set_enable_alias_with_buffer_donor_config(True)
         #: A value that is there for ever.
         self._anchor = self._place(torch.zeros(()), ())
 
@@ -171,32 +189,60 @@ class XlaRuntime:
         inputs: Sequence[BufferSpec],
         outputs: Sequence[BufferSpec],
         donated: Sequence[int],
+        on_device: OnDevice = at_once,
     ) -> _Executable:
-        """Compiles a serialized graph, without running it; see `Runtime.compile`."""
-        key = (graph, tuple(inputs), tuple(outputs), tuple(donated))
-        if key not in self._compiled:
-            if len(self._compiled) >= _MAX_SHARED:
-                del self._compiled[next(iter(self._compiled))]
-            self._compiled[key] = self._compile(graph, inputs, outputs, donated)
-        return self._compiled[key]
+        """Compiles a serialized graph, without running it; see `Runtime.compile`.
 
-    def _compile(
-        self,
-        graph: bytes,
-        inputs: Sequence[BufferSpec],
-        outputs: Sequence[BufferSpec],
-        donated: Sequence[int],
-    ) -> _Executable:
-        module = deserialize_graph(graph)
+        Only torch-xla's lazy trace, which takes milliseconds, is made on the device's thread. What takes long is not:
+        to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
+        """
+        source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
+        key = hashlib.sha256(graph + repr((source.inputs, source.outputs, source.donated)).encode()).digest()
+        executable = self._compiled.get(key)
+        if executable is None:
+            executable = self._compiled[key] = self._compile(source, on_device)
+        return executable
+
+    def _compile(self, source: _Source, on_device: OnDevice) -> _Executable:
+        with self._compiling:
+            module = deserialize_graph(source.graph)
         _move_to_device(module, self._device)
         seed = _take_seed(module)
         for node in module.graph.find_nodes(op="call_function", target=CONSTRAIN):
             node.target = self._constrain
         module.recompile()
-        arguments = [self.fill(spec, 0) for spec in inputs]
-        torch_xla.sync()
-        xm.wait_device_ops()
-        for position in donated:
+        executable, pending = on_device(lambda: self._trace(module, seed, source))
+        if pending:
+            try:
+                with self._compiling:
+                    # Compiles the pending graph into torch-xla's cache; no public call does so without running it.
+                    _XLAC._xla_warm_up_cache(pending, [])
+            finally:
+                on_device(pending.clear)  # the graph goes with its tensors
+        return executable
+
+    def _compile_again(self, executable: _Executable) -> None:
+        """Compiles what has left torch-xla's cache; on the device's thread, as a computation waits for it.
+
+        Raises:
+            InternalError: it comes out as another graph.
+        """
+        logger.warning(
+            "more compiled functions are in use than torch-xla keeps: compiling one anew. Start the cluster with a "
+            "larger XLA_COMPILATION_CACHE_SIZE in its environment"
+        )
+        again = self._compile(executable.source, at_once)
+        if again.graph_hash != executable.graph_hash:
+            raise InternalError("torch-xla traced a compiled function to another graph than before")
+
+    def _trace(
+        self, module: torch.fx.GraphModule, seed: int | None, source: _Source
+    ) -> tuple[_Executable, list[torch.Tensor]]:
+        """Traces a graph lazily; returns the executable to be, and the tensors whose pending graph it is."""
+        arguments = [self.fill(spec, 0) for spec in source.inputs]
+        if seed is not None:
+            xm.set_rng_state(0)  # it begins with the seed, not with what an earlier trace made of it
+        for position in source.donated:
             _XLAC._set_buffer_donation(arguments[position], True)  # no public call marks a donor
         before = self.fallback_counters()
         results = list(module(*arguments))
@@ -205,7 +251,7 @@ class XlaRuntime:
         computed: list[torch.Tensor] = []
         sources: list[int] = []
         known: dict[int, int] = {}
-        for result, spec in zip(results, outputs, strict=True):
+        for result, spec in zip(results, source.outputs, strict=True):
             if id(result) in argument_of:
                 sources.append(~argument_of[id(result)])
             elif id(result) in known:
@@ -217,15 +263,15 @@ class XlaRuntime:
                 sources.append(len(computed))
                 computed.append(result)
         if not computed:
-            return _Executable(None, (), tuple(sources), ())
+            return _Executable(source, None, (), tuple(sources), ()), []
         # Ids tell which device data of the graph is which of our inputs; only the private call gives them.
         position_of = {_XLAC._xla_get_tensor_id(argument): index for index, argument in enumerate(arguments)}
         if seed is not None:
             position_of[_XLAC._get_seed_info_id()] = seed  # what random operators read; there is no public name for it
         tensor_ids, device_data = _XLAC._get_tensors_xla_device_data_node(computed)
-        graph_hash = self._warm_up(computed)
         taken = tuple(position_of.get(tensor_id, data) for tensor_id, data in zip(tensor_ids, device_data, strict=True))
-        return _Executable(graph_hash, taken, tuple(sources), tuple(donated))
+        graph_hash = _XLAC._get_graph_hash(computed)  # its key in torch-xla's cache, which no public call gives
+        return _Executable(source, graph_hash, taken, tuple(sources), source.donated), computed
 
     def _constrain(self, value: torch.Tensor, placements: str) -> torch.Tensor:
         """What the operator of this name is on these devices."""
@@ -233,14 +279,6 @@ class XlaRuntime:
         if self._num_devices > 1 and value.dim():
             xs.annotate_custom_sharding(copy, self._mesh, self._sharding(placements.split(), value.dim()))
         return copy
-
-    def _warm_up(self, computed: list[torch.Tensor]) -> Any:
-        """Compiles the pending graph of `computed` into torch-xla's cache and drops it; returns its key."""
-        with alias_with_buffer_donor_config():
-            graph_hash = _XLAC._get_graph_hash(computed)
-            _XLAC._xla_warm_up_cache(computed, [])
-        _XLAC._clear_pending_irs(str(self._device))
-        return graph_hash
 
     def _refuse_fallbacks(self, before: dict[str, int], module: torch.fx.GraphModule) -> None:
         fallen = [name for name, count in self.fallback_counters().items() if count > before.get(name, 0)]
@@ -263,10 +301,15 @@ class XlaRuntime:
             return [inputs[~source] for source in executable.outputs], ()
         self._wait_for_room()
         self._pass_device_lock()
-        # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
-        results = _XLAC._run_cached_graph(
-            executable.graph_hash, [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
-        )
+        arguments = [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
+        try:
+            # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
+            results = _XLAC._run_cached_graph(executable.graph_hash, arguments)
+        except RuntimeError as error:
+            if _EVICTED not in str(error):
+                raise
+            self._compile_again(executable)
+            results = _XLAC._run_cached_graph(executable.graph_hash, arguments)
         if executable.donated and self._waiting:
             self._redirect([inputs[position] for position in executable.donated], results)
         self._since_marker += 1

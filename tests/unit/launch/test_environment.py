@@ -1,5 +1,7 @@
 """Which devices an executor sees."""
 
+import importlib.metadata
+
 from torchways.launch.environment import executor_environment
 
 
@@ -27,3 +29,17 @@ def test_what_the_user_set_for_threads_is_kept_and_devices_are_ours():
     assert (environment["OMP_NUM_THREADS"], environment["NPROC"]) == ("4", "64")
     assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "1")
     assert base["PJRT_DEVICE"] == "GPU"
+
+
+def test_compilations_are_cached_on_disk_by_version_and_devices_where_the_client_can_load_them(caplog):
+    base = {"TORCHWAYS_COMPILATION_CACHE": "/cache"}
+    version = importlib.metadata.version("torch_xla")
+    for devices in ([0], [0, 1]):
+        environment = executor_environment("tpu", devices, base)
+        assert environment["XLA_PERSISTENT_CACHE_PATH"] == f"/cache/torch_xla-{version}/tpu-{len(devices)}"
+    assert "XLA_PERSISTENT_CACHE_PATH" not in executor_environment("tpu", [0], {})
+    assert caplog.text == ""
+    for base in ({"TORCHWAYS_COMPILATION_CACHE": "/cache"}, {"XLA_PERSISTENT_CACHE_PATH": "/cache"}):
+        assert "XLA_PERSISTENT_CACHE_PATH" not in executor_environment("cpu", [0], base)
+        assert "torch-xla's CPU client cannot load what it compiled earlier" in caplog.text
+        caplog.clear()

@@ -1,0 +1,122 @@
+"""Compiles programs on a thread of its own, while the engine goes on with other runs.
+
+What must not happen beside computations (torch-xla's lazy trace, a few milliseconds) is given to the engine's thread.
+The rest is most of the time: to read a graph is Python and shares the GIL with the engine; XLA's compilation takes
+neither the GIL nor the device lock, so that computations are launched and end meanwhile.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchways.errors import CaptureError, Failure, failure_from
+from torchways.executor.plan import ComputeInstruction, Unit
+from torchways.rpc import torchways_pb2 as pb
+from torchways.runtime.base import BufferSpec, OnDevice, Runtime
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One computation of a unit, ready to run. `dead` are slots that nothing reads after it."""
+
+    executable: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    dead: tuple[int, ...]
+    function_index: int
+    is_leaf: bool
+
+
+class MakeFailure(Protocol):
+    """`Engine.failure`."""
+
+    def __call__(
+        self, kind: str, message: str, error: BaseException | None = None, function: str = "", source: str = ""
+    ) -> Failure:
+        """Returns a failure of this process."""
+
+
+class Compiler:
+    """See the module's docstring.
+
+    Args:
+        runtime: compiles.
+        on_device: runs work on the engine's thread and waits for it.
+        failure: makes a failure of this process.
+
+    Attributes:
+        num_compiled: compiled functions since the start; equal ones that a program still has are compiled once.
+        seconds: what compiling took since the start.
+    """
+
+    def __init__(self, runtime: Runtime, on_device: OnDevice, failure: MakeFailure) -> None:
+        self._runtime = runtime
+        self._on_device = on_device
+        self._failure = failure
+        self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler")
+        self.num_compiled = 0
+        self.seconds = 0.0
+
+    def submit(self, work: Callable[[], None]) -> None:
+        """Runs `work`, which must not raise, on the thread; in order."""
+        self._thread.submit(work)
+
+    def compile_units(
+        self, name: str, functions: Sequence[pb.Function], slots: Sequence[BufferSpec], units: Sequence[Unit]
+    ) -> dict[int, list[Call]] | Failure:
+        """Compiles the computations of a program; on the thread.
+
+        Args:
+            name: the program's.
+            functions, slots: of its part, which instructions refer to.
+            units: all of the program.
+
+        Returns:
+            for the number of each unit that computes, its calls; or the first failure.
+        """
+        calls: dict[int, list[Call]] = {}
+        for number, unit in enumerate(units):
+            steps = [step for step in unit.instructions if isinstance(step, ComputeInstruction)]
+            last_use: dict[int, int] = {}
+            for index, step in enumerate(steps):
+                last_use.update((slot, index) for slot in (*step.inputs, *step.outputs))
+            read_inside = {slot for step in steps for slot in step.inputs}
+            for index, step in enumerate(steps):
+                executable = self._compile(name, functions[step.function_index], slots, step)
+                if isinstance(executable, Failure):
+                    return executable
+                dead = [slot for slot, last in last_use.items() if last == index and slot not in unit.writes]
+                is_leaf = not any(slot in read_inside for slot in step.outputs)
+                calls.setdefault(number, []).append(
+                    Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index, is_leaf)
+                )
+        return calls
+
+    def _compile(self, name: str, function: pb.Function, slots: Sequence[BufferSpec], step: ComputeInstruction) -> Any:
+        started = time.monotonic()
+        try:
+            executable = self._runtime.compile(
+                function.graph,
+                [slots[slot] for slot in step.inputs],
+                [slots[slot] for slot in step.outputs],
+                step.donated,
+                self._on_device,
+            )
+        except CaptureError as error:
+            failure = failure_from(error)
+            return self._failure(failure.kind, failure.message)
+        except Exception as error:
+            message = f"compiled function {function.name} could not be compiled: {error}"
+            return self._failure("RemoteError", message, error, function.name, function.source)
+        seconds = time.monotonic() - started
+        self.num_compiled += 1
+        self.seconds += seconds
+        logger.info("compiled %s of program %s in %.2f s", function.name, name, seconds)
+        return executable
