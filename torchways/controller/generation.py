@@ -116,7 +116,9 @@ class _Decoder:
         self._parameters = inspect.signature(type(model).forward).parameters
         self.prefill: Callable[..., Any] = self._prefill
         self.decode: Callable[..., Any] = self._decode
-        if mesh is not None and get_session is not None:  # all of a step, and not only the model's call, is one function
+        if (
+            mesh is not None and get_session is not None
+        ):  # all of a step, and not only the model's call, is one function
             self.prefill = make_function(self._prefill, mesh, get_session)
             self.decode = make_function(self._decode, mesh, get_session)
 
@@ -126,7 +128,7 @@ class _Decoder:
         scores, cache = self._forward(prompt.ids[:, :length], prompt.mask, prompt.position_ids, positions, cache)
         state = _State(
             ids=prompt.ids,
-            mask=prompt.mask,
+            mask=prompt.mask.clone(),  # of this function, and not a copy of an argument beside it
             token=prompt.ids[:, 0],
             finished=torch.zeros(batch, dtype=torch.bool),
             position_ids=prompt.position_ids[:, -1:],
@@ -135,13 +137,9 @@ class _Decoder:
         state, y = self._next(state, scores, prompt.uniform)
         return cache, (state, y)
 
-    def _decode(
-        self, carry: tuple[_State, _Cache], uniform: torch.Tensor | None
-    ) -> tuple[tuple[_State, _Cache], Any]:
+    def _decode(self, carry: tuple[_State, _Cache], uniform: torch.Tensor | None) -> tuple[tuple[_State, _Cache], Any]:
         state, cache = carry
-        scores, cache = self._forward(
-            state.token[:, None], state.mask, state.position_ids, state.cache_position, cache
-        )
+        scores, cache = self._forward(state.token[:, None], state.mask, state.position_ids, state.cache_position, cache)
         state, y = self._next(state, scores, uniform)
         return (state, cache), y
 
@@ -337,9 +335,7 @@ def _empty_cache(model: Any, batch: int, length: int, mesh: VirtualSlice | None,
         buffer = HostBuffer(HostContent(shape, dtype, 0.0))
         if mesh is not None:
             dims = [0 if name == DATA_AXIS else 1 for name in mesh.mesh_dim_names]
-            texts = [
-                f"S({dim})" if shape[dim] % size == 0 else "R" for dim, size in zip(dims, mesh.shape, strict=True)
-            ]
+            texts = [f"S({dim})" if shape[dim] % size == 0 else "R" for dim, size in zip(dims, mesh.shape, strict=True)]
             buffer = HostBuffer(buffer.value, mesh=mesh.root, placements=tuple(texts))
         return Array(buffer, shape, dtype)
 
