@@ -351,7 +351,7 @@ def generate(
         eos_token_id: tokens that end a row; None: those of `model.generation_config`, if it has some.
         pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
             `eos_token_id`.
-        generator: what tokens are drawn with, on the host; None: PyTorch's default one, which `torch.manual_seed` seeds.
+        generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
             The same state gives the same tokens, whatever `tokens_per_dispatch` is.
         streamer: gets the prompt, then the tokens of each step [batch] as soon as they are there, by `put`, and a call
             of `end`: any of transformers' streamers.

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
@@ -72,7 +73,7 @@ class TokenChoice:
 
 
 class _Prompt(NamedTuple):
-    """What the prefill gets: token ids padded to the cache's length, which of them count, and the prompt's positions."""
+    """What the prefill gets: token ids and mask as long as the cache, and the prompt's positions."""
 
     ids: torch.Tensor
     mask: torch.Tensor
@@ -231,9 +232,9 @@ def run_generate(
     run.start(_empty_cache(model, batch, cache_length, mesh, is_eager=get_session is None), prompt)
     if streamer is not None:
         streamer.put(ids)
-    is_watched = choice.streams or bool(choice.eos_token_ids)
+    watch = _Watch(choice, streamer, batch)
     for ys in run.chunks(uniforms, max_new_tokens, tokens_per_dispatch):
-        if is_watched and _has_ended(ys, choice, streamer):
+        if watch.has_ended(ys):
             break
     if streamer is not None:
         streamer.end()
@@ -254,7 +255,7 @@ class _Generation:
 
     def start(self, cache: _Cache, prompt: _Prompt) -> None:
         """Dispatches the prompt."""
-        xs = _Prompt(*(None if item is None else item[None] for item in prompt))
+        xs = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor[None], prompt)
         self._cache, [(self.state, self._first)] = self._scan(self._decoder.prefill, cache, xs, 1)
 
     def chunks(self, uniforms: torch.Tensor | None, num_tokens: int, size: int) -> Iterator[list[Any]]:
@@ -276,13 +277,25 @@ class _Generation:
         return run_scan(body, init, xs, length, None, True, self._get_session)
 
 
-def _has_ended(ys: Sequence[Any], choice: TokenChoice, streamer: Any) -> bool:
-    """Waits for a chunk, hands its tokens on, and returns whether all rows have ended."""
-    if not choice.streams:
-        return bool(ys[-1])
-    for y in ys:
-        streamer.put(y.cpu())
-    return False
+class _Watch:
+    """Looks at what the turns of a chunk gave: hands tokens on, and knows when all rows have ended."""
+
+    def __init__(self, choice: TokenChoice, streamer: Any, batch: int) -> None:
+        self._streamer = streamer
+        self._eos = torch.tensor(choice.eos_token_ids, dtype=torch.int64)
+        self._finished = torch.zeros(batch, dtype=torch.bool)
+
+    def has_ended(self, ys: Sequence[Any]) -> bool:
+        """Waits for a chunk."""
+        if self._streamer is None:
+            return len(self._eos) > 0 and bool(ys[-1])
+        for y in ys:
+            token = y.cpu()
+            self._streamer.put(token)
+            self._finished |= torch.isin(token, self._eos)
+            if self._finished.all():
+                return True
+        return False
 
 
 def _num_new(tokens: torch.Tensor, max_new_tokens: int, choice: TokenChoice) -> int:
@@ -312,7 +325,7 @@ def _transformers_cache(cache: _Cache) -> Any:
     """
     from transformers.cache_utils import Cache, StaticLayer
 
-    layers = []
+    layers: list[Any] = []
     for keys, values in cache:
         layer = StaticLayer(max_cache_len=keys.shape[2])
         layer.lazy_initialization(keys)
@@ -352,7 +365,8 @@ def _check(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Refuses what cannot be generated from; returns the prompt and its mask, int64 on the host."""
     name = type(model).__name__
-    if not isinstance(model, torch.nn.Module) or not hasattr(model, "config"):
+    config: Any = getattr(model, "config", None)
+    if not isinstance(model, torch.nn.Module) or not hasattr(config, "get_text_config"):
         raise UserError(f"tw.generate takes a causal language model of transformers, not {name}")
     if get_session is not None and not hasattr(model, _ENTRY):
         raise UserError(
@@ -374,10 +388,10 @@ def _check(
         raise UserError(
             f"max_new_tokens={max_new_tokens} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1"
         )
-    limit = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UserError(
             f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the {limit} positions "
-            f"(max_position_embeddings) of {name}: at most {max(0, limit - ids.shape[1])} new tokens fit"
+            f"of {name} (max_position_embeddings): at most {max(0, limit - ids.shape[1])} new tokens fit"
         )
     return ids, mask

@@ -428,25 +428,37 @@ def _trace_variant(
                 constants=traced.constants,
             )
         )
-        program = captured.program
-        pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
-        variant = Variant(
-            traced=program,
-            lowered=lower(program),
-            pieces=[_make_piece(captured, piece, cut.meshes) for piece in pieces],
-            meshes=cut.meshes,
-            session=session,
-            out_spec=captured.out_spec,
-            constants=captured.constants,
-            guards=_guards(traced, tracker, lifted),
-        )
-        variant.bind()
+        variant = _variant_of(captured, cut.meshes, session, _guards(traced, tracker, lifted), dispatch)
     except BaseException as error:
         tracker.roll_back(lifted)
         if isinstance(error, (TorchwaysError, KeyboardInterrupt)):
             raise
         raise _capture_error(name, error) from error
     tracker.commit()
+    return variant
+
+
+def _variant_of(
+    captured: Captured,
+    meshes: list[VirtualSlice],
+    session: Session,
+    guards: list[Callable[[], bool]],
+    dispatch: Dispatch = "parallel",
+) -> Variant:
+    """Lowers and registers what was captured."""
+    program = captured.program
+    pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
+    variant = Variant(
+        traced=program,
+        lowered=lower(program),
+        pieces=[_make_piece(captured, piece, meshes) for piece in pieces],
+        meshes=meshes,
+        session=session,
+        out_spec=captured.out_spec,
+        constants=captured.constants,
+        guards=guards,
+    )
+    variant.bind()
     return variant
 
 

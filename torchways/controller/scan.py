@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +15,18 @@ from torchways.array import Array
 from torchways.capture.state import StateSlot
 from torchways.capture.tracer import current_trace
 from torchways.controller.control_flow import _copy_of, _kind
-from torchways.controller.program import Captured, ProgramFunction, Variant, _Signature, _signature, _trace_variant
+from torchways.controller.program import (
+    _MAX_VARIANTS,
+    Captured,
+    ProgramFunction,
+    Seed,
+    Variant,
+    _ResultTarget,
+    _Signature,
+    _signature,
+    _trace_variant,
+    _variant_of,
+)
 from torchways.controller.session import Session
 from torchways.errors import CaptureError, ShapeError, UserError
 from torchways.ir.program import Arg, with_nodes
@@ -54,7 +66,7 @@ def loop_in_python(
     """Runs the turns one after the other: eagerly, or as part of the trace under way."""
     carry, ys = init, []
     for turn in range(length):
-        carry, y = combine_fn(carry, pytree.tree_map_only(torch.Tensor, lambda leaf, turn=turn: leaf[turn], xs))
+        carry, y = combine_fn(carry, pytree.tree_map_only(torch.Tensor, operator.itemgetter(turn), xs))
         ys.append(y)
     return carry, ys
 
@@ -85,6 +97,8 @@ class _ScanFunction(ProgramFunction):
         # A weak reference to the key of `_loops` would be kept alive by the value: the program gets a copy of its own.
         super().__init__(_copy_of(combine_fn), mesh, get_session, is_one_node=True)
         self._unbind = ProgramFunction(_unbind, mesh, get_session)
+        #: The body as captured, and a variant that it is in, by signature: other lengths need no trace.
+        self._bodies: dict[Any, tuple[Captured, Variant]] = {}
 
     def turns(self, xs: Any, length: int) -> list[Any]:
         """Returns what each turn gets of `xs`."""
@@ -104,10 +118,23 @@ class _ScanFunction(ProgramFunction):
             names = ", ".join(sorted({type(item).__name__ for item in body.objects}))
             raise UserError(f"{self._name}: the carry and xs of tw.scan are pytrees of tensors, not {names}")
 
-        def rewrite(captured: Captured) -> Captured:
-            return _unrolled(captured, self._name, init, len(turns), options["donate"])
+        key, length, donate = body.key, len(turns), options["donate"]
+        captured, known = self._bodies.get(key, (None, None))
+        if captured is not None and known is not None and known.holds(session):
+            unrolled = _unrolled(captured, self._name, init, length, donate)
+            return _variant_of(unrolled, known.meshes, session, known.guards)
 
-        return _trace_variant(self._function, self._name, body, self.mesh, session, self._dispatch, rewrite)
+        def rewrite(found: Captured) -> Captured:
+            nonlocal captured
+            captured = found
+            return _unrolled(found, self._name, init, length, donate)
+
+        variant = _trace_variant(self._function, self._name, body, self.mesh, session, self._dispatch, rewrite)
+        assert captured is not None
+        if len(self._bodies) >= _MAX_VARIANTS:
+            del self._bodies[next(iter(self._bodies))]
+        self._bodies[key] = captured, variant
+        return variant
 
 
 def _unbind(tensor: torch.Tensor) -> list[torch.Tensor]:
@@ -132,11 +159,12 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
         if isinstance(target, StateSlot):
             raise CaptureError(f"{name}, the body of tw.scan, makes optimizer state or gradients: use tw.program")
         fed[next(index for index, source in enumerate(body.sources) if source is target)] = number
+    seeds = {index: source for index, source in enumerate(body.sources) if isinstance(source, Seed)}
     loop = Loop(
         length=length,
         num_inputs=len(body.sources),
         fed=fed,
-        own=frozenset(index for source, index in input_of.items() if source >= num_carried),
+        own=frozenset([*(index for source, index in input_of.items() if source >= num_carried), *seeds]),
         kept=frozenset(result_of[leaf] for leaf in pytree.tree_leaves(y) if leaf in result_of),
     )
     num_own = len(input_of) - num_carried
@@ -145,21 +173,23 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
         for node in body.program.nodes
     ]
     program = unroll(with_nodes(body.program, nodes), loop)
-    sources = [
-        source + turn * num_own if index in loop.own else source
-        for turn in range(length)
-        for index, source in enumerate(body.sources)
-    ]
+    sources: list[Any] = []
+    for turn in range(length):
+        for index, source in enumerate(body.sources):
+            if index in seeds:  # every turn draws numbers of its own
+                sources.append(Seed(seeds[index].number + turn * len(seeds)))
+            else:
+                sources.append(source + turn * num_own if index in loop.own else source)
     # The result of the whole: the carry of the last turn and the y of each.
-    whole = ((_label(carry, length - 1), [_label(y, turn) for turn in range(length)]), {})
+    whole: Any = ((_label(carry, length - 1), [_label(y, turn) for turn in range(length)]), {})
     labels, out_spec = pytree.tree_flatten(whole, is_leaf=lambda item: isinstance(item, _Leaf))
     place = {label: number for number, label in enumerate(label for label in labels if label.position in result_of)}
-    targets = []
+    targets: list[_ResultTarget] = []
     for turn, number in loop.results(len(body.targets)):
-        target = body.targets[number]
+        made = body.targets[number]
         if number < body.num_returned:
-            target = replace(target, target=place[_Leaf((turn, tensors[number]))])
-        targets.append(target)
+            made = replace(made, target=place[_Leaf((turn, tensors[number]))])
+        targets.append(made)
     return Captured(
         program=program,
         sources=sources,

@@ -57,36 +57,43 @@ def test_a_loop_is_one_program_and_computes_what_python_does(session):
     assert again[1].tolist() == loop_in_python(decay, expected, xs, 5)[0][1].tolist()
 
 
-def test_all_turns_call_one_function_and_lengths_do_not_mix(session):
+def test_all_turns_call_one_function_and_all_lengths_share_a_trace(session):
     mesh = session.mesh()
+    num_calls = 0
+
+    def counted(carry, x):
+        nonlocal num_calls
+        num_calls += 1
+        return add_one(carry, x)
+
     for length in (2, 6, 2):
-        final, ys = run(session, lambda_of_one, torch.zeros(3), length=length, mesh=mesh)
+        final, ys = run(session, counted, torch.zeros(3), length=length, mesh=mesh)
         assert final.tolist() == [float(length)] * 3
         assert ys == [None] * length
-    loop = scan._loops[lambda_of_one]
-    assert loop.num_traces == 2
+    assert num_calls == 1
+    assert scan._loops[counted].num_traces == 2
     assert session.num_operators("add") == 2
-    assert run(session, lambda_of_one, torch.zeros(3), length=0)[1] == []
+    assert run(session, add_one, torch.zeros(3), length=0)[1] == []
 
 
-def lambda_of_one(carry, x):
+def add_one(carry, x):
     return carry + 1, x
 
 
 def test_the_carry_is_donated_from_turn_to_turn(session):
     mesh = session.mesh()
-    first, _ = run(session, lambda_of_one, torch.zeros(3), length=3, mesh=mesh)
-    kept, _ = run(session, lambda_of_one, first, length=3, mesh=mesh)
+    first, _ = run(session, add_one, torch.zeros(3), length=3, mesh=mesh)
+    kept, _ = run(session, add_one, first, length=3, mesh=mesh)
     assert first.tolist() == [3.0] * 3
-    text = str(scan._loops[lambda_of_one])
+    text = str(scan._loops[add_one])
     assert text.count("donate") == 2  # the first turn's carry is the user's
-    given, _ = run(session, lambda_of_one, kept, length=3, mesh=mesh, donate=True)
-    assert str(scan._loops[lambda_of_one]).count("donate") == 3
+    given, _ = run(session, add_one, kept, length=3, mesh=mesh, donate=True)
+    assert str(scan._loops[add_one]).count("donate") == 3
     assert given.tolist() == [9.0] * 3
     with pytest.raises(KeyError):  # the session's, of a buffer that is gone
         kept.tolist()
     with pytest.raises(UserError, match="in init twice"):
-        run(session, lambda_of_one, (given, given), length=1, donate=True)
+        run(session, add_one, (given, given), length=1, donate=True)
 
 
 class Counter(nn.Module):
@@ -151,6 +158,20 @@ def test_inside_a_program_it_is_a_loop_of_the_trace(session):
     assert len(ys) == 3
 
 
+def noise(carry, x):
+    return carry + 1, torch.rand(4)
+
+
+def test_turns_draw_numbers_of_their_own_from_the_seed_of_the_run(session):
+    drawn = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        _, ys = run(session, noise, torch.zeros(()), length=3)
+        drawn.append([tuple(y.tolist()) for y in ys])
+    assert drawn[0] == drawn[1]
+    assert len({*drawn[0], *drawn[2]}) == 6
+
+
 def grow(carry, x):
     return torch.cat([carry, carry]), None
 
@@ -173,7 +194,7 @@ def test_bodies_and_arguments_that_make_no_loop_are_refused(session):
         (torch.ones(()), None),
     ):
         with pytest.raises(ShapeError, match="the number of turns"):
-            run(session, lambda_of_one, torch.ones(2), xs, length)
+            run(session, add_one, torch.ones(2), xs, length)
 
 
 def test_loops_go_with_their_bodies(session):
