@@ -348,7 +348,7 @@ def generate(
         max_new_tokens: tokens to add; fewer if all rows end before.
         do_sample: draw tokens; else take the likeliest one.
         temperature, top_k, top_p: transformers' logits warpers of these names, for sampling; None: left out.
-        eos_token_id: tokens that end a row; None: those of `model.generation_config`, if it has some.
+        eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
         pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
             `eos_token_id`.
         generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).

@@ -391,7 +391,7 @@ def _check(
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UserError(
-            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the {limit} positions "
-            f"of {name} (max_position_embeddings): at most {max(0, limit - ids.shape[1])} new tokens fit"
+            f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the {limit} "
+            f"positions of {name} (max_position_embeddings): at most {max(0, limit - ids.shape[1])} new tokens fit"
         )
     return ids, mask

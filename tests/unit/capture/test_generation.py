@@ -166,7 +166,7 @@ def test_what_cannot_be_generated_is_refused(session, llama, placed):
 
     with pytest.raises(UserError, match=r"7 tokens and max_new_tokens=74 .* 80 positions .* at most 73 new tokens"):
         run(num_tokens=74)
-    with pytest.raises(UserError, match="LlamaForCausalLM is on no slice: place it with tw.function"):
+    with pytest.raises(UserError, match=r"LlamaForCausalLM is on no slice: place it with tw\.function"):
         run(model=llama)
     with pytest.raises(UserError, match="not Linear"):
         run(model=torch.nn.Linear(1, 1))
