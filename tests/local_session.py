@@ -136,7 +136,7 @@ class LocalSession:
                     for position in step.donated:
                         slot = step.inputs[position]
                         del slots[slot]
-                        if not isinstance(bindings[slot], InlineValue):
+                        if slot < len(bindings) and not isinstance(bindings[slot], InlineValue):
                             del self.buffers[slice_id][bindings[slot]]
                 case SendStep():
                     wires[step.edge_id] = slots[step.slot]

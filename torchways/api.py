@@ -23,9 +23,11 @@ from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import make_function, make_parallel, make_pipeline
+from torchways.controller.generation import TokenChoice, run_generate
 from torchways.controller.loop import LoopThread
 from torchways.controller.program import Dispatch, ProgramFunction
 from torchways.controller.redistribute import distribute
+from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.errors import ConfigError, SessionClosed, UserError
@@ -324,6 +326,117 @@ def while_loop(
             state = tuple(result) if isinstance(result, (tuple, list)) else (result,)
         return state
     return run_while_loop(cond_fn, body_fn, operands, mesh, _current)
+
+
+def scan(
+    combine_fn: Callable[[Any, Any], tuple[Any, Any]],
+    init: Any,
+    xs: Any = None,
+    *,
+    length: int | None = None,
+    mesh: VirtualSlice | None = None,
+    donate: bool = False,
+) -> tuple[Any, list[Any]]:
+    """Runs `combine_fn` on a carry a known number of times, as one program; spelled as torch's and JAX's scan.
+
+    The body is traced once, and all turns are dispatched in one message an island: nothing returns to the controller
+    between them. From turn to turn the carry's memory is used again. Called inside a program it is a Python loop of
+    the trace, through which gradients flow; outside it computes none. Keep `combine_fn`, it is traced once as long as
+    it lives; and keep `length` to tens or hundreds, since the program's size grows with it.
+
+    Args:
+        combine_fn: called as ``combine_fn(carry, x)``; returns the next carry and the turn's `y`. What it writes in
+            place to arrays that it does not get as arguments is seen by the next turn.
+        init: the first carry: a pytree of tensors, whose shapes and dtypes stay the same from turn to turn. Other
+            leaves are constants.
+        xs: pytree of tensors that each turn gets a row of, along dimension 0; None: `length` says how many turns.
+        length: number of turns.
+        mesh: slice of what nothing else places.
+        donate: gives up the arrays of `init`: the first turn uses their memory too, and they cannot be read any more.
+
+    Returns:
+        The last carry, and the list of each turn's `y`, whose arrays can be read as soon as their turn is over
+        (unlike torch's and JAX's, which stack them).
+
+    Raises:
+        ShapeError: `xs` and `length` do not agree, or the body changes the structure, shapes or dtypes of the carry.
+    """
+    if is_eager():
+        return loop_in_python(combine_fn, init, xs, loop_length(xs, length))
+    return run_scan(combine_fn, init, xs, length, mesh, donate, _current)
+
+
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    *,
+    attention_mask: torch.Tensor | None = None,
+    max_new_tokens: int,
+    do_sample: bool = False,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    generator: torch.Generator | None = None,
+    streamer: Any = None,
+    tokens_per_dispatch: int = 16,
+) -> torch.Tensor:
+    """Continues prompts with a causal language model of `transformers`; spelled as its `generate`.
+
+    Greedy tokens are those of `model.generate` on the CPU, up to rounding: prompt and decoding step are one compiled
+    function each, with a static key-value cache that stays on the slice (split over the batch on the axis "dp" and
+    over heads on other axes). Cache lengths are rounded up to 64, so prompts of other lengths share the decoding step;
+    each prompt length compiles a prefill of its own.
+
+    Args:
+        model: placed by `tw.function` or `tw.parallelize_module`; call `model.eval()` first.
+        input_ids: prompts, int64[batch, length], padded on the left.
+        attention_mask: 0 for padding, [batch, length]; None: there is none.
+        max_new_tokens: tokens to add; fewer if all rows end before.
+        do_sample: draw tokens; else take the likeliest one.
+        temperature, top_k, top_p: transformers' logits warpers of these names, for sampling; None: left out.
+        eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
+        pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
+            `eos_token_id`.
+        generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
+            The same state gives the same tokens, whatever `tokens_per_dispatch` is.
+        streamer: gets the prompt, then the tokens of each step [batch] as soon as they are there, by `put`, and a call
+            of `end`: any of transformers' streamers.
+        tokens_per_dispatch: tokens in one message to the island. One message is ahead of the tokens that are looked at:
+            up to as many steps are computed in vain after all rows have ended.
+
+    Returns:
+        Prompts and new tokens, int64[batch, length + new], on the host.
+
+    Raises:
+        UserError: the model is on no slice, the tokens do not fit its positions, or padding is on the right.
+        ShapeError: `input_ids` or `attention_mask` have a shape that is none.
+    """
+    config = getattr(model, "generation_config", None)
+    eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
+    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
+    pad = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
+    choice = TokenChoice(
+        do_sample=do_sample,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        eos_token_ids=eos_ids,
+        pad_token_id=pad if pad is not None else eos_ids[0] if eos_ids else 0,
+        streams=streamer is not None,
+    )
+    return run_generate(
+        model,
+        input_ids,
+        attention_mask,
+        max_new_tokens,
+        choice,
+        generator,
+        streamer,
+        tokens_per_dispatch,
+        None if is_eager() else _current,
+    )
 
 
 def pipeline(

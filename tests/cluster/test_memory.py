@@ -41,6 +41,19 @@ def status(waits, seconds=10):
     raise AssertionError(found)
 
 
+def halve(carry, x):
+    return carry * 0.5 + 1, carry[:1] * 1
+
+
+def test_a_loop_updates_its_carry_in_place(mesh):
+    """Two of it do not fit into the budget beside a third."""
+    init = tw.program(lambda value: value * torch.ones(40 * MEGABYTE // 4), mesh=mesh)(torch.tensor(8.0))
+    final, ys = tw.scan(halve, init, length=8, mesh=mesh, donate=True)
+    assert [y.item() for y in ys[:3]] == [8.0, 5.0, 3.5]
+    assert final[:1].item() == 2 + 6 / 2**8
+    assert status(waits=False).used_bytes < 41 * MEGABYTE
+
+
 def test_a_computation_waits_for_memory_and_the_wait_shows(mesh, tmp_path):
     program = tw.program(make, mesh=mesh)
     with tw.profile(tmp_path / "trace.json"):

@@ -61,7 +61,7 @@ class _Made:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seed:
+class Seed:
     """The seed of one of a run's computations that draw random numbers."""
 
     number: int
@@ -92,6 +92,27 @@ class _ResultTarget:
     placements: Placements
     shape: tuple[int, ...]
     dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A program as traced, and how its ends are tied to Python.
+
+    Attributes:
+        program: not lowered yet.
+        sources: what each of its arguments is bound to, by `Arg.source`: the call's tensor at a position, an array, ...
+        targets: what becomes of each of its results.
+        num_returned: the first so many results are what the function returned.
+        out_spec: the structure of what it returned, ahead of the argument objects that it changed.
+        constants: positions in the flattened result, and the values there, that are not tensors.
+    """
+
+    program: Program
+    sources: list[Any]
+    targets: list[_ResultTarget]
+    num_returned: int
+    out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,7 +160,7 @@ class Variant:
     def is_random(self) -> bool:
         """Whether it draws random numbers."""
         sources = (item.source for piece in self.pieces for items in piece.arguments.values() for item in items)
-        return any(isinstance(source, _Seed) for source in sources)
+        return any(isinstance(source, Seed) for source in sources)
 
     def __del__(self) -> None:
         for piece in self.pieces:
@@ -296,10 +317,13 @@ class ProgramFunction:
                 ": buckets= pads sizes, max_variants= keeps more" if kept == most else "",
                 self._why(signature, session),
             )
-        variant = _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
+        variant = self._make_variant(signature, session)
         self._times_traced += 1
         self._variants.add(signature.key, variant)
         return variant
+
+    def _make_variant(self, signature: Signature, session: Session) -> Variant:
+        return _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
 
     def _why(self, signature: Signature, session: Session) -> str:
         """Says why no variant serves a call."""
@@ -325,6 +349,7 @@ def _trace_variant(
     mesh: VirtualSlice | None,
     session: Session,
     dispatch: Dispatch,
+    rewrite: Callable[[Captured], Captured] = lambda captured: captured,
 ) -> Variant:
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     tracker = StateTracker(array_like)
@@ -363,26 +388,47 @@ def _trace_variant(
         if missing := not_lowered(pure.graph_module, session, cut.meshes):
             pure, cut = _cut(traced, tensors, name, mesh, decompositions_of(missing))
         check_lowered(pure.graph_module, session, cut.meshes)
-        lowered = lower(cut.program)
-        pieces = [whole(cut.program)] if dispatch == "parallel" else sequential(cut.program)
-        targets = _result_targets(cut, traced, tracker, pure.written)
-        variant = Variant(
-            traced=cut.program,
-            lowered=lowered,
-            pieces=[_make_piece(cut.program, piece, traced, targets, cut.meshes) for piece in pieces],
-            meshes=cut.meshes,
-            session=session,
-            out_spec=traced.out_spec,
-            constants=traced.constants,
-            guards=guards_of(traced, tracker, lifted),
+        captured = rewrite(
+            Captured(
+                program=cut.program,
+                sources=_sources(traced, cut.program),
+                targets=_result_targets(cut, traced, tracker, pure.written),
+                num_returned=traced.num_outputs,
+                out_spec=traced.out_spec,
+                constants=traced.constants,
+            )
         )
-        variant.bind()
+        variant = _variant_of(captured, cut.meshes, session, guards_of(traced, tracker, lifted), dispatch)
     except BaseException as error:
         tracker.roll_back(lifted)
         if isinstance(error, (TorchwaysError, KeyboardInterrupt)):
             raise
         raise _capture_error(name, error) from error
     tracker.commit()
+    return variant
+
+
+def _variant_of(
+    captured: Captured,
+    meshes: list[VirtualSlice],
+    session: Session,
+    guards: list[Guard],
+    dispatch: Dispatch = "parallel",
+) -> Variant:
+    """Lowers and registers what was captured."""
+    program = captured.program
+    pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
+    variant = Variant(
+        traced=program,
+        lowered=lower(program),
+        pieces=[_make_piece(captured, piece, meshes) for piece in pieces],
+        meshes=meshes,
+        session=session,
+        out_spec=captured.out_spec,
+        constants=captured.constants,
+        guards=guards,
+    )
+    variant.bind()
     return variant
 
 
@@ -407,9 +453,14 @@ def _content(item: Any) -> Any:
     return spec, [id(leaf) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
 
 
-def _make_piece(
-    program: Program, piece: Piece, traced: Trace, targets: list[_ResultTarget], meshes: list[VirtualSlice]
-) -> _Piece:
+def _sources(traced: Trace, program: Program) -> list[Any]:
+    """Returns what arguments are bound to, by `Arg.source`: what was traced, then the seeds."""
+    first_seed = len(traced.inputs)
+    num_seeds = sum(isinstance(node, Arg) and node.source >= first_seed for node in program.nodes)
+    return [*(item.source for item in traced.inputs), *map(Seed, range(num_seeds))]
+
+
+def _make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> _Piece:
     lowered = lower(piece.program)
     donated: set[ValueIndex] = {
         node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
@@ -417,21 +468,15 @@ def _make_piece(
     sources: dict[ValueIndex, _Source] = {}
     for node in lowered.program.nodes:
         if isinstance(node, Arg):
-            source: Any
-            if node.source < 0:
-                source = _Made(~node.source)
-            elif node.source < len(traced.inputs):
-                source = traced.inputs[node.source].source
-            else:
-                source = _Seed(node.source - len(traced.inputs))
+            source = captured.sources[node.source] if node.source >= 0 else _Made(~node.source)
             placements = lowered.program.values[node.output].placements
             sources[node.output] = _Source(source, placements, node.output in donated)
     results = []
     for number in piece.results:
         if number >= 0:
-            results.append(targets[number])
+            results.append(captured.targets[number])
         else:
-            results.append(_target(_Made(~number), program.values[~number], meshes))
+            results.append(_target(_Made(~number), captured.program.values[~number], meshes))
     return _Piece(
         lowered=lowered,
         arguments={part.slice_index: [sources[value] for value in part.args] for part in lowered.parts},
@@ -593,7 +638,7 @@ def _bind(
         if item.donated:
             consumed.append(buffer)
         return buffer.buffer_id
-    if isinstance(source, _Seed):
+    if isinstance(source, Seed):
         return InlineValue(dtype="int64", shape=(), placements=item.placements, data=source.of_run(run_seed))
     if isinstance(source, LearningRate):
         return InlineValue(dtype="float32", shape=(), placements=item.placements, data=source.read())

@@ -211,11 +211,16 @@ def _unit(position: int, group: list[Instruction], shared: set[int], slot_bytes:
 
 
 def _need_bytes(group: list[Instruction], kept: set[int], slot_bytes: Sequence[int]) -> int:
-    """Returns the most that a group has allocated at a time; what only it reads is freed on the way."""
+    """Returns the most that a group has allocated at a time; what only it reads is freed on the way, or donated."""
     last = {slot: index for index, item in enumerate(group) for slot in instruction_reads(item)}
     held, peak = 0, 0
     made: set[int] = set()
     for index, instruction in enumerate(group):
+        reused: set[int] = set()
+        if isinstance(instruction, ComputeInstruction):
+            reused = {instruction.inputs[position] for position in instruction.donated} & made
+        held -= sum(slot_bytes[slot] for slot in reused)
+        made -= reused
         held += sum(slot_bytes[slot] for slot in instruction_writes(instruction))
         peak = max(peak, held)
         made.update(instruction_writes(instruction))

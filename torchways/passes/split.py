@@ -168,8 +168,9 @@ def split(program: Program) -> list[SlicePart]:
 
 
 def _insert_frees(part: SlicePart) -> None:
-    """Adds a Free behind the last reader of each value that is neither an argument nor a result."""
+    """Adds a Free behind the last reader of each value that is neither an argument nor a result, nor donated."""
     kept = {slot for slot, _ in part.results} | set(range(len(part.args)))
+    kept |= {step.inputs[index] for step in part.steps if isinstance(step, ComputeStep) for index in step.donated}
     last: dict[int, int] = {}
     for position, step in enumerate(part.steps):
         for slot in _touched(step):
