@@ -25,6 +25,8 @@ from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import make_function, make_parallel, make_pipeline
 from torchways.controller.generation import TokenChoice, run_generate
 from torchways.controller.loop import LoopThread
+from torchways.controller.parity.report import ParityReport
+from torchways.controller.parity.report import parity as parity_mode
 from torchways.controller.program import Dispatch, ProgramFunction
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
@@ -266,6 +268,31 @@ def program(
         )
     options = _variant_options(buckets, pad_value, max_variants)
     return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
+
+
+def parity(*, rtol: float | None = None, atol: float | None = None) -> contextlib.AbstractContextManager[ParityReport]:
+    """Compares programs that are called inside with eager PyTorch, node by node; TORCHWAYS_PARITY=1 does so for all.
+
+    Every node (a compiled function, a transfer, a sum, an argument on its way to its slice) runs on its slice as
+    always, and once more with plain PyTorch on the CPU, from the same inputs. What a call returns and changes is what
+    it would without. But it waits for all values, holds all of them and donates none, so it needs more memory. One line
+    is logged for each call. Random operators are not compared: what they drew is taken for given.
+
+    An element agrees if its error is at most ``atol + rtol * abs(expected)``. A value with elements that do not is
+    still taken for right if it is no more than ten times as far from what float64 gives as eager PyTorch's is, or if
+    each operator of its node agrees by itself and all together give it: then rounding has grown.
+
+    Args:
+        rtol, atol: None: torch.testing.assert_close's for each dtype. Integers and bools must be equal.
+
+    Returns:
+        a context manager; its value, a `ParityReport`, says what was compared and the largest error of each dtype.
+
+    Raises (a call inside):
+        ParityError: names the first node that diverges, the first operator of it that does so by itself, the user's
+            lines and the errors. Parameters, optimizer state and all else stay as before the call.
+    """
+    return parity_mode(rtol=rtol, atol=atol)
 
 
 def cond(

@@ -1,7 +1,8 @@
 """Every error that torchways raises on purpose, and how errors cross processes.
 
 Three families answer three questions: is it the user's program (`UserError`), a node of it that failed on an
-executor (`RemoteError`), or the machines (`InfraError`)? What is none of these is our bug (`InternalError`).
+executor (`RemoteError`), or the machines (`InfraError`)? What is none of these is our bug (`InternalError`), or what
+parity mode was asked to find (`ParityError`).
 Messages say what happened, with which values, by which rule, and what to do.
 """
 
@@ -60,6 +61,43 @@ class RemoteError(TorchwaysError):
         self.source = source
         self.remote_traceback = remote_traceback
         self.run_id = run_id
+
+
+class ParityError(TorchwaysError):
+    """Parity mode: a node of a program gives other values than eager PyTorch; see `tw.parity`.
+
+    Attributes:
+        program: its name.
+        function: compiled function, or other node, that diverges.
+        source: the user's line, ``file.py:41 in train_step``.
+        operator, operator_source: the first operator inside that diverges by itself, "aten::gelu", and its line; empty
+            where there is none.
+        num_different: elements of the node's first diverging output whose error exceeds the tolerance.
+        max_abs_error, max_rel_error: largest errors of that output.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        program: str = "",
+        function: str = "",
+        source: str = "",
+        operator: str = "",
+        operator_source: str = "",
+        num_different: int = 0,
+        max_abs_error: float = 0.0,
+        max_rel_error: float = 0.0,
+    ) -> None:
+        super().__init__(message)
+        self.program = program
+        self.function = function
+        self.source = source
+        self.operator = operator
+        self.operator_source = operator_source
+        self.num_different = num_different
+        self.max_abs_error = max_abs_error
+        self.max_rel_error = max_rel_error
 
 
 class InfraError(TorchwaysError):

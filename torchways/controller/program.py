@@ -27,6 +27,9 @@ from torchways.capture.tracer import Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.guards import Guard, guards_of
+from torchways.controller.parity.check import ParityCheck
+from torchways.controller.parity.observe import observed
+from torchways.controller.parity.report import ParityReport, active_parity
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, difference, signature_of
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
@@ -139,7 +142,7 @@ class Variant:
     """One traced, lowered and registered form of a function.
 
     Attributes:
-        traced: the program as traced.
+        captured: the program as traced.
         lowered: after all passes, whole.
         pieces: what a call dispatches, one after the other.
         meshes: the slice that each of the program's slices stands for.
@@ -147,14 +150,13 @@ class Variant:
         guards: conditions on Python state under which the trace holds.
     """
 
-    traced: Program
+    captured: Captured
     lowered: LoweredProgram
     pieces: list[_Piece]
     meshes: list[VirtualSlice]
     session: Session
-    out_spec: pytree.TreeSpec
-    constants: dict[int, Any]
     guards: list[Guard]
+    _observed: _Piece | None = None
 
     @functools.cached_property
     def is_random(self) -> bool:
@@ -163,18 +165,31 @@ class Variant:
         return any(isinstance(source, Seed) for source in sources)
 
     def __del__(self) -> None:
-        for piece in self.pieces:
-            self.session.forget_program(piece.program_id)
+        for piece in [*self.pieces, *filter(None, [self._observed])]:
+            if piece.bound_to:
+                self.session.forget_program(piece.program_id)
 
-    def bind(self) -> None:
-        """Registers every piece for the devices that the slices are on now; tracing and passes are not done again."""
+    def observed(self) -> _Piece:
+        """Returns the whole program with all its values as results, bound: what parity mode dispatches."""
+        if self._observed is None:
+            piece = observed(self.captured.program)
+            self._observed = _make_piece(self.captured, piece, self.meshes)
+        self.bind([self._observed])
+        return self._observed
+
+    def bind(self, pieces: list[_Piece]) -> None:
+        """Registers pieces for the devices that the slices are on now; tracing and passes are not done again."""
         here = tuple(mesh.slice_id for mesh in self.meshes)
-        for piece in self.pieces:
+        for piece in pieces:
             if piece.bound_to != here:
-                check_memory(self.traced.name, piece.lowered.parts, self.traced.slices, self._budgets())
+                check_memory(
+                    self.captured.program.name, piece.lowered.parts, self.captured.program.slices, self._budgets()
+                )
                 if piece.bound_to:
                     self.session.forget_program(piece.program_id)
-                piece.program_id = self.session.register_program(self.traced.name, piece.lowered.parts, self.meshes)
+                piece.program_id = self.session.register_program(
+                    self.captured.program.name, piece.lowered.parts, self.meshes
+                )
                 piece.bound_to = here
 
     def _budgets(self) -> dict[int, int]:
@@ -302,7 +317,7 @@ class ProgramFunction:
         """
         if self._last is None:
             raise UserError(f"{self} before lower()")
-        return lower(self._last.traced, print_after=print_after)
+        return lower(self._last.captured.program, print_after=print_after)
 
     def _trace(self, signature: Signature, session: Session) -> Variant:
         if self._variants:
@@ -419,16 +434,17 @@ def _variant_of(
     program = captured.program
     pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
     variant = Variant(
-        traced=program,
+        captured=captured,
         lowered=lower(program),
         pieces=[_make_piece(captured, piece, meshes) for piece in pieces],
         meshes=meshes,
         session=session,
-        out_spec=captured.out_spec,
-        constants=captured.constants,
         guards=guards,
     )
-    variant.bind()
+    if active_parity() is None:
+        variant.bind(variant.pieces)
+    else:
+        variant.observed()
     return variant
 
 
@@ -560,33 +576,80 @@ def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> _ResultTar
 def _run(variant: Variant, signature: Signature) -> Any:
     session = variant.session
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
-    variant.bind()
     # One number of PyTorch's generator a run: torch.manual_seed and torch.get_rng_state mean what they always do.
     run_seed = int(torch.randint(2**63 - 1, (), device="cpu")) if variant.is_random else 0
-    outputs: list[Any] = [None] * (variant.out_spec.num_leaves)
-    positions = [index for index in range(len(outputs)) if index not in variant.constants]
-    for index, value in variant.constants.items():
+    outputs: list[Any] = [None] * (variant.captured.out_spec.num_leaves)
+    positions = [index for index in range(len(outputs)) if index not in variant.captured.constants]
+    for index, value in variant.captured.constants.items():
         outputs[index] = signature.objects[value.number] if isinstance(value, _ArgumentObject) else value
-    made: dict[ValueIndex, RemoteBuffer] = {}
-    for number, piece in enumerate(variant.pieces):
-        run_id = _run_piece(variant, piece, tensors, run_seed, made, outputs, positions)
-        if number < len(variant.pieces) - 1:
-            session.wait_for_run(run_id)
-    result, changed = pytree.tree_unflatten(outputs, variant.out_spec)
+    if (report := active_parity()) is not None:
+        _run_observed(variant, report, tensors, run_seed, outputs, positions)
+    else:
+        variant.bind(variant.pieces)
+        made: dict[ValueIndex, RemoteBuffer] = {}
+        for number, piece in enumerate(variant.pieces):
+            run_id, buffers = _dispatch(variant, piece, tensors, run_seed, made)
+            _assign(piece, buffers, made, outputs, positions)
+            if number < len(variant.pieces) - 1:
+                session.wait_for_run(run_id)
+    result, changed = pytree.tree_unflatten(outputs, variant.captured.out_spec)
     for number, item in changed.items():
         set_attributes(signature.objects[number], item)
     return result
 
 
-def _run_piece(
+def _run_observed(
+    variant: Variant,
+    report: ParityReport,
+    tensors: list[torch.Tensor],
+    run_seed: int,
+    outputs: list[Any],
+    positions: list[int],
+) -> None:
+    """Runs the program in parity mode; where it diverges, all state stays as it was."""
+    piece = variant.observed()
+    sent = _host_values(piece, tensors)
+    _, buffers = _dispatch(variant, piece, tensors, run_seed, {})
+    own = len(variant.captured.targets)
+    made = {
+        result.target.value: buffer
+        for result, buffer in zip(piece.results[own:], buffers[own:], strict=True)
+        if isinstance(result.target, _Made)
+    }
+    del buffers[own:]  # they are given back as they are read
+    check = ParityCheck(
+        program=piece.lowered.program,
+        meshes=variant.meshes,
+        session=variant.session,
+        buffers=made,
+        sent=sent,
+        tolerance=report.tolerance,
+    )
+    report.include(check.run())
+    _assign(piece, buffers, {}, outputs, positions)
+
+
+def _host_values(piece: _Piece, tensors: list[torch.Tensor]) -> dict[ValueIndex, torch.Tensor]:
+    """Returns the values of a piece's arguments that are still on the host."""
+    values: dict[ValueIndex, torch.Tensor] = {}
+    for part in piece.lowered.parts:
+        for value, item in zip(part.args, piece.arguments[part.slice_index], strict=True):
+            source = tensors[item.source] if isinstance(item.source, int) else item.source
+            if isinstance(source, Array) and isinstance(source._buffer, HostBuffer):
+                values[value] = source._buffer.read()
+            elif isinstance(source, torch.Tensor) and not isinstance(source, Array):
+                values[value] = source.detach()
+    return values
+
+
+def _dispatch(
     variant: Variant,
     piece: _Piece,
     tensors: list[torch.Tensor],
     run_seed: int,
     made: dict[ValueIndex, RemoteBuffer],
-    outputs: list[Any],
-    positions: list[int],
-) -> RunId:
+) -> tuple[RunId, list[RemoteBuffer]]:
+    """Sends a run of a piece; returns the buffers of its results."""
     session = variant.session
     consumed: list[RemoteBuffer] = []
     arguments: dict[SliceId, list[Binding]] = {}
@@ -594,11 +657,25 @@ def _run_piece(
         mesh = variant.meshes[slice_index]
         arguments[mesh.slice_id] = [_bind(item, tensors, run_seed, made, mesh, session, consumed) for item in sources]
     first = BufferId(session.new_ids(max(1, len(piece.results))))
-    run_id = session.run_program(piece.program_id, variant.traced.name, first, arguments)
+    run_id = session.run_program(piece.program_id, variant.captured.program.name, first, arguments)
     for buffer in consumed:
         buffer.consumed = True
-    for number, result in enumerate(piece.results):
-        buffer = RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
+    buffers = [
+        RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
+        for number, result in enumerate(piece.results)
+    ]
+    return run_id, buffers
+
+
+def _assign(
+    piece: _Piece,
+    buffers: list[RemoteBuffer],
+    made: dict[ValueIndex, RemoteBuffer],
+    outputs: list[Any],
+    positions: list[int],
+) -> None:
+    """Puts the first results of a piece, as many as there are buffers, where they go."""
+    for result, buffer in zip(piece.results, buffers, strict=False):
         if isinstance(result.target, Array):
             result.target._buffer = buffer
         elif isinstance(result.target, StateSlot):
@@ -607,7 +684,6 @@ def _run_piece(
             made[result.target.value] = buffer
         else:
             outputs[positions[result.target]] = Array(buffer, result.shape, result.dtype)
-    return run_id
 
 
 def _bind(

@@ -530,6 +530,8 @@ class ExecutorState:
             cell.holders += early.holders - 1
         cell.holders += 1
         self.named[buffer_id] = cell
+        if cell.scheduled:  # an argument: nothing else will schedule it
+            self._answer_fetches(cell)
 
     def _issue_ready(self) -> None:
         """Issues every task that can be; a poisoned one poisons what it fills, at once."""
@@ -724,10 +726,12 @@ class ExecutorState:
         if cell.waiters:
             self._ready.extend(cell.waiters)
             cell.waiters = []
-        if cell.fetches:
-            fetches, cell.fetches = cell.fetches, []
-            for fetch_id in fetches:
-                self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
+        self._answer_fetches(cell)
+
+    def _answer_fetches(self, cell: Cell) -> None:
+        fetches, cell.fetches = cell.fetches, []
+        for fetch_id in fetches:
+            self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
 
     def _end_reader(self, cell: Cell) -> None:
         cell.readers -= 1

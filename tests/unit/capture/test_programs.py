@@ -233,7 +233,7 @@ def test_functions_are_nodes_of_their_own_and_nest():
     assert text.count(" compute @0") == 4
     assert text.count(" compute @1") == 1
     assert text.count(" transfer ") == 1
-    assert len(program._last.traced.functions) == 2  # four calls share one compiled function
+    assert len(program._last.captured.program.functions) == 2  # four calls share one compiled function
 
 
 def test_a_training_step_on_one_slice_is_one_computation():

@@ -382,3 +382,21 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
         ran = [command.task.run.run_id for command in commands if isinstance(command, core.Execute)]
         assert ran == [BASE + 31, BASE + 30]
         assert sum(isinstance(command, core.ReportEnqueued) for command in commands) == 2
+
+
+def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
+    state = core.ExecutorState("b")
+    call = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
+    state.handle(core.ProgramArrived(program=load_program(BASE + 1, "step", 1, [10, 10], [call], [(0, 0)])))
+    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
+    assert state.handle(core.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
+    run = core.RunEnqueued(
+        program_id=ProgramId(BASE + 1),
+        run_id=RunId(7),
+        sequence=0,
+        first_buffer_id=BufferId(BASE + 60),
+        arguments=[BufferId(BASE + 3)],
+    )
+    delivered = [command for command in state.handle(run) if isinstance(command, core.Deliver)]
+    assert [command.fetch_id for command in delivered] == [1]
