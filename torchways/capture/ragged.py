@@ -2,7 +2,7 @@
 
 A mask selects an unknown number of rows, at most as many as it has elements. They are kept in a tensor of that many
 rows, the selected ones first and in order: it is *ragged*, and what stands in its other rows means nothing. Operators
-that keep rows apart give ragged results. Those that add rows up (sums, products, index_add) take zeros for the rows that
+that keep rows apart give ragged results. Those that add rows up (sums, products, index_add) take zeros for rows that
 mean nothing; those that write rows write only the selected ones. All else is refused, and so is a ragged result.
 Mixtures of experts route tokens this way. The rules see what autograd computes backward, too.
 
@@ -12,6 +12,7 @@ is empty. The body may write to what was there before only by selected rows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
@@ -49,7 +50,6 @@ _ALONG_DIM = {
     aten._log_softmax_backward_data.default: 2,
     aten.sort.default: 1,
     aten.topk.default: 2,
-    aten.gather.default: 1,
     aten.cat.default: 1,
 }
 _REDUCTIONS = {
@@ -113,6 +113,37 @@ class RowCount(int):
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
     __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __float__ = __neg__ = _refuse
 
+    def _is_more_than(self, other: Any) -> bool:
+        return True if other == 0 else self._refuse()
+
+    def _is_at_least(self, other: Any) -> bool:
+        return True if other == 1 else self._refuse()
+
+    def _is_not(self, other: Any) -> bool:
+        return True if int(other) == 0 else self._refuse()
+
+    __gt__ = _is_more_than
+    __ge__ = _is_at_least
+    __ne__ = _is_not
+    __hash__ = int.__hash__
+
+    def __lt__(self, other: Any) -> bool:
+        return not self._is_at_least(other)
+
+    def __le__(self, other: Any) -> bool:
+        return not self._is_more_than(other)
+
+    def __eq__(self, other: Any) -> bool:
+        return not self._is_not(other)
+
+
+class RaggedSize(tuple[int, ...]):
+    """A shape with a `RowCount` in it, of which torch.Size would make a number."""
+
+    def numel(self) -> RowCount:
+        """Returns the number of elements."""
+        return RowCount(math.prod(map(int, self)))
+
 
 def refuse(operator: str) -> NoReturn:
     """Raises the error for what needs to know how many rows there are."""
@@ -145,6 +176,11 @@ class RaggedRows:
         node = self._node_of(tensor)
         return self._rows.get(node) if node is not None else None
 
+    @property
+    def is_used(self) -> bool:
+        """Whether the trace has ragged tensors."""
+        return bool(self._rows)
+
     def concerns(self, func: Any, args: Any, kwargs: Any) -> bool:
         """Whether one of an operator's arguments is ragged."""
         if not self._rows or func.namespace == "prim":  # which ask for a tensor's device or layout
@@ -154,6 +190,10 @@ class RaggedRows:
     def selects(self, func: Any, args: Any) -> bool:
         """Whether an operator selects rows by a mask, so that `call` has a rule for it."""
         return func is aten.nonzero.default or func is aten.masked_select.default or _has_mask(func, args)
+
+    def writes_by_mask(self, func: Any, args: Any) -> bool:
+        """Whether an operator writes to the rows that a mask selects, one value for all or one for each."""
+        return func in _INDEXED_WRITES and _has_mask(func, args)
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operator by its rule.
@@ -184,6 +224,10 @@ class RaggedRows:
             return self._product(func, args, kwargs)
         if func in _REDUCTIONS:
             return self._reduce(func, args, kwargs)
+        if func is aten.gather.default and self.rows_of(args[0]) is None:
+            return self._mark(func(*args, **kwargs), [(args[2], 0)])
+        if func is aten.scatter_add.default and self.rows_of(args[0]) is None:
+            return func(*args[:3], self._zeroed(args[3]))
         if func in _ALONG_DIM:
             return self._along_dim(func, args, kwargs)
         if func in _LIKE:
@@ -249,8 +293,9 @@ class RaggedRows:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
                 positions = self._nonzero(index)
                 rows = self.rows_of(positions)
+                assert rows is not None
                 for column in positions.unbind(1):
-                    self._set(column, replace(rows, mask=None, positions=None))  # type: ignore[type-var]
+                    self._set(column, replace(rows, mask=None, positions=None))
                     result.append(column)
             else:
                 result.append(index)
@@ -284,10 +329,19 @@ class RaggedRows:
             values = torch.where(rows.valid(len(shape), place), values.expand(shape), 0)
             written = aten.index_put.default(target, indices, values, True)
         else:
-            # Rows that mean nothing are written behind the end, which is cut off.
+            shape = list(aten.index.Tensor(target, indices).shape)
             place = next(number for number, index in enumerate(indices) if index is not None)
+            if (
+                self.rows_of(values) is None
+                and values.dim() == len(shape)
+                and values.shape[place] not in (1, rows.size)
+            ):
+                missing = rows.size - values.shape[place]  # as many values as there are rows
+                filler = values.new_zeros(*values.shape[:place], missing, *values.shape[place + 1 :])
+                values = torch.cat([values, filler], place)
+            # Rows that mean nothing are written behind the end, which is cut off.
             size = target.shape[place]
-            indices[place] = torch.where(rows.valid(1), indices[place], size)  # type: ignore[arg-type]
+            indices[place] = torch.where(rows.valid(1), indices[place], size)
             longer = torch.cat([target, target.narrow(place, 0, 1)], place)
             written = aten.index_put.default(longer, indices, values).narrow(place, 0, size)
         if func._schema.is_mutable:
@@ -314,7 +368,9 @@ class RaggedRows:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
         num_dims = max(tensor.dim() for tensor in tensors)
         found = [
-            (rows, rows.dim + num_dims - tensor.dim()) for tensor in tensors if (rows := self.rows_of(tensor)) is not None
+            (rows, rows.dim + num_dims - tensor.dim())
+            for tensor in tensors
+            if (rows := self.rows_of(tensor)) is not None
         ]
         if func._schema.is_mutable and self.rows_of(args[0]) is None:
             refuse(str(func))
@@ -372,7 +428,7 @@ class RaggedRows:
         return self._agree(result, [(rows, 0)]) if backward else result
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Views: where the ragged dimension goes is read off the strides that they give to a tensor that has no other."""
+        """Views: where the ragged dimension goes shows in the strides that they give to a tensor that has no other."""
         value = args[0]
         rows = self.rows_of(value)
         assert rows is not None
@@ -492,6 +548,8 @@ _KNOWN = {
     *_INDEX_ADDS,
     aten.nonzero.default,
     aten.masked_select.default,
+    aten.gather.default,
+    aten.scatter_add.default,
     aten.index.Tensor,
     aten._unsafe_index.Tensor,
     aten.index_select.default,
@@ -516,6 +574,8 @@ class RowsInPython(TorchFunctionMode):
         kwargs = kwargs or {}
         rows = self._ragged.rows_of(args[0]) if func in _ASKED_BY_PYTHON else None
         if rows is None:
+            if self._ragged.is_used and func not in _TAKE_SIZES and _holds_count((args, kwargs)):
+                refuse(f"{getattr(func, '__name__', func)} of a number of rows")
             return func(*args, **kwargs)
         if func is torch.Tensor.unbind:  # which a loop over a tensor calls
             if rows.dim != (args[1] if len(args) > 1 else kwargs.get("dim", 0)):
@@ -527,16 +587,22 @@ class RowsInPython(TorchFunctionMode):
         if func in (torch.Tensor.numel, torch.Tensor.nelement):
             return RowCount(result)
         if isinstance(result, torch.Size):
-            return torch.Size([RowCount(size) if dim == rows.dim else size for dim, size in enumerate(result)])
+            return RaggedSize(RowCount(size) if dim == rows.dim else size for dim, size in enumerate(result))
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return RowCount(result) if dim is not None and dim % args[0].dim() == rows.dim else result
 
 
+def _holds_count(tree: Any) -> bool:
+    return any(type(leaf) is RowCount for leaf in pytree.tree_leaves(tree))
+
+
+#: They put the rows of a ragged tensor into another form; all else would take their number for a value.
+_TAKE_SIZES = {torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.reshape}
 _ASKED_BY_PYTHON = {
     torch.Tensor.unbind,
     torch.Tensor.__len__,
     torch.Tensor.numel,
     torch.Tensor.nelement,
     torch.Tensor.size,
-    torch.Tensor.shape.__get__,
+    torch.Tensor.shape.__get__,  # type: ignore[attr-defined]
 }

@@ -207,7 +207,7 @@ class _TraceMode(TorchDispatchMode):
         before = _last_node(tracer.graph)
         self.ragged.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
         try:
-            if self.ragged.concerns(func, new_args, new_kwargs):
+            if self.ragged.concerns(func, new_args, new_kwargs) or self.ragged.writes_by_mask(func, new_args):
                 result = self._on_rows(func, new_args, new_kwargs)
             elif func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_"):
                 with self:  # its C++ kernel calls the operators one by one: see these
@@ -451,7 +451,7 @@ def _is_known_constant(value: Any) -> bool:
 def _node_of(tensor: torch.Tensor) -> torch.fx.Node | None:
     """Returns the graph node of a tensor that is being traced."""
     mode = get_proxy_mode()
-    slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None  # type: ignore[arg-type]
+    slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None
     return slot.proxy.node if slot is not None else None
 
 
