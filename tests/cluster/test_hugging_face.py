@@ -155,6 +155,25 @@ MORE = {
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         unmasked_text,
     ),
+    "MixtralForCausalLM": ({**LLAMA, "num_local_experts": 4}, text),
+    "DeepseekV3ForCausalLM": (
+        {
+            **SMALL,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 32,
+            "n_routed_experts": 4,
+            "num_experts_per_tok": 2,
+            "n_group": 1,
+            "topk_group": 1,
+            "kv_lora_rank": 8,
+            "q_lora_rank": 8,
+            "qk_rope_head_dim": 8,
+            "qk_nope_head_dim": 8,
+            "v_head_dim": 8,
+            "first_k_dense_replace": 1,
+        },
+        text,
+    ),
     "Wav2Vec2ForSequenceClassification": (
         {
             **SMALL,

@@ -19,6 +19,7 @@ _NOT_LOWERED = [
     torch.ops.aten._fused_rms_norm_backward,
     torch.ops.aten.addcdiv_,
     torch.ops.aten.addcmul_,
+    torch.ops.aten.uniform,
     # Lowered, but torch-xla keeps the biased variance as the running one, and PyTorch the unbiased.
     torch.ops.aten.native_batch_norm,
     torch.ops.aten.native_batch_norm_backward,
@@ -53,9 +54,73 @@ def _scatter_mean(
     return mean if include_self else torch.where(count > 0, mean, value)
 
 
+def _masked_scatter(value: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Each selected element takes the next of the source: its position is a count of those before."""
+    value, mask = torch.broadcast_tensors(value, mask)
+    position = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0, max=max(0, source.numel() - 1))
+    return torch.where(mask, source.reshape(-1)[position].reshape(value.shape), value)
+
+
+def _masked_scatter_backward(grad: torch.Tensor, mask: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
+    """The gradient of the source; what is not selected is written behind its end, which is cut off."""
+    size = math.prod(sizes)
+    grad, mask = torch.broadcast_tensors(grad, mask)
+    selected = mask.reshape(-1)
+    position = torch.where(selected, selected.to(torch.int64).cumsum(0) - 1, size)
+    return grad.new_zeros(size + 1).scatter(0, position, grad.reshape(-1))[:size].reshape(sizes)
+
+
+def _addmm(added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1) -> Any:
+    """torch-xla lowers it without factors only."""
+    if (beta, alpha) == (1, 1):
+        return NotImplemented
+    product = left @ right if alpha == 1 else alpha * (left @ right)
+    return product if beta == 0 else added * beta + product
+
+
+def _diagonal(value: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
+    """By index; torch-xla's own takes other elements where the offset is negative or dimensions are not in order."""
+    moved = value.movedim((dim1, dim2), (-2, -1))
+    below, right = max(-offset, 0), max(offset, 0)
+    steps = torch.arange(max(0, min(moved.shape[-2] - below, moved.shape[-1] - right)), device=value.device)
+    return moved[..., steps + below, steps + right]
+
+
+def _diagonal_scatter(
+    value: torch.Tensor, source: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1
+) -> torch.Tensor:
+    moved = value.movedim((dim1, dim2), (-2, -1))
+    below = max(-offset, 0)
+    rows = torch.arange(moved.shape[-2], device=value.device).unsqueeze(-1)
+    columns = torch.arange(moved.shape[-1], device=value.device)
+    position = (rows - below).clamp(0, max(0, source.shape[-1] - 1)).squeeze(-1)
+    on_diagonal = (columns - rows == offset).expand(moved.shape)
+    spread = source[..., position].unsqueeze(-1) if source.shape[-1] else moved
+    return torch.where(on_diagonal, spread, moved).movedim((-2, -1), (dim1, dim2))
+
+
+def _cumsum(value: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
+    """torch-xla adds small integers and booleans up in their own type."""
+    if value.dtype.is_floating_point or value.dtype == torch.int64:
+        return NotImplemented
+    return value.to(dtype or torch.int64).cumsum(dim)
+
+
+def _signbit(value: torch.Tensor) -> torch.Tensor:
+    if not value.is_floating_point():
+        return value < 0
+    return (value < 0) | ((value == 0) & (value.reciprocal() < 0))
+
+
+def _copysign_number(value: torch.Tensor, sign: float) -> torch.Tensor:
+    value = value.abs() if value.is_floating_point() else value.abs().to(torch.get_default_dtype())
+    return -value if math.copysign(1.0, sign) < 0 else value
+
+
 def _copysign(value: torch.Tensor, sign: torch.Tensor) -> torch.Tensor:
-    negative = (sign < 0) | ((sign == 0) & (sign.reciprocal() < 0))
-    return torch.where(negative, -value.abs(), value.abs())
+    dtype = torch.result_type(value, sign)
+    magnitude = value.abs().to(dtype if dtype.is_floating_point else torch.get_default_dtype())
+    return torch.where(_signbit(sign), -magnitude, magnitude)
 
 
 def _fmax(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -86,12 +151,32 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
     torch.ops.aten.scatter_reduce.two: _scatter_mean,
     torch.ops.aten.copysign.Tensor: _copysign,
+    torch.ops.aten.copysign.Scalar: _copysign_number,
+    torch.ops.aten.signbit.default: _signbit,
+    torch.ops.aten.cumsum.default: _cumsum,
+    torch.ops.aten.addmm.default: _addmm,
+    torch.ops.aten.masked_scatter.default: _masked_scatter,
+    torch.ops.aten.masked_scatter_backward.default: _masked_scatter_backward,
     torch.ops.aten.exp2.default: lambda value: torch.exp(value * math.log(2.0)),
     torch.ops.aten.fmax.default: _fmax,
     torch.ops.aten.fmin.default: _fmin,
     torch.ops.aten.hypot.default: lambda value, other: torch.sqrt(value * value + other * other),
     torch.ops.aten.as_strided_scatter.default: _as_strided_scatter,
 }
+
+
+#: Of views: only for graphs in which nothing is written any more.
+_OF_VIEWS: dict[Any, Any] = {
+    torch.ops.aten.diagonal.default: _diagonal,
+    torch.ops.aten.diagonal_copy.default: _diagonal,
+    torch.ops.aten.diagonal_scatter.default: _diagonal_scatter,
+}
+
+
+@cache
+def pure_decomposition_table() -> dict[Any, Any]:
+    """Returns the table for graphs without in-place operators, in which a view may be a copy."""
+    return {**decomposition_table(), **_OF_VIEWS}
 
 
 @cache

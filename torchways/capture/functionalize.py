@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
-from torchways.capture.decompositions import decomposition_table
+from torchways.capture.decompositions import pure_decomposition_table
 from torchways.capture.tracer import REGION_KEY
 from torchways.graphs import SOURCE_KEY
 
@@ -49,7 +50,7 @@ class _LabellingInterpreter(torch.fx.Interpreter):
             return self.fetch_args_kwargs_from_env(n)[0][0]
         graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
         before = graph._root.prev
-        result = super().run_node(n)
+        result = self._run_of_scalar(n) if _is_along_dim_of_scalar(n) else super().run_node(n)
         node = before.next
         while node is not graph._root:
             for key in (REGION_KEY, SOURCE_KEY):
@@ -57,6 +58,27 @@ class _LabellingInterpreter(torch.fx.Interpreter):
                     node.meta.setdefault(key, n.meta[key])
             node = node.next
         return result
+
+    def _run_of_scalar(self, n: torch.fx.Node) -> Any:
+        """Runs an operator along the dimension that a scalar does not have, which torch-xla refuses, on vectors."""
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        args, kwargs = pytree.tree_map_only(
+            torch.Tensor, lambda value: value.reshape(1) if value.dim() == 0 else value, (args, kwargs)
+        )
+        result = n.target(*args, **kwargs)  # type: ignore[operator]
+        return pytree.tree_map(
+            lambda value, like: value.reshape(like.shape) if isinstance(like, torch.Tensor) else value,
+            result,
+            n.meta["val"],
+        )
+
+
+def _is_along_dim_of_scalar(node: torch.fx.Node) -> bool:
+    value = node.args[0].meta.get("val") if node.args and isinstance(node.args[0], torch.fx.Node) else None
+    if node.op != "call_function" or not isinstance(value, torch.Tensor) or value.dim() > 0:
+        return False
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and any(argument.name == "dim" for argument in schema.arguments)
 
 
 def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, Any] | None = None) -> PureGraph:
@@ -70,7 +92,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     with fakes[0].fake_mode if fakes else _no_fake_mode():
         pure = make_fx(
             functionalize(_LabellingInterpreter(graph_module).run, remove="mutations"),
-            decomposition_table={**decomposition_table(), **(decompositions or {})},
+            decomposition_table={**pure_decomposition_table(), **(decompositions or {})},
         )(*fakes)
     placeholders = [node for node in pure.graph.nodes if node.op == "placeholder"]
     written: dict[int, torch.fx.Node] = {}

@@ -1,4 +1,4 @@
-"""Resizing (interpolation, adaptive pooling) as products with matrices, where torch-xla has no lowering for it.
+"""Resizing (interpolation, average pooling) as products with matrices, where torch-xla has no lowering for it.
 
 Each of these operators is linear and separable: one matrix for each spatial dimension says all. The matrix is read off
 the operator itself: it is what it makes of the identity. The gradient is the product with its transpose.
@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
+
+from torchways.errors import CaptureError
 
 aten = torch.ops.aten
 
@@ -25,11 +27,15 @@ def _matrix(operator: Any, size: int, out_size: int, dim: int, num_dims: int, re
         shape = [size if other == dim else 1 for other in range(num_dims)]
         out_shape = [out_size if other == dim else 1 for other in range(num_dims)]
         rows = operator(torch.eye(size).reshape(size, 1, *shape), out_shape, *rest).reshape(size, out_size)
+    return _constant(rows)
+
+
+def _constant(matrix: torch.Tensor) -> torch.Tensor:
     from torchways.capture.tracer import current_trace  # which applies these decompositions
 
     trace = current_trace()
     assert trace is not None
-    return trace.constant(rows)
+    return trace.constant(matrix)
 
 
 def _multiply(value: torch.Tensor, matrices: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -78,6 +84,67 @@ def _pool_backward(operator: Any, num_dims: int) -> Callable[..., Any]:
     return pool_backward
 
 
+def _average_matrices(
+    operator: Any,
+    sizes: Sequence[int],
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> list[torch.Tensor]:
+    """Returns the matrices of average pooling; with a divisor of its own, the product of theirs is the whole."""
+    num_dims = len(sizes)
+
+    def of(values: Sequence[int], dim: int) -> int:
+        return values[dim if len(values) > 1 else 0]
+
+    matrices = []
+    for dim, size in enumerate(sizes):
+        unit = [1] * num_dims
+        shape, window, step, border = [*unit], [*unit], [*unit], [0] * num_dims
+        shape[dim], window[dim], border[dim] = size, of(kernel, dim), of(padding, dim)
+        step[dim] = of(stride, dim) if stride else window[dim]
+        own = None if divisor is None else (divisor if dim == 0 else 1)
+        with _disable_current_modes():
+            rows = operator(
+                torch.eye(size).reshape(size, 1, *shape), window, step, border, ceil_mode, count_include_pad, own
+            ).reshape(size, -1)
+        matrices.append(_constant(rows))
+    return matrices
+
+
+def _average_pool(operator: Any, num_dims: int) -> Callable[..., Any]:
+    def pool(
+        value: torch.Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor: int | None = None,
+    ) -> Any:
+        if not ceil_mode and divisor is None and (count_include_pad or not any(padding)):
+            return NotImplemented  # as it is
+        if not value.is_floating_point():
+            raise CaptureError(f"average pooling of {value.dtype} with these options has no lowering to XLA")
+        sizes = value.shape[-num_dims:]
+        return _multiply(
+            value, _average_matrices(operator, sizes, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
+        )
+
+    return pool
+
+
+def _average_pool_backward(operator: Any, num_dims: int) -> Callable[..., Any]:
+    def backward(grad: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
+        matrices = _average_matrices(operator, value.shape[-num_dims:], *rest)
+        return _multiply(grad, [matrix.T for matrix in matrices])
+
+    return backward
+
+
 def _divides(sizes: Sequence[int], out_sizes: Sequence[int]) -> bool:
     return all(size % out_size == 0 for size, out_size in zip(sizes, out_sizes, strict=True))
 
@@ -104,4 +171,8 @@ def resizing_decompositions() -> dict[Any, Any]:
         operator = getattr(aten, name).default
         table[operator] = _pool(operator, num_dims)
         table[getattr(aten, name + "_backward").default] = _pool_backward(operator, num_dims)
+    for name, num_dims in {"avg_pool2d": 2, "avg_pool3d": 3}.items():
+        operator = getattr(aten, name).default
+        table[operator] = _average_pool(operator, num_dims)
+        table[getattr(aten, name + "_backward").default] = _average_pool_backward(operator, num_dims)
     return table

@@ -39,6 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.known_values import KnownValues
+from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
@@ -151,6 +152,7 @@ class _TraceMode(TorchDispatchMode):
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known: KnownValues | None = None
         self._random = RandomNumbers()
+        self.ragged = RaggedRows(_node_of)
 
     # ---- regions
 
@@ -203,24 +205,40 @@ class _TraceMode(TorchDispatchMode):
         new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
         tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
         before = _last_node(tracer.graph)
+        self.ragged.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
         try:
-            if func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_"):
+            if self.ragged.concerns(func, new_args, new_kwargs) or self.ragged.writes_by_mask(func, new_args):
+                result = self._on_rows(func, new_args, new_kwargs)
+            elif func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_"):
                 with self:  # its C++ kernel calls the operators one by one: see these
                     result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *new_args, **new_kwargs)
             else:
                 result = self._random.call(func, new_args, new_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             _erase_after(before, tracer.graph)
-            result = self._on_known(func, new_args, new_kwargs)
+            try:
+                result = self._on_known(func, new_args, new_kwargs)
+            except DataDependentError:
+                if not self.ragged.selects(func, new_args):
+                    raise
+                result = self.ragged.call(func, new_args, new_kwargs)
         except UnsupportedOperatorException as error:
             raise CaptureError(
                 f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
                 "with operators that have one, or register one with torch.library.register_fake"
             ) from error
         self._label(before, tracer.graph)
+        self.ragged.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
             self._constants[_storage_of(result)] = (result, _last_node(tracer.graph), _CONSTANT_VALUE[func](args))
         return _returned(func, args, kwargs, result)
+
+    def _on_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator on rows that a mask selects."""
+        if self.ragged.has_rule(func):
+            return self.ragged.call(func, args, kwargs)
+        with self:
+            return decomposition_table()[func](*args, **kwargs)
 
     def _on_known(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator whose result, or its shape, depends on values: possible where these are known.
@@ -358,7 +376,10 @@ def trace(
                 else:
                     result.constants[position] = value
             result.num_outputs = len(outputs)
-            return [mode._as_traced(tensor.detach()) for tensor in (*outputs, *escaped())]
+            results = [*outputs, *escaped()]
+            if any(mode.ragged.rows_of(tensor) is not None for tensor in results):
+                refuse("a result")
+            return [mode._as_traced(tensor.detach()) for tensor in results]
 
     token = _active.set(mode)
     # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
@@ -366,7 +387,7 @@ def trace(
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH), Rewrites():
+        with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Rewrites():
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)
@@ -425,6 +446,13 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 def _is_known_constant(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.constant is not None
+
+
+def _node_of(tensor: torch.Tensor) -> torch.fx.Node | None:
+    """Returns the graph node of a tensor that is being traced."""
+    mode = get_proxy_mode()
+    slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None
+    return slot.proxy.node if slot is not None else None
 
 
 def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:

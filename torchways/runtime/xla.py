@@ -58,6 +58,50 @@ _LARGE_LOAN = 1 << 20
 _EVICTED = "Failed to get computation by hash"
 
 
+#: Operators whose kernel for XLA runs them on the host whatever the arguments are, or that PyTorch makes of such ones.
+#: Found by running PyTorch's database of operators with samples (torch 2.9.1, torch-xla 2.9.0).
+_ON_THE_HOST = frozenset(
+    {
+        "aten::_batch_norm_with_update",
+        "aten::_cholesky_solve_helper",
+        "aten::_cummin_helper",
+        "aten::_logcumsumexp",
+        "aten::adaptive_max_pool2d",
+        "aten::cauchy",
+        "aten::cummin",
+        "aten::frexp.Tensor",
+        "aten::geometric",
+        "aten::i0",
+        "aten::log_normal",
+        "aten::logcumsumexp",
+        "aten::median.dim",
+        "aten::nanmedian.dim",
+        "aten::rrelu_with_noise",
+        "aten::rrelu_with_noise_functional",
+        "aten::special_bessel_j0",
+        "aten::special_bessel_j1",
+        "aten::special_erfcx",
+        "aten::special_i0e",
+        "aten::special_i1",
+        "aten::special_i1e",
+        "aten::special_ndtri",
+        "aten::special_spherical_bessel_j0",
+        "aten::special_zeta",
+        "prims::bessel_i0",
+        "prims::bessel_i0e",
+        "prims::bessel_i1",
+        "prims::bessel_i1e",
+        "prims::bessel_j0",
+        "prims::bessel_j1",
+        "prims::erfcx",
+        "prims::frexp",
+        "prims::ndtri",
+        "prims::spherical_bessel_j0",
+        "prims::zeta",
+    }
+)
+
+
 @dataclass(frozen=True, slots=True)
 class _Source:
     """What an executable is compiled of."""
@@ -245,7 +289,7 @@ class XlaRuntime:
         for position in source.donated:
             _XLAC._set_buffer_donation(arguments[position], True)  # no public call marks a donor
         before = self.fallback_counters()
-        results = list(module(*arguments))
+        results = list(_ExactTypes(module).run(*arguments))
         self._refuse_fallbacks(before, module)
         argument_of = {id(argument): position for position, argument in enumerate(arguments)}
         computed: list[torch.Tensor] = []
@@ -422,14 +466,38 @@ class XlaRuntime:
         return {name: int(xla_metrics.counter_value(name)) for name in names}
 
     def lowered_ops(self) -> list[str]:
-        """Names of the operators that torch-xla compiles: own kernels, and what PyTorch decomposes into these."""
+        """Names of the operators that torch-xla compiles: own kernels, and what PyTorch decomposes into these.
+
+        Kernels of `_ON_THE_HOST` are no more than a call of PyTorch's own.
+        """
         decomposed = ("CompositeImplicitAutograd", "CompositeExplicitAutograd")
         has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key  # no public call lists kernels
         return [
             name
             for name in torch._C._dispatch_get_all_op_names()
-            if has_kernel(name, "XLA") or any(has_kernel(name, key) for key in decomposed)
+            if name not in _ON_THE_HOST
+            and (has_kernel(name, "XLA") or any(has_kernel(name, key) for key in decomposed))
         ]
+
+
+class _ExactTypes(torch.fx.Interpreter):
+    """Runs a graph; where torch-xla makes 32-bit positions of what is declared as int64, it converts them.
+
+    Otherwise later operators fail, and buffers have other sizes than computations that take them expect.
+    """
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        result = super().run_node(n)
+        if isinstance(result, (tuple, list)):
+            return [self._exact(item) for item in result] if n.op == "call_function" else result
+        return self._exact(result)
+
+    def _exact(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.device.type != "xla":
+            return value
+        if _XLAC._get_xla_tensor_shape_type(value) in ("s32", "u32"):  # nothing public tells XLA's own type
+            return value + torch.zeros((), dtype=torch.int64, device=value.device)  # `.to` finds nothing to do
+        return value
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:

@@ -232,6 +232,123 @@ def test_assignments_by_mask():
         torch.testing.assert_close(result.cpu(), expected)
 
 
+class Experts(nn.Module):
+    """A mixture of experts, as libraries write it: each expert computes the rows that chose it."""
+
+    def __init__(self, style):
+        super().__init__()
+        self.style = style
+        self.gate = nn.Linear(8, 4, bias=False)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 16), nn.SiLU(), nn.Linear(16, 8)) for _ in range(4))
+
+    def forward(self, x):
+        weights, chosen = torch.topk(F.softmax(self.gate(x), 1), 2, -1)
+        mask = F.one_hot(chosen, 4).permute(2, 1, 0)
+        out = torch.zeros_like(x)
+        if self.style == "hit":
+            for expert in mask.sum(dim=(-1, -2)).greater(0).nonzero():
+                place, rows = torch.where(mask[expert].squeeze(0))
+                values = self.experts[expert](x[None, rows].reshape(-1, 8)) * weights[rows, place, None]
+                out.index_add_(0, rows, values)
+        elif self.style == "all":
+            for number in range(4):
+                rows, place = torch.where(mask[number].T)
+                if rows.numel() > 0:
+                    out.index_add_(0, rows, self.experts[number](x[rows]) * weights[rows, place].unsqueeze(-1))
+        else:
+            for number in range(4):
+                chosen_here = (chosen == number).any(-1)
+                part = torch.zeros_like(x)
+                part[chosen_here] = self.experts[number](x[chosen_here]) * (weights * (chosen == number)).sum(-1)[
+                    chosen_here
+                ].unsqueeze(-1)
+                out = out + part
+        return out
+
+
+@pytest.mark.parametrize("style", ["hit", "all", "assigned"])
+def test_mixtures_of_experts_run_in_one_graph(style):
+    torch.manual_seed(0)
+    session = LocalSession()
+    eager = Experts(style)
+    ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
+
+    def make(model):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+        def step(x):
+            loss = model(x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        return step
+
+    expected, step = make(eager), ProgramFunction(make(ours), None, lambda: session)
+    for _ in range(3):
+        x = torch.randn(5, 8)
+        torch.testing.assert_close(step(x).cpu(), expected(x).detach())
+    assert step.num_traces == 1
+    for name, value in eager.state_dict().items():
+        torch.testing.assert_close(ours.state_dict()[name], value)
+
+
+def test_the_loss_of_selected_rows():
+    session = LocalSession()
+
+    def loss(logits, labels):
+        selected = labels >= 0
+        return F.cross_entropy(logits[selected], labels[selected]) + logits[selected].sum()
+
+    logits, labels = torch.randn(6, 3), torch.tensor([0, -1, 2, -1, 1, 1])
+    ours = make_function(loss, session.mesh(), lambda: session)
+    torch.testing.assert_close(ours(logits, labels).cpu(), loss(logits, labels))
+
+
+def ends_early(x):
+    for row in (x > 0).nonzero():
+        return x[row] * 2
+
+
+def counts(x):
+    return x.sum() / x[x > 0].shape[0]
+
+
+def writes_in_loop(x):
+    out = torch.zeros(3)
+    for _ in (x > 0).nonzero():
+        out.add_(1)
+    return out
+
+
+def carries_over(x):
+    total = x * 0
+    for row in (x > 0).nonzero():
+        total = total + x[row]
+    return total
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x[x > 0], lambda x: x[x > 0].mean(), counts, writes_in_loop, carries_over, ends_early]
+)
+def test_what_depends_on_the_number_of_selected_rows_is_refused(function):
+    session = LocalSession()
+    with pytest.raises(DataDependentError, match="how many rows"):
+        make_function(function, session.mesh(), lambda: session)(torch.tensor([1.0, -1.0, 2.0]))
+
+
+def test_operators_along_the_dimension_of_a_scalar():
+    session = LocalSession()
+
+    def function(x):
+        return x.cumsum(0), x.softmax(0), x.gather(0, torch.tensor([0])), x.max(0)[0], x.squeeze(0)
+
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(torch.tensor(3.0)), function(torch.tensor(3.0)), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+
+
 def test_operators_without_lowering_are_taken_apart_or_all_reported():
     everything = {"aten::" + name for name in ("mul.Tensor", "add.Tensor", "exp", "pow.Tensor_Scalar")}
     session = LocalSession(lowered_ops=everything)
@@ -288,6 +405,42 @@ def test_image_operators_are_taken_apart():
     for target in targets:
         assert not any(name in target for name in ("batch_norm", "_adaptive_avg_pool2d", "_weight_norm"))
         assert not ("upsample" in target and "backward" in target)
+
+
+def test_operators_that_torch_xla_computes_otherwise_are_taken_apart():
+    session = LocalSession()
+
+    def function(x, mask, source):
+        y = x.clone()
+        y.diagonal(-1).fill_(7.0)
+        pools = [
+            F.avg_pool2d(x[None], 2, padding=1, ceil_mode=True, count_include_pad=False),
+            F.avg_pool2d(x[None], 3, 2, ceil_mode=True, divisor_override=5),
+        ]
+        scattered = x.masked_scatter(mask, source)
+        sums = mask.cumsum(1), torch.addmm(x[0], x[1], x[2], beta=2, alpha=3), x.signbit()
+        return x.diagonal(-1), x.diagonal(1, 2, 0), y, *pools, scattered, *sums
+
+    x, mask, source = torch.randn(3, 3, 3), torch.rand(3, 3, 3) > 0.5, torch.randn(40)
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x, mask, source), function(x, mask, source), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+    for name in ("diagonal", "diagonal_scatter", "avg_pool2d", "masked_scatter", "addmm", "signbit"):
+        assert session.num_operators(name) == 0
+
+
+def test_the_gradient_of_a_masked_scatter():
+    session = LocalSession()
+    x, mask, source = torch.randn(2, 6), torch.rand(2, 6) > 0.5, torch.randn(3, 5)
+
+    def gradient(x, source):
+        source = source.detach().requires_grad_()
+        (x.masked_scatter(mask, source) * torch.arange(6)).sum().backward()
+        return source.grad
+
+    ours = make_function(gradient, session.mesh(), lambda: session)
+    torch.testing.assert_close(ours(x, source).cpu(), gradient(x, source))
+    assert session.num_operators("masked_select") == 0
 
 
 def test_elementwise_operators_and_means_by_index_are_taken_apart():
