@@ -320,25 +320,29 @@ class ProgramFunction:
         return lower(self._last.captured.program, print_after=print_after)
 
     def _trace(self, signature: Signature, session: Session) -> Variant:
+        variant = self._make_variant(signature, session)
+        self._variants.add(signature.key, variant)
+        return variant
+
+    def _make_variant(self, signature: Signature, session: Session) -> Variant:
+        self._log_trace(signature, session)
+        return _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
+
+    def _log_trace(self, signature: Signature, session: Session) -> None:
+        """Says why the function is traced, if it is not the first time."""
+        self._times_traced += 1
         if self._variants:
             kept, most = len(self._variants), self._variants.max_variants
             logger.warning(
                 "tracing %s anew at %s, for the %s time (%d of at most %d traces kept%s): %s",
                 self._name,
                 user_line(),
-                _ordinal(self._times_traced + 1),
+                _ordinal(self._times_traced),
                 kept,
                 most,
                 ": buckets= pads sizes, max_variants= keeps more" if kept == most else "",
                 self._why(signature, session),
             )
-        variant = self._make_variant(signature, session)
-        self._times_traced += 1
-        self._variants.add(signature.key, variant)
-        return variant
-
-    def _make_variant(self, signature: Signature, session: Session) -> Variant:
-        return _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
 
     def _why(self, signature: Signature, session: Session) -> str:
         """Says why no variant serves a call."""

@@ -123,6 +123,8 @@ class _ScanFunction(ProgramFunction):
             unrolled = _unrolled(captured, self._name, init, length, donate)
             return _variant_of(unrolled, known.meshes, session, known.guards)
 
+        self._log_trace(signature, session)
+
         def rewrite(found: Captured) -> Captured:
             nonlocal captured
             captured = found
