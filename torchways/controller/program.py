@@ -496,7 +496,7 @@ def _make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) ->
         if number >= 0:
             results.append(captured.targets[number])
         else:
-            results.append(_target(_Made(~number), captured.program.values[~number], meshes))
+            results.append(_target(_Made(~number), piece.program.values[~number], meshes))
     return _Piece(
         lowered=lowered,
         arguments={part.slice_index: [sources[value] for value in part.args] for part in lowered.parts},
