@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 
 from torchways.errors import PlacementError, UserError
 from torchways.mesh import Placements, VirtualSlice, tensor_text
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor.placement_types import Placement
 
 
 class Buffer(Protocol):
@@ -84,6 +87,20 @@ class Array(torch.Tensor):
     def sharding(self) -> Placements | None:
         """One placement an axis of `mesh`: "R" (replicated) or "S(dim)" (split along dim)."""
         return self._buffer.placements
+
+    @property
+    def device_mesh(self) -> VirtualSlice | None:
+        """`mesh`, as DTensors call it."""
+        return self.mesh
+
+    @property
+    def placements(self) -> tuple[Placement, ...] | None:
+        """`sharding` as placements of torch.distributed.tensor."""
+        from torch.distributed.tensor import Replicate, Shard  # it takes a second to import
+
+        if self.sharding is None:
+            return None
+        return tuple(Replicate() if text == "R" else Shard(int(text[2:-1])) for text in self.sharding)
 
     def done(self) -> bool:
         """Whether the value is computed (or failed): a read would not wait for a computation."""

@@ -11,7 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
-from torchways.errors import CaptureError, PlacementError, ResourceExhausted
+from torchways.errors import CaptureError, PlacementError, ResourceExhausted, UserError
 
 CONFIG = GPTConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=4)
 
@@ -108,6 +108,7 @@ def test_arrays_are_redistributed(mesh):
     x = torch.randn(4, 8)
     array = tw.distribute_tensor(x, mesh, ("dp", "tp"))
     assert array.sharding == ("S(0)", "S(1)")
+    assert (array.device_mesh, array.placements) == (mesh, (Shard(0), Shard(1)))
     on_axis = array.redistribute(mesh["tp"], [Shard(0)])
     assert (on_axis.mesh, on_axis.sharding) == (mesh, ("R", "S(0)"))
     elsewhere = on_axis.redistribute(other, [Shard(1)])
@@ -269,6 +270,11 @@ def test_bad_plans_and_constraints_are_refused(mesh):
         PlacementError, match=r"parameter output.weight fp32\[64,32\]: .* names 'pp'; mesh .* has axes dp, tp"
     ):
         tw.parallelize_module(GPT(CONFIG), mesh, {"output.weight": ("pp", None)})
+    with (
+        torch.device("meta"),
+        pytest.raises(UserError, match=r"on device meta\. Give torchways a function that builds"),
+    ):
+        tw.parallelize_module(GPT(CONFIG), mesh)
     with pytest.raises(PlacementError, match="one plan is for meshes with the same axes"):
         tw.pipeline(
             GPT(CONFIG),

@@ -119,5 +119,6 @@ def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> An
 def _check_initialized(parameter: torch.Tensor, name: str) -> None:
     if parameter.device.type != "cpu":
         raise UserError(
-            f"parameter {name} is on device {parameter.device}; build the module on the CPU: torchways places it"
+            f"parameter {name} is on device {parameter.device}. Give torchways a function that builds the module, as "
+            "in tw.parallelize_module(lambda: Net(), mesh), and it is initialised on its slice; or build it on the CPU"
         )
