@@ -37,12 +37,26 @@ def _constrain_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor,
 
 _constrain.register_autograd(_constrain_backward, setup_context=_save_placements)
 
+
+@torch.library.custom_op("torchways::barrier", mutates_args=())
+def _barrier(value: torch.Tensor) -> torch.Tensor:
+    return value.clone()
+
+
+@_barrier.register_fake
+def _(value: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
 #: ``manual_seed(seed)``: the random operators of a compiled function draw from `seed`, int64[]. Its first operator.
 MANUAL_SEED = torch.ops.torchways.manual_seed.default
 
 #: ``constrain(value, placements)``: the value itself, split as placements say: "R" or "S(dim)" for each mesh axis, with
 #: spaces between.
 CONSTRAIN = torch.ops.torchways.constrain.default
+
+#: ``barrier(value)``: the value itself; what is computed of it is not merged with what was computed of `value` before.
+BARRIER = torch.ops.torchways.barrier.default
 
 
 def is_random(node: torch.fx.Node) -> bool:

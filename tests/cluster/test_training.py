@@ -228,7 +228,9 @@ def test_wrong_shape_and_dtype_name_the_users_line(cluster, meshes):
 
 
 def test_more_devices_than_exist(cluster):
-    with pytest.raises(ResourceExhausted, match=r"needs 4 devices of one island; island 0 has 2 .* free., island 1 has 2"):
+    with pytest.raises(
+        ResourceExhausted, match=r"needs 4 devices of one island; island 0 has 2 .* free., island 1 has 2"
+    ):
         tw.init_device_mesh((4,), mesh_dim_names=("dp",))
     with pytest.raises(PlacementError, match=r"there is no island 7"):
         tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=7)

@@ -15,8 +15,9 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from torchways.capture.decompositions import pure_decomposition_table
-from torchways.capture.tracer import REGION_KEY
+from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY
 from torchways.graphs import SOURCE_KEY
+from torchways.operators import BARRIER
 
 _ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
 
@@ -53,7 +54,7 @@ class _LabellingInterpreter(torch.fx.Interpreter):
         result = self._run_of_scalar(n) if _is_along_dim_of_scalar(n) else super().run_node(n)
         node = before.next
         while node is not graph._root:
-            for key in (REGION_KEY, SOURCE_KEY):
+            for key in (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY):
                 if key in n.meta:
                     node.meta.setdefault(key, n.meta[key])
             node = node.next
@@ -108,8 +109,29 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     _drop_copies(pure.graph)
     _spell_out_full_reductions(pure.graph)
     pure.graph.eliminate_dead_code()
+    _keep_recomputation(pure.graph)
     pure.recompile()
     return PureGraph(pure, list(written))
+
+
+def _keep_recomputation(graph: torch.fx.Graph) -> None:
+    """Keeps XLA from merging what a checkpoint computes anew with its forward, whose values it would have to hold.
+
+    On CPU, XLA takes barriers away before it merges (seen in torch-xla 2.9's dumps): there nothing is saved.
+    """
+    barriers: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if RECOMPUTED_KEY not in node.meta or node.target is BARRIER:
+            continue
+        for value in node.all_input_nodes:
+            is_held = value.op == "call_function" and RECOMPUTED_KEY not in value.meta and value.all_input_nodes
+            if not is_held or not isinstance(value.meta["val"], torch.Tensor):
+                continue
+            if value not in barriers:
+                with graph.inserting_before(node):
+                    barriers[value] = graph.call_function(BARRIER, (value,))
+                barriers[value].meta = {**node.meta, "val": value.meta["val"]}
+            node.replace_input_with(value, barriers[value])
 
 
 def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:

@@ -51,6 +51,9 @@ from torchways.operators import CONSTRAIN
 #: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
 REGION_KEY = "tw_region"
 
+#: Key of `node.meta`: whether the operator computes anew, within backward, what forward computed (a checkpoint).
+RECOMPUTED_KEY = "tw_recomputed"
+
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -332,9 +335,13 @@ class _TraceMode(TorchDispatchMode):
         # are made where a checkpoint computes its forward again.
         sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
         self._of_sequence.setdefault(sequence, (region, line))
+        # Backward's own formulas run without gradients, the forward of a checkpoint with.
+        is_recomputed = autograd_node is not None and torch.is_grad_enabled()
         node = before.next
         while node is not graph._root:
             if node.op != "placeholder":
+                if is_recomputed:
+                    node.meta[RECOMPUTED_KEY] = True
                 if region is not None:
                     node.meta[REGION_KEY] = region
                 node.meta[SOURCE_KEY] = line

@@ -32,7 +32,7 @@ from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
-from torchways.operators import CONSTRAIN, MANUAL_SEED
+from torchways.operators import BARRIER, CONSTRAIN, MANUAL_SEED
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 
 logger = logging.getLogger(__name__)
@@ -252,8 +252,9 @@ class XlaRuntime:
             module = deserialize_graph(source.graph)
         _move_to_device(module, self._device)
         seed = _take_seed(module)
-        for node in module.graph.find_nodes(op="call_function", target=CONSTRAIN):
-            node.target = self._constrain
+        for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier)):
+            for node in module.graph.find_nodes(op="call_function", target=operator):
+                node.target = ours
         module.recompile()
         executable, pending = on_device(lambda: self._trace(module, seed, source))
         if pending:
@@ -498,6 +499,12 @@ class _ExactTypes(torch.fx.Interpreter):
         if _XLAC._get_xla_tensor_shape_type(value) in ("s32", "u32"):  # nothing public tells XLA's own type
             return value + torch.zeros((), dtype=torch.int64, device=value.device)  # `.to` finds nothing to do
         return value
+
+
+def _barrier(value: torch.Tensor) -> torch.Tensor:
+    copy = value.clone()
+    xm.optimization_barrier_([copy])
+    return copy
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:
