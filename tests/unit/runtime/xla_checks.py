@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchways.errors import CaptureError
+from torchways.errors import CaptureError, InternalError
 from torchways.graphs import serialize_graph
 from torchways.runtime.base import BufferSpec
 from torchways.runtime.xla import XlaRuntime
@@ -114,6 +114,16 @@ def check_operators(runtime):
         runtime.compile(data, [spec("float32", 4, 4)], [spec("float32")], [])
 
 
+def check_failed_launch(runtime):
+    """A launch that torch-xla fails to make raises its reason, where what waits for it would wait for ever."""
+    data = graph(lambda x: (x * 2,), torch.empty(4))
+    executable = runtime.compile(data, [spec("float32", 4)], [spec("float32", 4)], [])
+    wrong = runtime.fill(spec("float32", 3), 0.0)
+    # On several devices the next call that passes the device lock raises it, on one a look after two seconds.
+    with pytest.raises((InternalError, RuntimeError), match="Executable expected parameter"):
+        wait(runtime, runtime.execute(executable, [wrong])[1])
+
+
 def main():
     runtime = XlaRuntime((NUM_DEVICES,), ("dp",))
     check_values(runtime)
@@ -121,6 +131,7 @@ def main():
     check_soak_and_donation(runtime)
     check_ends_of_donated(runtime)
     check_operators(runtime)
+    check_failed_launch(runtime)  # the last: nothing can be launched after it
     print("all right")
 
 
