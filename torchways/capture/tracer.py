@@ -12,7 +12,7 @@ The result still has in-place operators; capture/functionalize.py removes them.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -38,14 +38,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
-from torchways.capture.known_values import KnownValues
+from torchways.capture.known_values import ArgumentRead, KnownValues
 from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
 from torchways.graphs import SOURCE_KEY
-from torchways.mesh import Placements, VirtualSlice
+from torchways.mesh import Placements, VirtualSlice, tensor_text
 from torchways.operators import CONSTRAIN
 
 #: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
@@ -121,6 +121,8 @@ class Trace:
     constants: dict[int, Any] = field(default_factory=dict)
     #: Modules placed by tw.function or tw.pipeline that were called.
     modules: list[torch.nn.Module] = field(default_factory=list)
+    #: What it read of the call's host tensors: the trace holds for calls where these are the same.
+    reads: list[ArgumentRead] = field(default_factory=list)
 
 
 _active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
@@ -134,8 +136,14 @@ def current_trace() -> _TraceMode | None:
 class _TraceMode(TorchDispatchMode):
     """Sees every operator of the traced function before make_fx does; see the module's docstring."""
 
-    def __init__(self, fake_mode: FakeTensorMode, lifted: list[Array]) -> None:
+    def __init__(
+        self, fake_mode: FakeTensorMode, lifted: list[Array], host_arguments: Sequence[torch.Tensor | None]
+    ) -> None:
         super().__init__()
+        #: The call's tensors whose values it may read, by position.
+        self._host_arguments = host_arguments
+        #: What it read of them.
+        self.reads: list[ArgumentRead] = []
         #: Arrays that became graph inputs, in order.
         self.lifted = lifted
         self.fake_mode = fake_mode
@@ -251,20 +259,39 @@ class _TraceMode(TorchDispatchMode):
         """
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         if self._known is None:
-            self._known = KnownValues(tracer.root, tracer.graph, self._constant_of)
+            arguments = {
+                item.node: item.source
+                for item in self.inputs
+                if isinstance(item.source, int) and self._host_arguments[item.source] is not None
+            }
+            self._known = KnownValues(tracer.root, tracer.graph, self._constant_of, arguments, self._host_arguments)
         values: dict[int, torch.Tensor] = {}
+        nodes: dict[int, torch.fx.Node] = {}
         for tensor in _tensors((args, kwargs)):
             proxy: Any = get_proxy_slot(self._as_traced(tensor), tracer, None)
             value = tensor.constant if _is_known_constant(tensor) else None  # type: ignore[attr-defined]
             if value is None and proxy is not None:
-                value = self._known.value_of(proxy.proxy.node)
+                node = proxy.proxy.node
+                value = self._known.value_of(node)
+                nodes[id(tensor)] = node
             if value is None:
-                raise DataDependentError(_data_dependent(str(func)))
+                raise DataDependentError(_data_dependent(func, tensor, self._array_of(nodes.get(id(tensor)))))
             values[id(tensor)] = value
         with _disable_current_modes(), torch.no_grad():
-            args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: values[id(tensor)], (args, kwargs))
-            result = func(*args, **kwargs)
+            known_args, known_kwargs = pytree.tree_map_only(
+                torch.Tensor, lambda tensor: values[id(tensor)], (args, kwargs)
+            )
+            result = func(*known_args, **known_kwargs)
+            read = self._known.read(func, nodes, values, args, kwargs, result, user_line())
+        if read is not None:
+            if type(result) not in (bool, int):
+                raise DataDependentError(_many_values(func))
+            self.reads.append(read)
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
+
+    def _array_of(self, node: torch.fx.Node | None) -> bool:
+        """Whether a node stands for an array, and for nothing that is computed."""
+        return any(item.node is node for item in self.inputs)
 
     def _constant_of(self, node: torch.fx.Node) -> torch.Tensor | None:
         """Returns the tensor of the closure that a placeholder stands for."""
@@ -353,6 +380,7 @@ def trace(
     example_args: list[tuple[tuple[int, ...], torch.dtype]],
     escaped: Callable[[], list[torch.Tensor]],
     lifted: list[Array],
+    host_arguments: Sequence[torch.Tensor | None],
 ) -> Trace:
     """Traces `function` whole.
 
@@ -362,12 +390,13 @@ def trace(
         escaped: called after it; returns tensors made inside that live on in Python objects (optimizer state,
             gradients): they become further outputs.
         lifted: filled with the arrays that the function touches, also if tracing fails.
+        host_arguments: the tensors of this call whose values the function may read, by position; None: it may not.
 
     Raises:
         CaptureError: the function cannot be captured.
     """
     fake_mode = FakeTensorMode()
-    mode = _TraceMode(fake_mode, lifted)
+    mode = _TraceMode(fake_mode, lifted, host_arguments)
     result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
 
     def flat_function() -> list[torch.Tensor]:
@@ -401,7 +430,7 @@ def trace(
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
         _active.reset(token)
-    result.inputs, result.modules = mode.inputs, mode.modules
+    result.inputs, result.modules, result.reads = mode.inputs, mode.modules, mode.reads
     _lift_constants(result.graph_module, mode)
     _move_inputs_first(result.graph_module, mode.inputs)
     return result
@@ -486,8 +515,18 @@ def _check_dtypes(func: Any, args: Any) -> None:
         raise ShapeError(f"embedding needs indices of dtype int64 or int32, not {dtype}, at {user_line()}")
 
 
-def _data_dependent(operator: str) -> str:
+def _data_dependent(operator: Any, tensor: torch.Tensor, is_array: bool) -> str:
+    what = "the array" if is_array else "a computed tensor"
+    text = f"{what} {tensor_text(str(tensor.dtype).removeprefix('torch.'), tuple(tensor.shape), ())}"
     return (
-        f"the program depends on the value of a tensor ({operator}) at {user_line()}, and has no one graph for all "
+        f"the program depends on the value of {text} ({operator}) at {user_line()}, and has no one graph for all "
         "values: select with torch.where, or return the tensor and decide outside the program"
+    )
+
+
+def _many_values(operator: Any) -> str:
+    return (
+        f"the program depends on the value of a host tensor ({operator}) at {user_line()}, where only bools and "
+        "integers may be asked for: other values seldom come again, and each would need a graph of its own; pass a "
+        "Python number, or compute with the tensor"
     )

@@ -1,4 +1,4 @@
-"""Conditions on Python's state under which a trace holds, each with words for what changed."""
+"""Conditions under which a trace holds, on Python's state and a call's host tensors; each says what changed."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ from typing import Any
 import torch
 
 from torchways.array import Array
+from torchways.capture.known_values import ArgumentRead
 from torchways.capture.state import StateTracker, hyperparameters
 from torchways.capture.tracer import Trace
+from torchways.controller.signatures import Signature, named_leaves
 
 
 @dataclass(frozen=True, slots=True)
 class Guard:
-    """A condition: `holds` is asked at every call, `change` only where it does not."""
+    """A condition: `holds` is asked at every call, `change` only where it does not. Both are told the call."""
 
-    holds: Callable[[], bool]
-    change: Callable[[], str]
+    holds: Callable[[Signature], bool]
+    change: Callable[[Signature], str]
 
 
-def guards_of(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list[Guard]:
+def guards_of(function: Callable[..., Any], traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list[Guard]:
     """Returns the conditions under which a trace holds.
 
     Args:
+        function: that was traced.
         traced: it.
         tracker: state that it touched.
         lifted: arrays that it read.
@@ -35,12 +38,14 @@ def guards_of(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list
     with_grad = [(array, array.grad) for array in lifted if array.requires_grad and isinstance(array.grad, Array)]
     guards = [
         Guard(
-            lambda: all(array.grad is None for array in without_grad),
-            lambda: _gradients([array for array in without_grad if array.grad is not None], "has a gradient, had none"),
+            lambda _: all(array.grad is None for array in without_grad),
+            lambda _: _gradients(
+                [array for array in without_grad if array.grad is not None], "has a gradient, had none"
+            ),
         ),
         Guard(
-            lambda: all(array.grad is grad for array, grad in with_grad),
-            lambda: _gradients(
+            lambda _: all(array.grad is grad for array, grad in with_grad),
+            lambda _: _gradients(
                 [array for array, grad in with_grad if array.grad is not grad], "has another gradient than before"
             ),
         ),
@@ -53,18 +58,22 @@ def guards_of(traced: Trace, tracker: StateTracker, lifted: list[Array]) -> list
         for slot in tracker.slots:
             if isinstance(slot.owner, dict):
                 change = f"the optimizer has state {slot.key!r} now, which the first step made"
-                guards.append(Guard(functools.partial(_lacks, slot.owner, slot.key), functools.partial(str, change)))
+                guards.append(Guard(functools.partial(_lacks, slot.owner, slot.key), functools.partial(_text, change)))
                 break
     for module in dict.fromkeys(traced.modules):
         read_flags = functools.partial(_training_flags, module)
         guards.append(_unchanged(read_flags, functools.partial(_training_change, module)))
+    guards += [
+        Guard(functools.partial(_reads_same, read), functools.partial(_read_change, read, function))
+        for read in traced.reads
+    ]
     return guards
 
 
 def _unchanged(read: Callable[[], Any], change: Callable[[Any], str]) -> Guard:
     """Returns the condition that what `read` returns stays what it is now."""
     value = read()
-    return Guard(lambda: bool(read() == value), lambda: change(value))
+    return Guard(lambda _: bool(read() == value), lambda _: change(value))
 
 
 def _gradients(arrays: list[Array], what: str) -> str:
@@ -84,7 +93,11 @@ def _hyperparameter_change(optimizer: torch.optim.Optimizer, before: tuple[Any, 
     return f"{name} has state for {state} parameters, had for {old_state}"
 
 
-def _lacks(state: dict[str, Any], key: str) -> bool:
+def _text(text: str, _: Signature) -> str:
+    return text
+
+
+def _lacks(state: dict[str, Any], key: str, _: Signature) -> bool:
     return not isinstance(state.get(key), Array)
 
 
@@ -99,3 +112,18 @@ def _training_change(module: torch.nn.Module, before: list[bool]) -> str:
             where = f"{name} of {type(module).__name__}" if name else type(module).__name__
             return f"{where} is in {modes[item.training]} mode, was in {modes[was]} mode"
     return f"{type(module).__name__} has {len(_training_flags(module))} submodules, had {len(before)}"
+
+
+def _reads_same(read: ArgumentRead, signature: Signature) -> bool:
+    return bool(read.again(_tensors(signature)) == read.value)
+
+
+def _read_change(read: ArgumentRead, function: Callable[..., Any], signature: Signature) -> str:
+    names = [name for name, _ in named_leaves(function, signature.arguments)]
+    arguments = " and ".join(names[signature.tensor_positions[position]] for position in read.positions)
+    now = read.again(_tensors(signature))
+    return f"what {read.line} reads of {arguments} is {now!r}, was {read.value!r}"
+
+
+def _tensors(signature: Signature) -> list[Any]:
+    return [signature.leaves[position] for position in signature.tensor_positions]

@@ -147,7 +147,7 @@ class Variant:
         pieces: what a call dispatches, one after the other.
         meshes: the slice that each of the program's slices stands for.
         session: where it is registered.
-        guards: conditions on Python state under which the trace holds.
+        guards: conditions under which the trace holds.
     """
 
     captured: Captured
@@ -198,15 +198,15 @@ class Variant:
             for index, mesh in enumerate(self.meshes)
         }
 
-    def changes(self, session: Session) -> list[str]:
-        """Says what of Python's state is not as it was traced."""
+    def changes(self, session: Session, signature: Signature) -> list[str]:
+        """Says what of Python's state, or of what a call's host tensors are asked, is not as it was traced."""
         if self.session is not session:
             return ["there is another session"]
-        return [guard.change() for guard in self.guards if not guard.holds()]
+        return [guard.change(signature) for guard in self.guards if not guard.holds(signature)]
 
-    def holds(self, session: Session) -> bool:
-        """Whether the trace is valid for Python's state now."""
-        return self.session is session and all(guard.holds() for guard in self.guards)
+    def holds(self, session: Session, signature: Signature) -> bool:
+        """Whether the trace is valid for Python's state now, and a call with its signature."""
+        return self.session is session and all(guard.holds(signature) for guard in self.guards)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,7 +260,7 @@ class ProgramFunction:
         if self._padding is not None:
             args, kwargs = self._padding.pad(self._function, args, kwargs)
         signature = signature_of(args, kwargs)
-        variant = self._variants.find(signature.key, lambda variant: variant.holds(session))
+        variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
         if variant is None:
             if signature.key in self._untraceable:
                 return self._run_untraced(args, kwargs)
@@ -349,7 +349,7 @@ class ProgramFunction:
         same = self._variants.of_key(signature.key)
         if not same:
             return difference(self._function, signature, self._variants.keys())
-        fewest = min([variant.changes(session) for variant in same], key=len)
+        fewest = min([variant.changes(session, signature) for variant in same], key=len)
         return "; ".join(fewest)
 
 
@@ -369,7 +369,10 @@ def _trace_variant(
     session: Session,
     dispatch: Dispatch,
     rewrite: Callable[[Captured], Captured] = lambda captured: captured,
+    *,
+    may_read: bool = True,
 ) -> Variant:
+    """Traces a call; unless `may_read`, its host tensors stand for others of other runs, and are not read."""
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     tracker = StateTracker(array_like)
     lifted: list[Array] = []
@@ -398,10 +401,11 @@ def _trace_variant(
             changed,
         )
 
+    host_arguments = [tensor if may_read and type(tensor) is torch.Tensor else None for tensor in tensors]
     try:
         with tracker.watching():
             shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-            traced = trace(call, shapes, lambda: tracker.escaped(lifted), lifted)
+            traced = trace(call, shapes, lambda: tracker.escaped(lifted), lifted, host_arguments)
         tracker.check_learning_rates()
         pure, cut = _cut(traced, tensors, name, mesh, {})
         if missing := not_lowered(pure.graph_module, session, cut.meshes):
@@ -417,7 +421,7 @@ def _trace_variant(
                 constants=traced.constants,
             )
         )
-        variant = _variant_of(captured, cut.meshes, session, guards_of(traced, tracker, lifted), dispatch)
+        variant = _variant_of(captured, cut.meshes, session, guards_of(function, traced, tracker, lifted), dispatch)
     except BaseException as error:
         tracker.roll_back(lifted)
         if isinstance(error, (TorchwaysError, KeyboardInterrupt)):

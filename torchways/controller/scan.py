@@ -119,7 +119,7 @@ class _ScanFunction(ProgramFunction):
 
         key, length, donate = body.key, len(turns), options["donate"]
         captured, known = self._bodies.get(key, (None, None))
-        if captured is not None and known is not None and known.holds(session):
+        if captured is not None and known is not None and known.holds(session, signature):
             unrolled = _unrolled(captured, self._name, init, length, donate)
             return _variant_of(unrolled, known.meshes, session, known.guards)
 
@@ -130,7 +130,9 @@ class _ScanFunction(ProgramFunction):
             captured = found
             return _unrolled(found, self._name, init, length, donate)
 
-        variant = _trace_variant(self._function, self._name, body, self.mesh, session, self._dispatch, rewrite)
+        variant = _trace_variant(
+            self._function, self._name, body, self.mesh, session, self._dispatch, rewrite, may_read=False
+        )
         assert captured is not None
         if len(self._bodies) >= MAX_VARIANTS:
             del self._bodies[next(iter(self._bodies))]
