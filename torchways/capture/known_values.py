@@ -37,7 +37,7 @@ class ArgumentRead:
     Attributes:
         compute: computes it from those arguments.
         positions: which of the call's tensors these are.
-        value: what it was: a bool or an integer.
+        value: what it was: a bool, an integer, or positions (tensors of integers).
         line: of the user, that read it.
     """
 
@@ -50,6 +50,11 @@ class ArgumentRead:
         """Returns the value for the tensors of another call."""
         with torch.no_grad():
             return self.compute(*(tensors[position].detach() for position in self.positions))
+
+    def is_same(self, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether the tensors of another call give the same value."""
+        pairs = zip(pytree.tree_leaves(self.again(tensors)), pytree.tree_leaves(self.value), strict=True)
+        return all(torch.equal(now, was) if isinstance(was, torch.Tensor) else now == was for now, was in pairs)
 
 
 class KnownValues:

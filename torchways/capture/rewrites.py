@@ -1,7 +1,8 @@
 """Calls of the user's code that are rewritten above autograd, since what reaches the tracer could not be captured.
 
 `x[mask] = value` finds the selected elements first, and how many these are depends on values; `torch.where` gives the
-same result in one shape for all masks. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same.
+same result in one shape for all masks. `x.fill_diagonal_` writes through strides, of which no pure form is known; by
+`torch.where` it has one. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same.
 """
 
 from __future__ import annotations
@@ -29,7 +30,15 @@ class Rewrites(TorchFunctionMode):
                 mask = mask.reshape(*mask.shape, *[1] * rest)
                 target.copy_(torch.where(mask, value, target))
                 return None
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is torch.Tensor.fill_diagonal_ and len(args) == 2 and args[0].dim() == 2 and not kwargs.get("wrap"):
+            return _fill_diagonal(*args)
+        return func(*args, **kwargs)
+
+
+def _fill_diagonal(target: torch.Tensor, value: float) -> torch.Tensor:
+    rows, columns = (torch.arange(size) for size in target.shape)
+    return target.copy_(torch.where(rows.unsqueeze(1) == columns, torch.full((), value, dtype=target.dtype), target))
 
 
 #: What reads the attribute `data`.

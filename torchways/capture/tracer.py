@@ -57,6 +57,9 @@ RECOMPUTED_KEY = "tw_recomputed"
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
+#: Of elements that a trace's condition on a call's tensors may compare.
+_MAX_POSITIONS = 1024
+
 _HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
     torch.ops.aten.is_nonzero.default,
@@ -137,11 +140,16 @@ class _TraceMode(TorchDispatchMode):
     """Sees every operator of the traced function before make_fx does; see the module's docstring."""
 
     def __init__(
-        self, fake_mode: FakeTensorMode, lifted: list[Array], host_arguments: Sequence[torch.Tensor | None]
+        self,
+        fake_mode: FakeTensorMode,
+        lifted: list[Array],
+        host_arguments: Sequence[torch.Tensor | None],
+        reads_positions: bool,
     ) -> None:
         super().__init__()
         #: The call's tensors whose values it may read, by position.
         self._host_arguments = host_arguments
+        self._reads_positions = reads_positions
         #: What it read of them.
         self.reads: list[ArgumentRead] = []
         #: Arrays that became graph inputs, in order.
@@ -284,10 +292,20 @@ class _TraceMode(TorchDispatchMode):
             result = func(*known_args, **known_kwargs)
             read = self._known.read(func, nodes, values, args, kwargs, result, user_line())
         if read is not None:
-            if type(result) not in (bool, int):
+            if not self._may_be_kept(result):
                 raise DataDependentError(_many_values(func))
             self.reads.append(read)
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
+
+    def _may_be_kept(self, value: Any) -> bool:
+        """Whether a trace may hold for calls whose tensors have this value in common."""
+        if type(value) in (bool, int):
+            return True
+        leaves = pytree.tree_leaves(value)
+        return self._reads_positions and all(
+            isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int64 and leaf.numel() <= _MAX_POSITIONS
+            for leaf in leaves
+        )
 
     def _array_of(self, node: torch.fx.Node | None) -> bool:
         """Whether a node stands for an array, and for nothing that is computed."""
@@ -381,6 +399,8 @@ def trace(
     escaped: Callable[[], list[torch.Tensor]],
     lifted: list[Array],
     host_arguments: Sequence[torch.Tensor | None],
+    *,
+    reads_positions: bool,
 ) -> Trace:
     """Traces `function` whole.
 
@@ -391,12 +411,13 @@ def trace(
             gradients): they become further outputs.
         lifted: filled with the arrays that the function touches, also if tracing fails.
         host_arguments: the tensors of this call whose values the function may read, by position; None: it may not.
+        reads_positions: it may also ask them for the positions of what is selected (`mask.nonzero()`).
 
     Raises:
         CaptureError: the function cannot be captured.
     """
     fake_mode = FakeTensorMode()
-    mode = _TraceMode(fake_mode, lifted, host_arguments)
+    mode = _TraceMode(fake_mode, lifted, host_arguments, reads_positions)
     result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
 
     def flat_function() -> list[torch.Tensor]:

@@ -110,9 +110,8 @@ class RemoteBuffer:
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Returns a CPU tensor's elements, row-major."""
-    if tensor.dim() == 0:
-        tensor = tensor.reshape(1)
-    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+    # Contiguous tensors may have any stride where a dimension has one element, in which bytes cannot be viewed.
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def tensor_from_bytes(dtype: str, shape: tuple[int, ...], data: bytearray) -> torch.Tensor:

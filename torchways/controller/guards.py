@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.known_values import ArgumentRead
@@ -115,14 +116,20 @@ def _training_change(module: torch.nn.Module, before: list[bool]) -> str:
 
 
 def _reads_same(read: ArgumentRead, signature: Signature) -> bool:
-    return bool(read.again(_tensors(signature)) == read.value)
+    return read.is_same(_tensors(signature))
 
 
 def _read_change(read: ArgumentRead, function: Callable[..., Any], signature: Signature) -> str:
     names = [name for name, _ in named_leaves(function, signature.arguments)]
     arguments = " and ".join(names[signature.tensor_positions[position]] for position in read.positions)
-    now = read.again(_tensors(signature))
-    return f"what {read.line} reads of {arguments} is {now!r}, was {read.value!r}"
+    return (
+        f"what {read.line} reads of {arguments} is {_short(read.again(_tensors(signature)))}, was {_short(read.value)}"
+    )
+
+
+def _short(value: Any) -> str:
+    text = repr(pytree.tree_map_only(torch.Tensor, torch.Tensor.tolist, value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _tensors(signature: Signature) -> list[Any]:

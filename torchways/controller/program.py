@@ -372,7 +372,35 @@ def _trace_variant(
     *,
     may_read: bool = True,
 ) -> Variant:
-    """Traces a call; unless `may_read`, its host tensors stand for others of other runs, and are not read."""
+    """Traces a call; unless `may_read`, its host tensors stand for others of other runs, and are not read.
+
+    One graph for all masks is better than one for each: positions that masks select are read as values only where
+    no graph can do without.
+    """
+    arguments = (function, name, signature, mesh, session, dispatch, rewrite)
+    try:
+        return _trace_once(*arguments, may_read=may_read, reads_positions=False)
+    except DataDependentError as error:
+        if not may_read or not any(type(leaf) is torch.Tensor for leaf in signature.leaves):
+            raise
+        try:
+            return _trace_once(*arguments, may_read=True, reads_positions=True)
+        except DataDependentError:
+            raise error from None
+
+
+def _trace_once(
+    function: Callable[..., Any],
+    name: str,
+    signature: Signature,
+    mesh: VirtualSlice | None,
+    session: Session,
+    dispatch: Dispatch,
+    rewrite: Callable[[Captured], Captured],
+    *,
+    may_read: bool,
+    reads_positions: bool,
+) -> Variant:
     tensors = [signature.leaves[position] for position in signature.tensor_positions]
     tracker = StateTracker(array_like)
     lifted: list[Array] = []
@@ -405,7 +433,14 @@ def _trace_variant(
     try:
         with tracker.watching():
             shapes = [(tuple(tensor.shape), tensor.dtype) for tensor in tensors]
-            traced = trace(call, shapes, lambda: tracker.escaped(lifted), lifted, host_arguments)
+            traced = trace(
+                call,
+                shapes,
+                lambda: tracker.escaped(lifted),
+                lifted,
+                host_arguments,
+                reads_positions=reads_positions,
+            )
         tracker.check_learning_rates()
         pure, cut = _cut(traced, tensors, name, mesh, {})
         if missing := not_lowered(pure.graph_module, session, cut.meshes):

@@ -89,6 +89,21 @@ def test_two_tensors_may_be_compared(session):
     assert program.num_traces == 2
 
 
+def test_positions_are_read_only_where_no_graph_does_without(session, caplog):
+    def mean(x, mask):
+        return x[mask.nonzero().squeeze(1)] * len(mask.nonzero())
+
+    program = program_of(session, mean)
+    x = torch.tensor([1.0, 2.0, 3.0])
+    for mask in (PART, FULL, PART):
+        torch.testing.assert_close(program(x, mask).cpu(), mean(x, mask))
+    assert program.num_traces == 2
+    assert "reads of mask is [[0], [1], [2]], was [[0], [2]]" in caplog.text
+    rows = program_of(session, lambda x, mask: x[mask == 1].sum())
+    assert [rows(x, mask).item() for mask in (PART, FULL)] == [4.0, 6.0]
+    assert rows.num_traces == 1
+
+
 def test_calls_that_ask_nothing_have_no_condition(session, monkeypatch):
     monkeypatch.setattr(ArgumentRead, "again", lambda *_: pytest.fail("nothing was read"))
     program = program_of(session, lambda x, mask: x * mask)

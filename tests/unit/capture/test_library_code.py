@@ -336,8 +336,9 @@ def carries_over(x):
 )
 def test_what_depends_on_the_number_of_selected_rows_is_refused(function):
     session = LocalSession()
+    array = make_function(torch.clone, session.mesh(), lambda: session)(torch.tensor([1.0, -1.0, 2.0]))
     with pytest.raises(DataDependentError, match="how many rows"):
-        make_function(function, session.mesh(), lambda: session)(torch.tensor([1.0, -1.0, 2.0]))
+        make_function(function, session.mesh(), lambda: session)(array)
 
 
 def test_operators_along_the_dimension_of_a_scalar():
@@ -463,3 +464,16 @@ def test_elementwise_operators_and_means_by_index_are_taken_apart():
         torch.testing.assert_close(result.cpu(), expected, equal_nan=True)
     for name in ("fmax", "hypot", "copysign", "exp2"):
         assert session.num_operators(name) == 0
+
+
+def test_a_diagonal_is_filled_in_a_view():
+    session = LocalSession()
+
+    def function(x):
+        x = x.clone()
+        for row in range(2):
+            x[:, row].fill_diagonal_(row, wrap=False)
+        return x
+
+    x = torch.randn(3, 2, 4)
+    assert torch.equal(make_function(function, session.mesh(), lambda: session)(x).cpu(), function(x))
