@@ -155,19 +155,7 @@ MORE = {
         {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
         unmasked_text,
     ),
-    # These two ask the attention mask whether it masks anything, and how long the longest text is.
-    "BambaForCausalLM": (
-        {
-            **LLAMA,
-            "mamba_n_heads": 8,
-            "mamba_d_head": 8,
-            "mamba_d_state": 4,
-            "mamba_n_groups": 1,
-            "mamba_chunk_size": 4,
-            "attn_layer_indices": [1],
-        },
-        text,
-    ),
+    # It asks the attention mask how long the longest text is.
     "XLMWithLMHeadModel": (
         {
             "vocab_size": VOCABULARY,
