@@ -15,7 +15,7 @@ from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from torchways.capture.decompositions import pure_decomposition_table
-from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY
+from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import BARRIER
 
@@ -54,7 +54,7 @@ class _LabellingInterpreter(torch.fx.Interpreter):
         result = self._run_of_scalar(n) if _is_along_dim_of_scalar(n) else super().run_node(n)
         node = before.next
         while node is not graph._root:
-            for key in (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY):
+            for key in (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY, UPDATE_KEY):
                 if key in n.meta:
                     node.meta.setdefault(key, n.meta[key])
             node = node.next

@@ -7,7 +7,8 @@ used, and a buffer each where they are kept.
 
 Cutting: each call of a user's compiled function is a node of its own. Of all else, operators of one slice form as few
 computations as the transfers between slices allow, and what other slices wait for is cut from what they do not (an
-optimizer's update never delays the gradient that the stage before needs).
+optimizer's update never delays the gradient that the stage before needs). An optimizer's update is one of its own,
+which works in place.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchways.capture.collectives import ALL_REDUCE
-from torchways.capture.tracer import REGION_KEY, Region
+from torchways.capture.tracer import REGION_KEY, UPDATE_KEY, Region
 from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, serialize_graph
 from torchways.ir.program import (
@@ -91,6 +92,7 @@ class _GroupKey(NamedTuple):
 
     phase: int
     late: bool
+    update: bool
     slice_index: int
     call: int
 
@@ -303,9 +305,10 @@ class _Partitioner:
 
     def _cut(self) -> list[_Group]:
         awaited = self._awaited_elsewhere()
+        updates = self._updates()
         phase_of: dict[torch.fx.Node, int] = {}
         call_phase = self._call_phases(phase_of)
-        # What nobody awaits is one computation a slice, in its last phase.
+        # What nobody awaits is in its slice's last phase: one computation, and one of what updates state.
         last_phase: dict[int, int] = {}
         for node, phase in phase_of.items():
             last_phase[self.slice_of[node]] = max(last_phase.get(self.slice_of[node], 0), phase)
@@ -324,7 +327,7 @@ class _Partitioner:
             phase = call_phase[call] if call >= 0 else phase_of[node]
             if late:
                 phase = last_phase[self.slice_of[node]]
-            key = _GroupKey(phase, late, self.slice_of[node], call)
+            key = _GroupKey(phase, late, late and node in updates, self.slice_of[node], call)
             group_of[node] = groups.setdefault(key, _Group(key))
             group_of[node].nodes.append(node)
         return [groups[key] for key in sorted(groups)]
@@ -386,6 +389,20 @@ class _Partitioner:
                     awaited.add(node)
                     break
         return awaited
+
+    def _updates(self) -> set[torch.fx.Node]:
+        """Returns the operators of optimizers' steps and all that depends on them.
+
+        Where forward and backward read parameters in the computation that replaces them, XLA's CPU compiler cannot tell
+        that they are done with the old values when the new ones are written, and copies the donated buffers first. It
+        also pairs donated buffers and results by size alone, in order, which fits where the order of results decides
+        that of arguments, as in an update apart: that is done in place.
+        """
+        updates: set[torch.fx.Node] = set()
+        for node in self.operators:
+            if UPDATE_KEY in node.meta or not updates.isdisjoint(node.all_input_nodes):
+                updates.add(node)
+        return updates
 
     def _add_seeds(self, groups: list[_Group]) -> None:
         """Gives each computation that draws random numbers a seed of its own, as an input."""

@@ -54,6 +54,9 @@ REGION_KEY = "tw_region"
 #: Key of `node.meta`: whether the operator computes anew, within backward, what forward computed (a checkpoint).
 RECOMPUTED_KEY = "tw_recomputed"
 
+#: Key of `node.meta`: whether the operator is part of an optimizer's step.
+UPDATE_KEY = "tw_update"
+
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
 
@@ -159,7 +162,8 @@ class _TraceMode(TorchDispatchMode):
         self.region: Region | None = None
         #: Modules placed by tw.function or tw.pipeline that were called.
         self.modules: list[torch.nn.Module] = []
-        #: Whether an optimizer's step is running: constants made there may be its initial state.
+        #: Whether an optimizer's step is running: its operators are labelled, and constants made there may be its
+        #: initial state.
         self.in_optimizer = False
         #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
         self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
@@ -387,6 +391,8 @@ class _TraceMode(TorchDispatchMode):
             if node.op != "placeholder":
                 if is_recomputed:
                     node.meta[RECOMPUTED_KEY] = True
+                if self.in_optimizer:
+                    node.meta[UPDATE_KEY] = True
                 if region is not None:
                     node.meta[REGION_KEY] = region
                 node.meta[SOURCE_KEY] = line
