@@ -44,7 +44,7 @@ def make_parallel(
 ) -> torch.nn.Module:
     """Places a module, or what `target` builds, on `mesh`, its parameters split as `plan` says.
 
-    It is a stage and no compiled function: a training step of it is one computation, within which XLA chooses how
+    It is a stage and no compiled function: forward and backward are one computation, within which XLA chooses how
     activations are split; a function's forward would be a computation of its own, and all that backward needs of it an
     output with a sharding that is guessed.
     """
