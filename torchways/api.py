@@ -501,8 +501,9 @@ def parallelize_module(
     """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
 
     Within a program forward and backward are one computation, and an optimizer's update another. Parameters become
-    arrays: build the optimizer after this call. Optimizer state is split as its parameter. Host tensors passed to a program are split on dimension 0 over the mesh axis "dp" as always. A plan says where values
-    live and never changes a result.
+    arrays: build the optimizer after this call. Optimizer state is split as its parameter. Host tensors passed to a
+    program are split on dimension 0 over the mesh axis "dp" as always. A plan says where values live and never changes
+    a result.
 
     Args:
         module: any module, whose values are copied; or a function that builds one, ``lambda: GPT(config)``: then it is
