@@ -76,7 +76,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
 
 def draw(rows: list[dict[str, Any]]) -> Axes:
     """Returns one panel for each kind, computations a second by hosts."""
-    figure, panels = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
+    _, panels = plt.subplots(2, 3, figsize=(13, 7), sharex=True)
     colors = {spec.name: f"C{number}" for number, spec in enumerate(systems.ALL)}
     for line, collective in enumerate((False, True)):
         for column, mode in enumerate(systems.MODES):
@@ -96,7 +96,6 @@ def draw(rows: list[dict[str, Any]]) -> Axes:
         axes.set_ylabel("computations a second")
     for axes in panels[-1]:
         axes.set_xlabel("hosts (processes on one machine)")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     first: Axes = panels[0][0]
     return first
 

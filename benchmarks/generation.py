@@ -10,14 +10,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 import transformers
 from matplotlib.axes import Axes
 from transformers.generation.streamers import BaseStreamer
 
 import torchways as tw
-from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, print_table
+from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
 
 PROMPT = 32
 EAGER, WAITING = "transformers eager", "torchways, 1 a dispatch, each read"
@@ -92,17 +91,13 @@ def _rows(model: Any, ours: Any, batch: int, chunks: list[int], tokens: int, rep
 
 def draw(rows: list[dict[str, Any]]) -> Axes:
     """Returns tokens a second by batch size."""
-    figure, axes = plt.subplots(figsize=(7, 5))
+    axes = panel("batch", "tokens a second")
     for name in dict.fromkeys(row["system"] for row in rows):
         points = [(row["batch"], row["tokens_per_second"]) for row in rows if row["system"] == name]
         axes.plot(*zip(*points, strict=True), "o-", label=name)
-    axes.set_xlabel("batch")
-    axes.set_ylabel("tokens a second")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.grid(True, alpha=0.3)
     axes.legend()
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return axes
 
 

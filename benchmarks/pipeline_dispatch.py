@@ -11,12 +11,11 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
 import torchways as tw
-from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, print_table
+from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
 
 DISPATCHES = ("parallel", "sequential")
 _READ_TIMEOUT = timedelta(minutes=5)
@@ -83,14 +82,10 @@ def _slope(rows: list[dict[str, Any]], dispatch: str) -> float:
 
 def draw(rows: list[dict[str, Any]]) -> Axes:
     """Returns step time by number of stages."""
-    figure, axes = plt.subplots(figsize=(7, 5))
+    axes = panel("stages, one executor each", "microseconds a step")
     for dispatch in DISPATCHES:
         axes.plot([r["stages"] for r in rows], [r[f"{dispatch}_us"] for r in rows], "o-", label=dispatch)
-    axes.set_xlabel("stages, one executor each")
-    axes.set_ylabel("microseconds a step")
-    axes.grid(True, alpha=0.3)
     axes.legend()
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return axes
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 matplotlib.use("Agg")
@@ -76,11 +77,21 @@ def _text(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value)
 
 
+def panel(x_label: str, y_label: str) -> Axes:
+    """Returns the axes of a figure with one panel."""
+    axes: Axes = plt.subplots(figsize=(7, 5))[1]
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
+    axes.grid(True, alpha=0.3)
+    return axes
+
+
 def finish(name: str, results: dict[str, Any], axes: Axes, *, print_json: bool) -> None:
     """Saves the figure and the results under `OUTPUTS`, and prints the JSON line last."""
     OUTPUTS.mkdir(parents=True, exist_ok=True)
     figure = axes.get_figure()
     assert figure is not None
+    figure.tight_layout(rect=(0, 0.03, 1, 1))
     about = results["machine"]
     figure.text(0.01, 0.01, f"{about['machine']}, torch {about['torch']}, {about['date']}", fontsize=7, color="gray")
     figure.savefig(OUTPUTS / f"{name}.png", dpi=120)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import systems
-from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, print_table
+from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
 
 #: The first runs the same XLA; the others' XLA is another, or they trace each computation anew.
 PEERS = tuple(spec.name for spec in (systems.TORCH_XLA_COMPILED, systems.TORCH_XLA, systems.JAX))
@@ -59,17 +58,13 @@ def _smallest(rows: list[dict[str, Any]]) -> float | None:
 
 def draw(rows: list[dict[str, Any]], peer: str) -> Axes:
     """Returns throughput over the peer's by length of the computation, a line for each number of hosts."""
-    figure, axes = plt.subplots(figsize=(7, 5))
+    axes = panel(f"microseconds a computation, by {peer}", f"our throughput over {peer}'s")
     for hosts in dict.fromkeys(row["hosts"] for row in rows):
         points = [(row["peer_us"], row["ours_over_peer"]) for row in rows if row["hosts"] == hosts]
         axes.plot(*zip(*points, strict=True), marker="o", label=f"{hosts} hosts")
     axes.axhline(ENOUGH, color="gray", ls="--", lw=1)
     axes.set_xscale("log")
-    axes.set_xlabel(f"microseconds a computation, by {peer}")
-    axes.set_ylabel(f"our throughput over {peer}'s")
-    axes.grid(True, alpha=0.3)
     axes.legend()
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return axes
 
 

@@ -10,11 +10,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import systems
-from benchmarks.report import argument_parser, finish, machine, median, paired_ratio, print_table
+from benchmarks.report import argument_parser, finish, machine, median, paired_ratio, panel, print_table
 
 OURS = systems.SystemSpec("torchways", "torchways_spmd.py")
 LAZY = systems.SystemSpec("torch-xla", "torch_xla_spmd.py")
@@ -130,7 +129,7 @@ def table(rows: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
 
 def draw(rows: Sequence[dict[str, Any]]) -> Axes:
     """Returns our tokens a second over the faster plain script's, by its step time; a line for each model."""
-    figure, axes = plt.subplots(figsize=(7, 5))
+    axes = panel("milliseconds a step, by the faster of the plain torch-xla scripts", "our tokens a second over its")
     for color, model in enumerate(dict.fromkeys(row["model"].partition(" ")[0] for row in rows)):
         mine = [row for row in rows if row["model"].startswith(model)]
         points = sorted((row["plain_ms"], row["ours_over_plain"]) for row in mine if row["plan"] == "data")
@@ -142,11 +141,7 @@ def draw(rows: Sequence[dict[str, Any]]) -> Axes:
     axes.axhline(WANTED, color="gray", ls="--", lw=1)
     axes.axvline(WANTED_FROM_MS, color="gray", ls=":", lw=1)
     axes.set_xscale("log")
-    axes.set_xlabel("milliseconds a step, by the faster of the plain torch-xla scripts")
-    axes.set_ylabel("our tokens a second over its")
-    axes.grid(True, alpha=0.3)
     axes.legend()
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     return axes
 
 

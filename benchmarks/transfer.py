@@ -125,7 +125,7 @@ def _bandwidth_row(ours: Ours, pair: RawPair, size: int, repeats: int) -> dict[s
 
 def draw(results: dict[str, Any]) -> Axes:
     """Returns two panels: latency and bandwidth by size."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
+    _, (left, right) = plt.subplots(1, 2, figsize=(12, 5))
     for key, label in (("hop", "torchways, a computation and its transfer"), *((kind, kind) for kind in RAW)):
         rows = results["latency"]
         left.plot([r["bytes"] for r in rows], [r[f"{key.replace(' ', '_')}_us"] for r in rows], "o-", label=label)
@@ -141,7 +141,6 @@ def draw(results: dict[str, Any]) -> Axes:
         axes.grid(True, alpha=0.3)
         axes.legend()
     left.set_yscale("log")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
     shown: Axes = left
     return shown
 

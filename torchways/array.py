@@ -174,7 +174,7 @@ class Array(torch.Tensor):
         raise UserError("an array stands for a buffer on a slice and cannot be deep-copied; read it with .cpu() first")
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        text = tensor_text(str(self.dtype).removeprefix("torch."), self.shape, self.sharding)
+        text = tensor_text(self.dtype, self.shape, self.sharding)
         return f"tw.Array({text} on mesh{self.mesh})" if self.mesh is not None else f"tw.Array({text}, not placed yet)"
 
     __str__ = __repr__

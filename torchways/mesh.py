@@ -122,13 +122,13 @@ def mesh_text(shape: Sequence[int], names: Sequence[str]) -> str:
     return "(" + ",".join(f"{name!r}={size}" for name, size in zip(names, shape, strict=True)) + ")"
 
 
-def tensor_text(dtype: str, shape: Sequence[int], placements: Placements | None) -> str:
+def tensor_text(dtype: object, shape: Sequence[int], placements: Placements | None = None) -> str:
     """Returns ``fp32[2048,256][S(0)]``: dtype, shape, and one placement an axis, up to the last that is split."""
     kept = list(placements or ())
     while len(kept) > 1 and kept[-1] == "R":
         kept.pop()
-    dtype = _SHORT_DTYPES.get(dtype, dtype)
-    return f"{dtype}[{','.join(map(str, shape))}]" + "".join(f"[{text}]" for text in kept)
+    name = str(dtype).removeprefix("torch.")
+    return f"{_SHORT_DTYPES.get(name, name)}[{','.join(map(str, shape))}]" + "".join(f"[{text}]" for text in kept)
 
 
 def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple[int, ...], tuple[str, ...]]:

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 import torchways as tw
+from tests.unit.capture.test_generation import Streamer, prompts
 from torchways import api
 from torchways.controller.buffers import RemoteBuffer
 
@@ -28,23 +29,8 @@ def build(config):
     return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
-def prompts():
-    """A batch whose second row is padded on the left."""
-    ids = torch.randint(3, 64, (2, 7), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    ids[1, :3] = mask[1, :3] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-class Streamer(transformers.generation.streamers.BaseStreamer):
-    def __init__(self):
-        self.values = []
-
-    def put(self, value):
-        self.values.append(value)
-
-    def end(self):
-        self.values.append("end")
+def named_prompts():
+    return dict(zip(("input_ids", "attention_mask"), prompts(), strict=True))
 
 
 def num_runs():
@@ -65,14 +51,16 @@ def num_buffers(mesh, until, seconds=10.0):
 @pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
 def test_greedy_tokens_are_those_of_transformers(cluster, config):
     model = build(config)
-    expected = model.generate(**prompts(), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=-1)
+    expected = model.generate(
+        **named_prompts(), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=-1
+    )
     mesh = tw.init_device_mesh((2,), mesh_dim_names=("tp",), island=0)
     ours = tw.parallelize_module(model, mesh, tw.tensor_parallel(model, mesh))
     options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": -1, "pad_token_id": 0, "tokens_per_dispatch": CHUNK}
-    assert torch.equal(tw.generate(ours, **prompts(), **options), expected)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **options), expected)
     used = {id(array) for array in (*model.parameters(), *model.buffers()) if isinstance(array._buffer, RemoteBuffer)}
     before = num_runs()[mesh.island]
-    assert torch.equal(tw.generate(ours, **prompts(), **options), expected)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **options), expected)
     # The prompt, and 13 tokens by 4: one message each.
     assert num_runs()[mesh.island] - before == 1 + 4
     # The model is left, and neither caches nor tokens.
@@ -82,12 +70,12 @@ def test_greedy_tokens_are_those_of_transformers(cluster, config):
 def test_tokens_can_be_read_as_they_come(cluster):
     model = build(LLAMA)
     options = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "pad_token_id": 0}
-    eos = model.generate(**prompts(), **options)[:, 10].tolist()
-    expected = model.generate(**prompts(), **options, eos_token_id=eos)
+    eos = model.generate(**named_prompts(), **options)[:, 10].tolist()
+    expected = model.generate(**named_prompts(), **options, eos_token_id=eos)
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=1)
     ours = tw.function(model, mesh=mesh)
     streamer = Streamer()
-    result = tw.generate(ours, **prompts(), **options, eos_token_id=eos, streamer=streamer)
+    result = tw.generate(ours, **named_prompts(), **options, eos_token_id=eos, streamer=streamer)
     streamed = torch.cat([streamer.values[0], *(value[:, None] for value in streamer.values[1:-1])], dim=1)
     assert torch.equal(streamed, result)
     assert torch.equal(result, expected)
@@ -99,6 +87,6 @@ def test_sampling_is_seeded(cluster):
     drawn = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        drawn.append(tw.generate(ours, **prompts(), max_new_tokens=6, do_sample=True, top_k=8, temperature=2.0))
+        drawn.append(tw.generate(ours, **named_prompts(), max_new_tokens=6, do_sample=True, top_k=8, temperature=2.0))
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])

@@ -43,7 +43,7 @@ def _train(model, step_of):
     return [loss.item() for loss in losses], opt
 
 
-def _step_of(model, opt):
+def training_step(model, opt):
     def step(x, y):
         loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
         loss.backward()
@@ -61,11 +61,11 @@ def test_a_plan_agrees_with_eager(cluster, shape, name):
     torch.manual_seed(0)
     model = GPT(GPTConfig(vocab_size=VOCAB, seq_len=16, d_model=32, n_layers=2, n_heads=4))
     eager = copy.deepcopy(model)
-    expected, _ = _train(eager, _step_of)
+    expected, _ = _train(eager, training_step)
     mesh = tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"))
     plan = _plans(model, mesh, name)
     tw.parallelize_module(model, mesh, plan)
-    losses, opt = _train(model, lambda model, opt: tw.program(_step_of(model, opt)))
+    losses, opt = _train(model, lambda model, opt: tw.program(training_step(model, opt)))
     torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected), rtol=1e-4, atol=0)
     state = model.state_dict()
     for parameter_name, value in eager.state_dict().items():
@@ -108,7 +108,7 @@ def test_splitting_a_model_saves_the_memory_of_its_state(cluster):
         model = GPT(GPTConfig(vocab_size=VOCAB, seq_len=16, d_model=32, n_layers=2, n_heads=4))
         mesh = tw.init_device_mesh((4, 1), mesh_dim_names=("dp", "tp"))
         tw.parallelize_module(model, mesh, _plans(model, mesh, name))
-        _train(model, lambda model, opt: tw.program(_step_of(model, opt)))
+        _train(model, lambda model, opt: tw.program(training_step(model, opt)))
         status = max(tw.executor_status(), key=lambda status: int(status.executor_id.partition(".s")[2]))
         [held[name]] = status.client_bytes.values()
         mesh.close()

@@ -11,6 +11,7 @@ from torch.distributed.tensor import Replicate, Shard
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
+from tests.cluster.test_plans import training_step
 from torchways.errors import CaptureError, PlacementError, ResourceExhausted, UserError
 
 CONFIG = GPTConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=4)
@@ -123,16 +124,7 @@ def _plan(model, mesh):
 
 
 def _losses(model, wrap, steps=3):
-    opt = torch.optim.AdamW(model.parameters(), lr=1e-3)
-
-    def step(x, y):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss
-
-    step = wrap(step)
+    step = wrap(training_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3)))
     generator = torch.Generator().manual_seed(1)
     losses = []
     for _ in range(steps):

@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Rewrites(TorchFunctionMode):
-    """While it is active, `x[mask] = value` runs as `x.copy_(torch.where(mask, value, x))` where that is the same."""
+    """While it is active, calls run in the form that can be captured, where that is the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is _DATA:

@@ -287,7 +287,7 @@ class _TraceMode(TorchDispatchMode):
                 value = self._known.value_of(node)
                 nodes[id(tensor)] = node
             if value is None:
-                raise DataDependentError(_data_dependent(func, tensor, self._array_of(nodes.get(id(tensor)))))
+                raise DataDependentError(_data_dependent(func, tensor, self._is_input(nodes.get(id(tensor)))))
             values[id(tensor)] = value
         with _disable_current_modes(), torch.no_grad():
             known_args, known_kwargs = pytree.tree_map_only(
@@ -311,8 +311,8 @@ class _TraceMode(TorchDispatchMode):
             for leaf in leaves
         )
 
-    def _array_of(self, node: torch.fx.Node | None) -> bool:
-        """Whether a node stands for an array, and for nothing that is computed."""
+    def _is_input(self, node: torch.fx.Node | None) -> bool:
+        """Whether a node is given to the graph, and not computed."""
         return any(item.node is node for item in self.inputs)
 
     def _constant_of(self, node: torch.fx.Node) -> torch.Tensor | None:
@@ -544,7 +544,7 @@ def _check_dtypes(func: Any, args: Any) -> None:
 
 def _data_dependent(operator: Any, tensor: torch.Tensor, is_array: bool) -> str:
     what = "the array" if is_array else "a computed tensor"
-    text = f"{what} {tensor_text(str(tensor.dtype).removeprefix('torch.'), tuple(tensor.shape), ())}"
+    text = f"{what} {tensor_text(tensor.dtype, tensor.shape)}"
     return (
         f"the program depends on the value of {text} ({operator}) at {user_line()}, and has no one graph for all "
         "values: select with torch.where, or return the tensor and decide outside the program"

@@ -59,9 +59,7 @@ def make_parallel(
     make_placed(
         module, stage_call(mesh, type(module).__name__), lambda placed: _module_entry(placed, mesh, get_session)
     )
-    for name, array in _state(module):
-        if isinstance(array._buffer, HostBuffer):
-            array._buffer = HostBuffer(array._buffer.value, mesh=homes[name][0], placements=homes[name][1])
+    _place_host_state(module, homes)
     return module
 
 
@@ -91,18 +89,25 @@ def make_pipeline(
 
     module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
     call = add_stages(module, split_spec, meshes)
+    homes: dict[str, tuple[VirtualSlice | None, Placements]] = {}  # the slice is that of whoever uses it
     if plan is not None:
         add_constraints(module, meshes[0], plan_of(module, meshes[0], plan), _constrain_here)
-    texts = placements(module) if plan is not None else {}
+        homes = {name: (None, texts) for name, texts in placements(module).items()}
     make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
-    for name, array in _state(module):
-        if isinstance(array._buffer, HostBuffer) and name in texts:
-            array._buffer = HostBuffer(array._buffer.value, placements=texts[name])
+    _place_host_state(module, homes)
     return module
 
 
-def _state(module: torch.nn.Module) -> list[tuple[str, Any]]:
-    return [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+def _place_host_state(module: torch.nn.Module, homes: Mapping[str, tuple[VirtualSlice | None, Placements]]) -> None:
+    """Says where those arrays of a module go that are still on the host."""
+    state: list[tuple[str, Any]] = [
+        *module.named_parameters(remove_duplicate=False),
+        *module.named_buffers(remove_duplicate=False),
+    ]
+    for name, array in state:
+        if isinstance(array._buffer, HostBuffer) and name in homes:
+            mesh, placements = homes[name]
+            array._buffer = HostBuffer(array._buffer.value, mesh=mesh, placements=placements)
 
 
 def _constrain_here(tensor: torch.Tensor, placements: Sequence[Any]) -> torch.Tensor:

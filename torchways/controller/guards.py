@@ -116,21 +116,15 @@ def _training_change(module: torch.nn.Module, before: list[bool]) -> str:
 
 
 def _reads_same(read: ArgumentRead, signature: Signature) -> bool:
-    return read.is_same(_tensors(signature))
+    return read.is_same(signature.tensors)
 
 
 def _read_change(read: ArgumentRead, function: Callable[..., Any], signature: Signature) -> str:
     names = [name for name, _ in named_leaves(function, signature.arguments)]
     arguments = " and ".join(names[signature.tensor_positions[position]] for position in read.positions)
-    return (
-        f"what {read.line} reads of {arguments} is {_short(read.again(_tensors(signature)))}, was {_short(read.value)}"
-    )
+    return f"what {read.line} reads of {arguments} is {_short(read.again(signature.tensors))}, was {_short(read.value)}"
 
 
 def _short(value: Any) -> str:
     text = repr(pytree.tree_map_only(torch.Tensor, torch.Tensor.tolist, value))
     return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _tensors(signature: Signature) -> list[Any]:
-    return [signature.leaves[position] for position in signature.tensor_positions]

@@ -72,7 +72,11 @@ def build_on_slices(
 
     arrays = ProgramFunction(initialize, None, get_session)()
     for item, array in zip(made, arrays, strict=True):
-        value = torch.nn.Parameter(array, item.tensor.requires_grad) if _is_parameter(item.tensor) else array
+        value = (
+            torch.nn.Parameter(array, item.tensor.requires_grad)
+            if isinstance(item.tensor, torch.nn.Parameter)
+            else array
+        )
         for owner, key in item.owners:
             owner[key] = value
     return built[0]
@@ -90,7 +94,3 @@ def _state_of(module: torch.nn.Module) -> list[_Made]:
                     if owner is not vars(submodule):
                         item.names.append(f"{prefix}.{key}" if prefix else key)
     return list(found.values())
-
-
-def _is_parameter(tensor: torch.Tensor) -> bool:
-    return isinstance(tensor, torch.nn.Parameter)

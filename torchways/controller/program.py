@@ -401,7 +401,7 @@ def _trace_once(
     may_read: bool,
     reads_positions: bool,
 ) -> Variant:
-    tensors = [signature.leaves[position] for position in signature.tensor_positions]
+    tensors = signature.tensors
     tracker = StateTracker(array_like)
     lifted: list[Array] = []
 
@@ -618,7 +618,7 @@ def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> _ResultTar
 
 def _run(variant: Variant, signature: Signature) -> Any:
     session = variant.session
-    tensors = [signature.leaves[position] for position in signature.tensor_positions]
+    tensors = signature.tensors
     # One number of PyTorch's generator a run: torch.manual_seed and torch.get_rng_state mean what they always do.
     run_seed = int(torch.randint(2**63 - 1, (), device="cpu")) if variant.is_random else 0
     outputs: list[Any] = [None] * (variant.captured.out_spec.num_leaves)

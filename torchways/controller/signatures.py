@@ -43,6 +43,11 @@ class Signature:
     tensor_positions: list[int] = field(default_factory=list)
     key: Any = None
 
+    @property
+    def tensors(self) -> list[torch.Tensor]:
+        """The leaves that are tensors."""
+        return [self.leaves[position] for position in self.tensor_positions]
+
 
 def signature_of(args: Any, kwargs: Any) -> Signature:
     """Returns the signature of a call."""
@@ -132,7 +137,7 @@ def _describe(now: Any, was: Any) -> str:
 
 def _text(entry: Any) -> str:
     if _is_tensor(entry):
-        text = tensor_text(str(entry[1]).removeprefix("torch."), entry[0], entry[3] or () if len(entry) == 4 else ())
+        text = tensor_text(entry[1], entry[0], entry[3] if len(entry) == 4 else None)
         return f"{text} on the host" if len(entry) == 2 else text
     if isinstance(entry, int):
         return "an object that cannot be hashed"

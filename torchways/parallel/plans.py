@@ -137,8 +137,7 @@ def _placements(name: str, tensor: torch.Tensor, mesh: VirtualSlice, entry: Entr
     try:
         return normalize_placements(_listed(mesh, entry), mesh, tensor.shape)
     except PlacementError as error:
-        text = tensor_text(str(tensor.dtype).removeprefix("torch."), tensor.shape, None)
-        raise PlacementError(f"parameter {name} {text}: {error}") from error
+        raise PlacementError(f"parameter {name} {tensor_text(tensor.dtype, tensor.shape)}: {error}") from error
 
 
 def _listed(mesh: VirtualSlice, entry: Entry) -> Sequence[Any]:

@@ -255,7 +255,6 @@ class XlaRuntime:
         for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier)):
             for node in module.graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
-        module.recompile()
         executable, pending = on_device(lambda: self._trace(module, seed, source))
         if pending:
             try:
@@ -530,4 +529,3 @@ def _move_to_device(module: torch.fx.GraphModule, device: torch.device) -> None:
         node.args = torch.fx.node.map_aggregate(
             node.args, lambda item: device if isinstance(item, torch.device) else item
         )
-    module.recompile()

@@ -169,6 +169,19 @@ class Block(nn.Module):
         return checkpoint(self.inner, x, p, use_reentrant=self.reentrant)
 
 
+def make_sgd_step(model, loss_of):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x):
+        loss = loss_of(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    return step
+
+
 def make_step(model):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
 
@@ -275,19 +288,11 @@ def test_mixtures_of_experts_run_in_one_graph(style):
     eager = Experts(style)
     ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
 
-    def make(model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    def loss_of(model):
+        return lambda x: model(x).square().sum()
 
-        def step(x):
-            loss = model(x).square().sum()
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
-
-    expected, step = make(eager), ProgramFunction(make(ours), None, lambda: session)
+    expected = make_sgd_step(eager, loss_of(eager))
+    step = ProgramFunction(make_sgd_step(ours, loss_of(ours)), None, lambda: session)
     for _ in range(3):
         x = torch.randn(5, 8)
         torch.testing.assert_close(step(x).cpu(), expected(x).detach())
@@ -385,19 +390,8 @@ def test_image_operators_are_taken_apart():
     eager = Images()
     ours = make_function(copy.deepcopy(eager), session.mesh(), lambda: session)
 
-    def make(model):
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-
-        def step(x):
-            loss = model(x)
-            loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            return loss
-
-        return step
-
-    expected, step = make(eager), ProgramFunction(make(ours), None, lambda: session)
+    expected = make_sgd_step(eager, eager)
+    step = ProgramFunction(make_sgd_step(ours, ours), None, lambda: session)
     for _ in range(2):
         x = torch.randn(2, 3, 8, 8)
         torch.testing.assert_close(step(x).cpu(), expected(x).detach())
