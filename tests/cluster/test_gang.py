@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import torchways as tw
+from tests.cluster.test_launch import wait_for
 from torchways.config import ClusterConfig
 from torchways.errors import ConfigError
 from torchways.launch.embedded import start_cluster
@@ -92,7 +93,7 @@ def test_computations_of_three_clients_over_four_hosts_never_deadlock(tmp_path, 
 
 def test_they_deadlock_in_the_order_of_arrival(tmp_path):
     with island("arrival", tmp_path) as environment, clients(environment, 1000) as running:
-        [log] = tmp_path.glob("device*")
+        [log] = wait_for(lambda: list(tmp_path.glob("device*")), "the device's log")
         deadline = time.monotonic() + 240
         while "deadlock: " not in log.read_text():
             assert time.monotonic() < deadline
