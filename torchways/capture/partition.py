@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import operator
+from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -165,11 +166,6 @@ class _Partitioner:
         groups = self._cut()
         self._add_seeds(groups)
         self.data_sizes = self._find_data_sizes()
-        self.state_placements = {
-            (self.slice_of[node], tuple(node.meta["val"].shape)): self._placements(node, self.slice_of[node])
-            for node, spec in zip(self.placeholders, self.inputs, strict=True)
-            if spec.is_state
-        }
         computes: list[Compute | AllReduce] = [*map(self._make_compute, groups), *map(self._make_sum, self.sums)]
         results = tuple(self._value(node, self._slice(node)) for node in self.outputs)
         nodes: list[Node] = [*self._args(), *_in_order(computes, set(self.arg_inputs)), Result(inputs=results)]
@@ -480,8 +476,24 @@ class _Partitioner:
                 return self._placements(old, slice_index) if self.slice_of[old] == slice_index else ("R",) * mesh.ndim
         if node.target is CONSTRAIN:
             return _constraint(node)
-        as_state = self.state_placements.get((slice_index, shape))  # a gradient, most likely
-        return as_state if as_state is not None else self._derived_placements(shape, mesh)
+        state = self._updated_state(node, slice_index)
+        return self._placements(state, slice_index) if state is not None else self._derived_placements(shape, mesh)
+
+    def _updated_state(self, node: torch.fx.Node, slice_index: int) -> torch.fx.Node | None:
+        """Returns the state that a value is combined with element by element, as an update does with a gradient."""
+        shape = node.meta["val"].shape
+        seen, waiting = {node}, deque([node])
+        while waiting:
+            for user in waiting.popleft().users:
+                if user in seen or self.slice_of.get(user) != slice_index or not _is_pointwise(user, shape):
+                    continue
+                seen.add(user)
+                waiting.append(user)
+                for argument in user.all_input_nodes:
+                    is_state = argument.op == "placeholder" and self.inputs[self._position[argument]].is_state
+                    if is_state and argument.meta["val"].shape == shape and self.slice_of[argument] == slice_index:
+                        return argument
+        return None
 
     def _derived_placements(self, shape: tuple[int, ...], mesh: VirtualSlice) -> Placements:
         """Splits what looks like a batch (dimension 0 a multiple of the data's) along "dp"; never changes a result."""
@@ -630,6 +642,12 @@ def _summed(item: torch.fx.Node) -> torch.fx.Node:
     """Returns what a sum's output is the sum of, on its slice: the sum's input of the same number."""
     total, number = item.args
     return total.args[0][number]  # type: ignore[union-attr, index, return-value]
+
+
+def _is_pointwise(node: torch.fx.Node, shape: torch.Size) -> bool:
+    """Whether a node gives a tensor of that shape, element by element."""
+    is_tensor = isinstance(node.meta.get("val"), torch.Tensor)
+    return is_tensor and node.meta["val"].shape == shape and torch.Tag.pointwise in getattr(node.target, "tags", ())
 
 
 def _constraint(node: torch.fx.Node) -> Placements:

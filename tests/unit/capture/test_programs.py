@@ -1,6 +1,7 @@
 """What captured programs compute, against plain PyTorch; no processes (tests/local_session.py runs the parts)."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torchways.controller.function import _module_entry, make_function, make_par
 from torchways.controller.modules import make_placed
 from torchways.controller.program import ProgramFunction
 from torchways.errors import CaptureError, DataDependentError, PlacementError
-from torchways.ir.program import Compute
+from torchways.ir.program import Compute, Transfer
 from torchways.parallel.pipeline import SplitPoint, add_stages
 
 
@@ -249,6 +250,41 @@ def test_a_training_step_on_one_slice_is_one_computation_and_an_update_of_all_st
         assert not gradients.donated  # to write where it reads again and again, it would have to copy that first
         state = [array for slots in optimizer.state.values() for array in slots.values()]
         assert len(update.donated) == len([*model.parameters(), *state])
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_a_gradient_is_split_as_its_parameter_is_among_others_of_its_shape(clip):
+    session = LocalSession()
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU(), nn.Linear(8, 8, bias=False))
+    plan = {"0.weight": ("tp", "dp"), "2.weight": ("dp", "tp")}
+    model = make_parallel(model, session.mesh(2, 2, names=("dp", "tp")), plan, lambda: session)
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def step(x):
+        model(x).square().mean().backward()
+        if clip:
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    program = ProgramFunction(step, None, lambda: session)
+    program(torch.randn(4, 8))
+    lowered = program.lower().program
+    _, update = (node for node in lowered.nodes if isinstance(node, Compute))
+    values = [lowered.values[index] for index in update.inputs]
+    splits = Counter(value.placements for value in values if value.shape == (8, 8))
+    assert splits == {("S(1)", "S(0)"): 4, ("S(0)", "S(1)"): 4}  # parameter, gradient and two moments
+
+
+def test_an_activation_with_a_parameters_shape_is_split_as_data_is():
+    session = LocalSession()
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    pipelined(session, model, {"1": SplitPoint.BEGINNING}, [session.mesh(2), session.mesh(2)])
+    program = ProgramFunction(model, None, lambda: session)
+    program(torch.randn(8, 8))
+    lowered = program.lower().program
+    (moved,) = (node for node in lowered.nodes if isinstance(node, Transfer))
+    assert lowered.values[moved.output].placements == ("S(0)",)
 
 
 def test_an_array_of_another_slice_is_transferred():
