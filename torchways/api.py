@@ -413,8 +413,9 @@ def generate(
 
     Greedy tokens are those of `model.generate` on the CPU, up to rounding: prompt and decoding step are one compiled
     function each, with a static key-value cache that stays on the slice (split over the batch on the axis "dp" and
-    over heads on other axes). Cache lengths are rounded up to 64, so prompts of other lengths share the decoding step;
-    each prompt length compiles a prefill of its own.
+    over heads on other axes). Cache lengths are rounded up to 64 and prompts padded on the left, to one of at most four
+    lengths between two powers of two, so that prompts of many lengths share what is compiled. (Not for models whose
+    `forward` takes no `position_ids`, nor where it would leave no room for the new tokens.)
 
     Args:
         model: placed by `tw.function` or `tw.parallelize_module`; call `model.eval()` first.

@@ -29,6 +29,8 @@ from torchways.mesh import DATA_AXIS, VirtualSlice
 
 #: The cache's length is a multiple of this, so that prompts of about one length share the compiled decoding step.
 _CACHE_STEP = 64
+#: The least that prompts are padded to.
+_SHORTEST_PROMPT = 16
 #: Ways to choose tokens whose compiled functions a model keeps.
 _MAX_DECODERS = 8
 _DECODERS = "_torchways_decoders"
@@ -114,7 +116,7 @@ class _Decoder:
         self._model = model
         self._choice = choice
         self._warpers = choice.warpers()
-        self._parameters = inspect.signature(type(model).forward).parameters
+        self.parameters = inspect.signature(type(model).forward).parameters
         self.prefill: Callable[..., Any] = self._prefill
         self.decode: Callable[..., Any] = self._decode
         if (
@@ -163,7 +165,7 @@ class _Decoder:
             "use_cache": True,
             "logits_to_keep": 1,
         }
-        output = self._model(**{name: value for name, value in given.items() if name in self._parameters})
+        output = self._model(**{name: value for name, value in given.items() if name in self.parameters})
         return output.logits[:, -1].float(), [(layer.keys, layer.values) for layer in held.layers]
 
     def _next(self, state: _State, scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[_State, Any]:
@@ -216,9 +218,15 @@ def run_generate(
 ) -> torch.Tensor:
     """See `tw.generate`; `get_session` is None where all runs eagerly."""
     ids, mask = _check(model, input_ids, attention_mask, max_new_tokens, tokens_per_dispatch, get_session)
-    batch, prompt_length = ids.shape
+    batch, given_length = ids.shape
     mesh = None if get_session is None else getattr(model, _ENTRY).mesh
     decoder = _decoder(model, choice, mesh, get_session)
+    # A model that is not told the positions of tokens would count what is padded.
+    padding = _padding(model, given_length, max_new_tokens) if "position_ids" in decoder.parameters else 0
+    given = ids
+    ids = torch.nn.functional.pad(ids, (padding, 0), value=choice.pad_token_id)
+    mask = torch.nn.functional.pad(mask, (padding, 0))
+    prompt_length = given_length + padding
     cache_length = math.ceil((prompt_length + max_new_tokens) / _CACHE_STEP) * _CACHE_STEP
     room = (0, cache_length - prompt_length)
     uniforms = torch.rand(max_new_tokens, batch, generator=generator) if choice.do_sample else None
@@ -231,15 +239,32 @@ def run_generate(
     run = _Generation(decoder, get_session)
     run.start(_empty_cache(model, batch, cache_length, mesh, is_eager=get_session is None), prompt)
     if streamer is not None:
-        streamer.put(ids)
+        streamer.put(given)
     watch = _Watch(choice, streamer, batch)
     for ys in run.chunks(uniforms, max_new_tokens, tokens_per_dispatch):
         if watch.has_ended(ys):
             break
     if streamer is not None:
         streamer.end()
-    result = run.state.ids.cpu()
-    return result[:, : prompt_length + _num_new(result[:, prompt_length:], max_new_tokens, choice)]
+    result = run.state.ids.cpu()[:, padding:]
+    return result[:, : given_length + _num_new(result[:, given_length:], max_new_tokens, choice)]
+
+
+def _padding(model: Any, length: int, max_new_tokens: int) -> int:
+    """Returns by how much prompts of this length are padded on the left, so that they share a compiled prefill.
+
+    They are padded to one of at most four lengths between two powers of two; not at all where that leaves no room.
+    """
+    step = max(_SHORTEST_PROMPT, 1 << max(0, (length - 1).bit_length() - 3))
+    padded = math.ceil(length / step) * step
+    limit = _position_limit(model)
+    return padded - length if limit is None or padded + max_new_tokens <= limit else 0
+
+
+def _position_limit(model: Any) -> int | None:
+    """Returns how many positions a model has; None: any number."""
+    limit: int | None = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+    return limit
 
 
 class _Generation:
@@ -388,7 +413,7 @@ def _check(
         raise UserError(
             f"max_new_tokens={max_new_tokens} and tokens_per_dispatch={tokens_per_dispatch} must be at least 1"
         )
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    limit = _position_limit(model)
     if limit is not None and ids.shape[1] + max_new_tokens > limit:
         raise UserError(
             f"a prompt of {ids.shape[1]} tokens and max_new_tokens={max_new_tokens} are more than the {limit} "

@@ -81,6 +81,20 @@ def test_greedy_tokens_are_those_of_transformers(session, llama, placed):
     assert torch.equal(generate(session, placed, 1), expected(llama, 1))
 
 
+def test_prompts_of_about_one_length_share_what_is_compiled(session, llama, placed):
+    def run(length):
+        ids = torch.randint(3, 64, (2, length), generator=torch.Generator().manual_seed(length))
+        options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+        theirs = llama.generate(ids, attention_mask=torch.ones_like(ids), **options, eos_token_id=None)
+        assert torch.equal(run_generate(placed, ids, None, 5, choice(), None, None, 4, lambda: session), theirs)
+        return len(session.programs)
+
+    first = run(9)
+    assert [run(length) for length in (3, 12, 16)] == [first] * 3
+    assert run(17) > first
+    assert run(75) > first  # 80 positions: no room for padding
+
+
 def test_rows_end_and_are_padded_as_in_transformers(session, llama, placed):
     tokens = expected(llama, 14)
     for eos in ((int(tokens[0, 9]),), (int(tokens[0, 9]), int(tokens[1, 12])), (int(tokens[0, 7]), int(tokens[1, 7]))):
