@@ -68,11 +68,11 @@ def _program(
     known = _programs.get(function)
     if known is None or known.mesh is not mesh:
         # A weak reference to the key would be kept alive by the value: the program gets a copy of its own.
-        known = _programs[function] = ProgramFunction(_copy_of(function), mesh, get_session)
+        known = _programs[function] = ProgramFunction(copy_of(function), mesh, get_session)
     return known
 
 
-def _copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
+def copy_of(function: Callable[..., Any]) -> Callable[..., Any]:
     reference = weakref.ref(function)
 
     def call(*operands: Any) -> Any:
@@ -105,10 +105,10 @@ def _check_same(before: tuple[Any, ...], after: tuple[Any, ...], body_fn: Callab
             same = was.shape == now.shape and was.dtype == now.dtype
             if not same:
                 raise ShapeError(
-                    f"{name}, the body of tw.while_loop, returns operand {position} as {_kind(now)}, but it gets "
-                    f"{_kind(was)}: each turn must keep shapes and dtypes"
+                    f"{name}, the body of tw.while_loop, returns operand {position} as {kind_text(now)}, but it gets "
+                    f"{kind_text(was)}: each turn must keep shapes and dtypes"
                 )
 
 
-def _kind(value: torch.Tensor) -> str:
+def kind_text(value: torch.Tensor) -> str:
     return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"

@@ -21,7 +21,7 @@ from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.function import make_function
-from torchways.controller.modules import _ENTRY
+from torchways.controller.modules import ENTRY
 from torchways.controller.scan import loop_in_python, run_scan
 from torchways.controller.session import Session
 from torchways.errors import ShapeError, UserError
@@ -219,7 +219,7 @@ def run_generate(
     """See `tw.generate`; `get_session` is None where all runs eagerly."""
     ids, mask = _check(model, input_ids, attention_mask, max_new_tokens, tokens_per_dispatch, get_session)
     batch, given_length = ids.shape
-    mesh = None if get_session is None else getattr(model, _ENTRY).mesh
+    mesh = None if get_session is None else getattr(model, ENTRY).mesh
     decoder = _decoder(model, choice, mesh, get_session)
     # A model that is not told the positions of tokens would count what is padded.
     padding = _padding(model, given_length, max_new_tokens) if "position_ids" in decoder.parameters else 0
@@ -393,7 +393,7 @@ def _check(
     config: Any = getattr(model, "config", None)
     if not isinstance(model, torch.nn.Module) or not hasattr(config, "get_text_config"):
         raise UserError(f"tw.generate takes a causal language model of transformers, not {name}")
-    if get_session is not None and not hasattr(model, _ENTRY):
+    if get_session is not None and not hasattr(model, ENTRY):
         raise UserError(
             f"{name} is on no slice: place it with tw.function(model, mesh=...) or tw.parallelize_module before "
             "tw.generate"

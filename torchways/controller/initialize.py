@@ -59,12 +59,15 @@ def build_on_slices(
         built.append(module)
         made.extend(_state_of(module))
         homes = place(module)
-        default = next(iter(homes.values()), None)
+        if not homes:
+            raise UserError(
+                f"{type(module).__name__} has neither parameters nor buffers to build on a slice, at {user_line()}: "
+                "give the module itself"
+            )
+        default = next(iter(homes.values()))
         results = []
         for item in made:
-            home = homes.get(item.names[0] if item.names else "", default)
-            assert home is not None
-            mesh, placements = home
+            mesh, placements = homes.get(item.names[0] if item.names else "", default)
             if not item.names:
                 placements = ("R",) * mesh.root.ndim
             results.append(mode.constrain(item.tensor.detach(), mesh, placements))

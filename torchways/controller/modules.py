@@ -18,7 +18,7 @@ from torchways.controller.buffers import HostBuffer, get_all, host_array
 from torchways.errors import ShapeError, UserError
 
 #: Attribute of a placed module's class: runs one call of it outside any program.
-_ENTRY = "_torchways_entry"
+ENTRY = "_torchways_entry"
 
 
 def arrays_of(module: torch.nn.Module) -> None:
@@ -53,7 +53,7 @@ def make_placed(
     """
     arrays_of(module)
     module.__class__ = placed_class(type(module), call)
-    object.__setattr__(module, _ENTRY, entry(module))
+    object.__setattr__(module, ENTRY, entry(module))
 
 
 def placed_class(cls: type, call: Callable[..., Any]) -> type:
@@ -62,7 +62,7 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode = current_trace()
         if mode is None:
-            return getattr(self, _ENTRY)(*args, **kwargs)
+            return getattr(self, ENTRY)(*args, **kwargs)
         mode.modules.append(self)
         return call(self, super(placed, self).__call__, args, kwargs)
 

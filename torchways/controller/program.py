@@ -87,7 +87,7 @@ class _Source:
 
 
 @dataclass(frozen=True, slots=True)
-class _ResultTarget:
+class ResultTarget:
     """Where a result goes: output `position` of the function, a written array, a place in Python state, a piece."""
 
     target: int | Array | StateSlot | _Made
@@ -112,7 +112,7 @@ class Captured:
 
     program: Program
     sources: list[Any]
-    targets: list[_ResultTarget]
+    targets: list[ResultTarget]
     num_returned: int
     out_spec: pytree.TreeSpec
     constants: dict[int, Any]
@@ -132,7 +132,7 @@ class _Piece:
 
     lowered: LoweredProgram
     arguments: dict[int, list[_Source]]
-    results: list[_ResultTarget]
+    results: list[ResultTarget]
     program_id: ProgramId = ProgramId(0)
     bound_to: tuple[SliceId, ...] = ()
 
@@ -326,7 +326,7 @@ class ProgramFunction:
 
     def _make_variant(self, signature: Signature, session: Session) -> Variant:
         self._log_trace(signature, session)
-        return _trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
+        return trace_variant(self._function, self._name, signature, self.mesh, session, self._dispatch)
 
     def _log_trace(self, signature: Signature, session: Session) -> None:
         """Says why the function is traced, if it is not the first time."""
@@ -361,7 +361,7 @@ def _ordinal(number: int) -> str:
 # ---- tracing
 
 
-def _trace_variant(
+def trace_variant(
     function: Callable[..., Any],
     name: str,
     signature: Signature,
@@ -456,7 +456,7 @@ def _trace_once(
                 constants=traced.constants,
             )
         )
-        variant = _variant_of(captured, cut.meshes, session, guards_of(function, traced, tracker, lifted), dispatch)
+        variant = variant_of(captured, cut.meshes, session, guards_of(function, traced, tracker, lifted), dispatch)
     except BaseException as error:
         tracker.roll_back(lifted)
         if isinstance(error, (TorchwaysError, KeyboardInterrupt)):
@@ -466,7 +466,7 @@ def _trace_once(
     return variant
 
 
-def _variant_of(
+def variant_of(
     captured: Captured,
     meshes: list[VirtualSlice],
     session: Session,
@@ -599,7 +599,7 @@ def _check_written(traced: Trace, written: list[int], name: str) -> None:
 
 def _result_targets(
     cut: PartitionedProgram, traced: Trace, tracker: StateTracker, written: list[int]
-) -> list[_ResultTarget]:
+) -> list[ResultTarget]:
     targets: list[int | Array | StateSlot] = [
         *range(traced.num_outputs),
         *tracker.slots,
@@ -609,8 +609,8 @@ def _result_targets(
     return [_target(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
 
 
-def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> _ResultTarget:
-    return _ResultTarget(target, meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype))
+def _target(target: Any, value: Value, meshes: list[VirtualSlice]) -> ResultTarget:
+    return ResultTarget(target, meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype))
 
 
 # ---- running

@@ -14,15 +14,15 @@ import torch.utils._pytree as pytree
 from torchways.array import Array
 from torchways.capture.state import StateSlot
 from torchways.capture.tracer import current_trace
-from torchways.controller.control_flow import _copy_of, _kind
+from torchways.controller.control_flow import copy_of, kind_text
 from torchways.controller.program import (
     Captured,
     ProgramFunction,
+    ResultTarget,
     Seed,
     Variant,
-    _ResultTarget,
-    _trace_variant,
-    _variant_of,
+    trace_variant,
+    variant_of,
 )
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, signature_of
@@ -94,7 +94,7 @@ class _ScanFunction(ProgramFunction):
         self, combine_fn: Callable[..., Any], mesh: VirtualSlice | None, get_session: Callable[[], Session]
     ) -> None:
         # A weak reference to the key of `_loops` would be kept alive by the value: the program gets a copy of its own.
-        super().__init__(_copy_of(combine_fn), mesh, get_session, is_one_node=True)
+        super().__init__(copy_of(combine_fn), mesh, get_session, is_one_node=True)
         self._unbind = ProgramFunction(_unbind, mesh, get_session)
         #: The body as captured, and a variant that it is in, by signature: other lengths need no trace.
         self._bodies: dict[Any, tuple[Captured, Variant]] = {}
@@ -121,7 +121,7 @@ class _ScanFunction(ProgramFunction):
         captured, known = self._bodies.get(key, (None, None))
         if captured is not None and known is not None and known.holds(session, signature):
             unrolled = _unrolled(captured, self._name, init, length, donate)
-            return _variant_of(unrolled, known.meshes, session, known.guards)
+            return variant_of(unrolled, known.meshes, session, known.guards)
 
         self._log_trace(signature, session)
 
@@ -130,7 +130,7 @@ class _ScanFunction(ProgramFunction):
             captured = found
             return _unrolled(found, self._name, init, length, donate)
 
-        variant = _trace_variant(
+        variant = trace_variant(
             self._function, self._name, body, self.mesh, session, self._dispatch, rewrite, may_read=False
         )
         assert captured is not None
@@ -187,7 +187,7 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
     whole: Any = ((_label(carry, length - 1), [_label(y, turn) for turn in range(length)]), {})
     labels, out_spec = pytree.tree_flatten(whole, is_leaf=lambda item: isinstance(item, _Leaf))
     place = {label: number for number, label in enumerate(label for label in labels if label.position in result_of)}
-    targets: list[_ResultTarget] = []
+    targets: list[ResultTarget] = []
     for turn, number in loop.results(len(body.targets)):
         made = body.targets[number]
         if number < body.num_returned:
@@ -240,7 +240,7 @@ def _check_carry(body: Captured, name: str, init: Any, carry: Any, result_of: di
                 now = f"{str(target.dtype).removeprefix('torch.')}{list(target.shape)}"
                 raise ShapeError(
                     f"{name}, the body of tw.scan, returns leaf {position} of the carry as {now}, but it gets "
-                    f"{_kind(was)}: each turn must keep shapes and dtypes"
+                    f"{kind_text(was)}: each turn must keep shapes and dtypes"
                 )
             carried.append(result_of[leaf])
         elif leaf in result_of or isinstance(was, torch.Tensor) or body.constants[leaf] != was:

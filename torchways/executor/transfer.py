@@ -182,7 +182,8 @@ class _Link:
                 return
             self._broken = reason
         self._settled.set()
-        logger.warning("link to executor %s: %s", self.peer, reason)
+        # No more than that: peers end with their slices too, and what waits for this one fails with the reason.
+        logger.info("link to executor %s: %s", self.peer, reason)
         self.plane.on_lost(self.peer, reason)
         self.plane.inbox.put(self._close)
 

@@ -9,12 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.local_session import LocalSession
-from torchways.controller.function import _module_entry, make_function, make_parallel
-from torchways.controller.modules import make_placed
+from torchways.controller.function import make_function, make_parallel, make_pipeline
 from torchways.controller.program import ProgramFunction
-from torchways.errors import CaptureError, DataDependentError, PlacementError
+from torchways.errors import CaptureError, DataDependentError, PlacementError, UserError
 from torchways.ir.program import Compute, Transfer
-from torchways.parallel.pipeline import SplitPoint, add_stages
+from torchways.parallel.pipeline import SplitPoint
 
 
 class Block(nn.Module):
@@ -48,9 +47,7 @@ class Model(nn.Module):
 
 
 def pipelined(session, module, split_spec, meshes):
-    call = add_stages(module, split_spec, meshes)
-    make_placed(module, call, lambda placed: _module_entry(placed, None, lambda: session))
-    return module
+    return make_pipeline(module, split_spec, meshes, None, lambda: session)
 
 
 def make_step(model, optimizer, clip):
@@ -379,6 +376,14 @@ def test_operator_without_lowering_is_refused_with_its_line():
 
     with pytest.raises(CaptureError, match=r"no lowering[\s\S]*_linalg_det at test_programs\.py:\d+ in program"):
         ProgramFunction(program, session.mesh(), lambda: session)(torch.eye(3))
+
+
+def test_a_module_without_state_has_nothing_to_build_on_a_slice():
+    session = LocalSession()
+    with pytest.raises(UserError, match=r"GELU has neither parameters nor buffers .* give the module itself"):
+        make_parallel(nn.GELU, session.mesh(), {}, lambda: session)
+    gelu = make_parallel(nn.GELU(), session.mesh(), {}, lambda: session)
+    torch.testing.assert_close(gelu(torch.ones(2)).cpu(), F.gelu(torch.ones(2)))
 
 
 def test_scheduler_inside_the_program_is_refused():
