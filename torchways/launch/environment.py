@@ -13,12 +13,26 @@ logger = logging.getLogger(__name__)
 COMPILATION_CACHE_VARIABLE = "TORCHWAYS_COMPILATION_CACHE"
 
 
-def executor_environment(platform: str, device_indices: Sequence[int], base: Mapping[str, str]) -> dict[str, str]:
+#: Where TPU processes of one slice find each other: libtpu's own first port, and how many we use from there.
+_TPU_FIRST_PORT, _TPU_NUM_PORTS = 8476, 2048
+
+
+def executor_environment(
+    platform: str,
+    device_indices: Sequence[int],
+    base: Mapping[str, str],
+    *,
+    host_number: int = 0,
+    addresses: Sequence[str] = (),
+) -> dict[str, str]:
     """Returns the whole environment of an executor.
 
     Args:
         platform: "cpu", "tpu" or "simulated".
         device_indices: the island's devices that its PJRT client shall have.
+        host_number: which of its slice's hosts it is.
+        addresses: "host:port" of each of the slice's hosts (`tpu_addresses`), for TPU slices of several; there, a host
+            has as many devices as any other, and hosts stand in a line along the first dimension of the topology.
         base: environment to start from; what a user set there for threads is kept. TORCHWAYS_COMPILATION_CACHE names
             a folder for compiled functions, which serves later clusters; on TPU only.
     """
@@ -40,11 +54,15 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
     environment.setdefault("MALLOC_ARENA_MAX", "1")
     if platform == "tpu":
-        # Untested on hardware: one process that sees just these chips of one host.
+        # Untested on hardware: a process that sees just these chips of its host.
         environment["PJRT_DEVICE"] = "TPU"
         environment["TPU_VISIBLE_CHIPS"] = ",".join(map(str, device_indices))
-        environment["TPU_PROCESS_BOUNDS"] = "1,1,1"
+        environment["TPU_PROCESS_BOUNDS"] = f"{max(1, len(addresses))},1,1"
         environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] = f"1,{len(device_indices)},1"
+        if len(addresses) > 1:
+            environment["TPU_PROCESS_ADDRESSES"] = ",".join(addresses)
+            environment["TPU_PROCESS_PORT"] = addresses[host_number].rpartition(":")[2]
+            environment["CLOUD_TPU_TASK_ID"] = str(host_number)
         if folder := environment.get(COMPILATION_CACHE_VARIABLE):
             # Untested on hardware. torch-xla's keys are hashes of graphs: they do not tell its version or the devices.
             version = importlib.metadata.version("torch_xla")
@@ -58,3 +76,9 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
         environment["PJRT_DEVICE"] = "CPU"
         environment["CPU_NUM_DEVICES"] = str(len(device_indices))
     return environment
+
+
+def tpu_addresses(host: str, slice_id: int, num_hosts: int) -> list[str]:
+    """Returns where the processes of a TPU slice of several hosts listen for each other; not those of other slices."""
+    first = slice_id * num_hosts
+    return [f"{host}:{_TPU_FIRST_PORT + (first + number) % _TPU_NUM_PORTS}" for number in range(num_hosts)]

@@ -22,7 +22,7 @@ import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
 from torchways.launch.child import Child
-from torchways.launch.environment import executor_environment
+from torchways.launch.environment import executor_environment, tpu_addresses
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -199,7 +199,13 @@ class NodeAgent:
         if self._arguments.platform == "simulated":
             flags += ["--simulator", await self._simulators[order.island_id], "--num-hosts", str(len(order.gang))]
             flags += ["--devices", ",".join(map(str, order.device_indices))]
-        environment = executor_environment(self._arguments.platform, order.device_indices, os.environ)
+        environment = executor_environment(
+            self._arguments.platform,
+            order.device_indices,
+            os.environ,
+            host_number=list(order.gang).index(order.executor_id),
+            addresses=tpu_addresses(self._arguments.host, order.slice_id, len(order.gang)),
+        )
         ready = await self._spawn(order.name, "torchways.executor", flags, environment)
         if ready is not None:
             self._report_ready(order.name, pb.ProcessReady(executor=pb.ExecutorInfo(**ready)))

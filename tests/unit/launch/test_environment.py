@@ -2,7 +2,7 @@
 
 import importlib.metadata
 
-from torchways.launch.environment import executor_environment
+from torchways.launch.environment import executor_environment, tpu_addresses
 
 
 def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
@@ -21,6 +21,24 @@ def test_tpu_executors_see_the_chips_of_their_slice():
     assert environment["TPU_PROCESS_BOUNDS"] == "1,1,1"
     assert environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
     assert "CPU_NUM_DEVICES" not in environment
+
+
+def test_tpu_executors_of_a_slice_of_several_hosts_find_each_other():
+    addresses = tpu_addresses("10.0.0.1", 3, 2)
+    found = [
+        executor_environment("tpu", devices, {}, host_number=number, addresses=addresses)
+        for number, devices in enumerate([[0, 1], [2, 3]])
+    ]
+    for number, environment in enumerate(found):
+        assert environment["TPU_PROCESS_BOUNDS"] == "2,1,1"
+        assert environment["TPU_CHIPS_PER_PROCESS_BOUNDS"] == "1,2,1"
+        assert environment["TPU_PROCESS_ADDRESSES"].split(",") == addresses
+        assert addresses[number].endswith(f":{environment['TPU_PROCESS_PORT']}")
+        assert environment["CLOUD_TPU_TASK_ID"] == str(number)
+    assert [environment["TPU_VISIBLE_CHIPS"] for environment in found] == ["0,1", "2,3"]
+    assert not {*addresses} & {*tpu_addresses("10.0.0.1", 4, 2)}
+    alone = executor_environment("tpu", [0], {}, addresses=tpu_addresses("10.0.0.1", 3, 1))
+    assert "TPU_PROCESS_ADDRESSES" not in alone
 
 
 def test_what_the_user_set_for_threads_is_kept_and_devices_are_ours():
