@@ -93,6 +93,18 @@ class _Maker:
             patch = config.patch_size**2 * channels * getattr(config, "temporal_patch_size", 1)
             grid = torch.tensor([[1, 4, 4]] * BATCH)
             return {"pixel_values": torch.randn(BATCH * 16, patch, generator=self.generator), "image_grid_thw": grid}
+        if "pixel_attention_mask" in names and "spatial_shapes" in names:  # images as patches
+            shapes, mask = torch.tensor([[4, 4]] * BATCH), torch.ones(BATCH, 16, dtype=torch.int64)
+            patches = self.normal(16, config.patch_size**2 * channels)
+            return {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
+        if "image_sizes" in names and "llava" in self.config.model_type:  # two crops an image
+            sizes = torch.tensor([self.image_size()] * BATCH)
+            return {"pixel_values": self.normal(2, channels, *self.image_size()), "image_sizes": sizes}
+        if "image_sizes" in names:
+            sizes = torch.tensor([self.image_size()] * BATCH)
+            return {"pixel_values": self.normal(channels, *self.image_size()), "image_sizes": sizes}
+        if "pixel_attention_mask" in names:  # several images a text
+            return {"pixel_values": self.normal(1, channels, *self.image_size())}
         frames = [getattr(config, "num_frames", None) or 2] if "Video" in type(self.model).__name__ else []
         return {"pixel_values": self.normal(*frames, channels, *self.image_size())}
 

@@ -20,7 +20,7 @@ from transformers import CONFIG_MAPPING
 from transformers.models.auto import modeling_auto
 
 import torchways as tw
-from tests.architectures.batches import NUM_LABELS, batch_of
+from tests.architectures.batches import BATCH, NUM_LABELS, batch_of
 from tests.architectures.configurations import shrink
 from torchways.capture.objects import open_objects
 from torchways.errors import UserError
@@ -83,25 +83,19 @@ def build(name, task, model_type):
     def data(seed):
         return batch_of(model, task, torch.Generator().manual_seed(seed), num_image_tokens)
 
-    def attempt():
-        with torch.no_grad():
-            model.eval()(**data(0))
-
-    try:
-        attempt()
-    except ValueError as error:  # the number of tokens of an image, which each architecture computes in its own way
-        found = re.search(r"tokens: (?:torch.Size\(\[)?(\d+).*features:? (?:torch.Size\(\[)?(\d+)", str(error))
-        if found is None:
-            raise
-        num_image_tokens = max(1, int(found[2]) // 2)
+    candidates = [0]
+    for num_image_tokens in candidates:  # each architecture computes in its own way how many there must be
         try:
-            attempt()
+            with torch.no_grad():
+                model.eval()(**data(0))
+            break
         except ValueError as error:
-            found = re.search(r"tokens: (\d+).*features:? (\d+)", str(error))
-            if found is None:
+            found = re.search(r"tokens: .*features:?\D*(\d+)", str(error))
+            if found is None or num_image_tokens == candidates[-1] != 0:
                 raise
-            num_image_tokens = int(found[2]) // (int(found[1]) // num_image_tokens)
-            attempt()
+            if num_image_tokens == 0:
+                width = model.config.get_text_config().hidden_size
+                candidates += [int(found[1]) // BATCH, int(found[1]) // BATCH // width]
     return model, data
 
 
