@@ -97,10 +97,7 @@ class _Maker:
             shapes, mask = torch.tensor([[4, 4]] * BATCH), torch.ones(BATCH, 16, dtype=torch.int64)
             patches = self.normal(16, config.patch_size**2 * channels)
             return {"pixel_values": patches, "spatial_shapes": shapes, "pixel_attention_mask": mask}
-        if "image_sizes" in names and "llava" in self.config.model_type:  # two crops an image
-            sizes = torch.tensor([self.image_size()] * BATCH)
-            return {"pixel_values": self.normal(2, channels, *self.image_size()), "image_sizes": sizes}
-        if "image_sizes" in names:
+        if "image_sizes" in names and self.config.model_type != "llava":
             sizes = torch.tensor([self.image_size()] * BATCH)
             return {"pixel_values": self.normal(channels, *self.image_size()), "image_sizes": sizes}
         if "pixel_attention_mask" in names:  # several images a text

@@ -217,6 +217,8 @@ def outcome_of(name, task, model_type, mesh, seconds=SECONDS):
     except Random:
         kind = "random"
     except UserError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            return Outcome(name, "slow", str(error), round(time.monotonic() - start, 1))
         kind, detail = "refused" if ".py:" in str(error) else "crash", f"{type(error).__name__}: {error}"
     except TimeoutError:
         kind, detail = "slow", "".join(traceback.format_exc().splitlines(keepends=True)[-12:])

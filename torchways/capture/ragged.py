@@ -85,6 +85,7 @@ class Rows:
         count: how many rows mean something: a traced integer of no dimensions.
         mask: the mask of one dimension that selected the rows, as it was where that is known.
         positions: what the rows would be, were all of them selected, in the shape of the tensor; not traced.
+        inside: which rows mean something, where these are not the first (`windows.py`).
     """
 
     dim: int
@@ -92,12 +93,18 @@ class Rows:
     count: torch.Tensor
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    inside: torch.Tensor | None = None
 
     def valid(self, num_dims: int, dim: int | None = None) -> torch.Tensor:
         """Returns which rows mean something, in a shape that broadcasts to a tensor of `num_dims` dimensions."""
         shape = [1] * num_dims
         shape[self.dim if dim is None else dim] = self.size
-        return (torch.arange(self.size) < self.count).reshape(shape)
+        valid = torch.arange(self.size) < self.count if self.inside is None else self.inside
+        return valid.reshape(shape)
+
+    def along(self, dim: int) -> Rows:
+        """Returns the same rows of a tensor that has them along another dimension."""
+        return replace(self, dim=dim)
 
     def read_count(self) -> int:
         """Returns how many rows there are.
@@ -195,7 +202,7 @@ class RaggedRows:
     """
 
     def __init__(self, node_of: Callable[[torch.Tensor], torch.fx.Node | None]) -> None:
-        self._node_of = node_of
+        self.node_of = node_of
         self._rows: dict[torch.fx.Node, Rows] = {}
         self._body: _Body | None = None
         #: The loop body that made a storage, while it may not be used elsewhere.
@@ -207,7 +214,7 @@ class RaggedRows:
         """Returns how a tensor is ragged, or None if it is not."""
         if not self._rows or not isinstance(tensor, torch.Tensor):
             return None
-        node = self._node_of(tensor)
+        node = self.node_of(tensor)
         return self._rows.get(node) if node is not None else None
 
     @property
@@ -302,7 +309,7 @@ class RaggedRows:
             with _disable_current_modes():
                 positions = torch.arange(size).reshape(size, 1)
             rows = replace(rows, mask=selected, positions=positions)
-        self._set(result, rows)
+        self.mark(result, rows)
         return result
 
     def _index(self, value: torch.Tensor, indices: Any) -> torch.Tensor:
@@ -333,7 +340,7 @@ class RaggedRows:
                 rows = self.rows_of(positions)
                 assert rows is not None
                 for column in positions.unbind(1):
-                    self._set(column, replace(rows, mask=None, positions=None))
+                    self.mark(column, replace(rows, mask=None, positions=None))
                     result.append(column)
             else:
                 result.append(index)
@@ -489,7 +496,7 @@ class RaggedRows:
             if len(dims) != 1 or place.shape[dims[0]] != rows.size:
                 refuse(str(func))
             kept = positions[number] if several and positions is not None else positions
-            self._set(result, replace(rows, dim=dims[0], positions=kept if isinstance(kept, torch.Tensor) else None))
+            self.mark(result, replace(rows, dim=dims[0], positions=kept if isinstance(kept, torch.Tensor) else None))
         return results
 
     # ---- bookkeeping
@@ -498,7 +505,7 @@ class RaggedRows:
         """Makes a result that is the value itself ragged as that."""
         rows = self.rows_of(value)
         assert rows is not None
-        self._set(result, rows)
+        self.mark(result, rows)
         return result
 
     def _mark(self, result: Any, sources: list[tuple[torch.Tensor, int]]) -> Any:
@@ -507,18 +514,23 @@ class RaggedRows:
 
     def _agree(self, result: Any, found: list[tuple[Rows, int]]) -> Any:
         """Makes results ragged as what they were computed from, if that is ragged in one way."""
-        if len({(dim, rows.size) for rows, dim in found}) > 1:
+        if len({(dim, rows.size, id(rows.inside)) for rows, dim in found}) > 1:
             refuse("an operator on rows that two masks select")
         if found:
             [(rows, dim), *_] = found
             for tensor in pytree.tree_leaves(result):
-                self._set(tensor, replace(rows, dim=dim, mask=None, positions=None))
+                self.mark(tensor, replace(rows, dim=dim, mask=None, positions=None))
         return result
 
-    def _set(self, tensor: torch.Tensor, rows: Rows) -> None:
-        node = self._node_of(tensor)
+    def mark(self, tensor: torch.Tensor, rows: Rows) -> None:
+        """Makes a tensor ragged."""
+        node = self.node_of(tensor)
         assert node is not None
         self._rows[node] = rows
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Makes a tensor one whose rows all mean something."""
+        self._rows.pop(self.node_of(tensor), None)  # type: ignore[arg-type]
 
     # ---- loops over rows
 
