@@ -39,9 +39,9 @@ def batch_of(model, task, generator, num_image_tokens=0):
             batch.update(method(names))
     if "bbox" in names:
         batch["bbox"] = torch.tensor([1, 2, 5, 7]).expand(BATCH, LENGTH, 4).clone()
-    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names:
-        if task not in ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC"):
-            batch["decoder_input_ids"] = make.tokens(LENGTH)
+    makes_decoder_inputs = task in ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "CTC")  # of its labels
+    if getattr(config, "is_encoder_decoder", False) and "decoder_input_ids" in names and not makes_decoder_inputs:
+        batch["decoder_input_ids"] = make.tokens(LENGTH)
     batch.update(make.labels(names, task, batch))
     return batch
 

@@ -12,6 +12,7 @@ import time
 import traceback
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import transformers
@@ -240,7 +241,7 @@ def main():
     parser.add_argument("--skip", default="", help="file of names")
     options = parser.parse_args()
     part, parts = map(int, options.part.split("/"))
-    done = set(open(options.skip).read().split()) if options.skip else set()
+    done = set(Path(options.skip).read_text().split()) if options.skip else set()
     work = []
     for task in options.tasks:
         for name, model_type in classes_of(task).items():
