@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch.func import functionalize
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from torchways.capture.complex_numbers import call_on_pairs, can_be_pairs, has_rule
 from torchways.capture.decompositions import pure_decomposition_table
 from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
 from torchways.graphs import SOURCE_KEY
@@ -51,7 +52,7 @@ class _LabellingInterpreter(torch.fx.Interpreter):
             return self.fetch_args_kwargs_from_env(n)[0][0]
         graph = get_proxy_mode().tracer.graph  # type: ignore[union-attr]
         before = graph._root.prev
-        result = self._run_of_scalar(n) if _is_along_dim_of_scalar(n) else super().run_node(n)
+        result = self._run(n)
         node = before.next
         while node is not graph._root:
             for key in (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY, UPDATE_KEY):
@@ -59,6 +60,9 @@ class _LabellingInterpreter(torch.fx.Interpreter):
                     node.meta.setdefault(key, n.meta[key])
             node = node.next
         return result
+
+    def _run(self, n: torch.fx.Node) -> Any:
+        return self._run_of_scalar(n) if _is_along_dim_of_scalar(n) else super().run_node(n)
 
     def _run_of_scalar(self, n: torch.fx.Node) -> Any:
         """Runs an operator along the dimension that a scalar does not have, which torch-xla refuses, on vectors."""
@@ -72,6 +76,16 @@ class _LabellingInterpreter(torch.fx.Interpreter):
             result,
             n.meta["val"],
         )
+
+
+class _InPairs(_LabellingInterpreter):
+    """Runs a pure graph with pairs of real numbers for complex ones."""
+
+    def _run(self, n: torch.fx.Node) -> Any:
+        if not has_rule(n):
+            return super()._run(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return call_on_pairs(n.target, args, kwargs)
 
 
 def _is_along_dim_of_scalar(node: torch.fx.Node) -> bool:
@@ -95,6 +109,9 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
             functionalize(_LabellingInterpreter(graph_module).run, remove="mutations"),
             decomposition_table={**pure_decomposition_table(), **(decompositions or {})},
         )(*fakes)
+        _drop_copies(pure.graph)
+        if can_be_pairs(pure.graph):
+            pure = make_fx(_InPairs(pure).run, decomposition_table=pure_decomposition_table())(*fakes)
     placeholders = [node for node in pure.graph.nodes if node.op == "placeholder"]
     written: dict[int, torch.fx.Node] = {}
     for node in list(pure.graph.nodes):
@@ -108,6 +125,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     output.args = ((*values, *written.values()),)
     _drop_copies(pure.graph)
     _spell_out_full_reductions(pure.graph)
+    _clamp_slices(pure.graph)
     pure.graph.eliminate_dead_code()
     _keep_recomputation(pure.graph)
     pure.recompile()
@@ -139,6 +157,14 @@ def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _REDUCTIONS and (len(node.args) < 2 or not node.args[1]):
             node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())), *node.args[2:])
+
+
+def _clamp_slices(graph: torch.fx.Graph) -> None:
+    """Lets no slice start before the first element, as `x[-window:]` of a shorter tensor: torch-xla refuses it."""
+    for node in graph.nodes:
+        if node.target is torch.ops.aten.slice.Tensor and len(node.args) > 2 and node.args[2] is not None:
+            value, dim, start, *rest = node.args
+            node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:

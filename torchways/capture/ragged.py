@@ -36,8 +36,6 @@ _LIKE = {
     aten.ones_like.default,
     aten.full_like.default,
     aten.empty_like.default,
-    aten.detach.default,
-    aten.alias.default,
     aten.fill_.Scalar,
     aten.zero_.default,
 }
@@ -51,7 +49,9 @@ _ALONG_DIM = {
     aten.sort.default: 1,
     aten.topk.default: 2,
     aten.cat.default: 1,
+    aten.slice_scatter.default: 2,
 }
+_OF_FIRST_DIM = {aten.cat.default, aten.slice_scatter.default}
 _REDUCTIONS = {
     aten.sum.dim_IntList,
     aten.sum.default,
@@ -84,7 +84,8 @@ class Rows:
         size: the tensor's size there.
         count: how many rows mean something: a traced integer of no dimensions.
         mask: the mask of one dimension that selected the rows, as it was where that is known.
-        positions: what the rows would be, were all of them selected, in the shape of the tensor.
+        positions: what the rows would be, were all of them selected, in the shape of the tensor; not traced.
+        inside: which rows mean something, where these are not the first (`windows.py`).
     """
 
     dim: int
@@ -92,35 +93,55 @@ class Rows:
     count: torch.Tensor
     mask: torch.Tensor | None = None
     positions: torch.Tensor | None = None
+    inside: torch.Tensor | None = None
 
     def valid(self, num_dims: int, dim: int | None = None) -> torch.Tensor:
         """Returns which rows mean something, in a shape that broadcasts to a tensor of `num_dims` dimensions."""
         shape = [1] * num_dims
         shape[self.dim if dim is None else dim] = self.size
-        return (torch.arange(self.size) < self.count).reshape(shape)
+        valid = torch.arange(self.size) < self.count if self.inside is None else self.inside
+        return valid.reshape(shape)
+
+    def along(self, dim: int) -> Rows:
+        """Returns the same rows of a tensor that has them along another dimension."""
+        return replace(self, dim=dim)
+
+    def read_count(self) -> int:
+        """Returns how many rows there are.
+
+        Raises:
+            DataDependentError: that depends on computed values.
+        """
+        try:
+            return int(self.count.item())
+        except DataDependentError:
+            refuse("arithmetic with a number of rows")
 
 
 class RowCount(int):
     """The number of rows of a ragged tensor, as far as Python may know it.
 
     Where it decides whether there are any, it says yes: what is computed on none has no effect. It can be used as a
-    size; no other number can be made of it.
+    size; all else asks for the number itself, which is known where the mask is.
     """
 
-    def _refuse(self, *_: Any) -> NoReturn:
-        refuse("arithmetic with a number of rows")
+    _read: Callable[[], int]
 
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __float__ = __neg__ = _refuse
+    @classmethod
+    def of(cls, most: int, read: Callable[[], int]) -> RowCount:
+        """Returns a count that is `most` where Python takes it for a size, and which `read` asks for."""
+        count = cls(most)
+        count._read = read
+        return count
 
     def _is_more_than(self, other: Any) -> bool:
-        return True if other == 0 else self._refuse()
+        return True if other == 0 else self._read() > other
 
     def _is_at_least(self, other: Any) -> bool:
-        return True if other == 1 else self._refuse()
+        return True if other == 1 else self._read() >= other
 
     def _is_not(self, other: Any) -> bool:
-        return True if int(other) == 0 else self._refuse()
+        return True if int(other) == 0 else self._read() != other
 
     __gt__ = _is_more_than
     __ge__ = _is_at_least
@@ -137,12 +158,32 @@ class RowCount(int):
         return not self._is_not(other)
 
 
+def _with_number(name: str) -> Any:
+    operator = getattr(int, name)
+
+    def compute(count: RowCount, *others: Any) -> Any:
+        return operator(count._read(), *map(_number, others))
+
+    return compute
+
+
+def _number(value: Any) -> Any:
+    return value._read() if isinstance(value, RowCount) else value
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow"):
+    for _prefix in ("__", "__r"):
+        setattr(RowCount, f"{_prefix}{_name}__", _with_number(f"{_prefix}{_name}__"))
+for _name in ("float", "neg"):
+    setattr(RowCount, f"__{_name}__", _with_number(f"__{_name}__"))
+
+
 class RaggedSize(tuple[int, ...]):
     """A shape with a `RowCount` in it, of which torch.Size would make a number."""
 
     def numel(self) -> RowCount:
         """Returns the number of elements."""
-        return RowCount(math.prod(map(int, self)))
+        return RowCount.of(math.prod(map(int, self)), lambda: math.prod(map(_number, self)))
 
 
 def refuse(operator: str) -> NoReturn:
@@ -161,7 +202,7 @@ class RaggedRows:
     """
 
     def __init__(self, node_of: Callable[[torch.Tensor], torch.fx.Node | None]) -> None:
-        self._node_of = node_of
+        self.node_of = node_of
         self._rows: dict[torch.fx.Node, Rows] = {}
         self._body: _Body | None = None
         #: The loop body that made a storage, while it may not be used elsewhere.
@@ -173,7 +214,7 @@ class RaggedRows:
         """Returns how a tensor is ragged, or None if it is not."""
         if not self._rows or not isinstance(tensor, torch.Tensor):
             return None
-        node = self._node_of(tensor)
+        node = self.node_of(tensor)
         return self._rows.get(node) if node is not None else None
 
     @property
@@ -230,6 +271,8 @@ class RaggedRows:
             return func(*args[:3], self._zeroed(args[3]))
         if func in _ALONG_DIM:
             return self._along_dim(func, args, kwargs)
+        if func is aten.alias.default or func is aten.detach.default:
+            return self._same(func(*args), args[0])
         if func in _LIKE:
             return self._mark(func(*args, **kwargs), [(args[0], 0)])
         if (func.is_view and func is not aten.as_strided.default) or func is aten._unsafe_view.default:
@@ -250,7 +293,7 @@ class RaggedRows:
         flat = mask.reshape(-1) != 0
         if self._body is not None:
             flat = flat & self._body.condition
-        size = flat.shape[0]
+        selected, size = flat, flat.shape[0]
         if size == 1:  # views could not tell it from other dimensions
             flat, size = torch.cat([flat, torch.zeros_like(flat)]), 2
         # Stable, so that selected rows stay in order; in eager PyTorch they are, too.
@@ -262,9 +305,11 @@ class RaggedRows:
             step //= max(1, length)
             columns.append(order // step % length if length > 1 else torch.zeros_like(order))
         result = torch.stack(columns, 1) if columns else order.new_zeros((size, 0))
-        if mask.dim() == 1 and mask.shape[0] == size:
-            rows = replace(rows, mask=flat, positions=torch.arange(size).reshape(size, 1))
-        self._set(result, rows)
+        if mask.dim() == 1:
+            with _disable_current_modes():
+                positions = torch.arange(size).reshape(size, 1)
+            rows = replace(rows, mask=selected, positions=positions)
+        self.mark(result, rows)
         return result
 
     def _index(self, value: torch.Tensor, indices: Any) -> torch.Tensor:
@@ -295,7 +340,7 @@ class RaggedRows:
                 rows = self.rows_of(positions)
                 assert rows is not None
                 for column in positions.unbind(1):
-                    self._set(column, replace(rows, mask=None, positions=None))
+                    self.mark(column, replace(rows, mask=None, positions=None))
                     result.append(column)
             else:
                 result.append(index)
@@ -409,7 +454,7 @@ class RaggedRows:
 
     def _along_dim(self, func: Any, args: Any, kwargs: Any) -> Any:
         position = _ALONG_DIM[func]
-        dim = args[position] if len(args) > position else kwargs.get("dim", 0 if func is aten.cat.default else -1)
+        dim = args[position] if len(args) > position else kwargs.get("dim", 0 if func in _OF_FIRST_DIM else -1)
         tensors = [leaf for leaf in pytree.tree_leaves(args) if isinstance(leaf, torch.Tensor)]
         found = [(rows, rows.dim) for tensor in tensors if (rows := self.rows_of(tensor)) is not None]
         if any(place == dim % tensors[0].dim() for _, place in found):
@@ -451,10 +496,17 @@ class RaggedRows:
             if len(dims) != 1 or place.shape[dims[0]] != rows.size:
                 refuse(str(func))
             kept = positions[number] if several and positions is not None else positions
-            self._set(result, replace(rows, dim=dims[0], positions=kept if isinstance(kept, torch.Tensor) else None))
+            self.mark(result, replace(rows, dim=dims[0], positions=kept if isinstance(kept, torch.Tensor) else None))
         return results
 
     # ---- bookkeeping
+
+    def _same(self, result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Makes a result that is the value itself ragged as that."""
+        rows = self.rows_of(value)
+        assert rows is not None
+        self.mark(result, rows)
+        return result
 
     def _mark(self, result: Any, sources: list[tuple[torch.Tensor, int]]) -> Any:
         found = [(rows, rows.dim + moved) for tensor, moved in sources if (rows := self.rows_of(tensor)) is not None]
@@ -462,18 +514,23 @@ class RaggedRows:
 
     def _agree(self, result: Any, found: list[tuple[Rows, int]]) -> Any:
         """Makes results ragged as what they were computed from, if that is ragged in one way."""
-        if len({(dim, rows.size) for rows, dim in found}) > 1:
+        if len({(dim, rows.size, id(rows.inside)) for rows, dim in found}) > 1:
             refuse("an operator on rows that two masks select")
         if found:
             [(rows, dim), *_] = found
             for tensor in pytree.tree_leaves(result):
-                self._set(tensor, replace(rows, dim=dim, mask=None, positions=None))
+                self.mark(tensor, replace(rows, dim=dim, mask=None, positions=None))
         return result
 
-    def _set(self, tensor: torch.Tensor, rows: Rows) -> None:
-        node = self._node_of(tensor)
+    def mark(self, tensor: torch.Tensor, rows: Rows) -> None:
+        """Makes a tensor ragged."""
+        node = self.node_of(tensor)
         assert node is not None
         self._rows[node] = rows
+
+    def forget(self, tensor: torch.Tensor) -> None:
+        """Makes a tensor one whose rows all mean something."""
+        self._rows.pop(self.node_of(tensor), None)  # type: ignore[arg-type]
 
     # ---- loops over rows
 
@@ -483,12 +540,14 @@ class RaggedRows:
         assert rows is not None
         if rows.mask is None or rows.positions is None or rows.dim != 0 or self._body is not None:
             refuse("a loop over rows")
-        for position in range(rows.size):
+        for position in range(rows.mask.shape[0]):
             self._body = _Body(rows.mask[position])
             finished = False
             try:
-                row = rows.positions[position]
-                yield torch.full(row.shape, int(row), dtype=row.dtype)
+                with _disable_current_modes():
+                    row = rows.positions[position]
+                    shape, index = row.shape, int(row)
+                yield torch.full(shape, index, dtype=row.dtype)
                 finished = True
             finally:
                 self._body = None
@@ -548,6 +607,8 @@ _KNOWN = {
     *_INDEX_ADDS,
     aten.nonzero.default,
     aten.masked_select.default,
+    aten.alias.default,
+    aten.detach.default,
     aten.gather.default,
     aten.scatter_add.default,
     aten.index.Tensor,
@@ -584,12 +645,15 @@ class RowsInPython(TorchFunctionMode):
         if func is torch.Tensor.__len__ and rows.dim == 0:
             refuse("len()")
         result = func(*args, **kwargs)
+        shape = RaggedSize(
+            RowCount.of(size, rows.read_count) if dim == rows.dim else size for dim, size in enumerate(args[0].shape)
+        )
         if func in (torch.Tensor.numel, torch.Tensor.nelement):
-            return RowCount(result)
+            return shape.numel()
         if isinstance(result, torch.Size):
-            return RaggedSize(RowCount(size) if dim == rows.dim else size for dim, size in enumerate(result))
+            return shape
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
-        return RowCount(result) if dim is not None and dim % args[0].dim() == rows.dim else result
+        return result if dim is None else shape[dim]
 
 
 def _holds_count(tree: Any) -> bool:

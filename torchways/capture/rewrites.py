@@ -7,9 +7,11 @@ same result in one shape for all masks. `x.fill_diagonal_` writes through stride
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 from torch.overrides import TorchFunctionMode
 
 
@@ -17,8 +19,12 @@ class Rewrites(TorchFunctionMode):
     """While it is active, calls run in the form that can be captured, where that is the same."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
         if func is _DATA:
             return args[0].detach()
+        if func is torch.tensor and isinstance(args[0], (list, tuple)) and _holds_tensors(args[0]):
+            result = _stacked(args[0]).detach()
+            return result.to(kwargs["dtype"]) if kwargs.get("dtype") else result
         if func is torch.Tensor.__setitem__ and _is_mask(args[1]):
             target, mask, value = args
             if isinstance(mask, tuple):
@@ -30,10 +36,23 @@ class Rewrites(TorchFunctionMode):
                 mask = mask.reshape(*mask.shape, *[1] * rest)
                 target.copy_(torch.where(mask, value, target))
                 return None
-        kwargs = kwargs or {}
         if func is torch.Tensor.fill_diagonal_ and len(args) == 2 and args[0].dim() == 2 and not kwargs.get("wrap"):
             return _fill_diagonal(*args)
         return func(*args, **kwargs)
+
+
+def _holds_tensors(data: Any) -> bool:
+    return any(isinstance(item, torch.Tensor) for item in pytree.tree_leaves(data))
+
+
+def _stacked(data: Any) -> torch.Tensor:
+    if isinstance(data, torch.Tensor):
+        return data
+    if not isinstance(data, (list, tuple)):
+        return torch.tensor(data)
+    items = list(map(_stacked, data))
+    dtype = reduce(torch.promote_types, (item.dtype for item in items))
+    return torch.stack([item.to(dtype) for item in items])
 
 
 def _fill_diagonal(target: torch.Tensor, value: float) -> torch.Tensor:

@@ -43,6 +43,7 @@ from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
+from torchways.capture.windows import Windows
 from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import Placements, VirtualSlice, tensor_text
@@ -450,7 +451,7 @@ def trace(
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Rewrites():
+        with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Windows(mode.ragged), Rewrites():
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)

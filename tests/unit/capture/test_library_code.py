@@ -265,6 +265,16 @@ class Experts(nn.Module):
                 place, rows = torch.where(mask[expert].squeeze(0))
                 values = self.experts[expert](x[None, rows].reshape(-1, 8)) * weights[rows, place, None]
                 out.index_add_(0, rows, values)
+        elif self.style == "sliced":
+            for expert in mask.sum(dim=(-1, -2)).greater(0).nonzero()[:]:
+                _, rows = torch.where(mask[expert[0]])
+                values = self.experts[expert[0]](x[rows])
+                pairs = values[..., ::2].repeat_interleave(2, -1) + values
+                out.index_add_(0, rows, pairs * (weights * (chosen == expert)).sum(-1)[rows, None])
+        elif self.style in ("sizes", "bounds"):
+            flat, order = chosen.flatten().sort(stable=True)
+            rows, sizes = order.div(2, rounding_mode="trunc"), F.one_hot(flat, 4).sum(0)
+            out = out.index_add(0, rows, self.grouped(x[rows], sizes) * weights.flatten()[order, None])
         elif self.style == "all":
             for number in range(4):
                 rows, place = torch.where(mask[number].T)
@@ -280,8 +290,19 @@ class Experts(nn.Module):
                 out = out + part
         return out
 
+    def grouped(self, x, sizes):
+        """Rows are sorted by expert; the sizes say how many each has."""
+        if self.style == "sizes":
+            parts = x.split(sizes.tolist(), dim=0)
+            return torch.cat([expert(part) for expert, part in zip(self.experts, parts, strict=True)], dim=0)
+        out, ends = torch.zeros_like(x), F.pad(sizes.cumsum(0), (1, 0))
+        for number, expert in enumerate(self.experts):
+            start, end = ends[number], ends[number + 1]
+            out[start:end] = expert(x[start:end])
+        return out
 
-@pytest.mark.parametrize("style", ["hit", "all", "assigned"])
+
+@pytest.mark.parametrize("style", ["hit", "sliced", "all", "assigned", "sizes", "bounds"])
 def test_mixtures_of_experts_run_in_one_graph(style):
     torch.manual_seed(0)
     session = LocalSession()
@@ -336,8 +357,29 @@ def carries_over(x):
     return total
 
 
+def counts_to(x):
+    return [x] * len(range((x > 0).sum(0, keepdim=True).tolist()[0]))
+
+
+def takes_other_slice(x):
+    out, start = x.clone(), x.argmax()
+    out[start:] = x[: start + 1]
+    return out
+
+
 @pytest.mark.parametrize(
-    "function", [lambda x: x[x > 0], lambda x: x[x > 0].mean(), counts, writes_in_loop, carries_over, ends_early]
+    "function",
+    [
+        lambda x: x[x > 0],
+        lambda x: x[x > 0].mean(),
+        lambda x: x[: x.argmax()],
+        counts,
+        counts_to,
+        takes_other_slice,
+        writes_in_loop,
+        carries_over,
+        ends_early,
+    ],
 )
 def test_what_depends_on_the_number_of_selected_rows_is_refused(function):
     session = LocalSession()
@@ -471,3 +513,33 @@ def test_a_diagonal_is_filled_in_a_view():
 
     x = torch.randn(3, 2, 4)
     assert torch.equal(make_function(function, session.mesh(), lambda: session)(x).cpu(), function(x))
+
+
+def test_a_number_of_rows_is_known_where_the_mask_is():
+    session = LocalSession()
+
+    def function(tokens, images, x):
+        mask = (tokens == 7).unsqueeze(-1).expand_as(x)
+        if x[mask].numel() != images.numel():
+            raise ValueError(f"{x[mask].numel() // 3} tokens for images")
+        return x.masked_scatter(mask, images)
+
+    tokens, images, x = torch.tensor([7, 1, 7, 2]), torch.randn(2, 3), torch.randn(4, 3)
+    ours = ProgramFunction(function, session.mesh(), lambda: session)
+    for order in ([0, 1, 2, 3], [3, 2, 1, 0]):
+        torch.testing.assert_close(ours(tokens[order], images, x).cpu(), function(tokens[order], images, x))
+    assert ours.num_traces == 1
+    with pytest.raises(CaptureError, match="1 tokens for images"):
+        ours(torch.tensor([7, 1, 1, 2]), images, x)
+
+
+def test_a_tensor_is_made_of_traced_ones():
+    session = LocalSession()
+
+    def function(x):
+        return torch.tensor([x[0], x[1]]), torch.tensor([[x[0], 2], [3, x[2]]], dtype=torch.float64)
+
+    x = torch.randn(3)
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x), function(x), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)

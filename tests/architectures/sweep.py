@@ -1,0 +1,290 @@
+"""Runs any model of the `transformers` library on a slice and in eager PyTorch, and says how that went.
+
+As a script, `python -m tests.architectures.sweep CAUSAL_LM MASKED_LM [--only REGEX]`, it prints a line a class.
+"""
+
+import argparse
+import copy
+import json
+import re
+import signal
+import time
+import traceback
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from torch.utils import _pytree as pytree
+from transformers import CONFIG_MAPPING
+from transformers.models.auto import modeling_auto
+
+import torchways as tw
+from tests.architectures.batches import BATCH, NUM_LABELS, batch_of
+from tests.architectures.configurations import shrink
+from torchways.capture.objects import open_objects
+from torchways.errors import UserError
+
+NUM_STEPS = 3
+SECONDS = 120
+
+
+@dataclass
+class Outcome:
+    """How a model went.
+
+    Attributes:
+        name: its class.
+        kind: "agree", "differ", "refused", "crash", "slow", "random" (runs, but has no one result to compare with) or
+            "not eager" (eager PyTorch does not run the small configuration).
+        detail: the error.
+        seconds: what it took on the slice.
+    """
+
+    name: str
+    kind: str
+    detail: str = ""
+    seconds: float = 0.0
+
+
+class NotEager(Exception):
+    """Eager PyTorch does not run the model."""
+
+
+class Random(Exception):
+    """The model's result depends on random numbers."""
+
+
+def classes_of(task):
+    """Returns the names of a task's classes and their model types."""
+    mapping = modeling_auto.MODEL_MAPPING_NAMES if task == "BASE" else None
+    mapping = mapping or getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES")
+    found = {}
+    for model_type, names in mapping.items():
+        for name in (names,) if isinstance(names, str) else names:
+            found.setdefault(name, model_type)
+    return found
+
+
+def build(name, task, model_type):
+    """Returns a small model with random weights, no dropout, and a function that makes its batches."""
+    cls = getattr(transformers, name)
+    config = shrink(cls.config_class or CONFIG_MAPPING[model_type])
+    config.num_labels = NUM_LABELS
+    if "CLASSIFICATION" in task and getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = 0
+    torch.manual_seed(0)
+    model = cls(config)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    num_image_tokens = 0
+
+    def data(seed):
+        return batch_of(model, task, torch.Generator().manual_seed(seed), num_image_tokens)
+
+    candidates = [0]
+    for num_image_tokens in candidates:  # each architecture computes in its own way how many there must be
+        try:
+            with torch.no_grad():
+                model.eval()(**data(0))
+            break
+        except ValueError as error:
+            found = re.search(r"tokens: .*features:?\D*(\d+)", str(error))
+            if found is None or num_image_tokens == candidates[-1] != 0:
+                raise
+            if num_image_tokens == 0:
+                width = model.config.get_text_config().hidden_size
+                candidates += [int(found[1]) // BATCH, int(found[1]) // BATCH // width]
+    return model, data
+
+
+def loss_of(out):
+    """A model's loss; of one without, the mean of squares of its results."""
+    if getattr(out, "loss", None) is not None:
+        return out.loss if out.loss.dim() == 0 else out.loss.sum()
+    leaves = [leaf for leaf in pytree.tree_leaves(open_objects(out)) if isinstance(leaf, torch.Tensor)]
+    return sum(leaf.square().mean() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad)
+
+
+def train(model, batches, wrap):
+    # Some gradients are zero but for rounding (biases of keys, what comes before a batch norm); with its usual epsilon,
+    # Adam makes steps of that noise.
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+
+    def train_step(**batch):
+        loss = loss_of(model(**batch))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    step = wrap(train_step)
+    return torch.tensor([loss.item() for loss in [step(**batch) for batch in batches]])
+
+
+def eager_forward(model, batch, seed):
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        return pytree.tree_leaves(open_objects(model.eval()(**batch)))
+
+
+def run_eager(model, data):
+    """Returns results of the model's forward, and the losses and the model after training.
+
+    Raises:
+        NotEager: it cannot.
+        Random: it gives other results each time.
+    """
+    try:
+        forward = eager_forward(model, data(0), 0)
+        again = eager_forward(model, data(0), 1)
+        trained = copy.deepcopy(model).train()
+        torch.manual_seed(0)
+        losses = train(trained, [data(seed) for seed in range(NUM_STEPS)], lambda step: step)
+        other = copy.deepcopy(model).train()
+        torch.manual_seed(1)
+        losses_again = train(other, [data(seed) for seed in range(NUM_STEPS)], lambda step: step)
+    except Exception as error:
+        raise NotEager(f"{type(error).__name__}: {error}") from error
+    if not losses.isfinite().all():
+        raise NotEager(f"losses {losses.tolist()}")
+    tensors = [(a, b) for a, b in zip(forward, again, strict=True) if isinstance(a, torch.Tensor)]
+    if not torch.equal(losses, losses_again) or not all(torch.equal(a, b) for a, b in tensors):
+        raise Random
+    return forward, losses, trained
+
+
+def compare(model, data, mesh):
+    """Raises if the model on a slice and in eager PyTorch do not agree."""
+    random = False
+    try:
+        forward, losses, trained = run_eager(model, data)
+    except Random:
+        random = True
+    ours = tw.function(copy.deepcopy(model).eval(), mesh=mesh)
+    leaves = pytree.tree_leaves(open_objects(ours(**data(0))))
+    leaves = [leaf.cpu() if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves]
+    if not random:
+        for leaf, other in zip(leaves, forward, strict=True):
+            if isinstance(other, torch.Tensor):
+                torch.testing.assert_close(leaf, other, rtol=1e-4, atol=1e-5, equal_nan=True)
+            else:
+                assert leaf == other
+    ours = tw.function(copy.deepcopy(model).train(), mesh=mesh)
+    our_losses = train(ours, [data(seed) for seed in range(NUM_STEPS)], tw.program)
+    state = ours.state_dict()
+    if random:
+        raise Random
+    torch.testing.assert_close(our_losses, losses, rtol=1e-4, atol=0, msg=lambda text: f"losses: {text}")
+    for key, value in trained.state_dict().items():
+        torch.testing.assert_close(state[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    for status in tw.executor_status():
+        assert status.fallback_counters == {}, f"fallback: {status.fallback_counters}"
+
+
+@contextmanager
+def time_limit(seconds):
+    """Raises TimeoutError in the main thread after so long."""
+
+    def expire(*_):
+        raise TimeoutError(f"longer than {seconds} s")
+
+    saved = signal.signal(signal.SIGALRM, expire)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, saved)
+
+
+def outcome_of(name, task, model_type, mesh, seconds=SECONDS):
+    """Runs a model and returns how that went."""
+    start = time.monotonic()
+    kind, detail = "agree", ""
+    try:
+        with time_limit(seconds):
+            try:
+                model, data = build(name, task, model_type)
+            except TimeoutError:
+                raise
+            except Exception as error:
+                raise NotEager(f"{type(error).__name__}: {error}") from error
+            compare(model, data, mesh)
+    except NotEager as error:
+        kind, detail = "not eager", str(error)
+    except Random:
+        kind = "random"
+    except UserError as error:
+        if isinstance(error.__cause__, TimeoutError):
+            return Outcome(name, "slow", str(error), round(time.monotonic() - start, 1))
+        kind, detail = "refused" if ".py:" in str(error) else "crash", f"{type(error).__name__}: {error}"
+    except TimeoutError:
+        kind, detail = "slow", "".join(traceback.format_exc().splitlines(keepends=True)[-12:])
+    except AssertionError as error:
+        kind, detail = "differ", str(error) or traceback.format_exc()[-800:]
+    except Exception as error:
+        kind, detail = "crash", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
+    return Outcome(name, kind, detail, round(time.monotonic() - start, 1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("tasks", nargs="+")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--out", default="/dev/null")
+    parser.add_argument("--part", default="0/1")
+    parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--eager", action="store_true", help="only whether eager PyTorch runs them")
+    parser.add_argument("--skip", default="", help="file of names")
+    options = parser.parse_args()
+    part, parts = map(int, options.part.split("/"))
+    done = set(Path(options.skip).read_text().split()) if options.skip else set()
+    work = []
+    for task in options.tasks:
+        for name, model_type in classes_of(task).items():
+            if re.search(options.only, name) and name not in done:
+                done.add(name)
+                work.append((name, task, model_type))
+    mesh = None
+    for number, (name, task, model_type) in enumerate(work[part::parts]):
+        if not options.eager and (mesh is None or number % 40 == 0):
+            mesh = restart(options.devices)
+        if options.eager:
+            outcome = eager_outcome_of(name, task, model_type)
+        else:
+            outcome = outcome_of(name, task, model_type, mesh)
+            if outcome.kind in ("crash", "slow"):
+                mesh = restart(options.devices)
+        with open(options.out, "a") as file:
+            file.write(json.dumps({**asdict(outcome), "task": task}) + "\n")
+        print(f"{outcome.kind:10} {outcome.seconds:6.1f} {task} {name} {outcome.detail[:300]!r}", flush=True)
+    tw.shutdown()
+
+
+def eager_outcome_of(name, task, model_type):
+    start = time.monotonic()
+    kind, detail = "agree", ""
+    try:
+        with time_limit(SECONDS):
+            model, data = build(name, task, model_type)
+            run_eager(model, data)
+    except Random:
+        kind = "random"
+    except Exception as error:
+        kind, detail = "not eager", f"{type(error).__name__}: {error}"
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        detail += f" {where.filename[-40:]}:{where.lineno}"
+    return Outcome(name, kind, detail, round(time.monotonic() - start, 1))
+
+
+def restart(devices):
+    tw.shutdown()
+    tw.init(islands=1, devices_per_island=devices)
+    return tw.init_device_mesh((devices,), mesh_dim_names=("dp",), island=0)
+
+
+if __name__ == "__main__":
+    main()
