@@ -21,6 +21,9 @@ Placements: TypeAlias = tuple[str, ...]
 #: The mesh axis over which a program's host tensors are split along dimension 0 unless they say otherwise.
 DATA_AXIS = "dp"
 
+#: A tensor of more dimensions cannot be split: torch-xla's shardings have no more.
+MAX_SPLIT_DIMS = 5
+
 _SHORT_DTYPES = {"float64": "fp64", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 _PLACEMENT = re.compile(r"R|S\(\d+\)")
@@ -161,8 +164,8 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
         shape: its logical shape.
 
     Raises:
-        PlacementError: wrong number of placements, an unknown kind or axis, or a dimension that does not exist or
-            divide.
+        PlacementError: wrong number of placements, an unknown kind or axis, a dimension that does not exist or
+            divide, or more dimensions than `MAX_SPLIT_DIMS`.
     """
     if placements is None:
         placements = ("R",) * mesh.ndim
@@ -182,6 +185,11 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
             raise PlacementError(f"placement S({dim}) of a tensor of shape {tuple(shape)}: it has no dimension {dim}")
         names = " x ".join(mesh.mesh_dim_names[axis] for axis in axes)
         check_divides(names, math.prod(mesh.shape[axis] for axis in axes), dim, shape[dim])
+    if axes_of and len(shape) > MAX_SPLIT_DIMS:
+        raise PlacementError(
+            f"placements {texts} of a tensor of shape {tuple(shape)}: torch-xla splits tensors of at most "
+            f"{MAX_SPLIT_DIMS} dimensions; replicate it, or view it with fewer"
+        )
     of_axis = dict(zip(mesh.mesh_dim_names, texts, strict=True))
     return tuple(of_axis.get(name, "R") for name in mesh.root.mesh_dim_names)
 
@@ -227,9 +235,9 @@ def check_divides(axis_name: str, axis_size: int, dim: int, dim_size: int, where
 
 
 def data_placements(shape: Sequence[int], mesh_shape: Sequence[int], names: Sequence[str], where: str) -> Placements:
-    """Returns how a program's host tensor is split by default: dimension 0 over the axis named "dp"."""
+    """Returns how a program's host tensor is split by default: dimension 0 over the axis named "dp", if it can be."""
     texts = ["R"] * len(names)
-    if DATA_AXIS in names and len(shape) > 0:
+    if DATA_AXIS in names and 0 < len(shape) <= MAX_SPLIT_DIMS:
         axis = tuple(names).index(DATA_AXIS)
         check_divides(DATA_AXIS, mesh_shape[axis], 0, shape[0], where)
         texts[axis] = "S(0)"

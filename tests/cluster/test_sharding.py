@@ -226,6 +226,21 @@ def test_dropout_in_training_drops_the_same_elements_forward_and_backward(mesh):
     torch.testing.assert_close(result, mask.T @ x, rtol=1e-4, atol=1e-4)
 
 
+def test_tensors_of_many_dimensions_are_left_whole(mesh):
+    """torch-xla has no shardings of more than five dimensions."""
+    double = tw.function(lambda x: x * 2, mesh=mesh)
+
+    @tw.program(mesh=mesh)
+    def step(x):
+        return double(x.unflatten(-1, (2, 3)) + 1).square().sum(-1)
+
+    x = torch.randn(4, 2, 3, 2, 1, 6)
+    result = step(x)
+    torch.testing.assert_close(result.cpu(), ((x.unflatten(-1, (2, 3)) + 1) * 2).square().sum(-1))
+    with pytest.raises(PlacementError, match=r"splits tensors of at most 5 dimensions; replicate it, or view it"):
+        tw.distribute_tensor(x, mesh, [Shard(0), Replicate()])
+
+
 def test_mixed_precision_keeps_master_weights(mesh):
     torch.manual_seed(0)
     model = GPT(CONFIG)

@@ -40,7 +40,7 @@ from torchways.ir.program import (
     node_inputs,
     node_outputs,
 )
-from torchways.mesh import DATA_AXIS, Placements, VirtualSlice
+from torchways.mesh import DATA_AXIS, MAX_SPLIT_DIMS, Placements, VirtualSlice
 from torchways.operators import CONSTRAIN, MANUAL_SEED, is_random
 
 _VIEWS = {
@@ -498,7 +498,7 @@ class _Partitioner:
     def _derived_placements(self, shape: tuple[int, ...], mesh: VirtualSlice) -> Placements:
         """Splits what looks like a batch (dimension 0 a multiple of the data's) along "dp"; never changes a result."""
         texts = ["R"] * mesh.ndim
-        if DATA_AXIS in mesh.mesh_dim_names and shape:
+        if DATA_AXIS in mesh.mesh_dim_names and 0 < len(shape) <= MAX_SPLIT_DIMS:
             axis = mesh.mesh_dim_names.index(DATA_AXIS)
             batched = any(size > 1 and shape[0] and shape[0] % size == 0 for size in self.data_sizes)
             if batched and shape[0] % mesh.shape[axis] == 0:
