@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 #: Folder in which executors keep what they compiled, for later clusters.
 COMPILATION_CACHE_VARIABLE = "TORCHWAYS_COMPILATION_CACHE"
 
+_FAST_MIN_MAX = "xla_cpu_enable_fast_min_max"
+
 
 def executor_environment(platform: str, device_indices: Sequence[int], base: Mapping[str, str]) -> dict[str, str]:
     """Returns the whole environment of an executor.
@@ -55,6 +57,10 @@ def executor_environment(platform: str, device_indices: Sequence[int], base: Map
         # serialized executable not supported". It would compile everything as before, and write it each time.
         if environment.pop("XLA_PERSISTENT_CACHE_PATH", None) or environment.get(COMPILATION_CACHE_VARIABLE):
             logger.warning("no compilation cache on disk: torch-xla's CPU client cannot load what it compiled earlier")
+        # As PyTorch does, maxima and minima of what has a NaN are NaN; by default, XLA leaves NaNs out on CPU.
+        flags = environment.get("XLA_FLAGS", "")
+        if _FAST_MIN_MAX not in flags:
+            environment["XLA_FLAGS"] = f"{flags} --{_FAST_MIN_MAX}=false".strip()
         environment["PJRT_DEVICE"] = "CPU"
         environment["CPU_NUM_DEVICES"] = str(len(device_indices))
     return environment
