@@ -108,6 +108,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     output.args = ((*values, *written.values()),)
     _drop_copies(pure.graph)
     _spell_out_full_reductions(pure.graph)
+    _fill_empty(pure.graph)
     pure.graph.eliminate_dead_code()
     _keep_recomputation(pure.graph)
     pure.recompile()
@@ -139,6 +140,20 @@ def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:
     for node in graph.nodes:
         if node.target in _REDUCTIONS and (len(node.args) < 2 or not node.args[1]):
             node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())), *node.args[2:])
+
+
+def _fill_empty(graph: torch.fx.Graph) -> None:
+    """Makes values without elements where they are wanted: torch-xla has no lowering for all that leads there."""
+    full = torch.ops.aten.full.default
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.numel() or node.target is full or REGION_KEY not in node.meta:
+            continue
+        with graph.inserting_before(node):
+            empty = graph.call_function(full, (list(value.shape), 0), {"dtype": value.dtype, "device": value.device})
+        empty.meta = dict(node.meta)
+        node.replace_all_uses_with(empty)
+        graph.erase_node(node)
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:
