@@ -362,15 +362,15 @@ class _Partitioner:
 
     def _placed_inputs(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Returns the placed nodes that `node` needs, seeing through what floats."""
-        found: dict[torch.fx.Node, None] = {}
+        seen: dict[torch.fx.Node, None] = {}
         stack = list(reversed(node.all_input_nodes))
         while stack:
             argument = stack.pop()
-            if argument in self.slice_of:
-                found[argument] = None
-            else:
-                stack.extend(reversed(argument.all_input_nodes))
-        return list(found)
+            if argument not in seen:
+                seen[argument] = None
+                if argument not in self.slice_of:
+                    stack.extend(reversed(argument.all_input_nodes))
+        return [argument for argument in seen if argument in self.slice_of]
 
     def _awaited_elsewhere(self) -> set[torch.fx.Node]:
         """Returns the operators that some other slice or function call needs, directly or not."""
@@ -547,9 +547,17 @@ class _Partitioner:
 
     def _read_outside(self, user: torch.fx.Node, members: set[torch.fx.Node]) -> bool:
         """Whether `user`, or a placed node that reads it through floating ones, is not among `members`."""
-        if user in self.slice_of:
-            return user not in members
-        return user.op != "output" and any(self._read_outside(reader, members) for reader in user.users)
+        seen, stack = {user}, [user]
+        while stack:
+            user = stack.pop()
+            if user in self.slice_of:
+                if user not in members:
+                    return True
+            elif user.op != "output":
+                readers = set(user.users) - seen
+                seen |= readers
+                stack.extend(readers)
+        return False
 
     def _extract(self, group: _Group, outputs: list[torch.fx.Node]) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
         """Copies a group, with the floating nodes that it needs, to a graph of its own."""
