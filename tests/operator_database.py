@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.utils._pytree as pytree
+from torch.distributed.tensor import Replicate, Shard
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -105,7 +106,7 @@ def _check_results(case: Case, sample: Any, mesh: Any) -> Outcome:
         return _definite(case, sample, case.op.op(*args, **kwargs))
 
     with torch.no_grad():
-        return _compare(case, call, tw.function(call, mesh=mesh), sample)
+        return _compare(case, call, tw.function(call, mesh=mesh), sample, mesh)
 
 
 def _definite(case: Case, sample: Any, result: Any) -> Any:
@@ -123,16 +124,17 @@ def _check_gradients(case: Case, sample: Any, mesh: Any) -> Outcome:
         def gradients(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = pytree.tree_map_only(torch.Tensor, _leaf, (args, kwargs))
             leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if _needs_gradient(leaf)]
-            results = [leaf for leaf in pytree.tree_leaves(forward(*args, **kwargs)) if _needs_gradient(leaf)]
+            everything = forward(*args, **kwargs)
+            results = [leaf for leaf in pytree.tree_leaves(everything) if _needs_gradient(leaf)]
             if not results or not leaves:
-                return []
+                return everything
             loss = sum((result * _weights(result)).sum() for result in results)
             return torch.autograd.grad(loss, leaves, allow_unused=True)
 
         return gradients
 
     ours = tw.program(gradients_by(tw.function(forward, mesh=mesh)), mesh=mesh)
-    return _compare(case, gradients_by(forward), ours, sample)
+    return _compare(case, gradients_by(forward), ours, sample, mesh)
 
 
 def _leaf(tensor: torch.Tensor) -> torch.Tensor:
@@ -148,7 +150,7 @@ def _weights(result: torch.Tensor) -> torch.Tensor:
     return (torch.arange(result.numel(), dtype=result.dtype) % 7 + 1).reshape(result.shape)
 
 
-def _compare(case: Case, eager: Callable[..., Any], ours: Callable[..., Any], sample: Any) -> Outcome:
+def _compare(case: Case, eager: Callable[..., Any], ours: Callable[..., Any], sample: Any, mesh: Any) -> Outcome:
     arguments = (sample.input, *sample.args), sample.kwargs
     random_numbers = _RandomNumbers()
     with random_numbers:
@@ -161,6 +163,7 @@ def _compare(case: Case, eager: Callable[..., Any], ours: Callable[..., Any], sa
     args, kwargs = copy.deepcopy(arguments)
     refusal = None
     try:
+        args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: _split(tensor, mesh), (args, kwargs))
         result = tw.get(ours(*args, **kwargs), timeout=PATIENCE)
     except UserError as error:
         refusal = str(error)
@@ -176,8 +179,16 @@ def _compare(case: Case, eager: Callable[..., Any], ours: Callable[..., Any], sa
         elif only_shapes:
             assert (actual.shape, actual.dtype) == (wanted.shape, wanted.dtype)
         else:
-            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-5, equal_nan=True)
+            torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-4 if case.gradients else 1e-5, equal_nan=True)
     return Outcome.AGREES
+
+
+def _split(tensor: torch.Tensor, mesh: Any) -> torch.Tensor:
+    """Splits a tensor over several devices, along its first dimension that allows it."""
+    if mesh.size() == 1:
+        return tensor
+    dims = [dim for dim, size in enumerate(tensor.shape) if size and size % mesh.size() == 0]
+    return tw.distribute_tensor(tensor, mesh, [Shard(dims[0]) if dims else Replicate()])
 
 
 class _RandomNumbers(TorchDispatchMode):

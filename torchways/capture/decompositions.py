@@ -12,7 +12,7 @@ from torch._decomp import core_aten_decompositions, get_decompositions
 
 from torchways.capture.linear_algebra import linear_algebra_decompositions
 from torchways.capture.neighbours import neighbour_decompositions
-from torchways.capture.order_statistics import order_decompositions
+from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
 from torchways.capture.resizing import resizing_decompositions
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
@@ -214,6 +214,11 @@ def _gather(value: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: 
     return NotImplemented if index.numel() else value.new_empty(index.shape)
 
 
+def _scatter_add(value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
+    """As with `_gather`."""
+    return NotImplemented if index.numel() else value.clone()
+
+
 def _multinomial(
     weights: torch.Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
 ) -> torch.Tensor:
@@ -326,7 +331,8 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.round.decimals: _round_decimals,
     torch.ops.aten.angle.default: _angle,
     torch.ops.aten.gather.default: _gather,
-    torch.ops.aten.take.default: lambda value, index: value.reshape(-1)[index],
+    torch.ops.aten.scatter_add.default: _scatter_add,
+    torch.ops.aten.take.default: lambda value, index: torch.ops.aten.index(value.reshape(-1), [index]),
     torch.ops.aten.multinomial.default: _multinomial,
     torch.ops.aten.addbmm.default: _addbmm,
     torch.ops.aten.lgamma.default: _lgamma,
@@ -349,7 +355,7 @@ _OF_VIEWS: dict[Any, Any] = {
 @cache
 def pure_decomposition_table() -> dict[Any, Any]:
     """Returns the table for graphs without in-place operators, in which a view may be a copy."""
-    return {**decomposition_table(), **_OF_VIEWS}
+    return {**decomposition_table(), **_OF_VIEWS, **extreme_decompositions()}
 
 
 @cache

@@ -6,7 +6,8 @@ position names may differ from PyTorch, which does not say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,46 @@ def _position_of(extreme: Any) -> Callable[..., Any]:
         return found.reshape([1] * value.dim()) if dim is None and keepdim else found
 
     return position
+
+
+def _nan_where_any_is(extreme: Any) -> Callable[..., Any]:
+    """Between devices, XLA's sums of maxima leave NaNs out whatever it is told."""
+    is_inside = False
+
+    def reduce(value: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
+        nonlocal is_inside
+        if is_inside or not value.is_floating_point() or not value.numel() or not value.dim():
+            return NotImplemented
+        is_inside = True
+        try:
+            dims = list(dim) or list(range(value.dim()))
+            return torch.where(value.isnan().sum(dims, keepdim) > 0, math.nan, extreme(value, dims, keepdim))
+        finally:
+            is_inside = False
+
+    return reduce
+
+
+def _extreme_of_all(extreme: Any) -> Callable[..., Any]:
+    def reduce(value: torch.Tensor) -> Any:
+        return extreme(value) if value.is_floating_point() else NotImplemented
+
+    return reduce
+
+
+def _vector_norm(
+    value: torch.Tensor,
+    ord: float = 2,
+    dim: Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> Any:
+    """The largest or smallest size is an extreme; the other norms are torch-xla's."""
+    if not math.isinf(ord) or not value.is_floating_point() or not value.numel():
+        return NotImplemented
+    size = value.to(dtype or value.dtype).abs()
+    return (aten.amax if ord > 0 else aten.amin).default(size, list(dim or range(value.dim())), keepdim)
 
 
 def _extreme_and_position(extreme: Any, position: Any) -> Callable[..., Any]:
@@ -181,11 +222,22 @@ def _histc(value: torch.Tensor, bins: int = 100, min: float = 0, max: float = 0)
     return value.new_zeros(bins).scatter_add(0, place, is_inside)
 
 
+def extreme_decompositions() -> dict[Any, Any]:
+    """Returns decompositions that are made once, of a graph that is otherwise done."""
+    return {
+        aten.amax.default: _nan_where_any_is(aten.amax.default),
+        aten.amin.default: _nan_where_any_is(aten.amin.default),
+    }
+
+
 def order_decompositions() -> dict[Any, Any]:
     """Returns decompositions of what torch-xla would run on the host, or gives other values for."""
     return {
         aten.argmax.default: _position_of(aten.amax.default),
         aten.argmin.default: _position_of(aten.amin.default),
+        aten.max.default: _extreme_of_all(aten.amax.default),
+        aten.min.default: _extreme_of_all(aten.amin.default),
+        aten.linalg_vector_norm.default: _vector_norm,
         aten.max.dim: _extreme_and_position(aten.amax.default, aten.argmax.default),
         aten.min.dim: _extreme_and_position(aten.amin.default, aten.argmin.default),
         aten.median.dim: _median,

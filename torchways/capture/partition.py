@@ -230,16 +230,20 @@ class _Partitioner:
 
     def _float_repeatable(self) -> set[torch.fx.Node]:
         """Takes constants, and views of parameters and constants, off their slices, and returns them."""
-        free = {node for node, spec in zip(self.placeholders, self.inputs, strict=True) if spec.is_state}
+        constants: set[torch.fx.Node] = set()
+        views = {node for node, spec in zip(self.placeholders, self.inputs, strict=True) if spec.is_state}
         for node in self.operators:
-            inputs = node.all_input_nodes
-            from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
             if node in self._of_sums or node.target is CONSTRAIN:
                 continue
-            if (from_constants and not is_random(node)) or (node.target in _VIEWS and all(a in free for a in inputs)):
-                free.add(node)
-                self.slice_of.pop(node, None)
-        return free
+            inputs = node.all_input_nodes
+            if all(argument in constants for argument in inputs) and not is_random(node):
+                constants.add(node)
+            elif node.target in _VIEWS and all(argument in views for argument in inputs):
+                views.add(node)
+            else:
+                continue
+            self.slice_of.pop(node, None)
+        return constants | views
 
     def _place_sum_inputs(self, node: torch.fx.Node) -> None:
         """A sum has no slice; its item i is where its input i is.
