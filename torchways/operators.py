@@ -48,6 +48,33 @@ def _(value: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(value)
 
 
+@torch.library.custom_op("torchways::qr", mutates_args=())
+def _qr(value: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    q, r = torch.linalg.qr(value, "reduced" if reduced else "complete")
+    return q.contiguous(), r.contiguous()
+
+
+@_qr.register_fake
+def _(value: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    *batch, num_rows, num_columns = value.shape
+    size = min(num_rows, num_columns) if reduced else num_rows
+    return value.new_empty(*batch, num_rows, size), value.new_empty(*batch, size, num_columns)
+
+
+@torch.library.custom_op("torchways::svd", mutates_args=())
+def _svd(value: torch.Tensor, full: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    u, singular_values, v = torch.linalg.svd(value, full_matrices=full)
+    return u.contiguous(), singular_values, v.mT.contiguous()
+
+
+@_svd.register_fake
+def _(value: torch.Tensor, full: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    *batch, num_rows, num_columns = value.shape
+    size = min(num_rows, num_columns)
+    u = value.new_empty(*batch, num_rows, num_rows if full else size)
+    return u, value.new_empty(*batch, size), value.new_empty(*batch, num_columns, num_columns if full else size)
+
+
 #: ``manual_seed(seed)``: the random operators of a compiled function draw from `seed`, int64[]. Its first operator.
 MANUAL_SEED = torch.ops.torchways.manual_seed.default
 
@@ -57,6 +84,12 @@ CONSTRAIN = torch.ops.torchways.constrain.default
 
 #: ``barrier(value)``: the value itself; what is computed of it is not merged with what was computed of `value` before.
 BARRIER = torch.ops.torchways.barrier.default
+
+#: ``qr(value, reduced)``: Q and R of matrices. ATen's own is not seen in a trace, where PyTorch makes another of it.
+QR = torch.ops.torchways.qr.default
+
+#: ``svd(value, full)``: U, S and V (not its transpose) of matrices; as with `QR`.
+SVD = torch.ops.torchways.svd.default
 
 
 def is_random(node: torch.fx.Node) -> bool:

@@ -1,5 +1,6 @@
 """Fixtures with real processes. One cluster serves a module's tests; what they must not leave behind is checked."""
 
+import collections
 import time
 
 import psutil
@@ -51,3 +52,14 @@ def cluster():
 def meshes(cluster):
     """One slice of each island, all its devices."""
     return [tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Says what became of PyTorch's database of operators (test_operator_database.py)."""
+    found = collections.Counter()
+    for category in ("passed", "xfailed", "failed"):
+        for report in terminalreporter.getreports(category):
+            if "test_operator_database.py::test_operator[" in report.nodeid:
+                found[dict(report.user_properties).get("operator", category)] += 1
+    if found:
+        terminalreporter.write_line("operators: " + ", ".join(f"{count} {name}" for name, count in found.items()))

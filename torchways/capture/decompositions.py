@@ -10,16 +10,20 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from torchways.capture.linear_algebra import linear_algebra_decompositions
+from torchways.capture.neighbours import neighbour_decompositions
+from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
 from torchways.capture.resizing import resizing_decompositions
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
-_NOT_LOWERED = [
+_NOT_LOWERED: list[Any] = [
     torch.ops.aten.native_layer_norm_backward,
     torch.ops.aten._fused_rms_norm,
     torch.ops.aten._fused_rms_norm_backward,
     torch.ops.aten.addcdiv_,
     torch.ops.aten.addcmul_,
     torch.ops.aten.uniform,
+    torch.ops.aten.normal.Tensor_Tensor,  # lowered, but not for shapes that are broadcast
     # Lowered, but torch-xla keeps the biased variance as the running one, and PyTorch the unbiased.
     torch.ops.aten.native_batch_norm,
     torch.ops.aten.native_batch_norm_backward,
@@ -39,19 +43,55 @@ def _weight_norm_backward(
     return grad_v, (projected / norms).reshape(g.shape)
 
 
-def _scatter_mean(
+def _neutral(reduce: str, dtype: torch.dtype) -> float:
+    """Returns what changes no result of a reduction."""
+    if reduce in ("sum", "prod"):
+        return 0 if reduce == "sum" else 1
+    if dtype.is_floating_point:
+        return -math.inf if reduce == "amax" else math.inf
+    return torch.iinfo(dtype).min if reduce == "amax" else torch.iinfo(dtype).max
+
+
+def _scatter_reduce(
     value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
-    """`scatter_reduce` by "mean" as a sum over a count; torch-xla lowers the other kinds."""
-    if reduce != "mean":
-        return NotImplemented
-    start, ones = (value, torch.ones_like(value)) if include_self else (torch.zeros_like(value),) * 2
+    """torch-xla lowers what includes the old values, but for "mean", which is a sum over a count."""
+    if not index.numel():
+        return value.clone()
+    if not value.dim():
+        return _scatter_reduce(
+            value.reshape(1), 0, index.reshape(1), source.reshape(1), reduce, include_self=include_self
+        ).reshape(())
     source = source[tuple(slice(size) for size in index.shape)]
+    if reduce == "mean":
+        return _scatter_mean(value, dim, index, source, include_self)
+    if include_self:
+        return NotImplemented
+    start = value.scatter(dim, index, _neutral(reduce, value.dtype))
+    return start.scatter_reduce(dim, index, source, reduce)
+
+
+def _scatter_mean(
+    value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, include_self: bool
+) -> torch.Tensor:
+    start, ones = (value, torch.ones_like(value)) if include_self else (torch.zeros_like(value),) * 2
     count = ones.scatter_add(dim, index, torch.ones_like(source))
     total = start.scatter_add(dim, index, source)
     rounding = None if value.is_floating_point() else "floor"
     mean = torch.div(total, count.clamp(min=1), rounding_mode=rounding)
     return mean if include_self else torch.where(count > 0, mean, value)
+
+
+def _index_reduce(
+    value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: str, *, include_self: bool = True
+) -> torch.Tensor:
+    if not value.dim():
+        value, source = value.reshape(1), source.reshape(1)
+        return _index_reduce(value, 0, index, source, reduce, include_self=include_self).reshape(())
+    shape = [1] * source.dim()
+    shape[dim] = index.numel()
+    index = index.to(torch.int64).reshape(shape).expand(source.shape)
+    return value.scatter_reduce(dim, index, source, reduce, include_self=include_self)
 
 
 def _masked_scatter(value: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -146,10 +186,134 @@ def _as_strided_scatter(
     return flat.reshape(value.shape)
 
 
+def _of_numbers(operator: Any) -> Any:
+    """torch-xla does not convert integers for it."""
+
+    def convert(value: torch.Tensor) -> Any:
+        return NotImplemented if value.is_floating_point() else operator(value.to(torch.get_default_dtype()))
+
+    return convert
+
+
+def _round_decimals(value: torch.Tensor, *, decimals: int) -> torch.Tensor:
+    if decimals == 0 or not value.is_floating_point():
+        return value.round()
+    scale = 10.0 ** abs(decimals)
+    return (value * scale).round() / scale if decimals > 0 else (value / scale).round() * scale
+
+
+def _angle(value: torch.Tensor) -> Any:
+    if value.is_complex():
+        return NotImplemented
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    return torch.where(value < 0, math.pi, torch.where(value.isnan(), value, 0.0))
+
+
+def _gather(value: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> Any:
+    """No elements may be asked for in any number of dimensions."""
+    return NotImplemented if index.numel() else value.new_empty(index.shape)
+
+
+def _scatter_add(value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor) -> Any:
+    """As with `_gather`."""
+    return NotImplemented if index.numel() else value.clone()
+
+
+def _multinomial(
+    weights: torch.Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
+) -> torch.Tensor:
+    """torch-xla looks at the weights while it traces."""
+    if num_samples == 1 or not replacement:
+        # The largest of weight / exponential number is drawn with the weight's probability; of these, so are the next.
+        race = -torch.log1p(-torch.rand(weights.shape, dtype=weights.dtype))
+        return (weights / race.clamp(min=torch.finfo(weights.dtype).tiny)).topk(num_samples).indices
+    upto = weights.cumsum(-1)
+    drawn = torch.rand(*weights.shape[:-1], num_samples, dtype=weights.dtype) * upto[..., -1:]
+    return (upto.unsqueeze(-2) <= drawn.unsqueeze(-1)).sum(-1).clamp(max=weights.shape[-1] - 1)
+
+
+def _addbmm(
+    added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1
+) -> torch.Tensor:
+    if not added.is_floating_point():
+        beta, alpha = int(beta), int(alpha)
+    product = alpha * (left @ right).sum(0)
+    return product if beta == 0 else beta * added + product
+
+
+#: Of Lanczos' approximation, as XLA's own gamma functions have it; its g is 7.
+_LANCZOS_BASE = 0.99999999999980993227684700473478
+_LANCZOS = (
+    676.520368121885098567009190444019,
+    -1259.13921672240287047156078755283,
+    771.3234287776530788486528258894,
+    -176.61502916214059906584551354,
+    12.507343278686904814458936853,
+    -0.13857109526572011689554707,
+    9.984369578019570859563e-6,
+    1.50563273514931155834e-7,
+)
+
+
+def _lgamma(value: torch.Tensor) -> torch.Tensor:
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    is_reflected = value < 0.5
+    z = torch.where(is_reflected, -value, value - 1)
+    series = torch.full_like(z, _LANCZOS_BASE)
+    for number, coefficient in enumerate(_LANCZOS):
+        series = series + coefficient / (z + (number + 1))
+    log_t = math.log(7.5) + torch.log1p(z / 7.5)
+    right = math.log(2 * math.pi) / 2 + (z + 0.5 - (z + 7.5) / log_t) * log_t + series.log()
+    fraction = value.abs() - value.abs().floor()
+    fraction = torch.where(fraction > 0.5, 1 - fraction, fraction)
+    log_sin = (math.pi * fraction).sin().log()
+    left = torch.where(log_sin.isfinite(), math.log(math.pi) - log_sin - right, -log_sin)
+    return torch.where(value.isinf(), math.inf, torch.where(is_reflected, left, right))
+
+
+def _digamma(value: torch.Tensor) -> torch.Tensor:
+    value = value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    is_reflected = value < 0.5
+    z = torch.where(is_reflected, -value, value - 1)
+    series, slope = torch.full_like(z, _LANCZOS_BASE), torch.zeros_like(z)
+    for number, coefficient in enumerate(_LANCZOS):
+        slope = slope - coefficient / (z + (number + 1)).square()
+        series = series + coefficient / (z + (number + 1))
+    right = math.log(7.5) + torch.log1p(z / 7.5) + slope / series - 7 / (z + 7.5)
+    fraction = value - value.round()
+    left = right - math.pi / (math.pi * fraction).tan()
+    left = torch.where((value == value.floor()) & (value < 0), math.nan, left)
+    left = torch.where(value == 0, torch.copysign(torch.full_like(value, math.inf), -value), left)
+    return torch.where(is_reflected, left, right)
+
+
+def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
+    return torch.zeros(size, dtype=dtype)
+
+
+def _repeat_interleave(repeats: torch.Tensor, *, output_size: int | None = None) -> Any:
+    if output_size is None:
+        return NotImplemented  # how many there are depends on values
+    return torch.searchsorted(repeats.to(torch.int64).cumsum(0), torch.arange(output_size), right=True)
+
+
+def _replication_pad_backward(grad: torch.Tensor, value: torch.Tensor, padding: Sequence[int]) -> Any:
+    """torch-xla has it for what only adds elements."""
+    if min(padding) >= 0:
+        return NotImplemented
+    for number in range(len(padding) // 2):
+        dim, (before, behind) = value.dim() - 1 - number, padding[2 * number : 2 * number + 2]
+        source = torch.arange(-before, value.shape[dim] + behind).clamp(0, value.shape[dim] - 1)
+        shape = [value.shape[dim] if other == dim else size for other, size in enumerate(grad.shape)]
+        grad = grad.new_zeros(shape).index_add(dim, source, grad)
+    return grad
+
+
 #: Where PyTorch has no decomposition, or one into what torch-xla does not lower either.
 _OURS: dict[Any, Any] = {
     torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
-    torch.ops.aten.scatter_reduce.two: _scatter_mean,
+    torch.ops.aten.scatter_reduce.two: _scatter_reduce,
+    torch.ops.aten.index_reduce.default: _index_reduce,
     torch.ops.aten.copysign.Tensor: _copysign,
     torch.ops.aten.copysign.Scalar: _copysign_number,
     torch.ops.aten.signbit.default: _signbit,
@@ -162,6 +326,21 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.fmin.default: _fmin,
     torch.ops.aten.hypot.default: lambda value, other: torch.sqrt(value * value + other * other),
     torch.ops.aten.as_strided_scatter.default: _as_strided_scatter,
+    torch.ops.aten.erfc.default: _of_numbers(torch.ops.aten.erfc.default),
+    torch.ops.aten.erfinv.default: _of_numbers(torch.ops.aten.erfinv.default),
+    torch.ops.aten.round.decimals: _round_decimals,
+    torch.ops.aten.angle.default: _angle,
+    torch.ops.aten.gather.default: _gather,
+    torch.ops.aten.scatter_add.default: _scatter_add,
+    torch.ops.aten.take.default: lambda value, index: torch.ops.aten.index(value.reshape(-1), [index]),
+    torch.ops.aten.multinomial.default: _multinomial,
+    torch.ops.aten.addbmm.default: _addbmm,
+    torch.ops.aten.lgamma.default: _lgamma,
+    torch.ops.aten.digamma.default: _digamma,
+    torch.ops.aten._efficientzerotensor.default: _zeros,
+    torch.ops.aten.repeat_interleave.Tensor: _repeat_interleave,
+    torch.ops.aten.replication_pad1d_backward.default: _replication_pad_backward,
+    torch.ops.aten.replication_pad2d_backward.default: _replication_pad_backward,
 }
 
 
@@ -176,13 +355,21 @@ _OF_VIEWS: dict[Any, Any] = {
 @cache
 def pure_decomposition_table() -> dict[Any, Any]:
     """Returns the table for graphs without in-place operators, in which a view may be a copy."""
-    return {**decomposition_table(), **_OF_VIEWS}
+    return {**decomposition_table(), **_OF_VIEWS, **extreme_decompositions()}
 
 
 @cache
 def decomposition_table() -> dict[Any, Any]:
     """Returns the table that make_fx applies: PyTorch's core ATen set and what torch-xla lacks beyond it."""
-    return {**core_aten_decompositions(), **get_decompositions(_NOT_LOWERED), **resizing_decompositions(), **_OURS}
+    return {
+        **core_aten_decompositions(),
+        **get_decompositions(_NOT_LOWERED),
+        **resizing_decompositions(),
+        **linear_algebra_decompositions(),
+        **order_decompositions(),
+        **neighbour_decompositions(),
+        **_OURS,
+    }
 
 
 def decompositions_of(operators: Iterable[torch._ops.OpOverload]) -> dict[Any, Any]:

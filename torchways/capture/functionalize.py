@@ -126,6 +126,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     _drop_copies(pure.graph)
     _spell_out_full_reductions(pure.graph)
     _clamp_slices(pure.graph)
+    _fill_empty(pure.graph)
     pure.graph.eliminate_dead_code()
     _keep_recomputation(pure.graph)
     pure.recompile()
@@ -165,6 +166,20 @@ def _clamp_slices(graph: torch.fx.Graph) -> None:
         if node.target is torch.ops.aten.slice.Tensor and len(node.args) > 2 and node.args[2] is not None:
             value, dim, start, *rest = node.args
             node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
+
+
+def _fill_empty(graph: torch.fx.Graph) -> None:
+    """Makes values without elements where they are wanted: torch-xla has no lowering for all that leads there."""
+    full = torch.ops.aten.full.default
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.numel() or node.target is full or REGION_KEY not in node.meta:
+            continue
+        with graph.inserting_before(node):
+            empty = graph.call_function(full, (list(value.shape), 0), {"dtype": value.dtype, "device": value.device})
+        empty.meta = dict(node.meta)
+        node.replace_all_uses_with(empty)
+        graph.erase_node(node)
 
 
 def _drop_copies(graph: torch.fx.Graph) -> None:

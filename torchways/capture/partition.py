@@ -226,16 +226,20 @@ class _Partitioner:
 
     def _float_repeatable(self) -> set[torch.fx.Node]:
         """Takes constants, and views of parameters and constants, off their slices, and returns them."""
-        free = {node for node, spec in zip(self.placeholders, self.inputs, strict=True) if spec.is_state}
+        constants: set[torch.fx.Node] = set()
+        views = {node for node, spec in zip(self.placeholders, self.inputs, strict=True) if spec.is_state}
         for node in self.operators:
-            inputs = node.all_input_nodes
-            from_constants = all(argument in free and argument.op == "call_function" for argument in inputs)
             if node in self._of_sums or node.target is CONSTRAIN:
                 continue
-            if (from_constants and not is_random(node)) or (node.target in _VIEWS and all(a in free for a in inputs)):
-                free.add(node)
-                self.slice_of.pop(node, None)
-        return free
+            inputs = node.all_input_nodes
+            if all(argument in constants for argument in inputs) and not is_random(node):
+                constants.add(node)
+            elif node.target in _VIEWS and all(argument in views for argument in inputs):
+                views.add(node)
+            else:
+                continue
+            self.slice_of.pop(node, None)
+        return constants | views
 
     def _place_sum_inputs(self, node: torch.fx.Node) -> None:
         """A sum has no slice; its item i is where its input i is.
@@ -358,15 +362,15 @@ class _Partitioner:
 
     def _placed_inputs(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Returns the placed nodes that `node` needs, seeing through what floats."""
-        found: dict[torch.fx.Node, None] = {}
+        seen: dict[torch.fx.Node, None] = {}
         stack = list(reversed(node.all_input_nodes))
         while stack:
             argument = stack.pop()
-            if argument in self.slice_of:
-                found[argument] = None
-            else:
-                stack.extend(reversed(argument.all_input_nodes))
-        return list(found)
+            if argument not in seen:
+                seen[argument] = None
+                if argument not in self.slice_of:
+                    stack.extend(reversed(argument.all_input_nodes))
+        return [argument for argument in seen if argument in self.slice_of]
 
     def _awaited_elsewhere(self) -> set[torch.fx.Node]:
         """Returns the operators that some other slice or function call needs, directly or not."""
@@ -559,9 +563,17 @@ class _Partitioner:
 
     def _read_outside(self, user: torch.fx.Node, members: set[torch.fx.Node]) -> bool:
         """Whether `user`, or a placed node that reads it through floating ones, is not among `members`."""
-        if user in self.slice_of:
-            return user not in members
-        return user.op != "output" and any(self._read_outside(reader, members) for reader in user.users)
+        seen, stack = {user}, [user]
+        while stack:
+            user = stack.pop()
+            if user in self.slice_of:
+                if user not in members:
+                    return True
+            elif user.op != "output":
+                readers = set(user.users) - seen
+                seen |= readers
+                stack.extend(readers)
+        return False
 
     def _extract(self, group: _Group, outputs: list[torch.fx.Node]) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
         """Copies a group, with the floating nodes that it needs, to a graph of its own."""

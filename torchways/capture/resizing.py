@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 
 aten = torch.ops.aten
@@ -52,6 +53,19 @@ def _resize(operator: Any, num_dims: int) -> Callable[..., torch.Tensor]:
         return _multiply(value, [_matrix(operator, old, new, dim, num_dims, rest) for dim, (old, new) in pairs])
 
     return resize
+
+
+def _resize_by_factor(operator: Any, num_dims: int) -> Callable[..., Any]:
+    resize = _resize(operator, num_dims)
+
+    def resize_by_factor(
+        value: torch.Tensor, output_size: Sequence[int], align_corners: bool, *factors: float | None
+    ) -> Any:
+        if align_corners or not any(factors):
+            return NotImplemented  # as it is; torch-xla does not look at factors
+        return resize(value, output_size, align_corners, *factors)
+
+    return resize_by_factor
 
 
 def _resize_backward(operator: Any, num_dims: int) -> Callable[..., torch.Tensor]:
@@ -128,7 +142,9 @@ def _average_pool(operator: Any, num_dims: int) -> Callable[..., Any]:
         if not ceil_mode and divisor is None and (count_include_pad or not any(padding)):
             return NotImplemented  # as it is
         if not value.is_floating_point():
-            raise CaptureError(f"average pooling of {value.dtype} with these options has no lowering to XLA")
+            raise CaptureError(
+                f"average pooling of {value.dtype} with these options has no lowering to XLA, at {user_line()}"
+            )
         sizes = value.shape[-num_dims:]
         return _multiply(
             value, _average_matrices(operator, sizes, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
@@ -167,6 +183,7 @@ def resizing_decompositions() -> dict[Any, Any]:
     for name, num_dims in names.items():
         operator = getattr(aten, name).default
         table[getattr(aten, name + "_backward").default] = _resize_backward(operator, num_dims)
+    table[aten.upsample_bilinear2d.default] = _resize_by_factor(aten.upsample_bilinear2d.default, 2)
     for name, num_dims in {"_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3}.items():
         operator = getattr(aten, name).default
         table[operator] = _pool(operator, num_dims)

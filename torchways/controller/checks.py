@@ -12,6 +12,8 @@ from torchways.errors import CaptureError
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 
+_NO_TYPES_OF_XLA = {torch.complex32}
+
 
 def not_lowered(
     graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]
@@ -30,11 +32,15 @@ def not_lowered(
 
 
 def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]) -> None:
-    """Refuses operators that the executors would run on the host.
+    """Refuses operators that the executors would run on the host, and types that XLA does not have.
 
     Raises:
         CaptureError: names every such operator with the user's lines.
     """
+    for node in graph_module.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, torch.Tensor) and value.dtype in _NO_TYPES_OF_XLA:
+            raise CaptureError(f"{value.dtype} is no type of XLA's; used at {node.meta.get(SOURCE_KEY, '')}")
     if missing := not_lowered(graph_module, session, meshes):
         listing = "\n".join(f"  {operator_name(target)} at {', '.join(lines)}" for target, lines in missing.items())
         raise CaptureError(

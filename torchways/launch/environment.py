@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 #: Folder in which executors keep what they compiled, for later clusters.
 COMPILATION_CACHE_VARIABLE = "TORCHWAYS_COMPILATION_CACHE"
 
+_FAST_MIN_MAX = "xla_cpu_enable_fast_min_max"
+
 
 #: Where TPU processes of one slice find each other: libtpu's own first port, and how many we use from there.
 _TPU_FIRST_PORT, _TPU_NUM_PORTS = 8476, 2048
@@ -73,6 +75,10 @@ def executor_environment(
         # serialized executable not supported". It would compile everything as before, and write it each time.
         if environment.pop("XLA_PERSISTENT_CACHE_PATH", None) or environment.get(COMPILATION_CACHE_VARIABLE):
             logger.warning("no compilation cache on disk: torch-xla's CPU client cannot load what it compiled earlier")
+        # As PyTorch does, maxima and minima of what has a NaN are NaN; by default, XLA leaves NaNs out on CPU.
+        flags = environment.get("XLA_FLAGS", "")
+        if _FAST_MIN_MAX not in flags:
+            environment["XLA_FLAGS"] = f"{flags} --{_FAST_MIN_MAX}=false".strip()
         environment["PJRT_DEVICE"] = "CPU"
         environment["CPU_NUM_DEVICES"] = str(len(device_indices))
     return environment

@@ -90,7 +90,7 @@ def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:
     sizes = [value_bytes(value, spec) for value in part.slots]
     live = dict.fromkeys(range(len(part.args)))
     held = sum(sizes[slot] for slot in live)
-    peak, function, source, at_peak = held, "", "", list(live)
+    peak, function, source, at_peak = held, "", "", list(live) or list(range(len(part.slots)))
     for step in part.steps:
         match step:
             case ComputeStep():

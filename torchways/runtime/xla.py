@@ -32,7 +32,7 @@ from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
-from torchways.operators import BARRIER, CONSTRAIN, MANUAL_SEED
+from torchways.operators import BARRIER, CONSTRAIN, MANUAL_SEED, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 
 logger = logging.getLogger(__name__)
@@ -252,7 +252,7 @@ class XlaRuntime:
             module = deserialize_graph(source.graph)
         _move_to_device(module, self._device)
         seed = _take_seed(module)
-        for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier)):
+        for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier), (QR, _qr), (SVD, _svd)):
             for node in module.graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
         executable, pending = on_device(lambda: self._trace(module, seed, source))
@@ -308,6 +308,11 @@ class XlaRuntime:
                 computed.append(result)
         if not computed:
             return _Executable(source, None, (), tuple(sources), ()), []
+        # Constants and copies of inputs may have their values already; what computes nothing is no graph of the cache.
+        is_pending = _XLAC._check_tensor_need_materialization(computed)
+        computed = [
+            result if pending else _barrier(result) for result, pending in zip(computed, is_pending, strict=True)
+        ]
         # Ids tell which device data of the graph is which of our inputs; only the private call gives them.
         position_of = {_XLAC._xla_get_tensor_id(argument): index for index, argument in enumerate(arguments)}
         if seed is not None:
@@ -330,7 +335,7 @@ class XlaRuntime:
             lines = {
                 str(node.meta.get(SOURCE_KEY, ""))
                 for node in module.graph.nodes
-                if any(str(node.target).split(".")[1:2] == [name.removeprefix("aten::")] for name in fallen)
+                if any(str(node.target).split(".")[1:2] == [_base_name(name)] for name in fallen)
             }
             raise CaptureError(
                 f"{', '.join(sorted(fallen))} would run on the host, which a compiled function must not; used at "
@@ -481,9 +486,10 @@ class XlaRuntime:
 
 
 class _ExactTypes(torch.fx.Interpreter):
-    """Runs a graph; where torch-xla makes 32-bit positions of what is declared as int64, it converts them.
+    """Runs a graph; where torch-xla makes another type than what it declares, it converts the value.
 
-    Otherwise later operators fail, and buffers have other sizes than computations that take them expect.
+    Positions declared as int64 may have 32 bits, and numbers declared as float32 64. Otherwise later operators fail,
+    and buffers have other sizes than computations that take them expect.
     """
 
     def run_node(self, n: torch.fx.Node) -> Any:
@@ -493,17 +499,41 @@ class _ExactTypes(torch.fx.Interpreter):
         return self._exact(result)
 
     def _exact(self, value: Any) -> Any:
-        if not isinstance(value, torch.Tensor) or value.dtype != torch.int64 or value.device.type != "xla":
+        if not isinstance(value, torch.Tensor) or value.device.type != "xla":
             return value
-        if _XLAC._get_xla_tensor_shape_type(value) in ("s32", "u32"):  # nothing public tells XLA's own type
+        actual = _XLAC._get_xla_tensor_shape_type(value)  # nothing public tells XLA's own type
+        if value.dtype == torch.int64 and actual in ("s32", "u32"):
             return value + torch.zeros((), dtype=torch.int64, device=value.device)  # `.to` finds nothing to do
+        if value.dtype == torch.float32 and actual == "f64":
+            return value.to(torch.float64).to(torch.float32)
         return value
+
+
+def _base_name(operator: str) -> str:
+    """Returns "scatter_reduce" for "aten::scatter_reduce.two"."""
+    return operator.removeprefix("aten::").split(".")[0]
 
 
 def _barrier(value: torch.Tensor) -> torch.Tensor:
     copy = value.clone()
     xm.optimization_barrier_([copy])
     return copy
+
+
+def _qr(value: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    return _on_xla(torch.ops.aten.qr.default, value, reduced)
+
+
+def _svd(value: torch.Tensor, full: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, S and V of matrices; torch-xla's own S has another shape than it says where there are several."""
+    u, _, v = _on_xla(torch.ops.aten.svd.default, value, not full)
+    size = min(value.shape[-2:])
+    return u, (u[..., :size] * (value @ v[..., :size])).sum(-2), v
+
+
+def _on_xla(operator: Any, *args: Any) -> Any:
+    """Calls torch-xla's kernel of an operator of which PyTorch makes others, for all devices, before it gets there."""
+    return operator._op_dk(torch._C.DispatchKey.XLA, *args)
 
 
 def _is_shared(tensor: torch.Tensor) -> bool:

@@ -12,6 +12,7 @@ def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
     assert environment["NPROC"] == "32"
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["PATH"] == "/bin"
+    assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false"
 
 
 def test_tpu_executors_see_the_chips_of_their_slice():
@@ -47,6 +48,10 @@ def test_what_the_user_set_for_threads_is_kept_and_devices_are_ours():
     assert (environment["OMP_NUM_THREADS"], environment["NPROC"]) == ("4", "64")
     assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "1")
     assert base["PJRT_DEVICE"] == "GPU"
+    flags = executor_environment("cpu", [0], {"XLA_FLAGS": "--xla_dump_to=/tmp"})["XLA_FLAGS"]
+    assert flags == "--xla_dump_to=/tmp --xla_cpu_enable_fast_min_max=false"
+    base = {"XLA_FLAGS": "--xla_cpu_enable_fast_min_max=true"}
+    assert executor_environment("cpu", [0], base)["XLA_FLAGS"] == base["XLA_FLAGS"]
 
 
 def test_compilations_are_cached_on_disk_by_version_and_devices_where_the_client_can_load_them(caplog):
