@@ -25,7 +25,7 @@ import protocol
 from protocol import MATRIX, Kind, Unsupported
 
 # Read when torch_xla is imported. NPROC: with XLA's default, client threads of a machine with few cores can starve.
-os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", NPROC="32")
+os.environ.update(PJRT_DEVICE="CPU", CPU_NUM_DEVICES="1", NPROC="8")
 # One host computes on one thread, so that the work of a computation is the same on every machine.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_multi_thread_eigen=false"
 

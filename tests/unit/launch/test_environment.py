@@ -9,10 +9,11 @@ def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
     environment = executor_environment("cpu", [1, 3], {"PATH": "/bin"})
     assert environment["PJRT_DEVICE"] == "CPU"
     assert environment["CPU_NUM_DEVICES"] == "2"
-    assert environment["NPROC"] == "32"
+    assert environment["NPROC"] == "8"
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["PATH"] == "/bin"
     assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false"
+    assert executor_environment("cpu", range(16), {})["NPROC"] == "32"  # two threads a device
 
 
 def test_tpu_executors_see_the_chips_of_their_slice():

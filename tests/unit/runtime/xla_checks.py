@@ -90,6 +90,19 @@ def check_soak_and_donation(runtime):
     assert resident[1] < 1.05 * resident[0] + 16 * 4 * size, resident
 
 
+def check_independent_chains(runtime):
+    """Collectives of computations that do not wait for each other, in flight at the same time."""
+    data = graph(lambda p, x: (p + (x @ x.T).mean() + x.sum(0).mean(),), torch.empty(1000), torch.empty(64, 64))
+    inputs = [spec("float32", 1000), spec("float32", 64, 64, placement=SPLIT)]
+    executable = runtime.compile(data, inputs, inputs[:1], [])
+    states = [runtime.fill(inputs[0], 0.0) for _ in range(8)]
+    x = runtime.put(torch.ones(64, 64), (SPLIT,))
+    for number in range(NUM_EXECUTIONS):
+        [states[number % 8]], _ = runtime.execute(executable, [states[number % 8], x])
+    for number, state in enumerate(states):
+        assert read(runtime, state)[0] == 128 * len(range(number, NUM_EXECUTIONS, 8))
+
+
 def check_ends_of_donated(runtime):
     """Who waits for a computation hears of its end although all its outputs are donated to the next one at once."""
     size = 100_000
@@ -129,6 +142,7 @@ def main():
     check_values(runtime)
     check_copies(runtime)
     check_soak_and_donation(runtime)
+    check_independent_chains(runtime)
     check_ends_of_donated(runtime)
     check_operators(runtime)
     check_failed_launch(runtime)  # the last: nothing can be launched after it
