@@ -237,6 +237,7 @@ def main():
     parser.add_argument("--out", default="/dev/null")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of each")
     parser.add_argument("--eager", action="store_true", help="only whether eager PyTorch runs them")
     parser.add_argument("--skip", default="", help="file of names")
     options = parser.parse_args()
@@ -255,7 +256,7 @@ def main():
         if options.eager:
             outcome = eager_outcome_of(name, task, model_type)
         else:
-            outcome = outcome_of(name, task, model_type, mesh)
+            outcome = outcome_of(name, task, model_type, mesh, options.seconds)
             if outcome.kind in ("crash", "slow"):
                 mesh = restart(options.devices)
         with open(options.out, "a") as file:

@@ -11,6 +11,7 @@ import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
 from torchways.capture.resizing import resizing_decompositions
+from torchways.errors import CaptureError
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
 _NOT_LOWERED = [
@@ -131,6 +132,43 @@ def _fmin(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isnan(), other, torch.where(other.isnan(), value, value.minimum(other)))
 
 
+def _by_storage(value: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
+    """Returns a tensor with its dimensions as they lie in memory, and their order."""
+    order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))
+    dense = value.permute(order)
+    if not dense.is_contiguous():
+        raise CaptureError(
+            f"as_strided of a tensor of shape {list(value.shape)} and strides {list(value.stride())} cannot be "
+            "captured: its elements do not lie side by side; call it on a contiguous one, or index instead"
+        )
+    return dense, order
+
+
+def _storage_index(
+    value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None
+) -> torch.Tensor:
+    """Returns which elements in memory a tensor of these strides has, counted from the first of `value`."""
+    start = 0 if storage_offset is None else storage_offset - int(value.storage_offset())
+    end = start + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    if math.prod(size) and (start < 0 or end >= value.numel()):
+        raise CaptureError(
+            f"as_strided({list(size)}, {list(stride)}, {storage_offset}) of a tensor of shape {list(value.shape)} "
+            "cannot be captured: it reaches beyond that tensor; call it on the whole one"
+        )
+    index = torch.full((), start, dtype=torch.int64)
+    for count, step in zip(size, stride, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(count) * step
+    return index
+
+
+def _as_strided(
+    value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> torch.Tensor:
+    """By index; torch-xla's own takes every tensor for a contiguous one."""
+    dense, _ = _by_storage(value)
+    return dense.reshape(-1)[_storage_index(value, size, stride, storage_offset)]
+
+
 def _as_strided_scatter(
     value: torch.Tensor,
     source: torch.Tensor,
@@ -139,11 +177,10 @@ def _as_strided_scatter(
     storage_offset: int | None = None,
 ) -> torch.Tensor:
     """An assignment by index; torch-xla's own writes to the wrong elements where strides leave some out."""
-    index = torch.full((), storage_offset or 0, dtype=torch.int64)
-    for count, step in zip(size, stride, strict=True):
-        index = index.unsqueeze(-1) + torch.arange(count) * step
-    flat = value.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
-    return flat.reshape(value.shape)
+    dense, order = _by_storage(value)
+    index = _storage_index(value, size, stride, storage_offset)
+    flat = dense.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
+    return flat.reshape(dense.shape).permute([order.index(dim) for dim in range(value.dim())])
 
 
 #: Where PyTorch has no decomposition, or one into what torch-xla does not lower either.
@@ -167,6 +204,8 @@ _OURS: dict[Any, Any] = {
 
 #: Of views: only for graphs in which nothing is written any more.
 _OF_VIEWS: dict[Any, Any] = {
+    torch.ops.aten.as_strided.default: _as_strided,
+    torch.ops.aten.as_strided_copy.default: _as_strided,
     torch.ops.aten.diagonal.default: _diagonal,
     torch.ops.aten.diagonal_copy.default: _diagonal,
     torch.ops.aten.diagonal_scatter.default: _diagonal_scatter,

@@ -515,6 +515,27 @@ def test_a_diagonal_is_filled_in_a_view():
     assert torch.equal(make_function(function, session.mesh(), lambda: session)(x).cpu(), function(x))
 
 
+def test_strides_are_those_of_eager():
+    session = LocalSession()
+
+    def function(x):
+        x = x.clone().requires_grad_()
+        turned = x.transpose(0, 1)
+        windows = turned.as_strided((3, 4, 4), (2, 1, 4))
+        written = x.transpose(0, 1).clone()
+        written.as_strided((2, 2), (1, 4), 1).mul_(3)
+        (gradient,) = torch.autograd.grad((windows * windows.cumsum(0)).sum(), x)
+        return windows, written, gradient
+
+    x = torch.randn(4, 8)
+    results = make_function(function, session.mesh(), lambda: session)(x)
+    for result, expected in zip(results, function(x), strict=True):
+        assert torch.equal(result.cpu(), expected)
+    for size, tensor in (((8, 2), lambda x: x[:, 2:]), ((5, 8), lambda x: x)):
+        with pytest.raises(CaptureError, match="as_strided"):
+            make_function(lambda x, s=size, t=tensor: t(x).as_strided(s, (8, 1)), session.mesh(), lambda: session)(x)
+
+
 def test_a_number_of_rows_is_known_where_the_mask_is():
     session = LocalSession()
 
