@@ -35,7 +35,7 @@ NUMBERS = [
         None,
     ),
     (
-        r"num_(hidden_)?layers|n_layers?|num_.*_layers|.*(encoder|decoder|hidden)_layers|depth|.*_depth|layers|num_.*blocks",
+        r"num_(hidden_)?layers|n_layers?|num_.*_layers|.*(encoder|decoder|hidden)_layers|depth|.*_depth|layers|num_.*blocks|num_self_attends_per_block",
         2,
     ),
     (r".*vocab_size(?!_per).*|.*vocabulary_size", VOCABULARY),
@@ -67,7 +67,7 @@ DROPOUT = re.compile(
     r".*(dropout|drop|pdrop|drop_rate|layerdrop|drop_prob|jitter_noise|drop_path|dropout_prob|dropout_rate|dropout_p).*|mask_(time|feature)_prob"
 )
 #: Lists: one entry a stage or layer.
-DEPTHS = re.compile(r"depths?|layers?_per_stage|num_blocks|blocks")
+DEPTHS = re.compile(r"depths?|layers?_per_stage|num_blocks|blocks|block_sizes")
 WIDTHS = re.compile(r".*(hidden_sizes|embed_dims?|dims|channels|widths|neck_hidden_sizes|embed_dim|hidden_size)")
 
 #: Fields that no rule gets right, by the configuration's model type.

@@ -71,7 +71,7 @@ def build(name, task, model_type):
     """Returns a small model with random weights, no dropout, and a function that makes its batches."""
     cls = getattr(transformers, name)
     config = shrink(cls.config_class or CONFIG_MAPPING[model_type])
-    config.num_labels = NUM_LABELS
+    config.num_labels = 2 if task == "QUESTION_ANSWERING" else NUM_LABELS
     if "CLASSIFICATION" in task and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
     torch.manual_seed(0)

@@ -40,12 +40,23 @@ def _weight_norm_backward(
     return grad_v, (projected / norms).reshape(g.shape)
 
 
-def _scatter_mean(
+def _identity(reduce: str, dtype: torch.dtype) -> float:
+    """Returns the number that changes nothing in a reduction."""
+    if reduce in ("sum", "prod"):
+        return 0 if reduce == "sum" else 1
+    if dtype.is_floating_point:
+        return -math.inf if reduce == "amax" else math.inf
+    return torch.iinfo(dtype).min if reduce == "amax" else torch.iinfo(dtype).max
+
+
+def _scatter_reduce(
     value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
-    """`scatter_reduce` by "mean" as a sum over a count; torch-xla lowers the other kinds."""
+    """By "mean" as a sum over a count; torch-xla lowers the other kinds where the result starts with `value`."""
     if reduce != "mean":
-        return NotImplemented
+        if include_self:
+            return NotImplemented
+        return value.scatter(dim, index, _identity(reduce, value.dtype)).scatter_reduce(dim, index, source, reduce)
     start, ones = (value, torch.ones_like(value)) if include_self else (torch.zeros_like(value),) * 2
     source = source[tuple(slice(size) for size in index.shape)]
     count = ones.scatter_add(dim, index, torch.ones_like(source))
@@ -132,19 +143,26 @@ def _fmin(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isnan(), other, torch.where(other.isnan(), value, value.minimum(other)))
 
 
-def _by_storage(value: torch.Tensor) -> tuple[torch.Tensor, list[int]]:
-    """Returns a tensor with its dimensions as they lie in memory, and their order."""
-    order = sorted(range(value.dim()), key=lambda dim: (-value.stride(dim), dim))
-    dense = value.permute(order)
+def _order_in_memory(strides: Sequence[int]) -> list[int]:
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
+
+
+def _permute_back(value: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return value.permute([order.index(dim) for dim in range(value.dim())])
+
+
+def _in_memory(value: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor with its dimensions in the order in which they lie in memory."""
+    dense = value.permute(_order_in_memory(value.stride()))
     if not dense.is_contiguous():
         raise CaptureError(
             f"as_strided of a tensor of shape {list(value.shape)} and strides {list(value.stride())} cannot be "
             "captured: its elements do not lie side by side; call it on a contiguous one, or index instead"
         )
-    return dense, order
+    return dense
 
 
-def _storage_index(
+def _memory_index(
     value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None
 ) -> torch.Tensor:
     """Returns which elements in memory a tensor of these strides has, counted from the first of `value`."""
@@ -164,9 +182,13 @@ def _storage_index(
 def _as_strided(
     value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
 ) -> torch.Tensor:
-    """By index; torch-xla's own takes every tensor for a contiguous one."""
-    dense, _ = _by_storage(value)
-    return dense.reshape(-1)[_storage_index(value, size, stride, storage_offset)]
+    """By index; torch-xla's own takes every tensor for a contiguous one.
+
+    Where no elements are shared or left out, the result has the strides asked for: views that follow need them.
+    """
+    order = _order_in_memory(stride)
+    index = _memory_index(value, [size[dim] for dim in order], [stride[dim] for dim in order], storage_offset)
+    return _permute_back(_in_memory(value).reshape(-1)[index], order)
 
 
 def _as_strided_scatter(
@@ -177,16 +199,16 @@ def _as_strided_scatter(
     storage_offset: int | None = None,
 ) -> torch.Tensor:
     """An assignment by index; torch-xla's own writes to the wrong elements where strides leave some out."""
-    dense, order = _by_storage(value)
-    index = _storage_index(value, size, stride, storage_offset)
+    dense = _in_memory(value)
+    index = _memory_index(value, size, stride, storage_offset)
     flat = dense.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
-    return flat.reshape(dense.shape).permute([order.index(dim) for dim in range(value.dim())])
+    return _permute_back(flat.reshape(dense.shape), _order_in_memory(value.stride()))
 
 
 #: Where PyTorch has no decomposition, or one into what torch-xla does not lower either.
 _OURS: dict[Any, Any] = {
     torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
-    torch.ops.aten.scatter_reduce.two: _scatter_mean,
+    torch.ops.aten.scatter_reduce.two: _scatter_reduce,
     torch.ops.aten.copysign.Tensor: _copysign,
     torch.ops.aten.copysign.Scalar: _copysign_number,
     torch.ops.aten.signbit.default: _signbit,
