@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all check proto clean
+.PHONY: train test test-all test-architectures check proto clean
 
 train: $(STAMP)
 	$(BIN)/twrun --islands 2 --devices-per-island 2 recipes/train_lm.py model=tiny train.steps=200
@@ -13,7 +13,10 @@ test: check
 	$(BIN)/pytest -m "not slow"
 
 test-all: check
-	$(BIN)/pytest
+	$(BIN)/pytest --ignore tests/architectures
+
+test-architectures: $(STAMP)
+	$(BIN)/pytest tests/architectures
 
 check: $(STAMP)
 	$(BIN)/ruff check .

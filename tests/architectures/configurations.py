@@ -30,9 +30,12 @@ NUMBERS = [
     (r"n_group|topk_group|num_expert_group", 1),
     (r"n_shared_experts|moe_num_shared_experts", 1),
     (r"first_k_dense_replace|decoder_sparse_step|moe_layer_start_index", 1),
-    (r".*num_feature_levels|num_feat_extract_layers|num_adapter_layers|conv_layers|.*num_conv_layers", None),
     (
-        r"num_(hidden_)?layers|n_layers?|num_.*_layers|.*(encoder|decoder|hidden)_layers|depth|.*_depth|layers|num_.*blocks",
+        r".*num_feature_levels|num_encoder_blocks|num_feat_extract_layers|num_adapter_layers|conv_layers|.*num_conv_layers",
+        None,
+    ),
+    (
+        r"num_(hidden_)?layers|n_layers?|num_.*_layers|.*(encoder|decoder|hidden)_layers|depth|.*_depth|layers|num_.*blocks|num_self_attends_per_block",
         2,
     ),
     (r".*vocab_size(?!_per).*|.*vocabulary_size", VOCABULARY),
@@ -64,7 +67,7 @@ DROPOUT = re.compile(
     r".*(dropout|drop|pdrop|drop_rate|layerdrop|drop_prob|jitter_noise|drop_path|dropout_prob|dropout_rate|dropout_p).*|mask_(time|feature)_prob"
 )
 #: Lists: one entry a stage or layer.
-DEPTHS = re.compile(r"depths?|layers?_per_stage|num_blocks|blocks")
+DEPTHS = re.compile(r"depths?|layers?_per_stage|num_blocks|blocks|block_sizes")
 WIDTHS = re.compile(r".*(hidden_sizes|embed_dims?|dims|channels|widths|neck_hidden_sizes|embed_dim|hidden_size)")
 
 #: Fields that no rule gets right, by the configuration's model type.
@@ -93,7 +96,12 @@ EXCEPTIONS: dict[str, dict] = {
     "bit": {"num_groups": 4},
     "chameleon": {"vq_config": {"num_res_blocks": 1, "base_channels": 32, "channel_multiplier": [1, 1]}},
     "codegen": {"rotary_dim": 4, "n_ctx": 128},
-    "cvt": {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 1, 1]},
+    "cvt": {
+        "embed_dim": [16, 32, 64],
+        "num_heads": [1, 2, 4],
+        "depth": [1, 1, 1],
+        **{name: [0.0, 0.0, 0.0] for name in ("attention_drop_rate", "drop_rate", "drop_path_rate")},
+    },
     "data2vec-vision": {"out_indices": [0, 1, 2, 3], "num_hidden_layers": 4},
     "deepseek_v3": {"num_key_value_heads": 4},
     "depth_anything": {"neck_hidden_sizes": [16, 16], "fusion_hidden_size": 16},
@@ -138,7 +146,7 @@ EXCEPTIONS: dict[str, dict] = {
     "swinv2": SWIN,
     "switch_transformers": {"decoder_start_token_id": 0},
     "t5": {"decoder_start_token_id": 0},
-    "textnet": {"image_size": 64},
+    "textnet": {"image_size": 64, "hidden_sizes": [16, 16, 32, 32, 64], "stem_out_channels": 16},
     "timesfm": {"context_length": 32, "horizon_length": 8, "patch_length": 8, "head_dim": 8},
     "xlstm": {"num_heads": 4, "qk_dim_factor": 0.5},
     "xmod": {"languages": ["en"], "default_language": "en"},
@@ -151,6 +159,18 @@ EXCEPTIONS: dict[str, dict] = {
     "deformable_detr": {**DETR, "two_stage": False},
     "detr": DETR,
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2},
+    "efficientnet": {
+        "width_coefficient": 0.5,
+        "depth_coefficient": 0.5,
+        "hidden_dim": 64,
+        "image_size": 64,
+        "in_channels": [32, 16, 24],
+        "out_channels": [16, 24, 40],
+        "kernel_sizes": [3, 3, 5],
+        "strides": [1, 2, 2],
+        "num_block_repeats": [1, 1, 1],
+        "expand_ratios": [1, 6, 6],
+    },
     "esm": {"vocab_size": VOCABULARY, "mask_token_id": 90, "pad_token_id": 1, "position_embedding_type": "rotary"},
     "falcon_h1": {**MAMBA_HEADS, "mamba_d_ssm": 64},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
@@ -183,6 +203,7 @@ EXCEPTIONS: dict[str, dict] = {
         "is_decoder": True,
     },
     "sew": WAVES,
+    "shieldgemma2": {"mm_tokens_per_image": 4, "vision_config": {"patch_size": 8}},
     "sew-d": WAVES,
     "swin2sr": {"num_heads": [2, 2], "depths": [1, 1], "embed_dim": 16},
     "swiftformer": {"embed_dims": [16, 16, 32, 32]},

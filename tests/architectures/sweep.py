@@ -71,7 +71,7 @@ def build(name, task, model_type):
     """Returns a small model with random weights, no dropout, and a function that makes its batches."""
     cls = getattr(transformers, name)
     config = shrink(cls.config_class or CONFIG_MAPPING[model_type])
-    config.num_labels = NUM_LABELS
+    config.num_labels = 2 if task == "QUESTION_ANSWERING" else NUM_LABELS
     if "CLASSIFICATION" in task and getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = 0
     torch.manual_seed(0)
@@ -237,6 +237,7 @@ def main():
     parser.add_argument("--out", default="/dev/null")
     parser.add_argument("--part", default="0/1")
     parser.add_argument("--devices", type=int, default=1)
+    parser.add_argument("--seconds", type=int, default=SECONDS, help="limit of each")
     parser.add_argument("--eager", action="store_true", help="only whether eager PyTorch runs them")
     parser.add_argument("--skip", default="", help="file of names")
     options = parser.parse_args()
@@ -255,7 +256,7 @@ def main():
         if options.eager:
             outcome = eager_outcome_of(name, task, model_type)
         else:
-            outcome = outcome_of(name, task, model_type, mesh)
+            outcome = outcome_of(name, task, model_type, mesh, options.seconds)
             if outcome.kind in ("crash", "slow"):
                 mesh = restart(options.devices)
         with open(options.out, "a") as file:

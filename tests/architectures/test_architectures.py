@@ -1,6 +1,10 @@
 """Small configurations of the `transformers` library's models against eager PyTorch: forward, and three AdamW steps.
 
-`python -m tests.architectures.sweep TASK ...` runs other tasks, parts of them, and several devices.
+One class stands for each model type: that of the first task in `TASKS` with a class for it. All of them are over an
+hour on two cores (12 to 25 s a class); `pytest -m slow tests/architectures -k IMAGE_CLASSIFICATION` runs a task's, and
+`python -m tests.architectures.sweep TASK ...` any classes, on several devices too.
+
+@@COUNTS@@
 """
 
 from collections import Counter
@@ -12,27 +16,42 @@ from tests.architectures.sweep import classes_of, outcome_of, restart
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
-TASKS = ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "IMAGE_CLASSIFICATION")
-TASKS += ("SPEECH_SEQ_2_SEQ", "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION")
+TASKS = ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM", "AUDIO_CLASSIFICATION")
+TASKS += ("MASKED_LM", "IMAGE_CLASSIFICATION", "SEMANTIC_SEGMENTATION", "OBJECT_DETECTION", "CTC")
+TASKS += ("SEQUENCE_CLASSIFICATION", "QUESTION_ANSWERING", "TOKEN_CLASSIFICATION")
 
 #: What does not agree, how it goes and why. An entry that no longer holds fails.
 KNOWN = {
     "AriaTextForCausalLM": ("refused", "histc has no lowering"),
-    "BigBirdPegasusForConditionalGeneration": ("refused", "shapes that do not broadcast at capture; not explained"),
-    "CTRLLMHeadModel": ("differ", "a parameter to 1.7e-4; not explained"),
+    "BigBirdPegasusForConditionalGeneration": (
+        "refused",
+        "transformers, compiled and without a decoder's attention mask, makes a causal mask of one column too many",
+    ),
     "ConditionalDetrForObjectDetection": ("refused", "asks computed values for infinities"),
-    "CpmAntForCausalLM": ("differ", "the forward to 6e-5; not explained"),
+    "CpmAntForCausalLM": ("differ", "the forward to 6e-5: rounding, eager is as far from the result in float64"),
+    "CTRLLMHeadModel": ("differ", "a parameter to 1.7e-4 after training; not explained (the forward agrees)"),
     "DeformableDetrForObjectDetection": ("differ", "to 5e-4; not explained"),
     "DetrForObjectDetection": ("refused", "asks computed values for infinities"),
+    "IBertForMaskedLM": ("refused", "asks computed values whether a range has been measured"),
     "Idefics2ForConditionalGeneration": ("refused", "leaves out images by their values"),
     "Lfm2VlForConditionalGeneration": ("refused", "_upsample_bilinear2d_aa has no lowering"),
+    "PegasusXForConditionalGeneration": ("refused", "as BigBirdPegasus"),
     "Qwen3NextForCausalLM": ("slow", "a loop over 64 positions a layer, each of which writes in place"),
-    "RecurrentGemmaForCausalLM": ("differ", "losses to 3e-4; not explained"),
+    "RecurrentGemmaForCausalLM": ("differ", "losses to 3e-4: transformers computes something else when it is compiled"),
+    "SqueezeBertForMaskedLM": ("slow", "the compilation of its training step; not explained"),
     "TableTransformerForObjectDetection": ("refused", "asks computed values for infinities"),
     "YolosForObjectDetection": ("differ", "one element, 1.05e-5"),
 }
 
-WORK = {name: (task, model_type) for task in reversed(TASKS) for name, model_type in classes_of(task).items()}
+
+def work():
+    """Yields a class of each model type, with the task it is of."""
+    seen = set()
+    for task in TASKS:
+        classes = {name: model_type for name, model_type in classes_of(task).items() if model_type not in seen}
+        seen.update(classes.values())
+        for name, model_type in classes.items():
+            yield pytest.param(name, task, model_type, id=f"{task}-{name}")
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +74,11 @@ def slices():
     return []
 
 
-@pytest.mark.parametrize("name", WORK)
-def test_agrees_with_eager(name, outcomes, slices):
+@pytest.mark.parametrize(("name", "task", "model_type"), work())
+def test_agrees_with_eager(name, task, model_type, outcomes, slices):
     if not slices or len(outcomes) % 40 == 0 or outcomes[-1].kind in ("crash", "slow"):
         slices[:] = [restart(1)]
-    outcome = outcome_of(name, *WORK[name], slices[0])
+    outcome = outcome_of(name, task, model_type, slices[0])
     outcomes.append(outcome)
     if outcome.kind == "not eager":
         pytest.skip(outcome.detail)

@@ -14,6 +14,7 @@ from torchways.capture.linear_algebra import linear_algebra_decompositions
 from torchways.capture.neighbours import neighbour_decompositions
 from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
 from torchways.capture.resizing import resizing_decompositions
+from torchways.errors import CaptureError
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
 _NOT_LOWERED: list[Any] = [
@@ -171,6 +172,54 @@ def _fmin(value: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return torch.where(value.isnan(), other, torch.where(other.isnan(), value, value.minimum(other)))
 
 
+def _order_in_memory(strides: Sequence[int]) -> list[int]:
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
+
+
+def _permute_back(value: torch.Tensor, order: list[int]) -> torch.Tensor:
+    return value.permute([order.index(dim) for dim in range(value.dim())])
+
+
+def _in_memory(value: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor with its dimensions in the order in which they lie in memory."""
+    dense = value.permute(_order_in_memory(value.stride()))
+    if not dense.is_contiguous():
+        raise CaptureError(
+            f"as_strided of a tensor of shape {list(value.shape)} and strides {list(value.stride())} cannot be "
+            "captured: its elements do not lie side by side; call it on a contiguous one, or index instead"
+        )
+    return dense
+
+
+def _memory_index(
+    value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None
+) -> torch.Tensor:
+    """Returns which elements in memory a tensor of these strides has, counted from the first of `value`."""
+    start = 0 if storage_offset is None else storage_offset - int(value.storage_offset())
+    end = start + sum((count - 1) * step for count, step in zip(size, stride, strict=True))
+    if math.prod(size) and (start < 0 or end >= value.numel()):
+        raise CaptureError(
+            f"as_strided({list(size)}, {list(stride)}, {storage_offset}) of a tensor of shape {list(value.shape)} "
+            "cannot be captured: it reaches beyond that tensor; call it on the whole one"
+        )
+    index = torch.full((), start, dtype=torch.int64)
+    for count, step in zip(size, stride, strict=True):
+        index = index.unsqueeze(-1) + torch.arange(count) * step
+    return index
+
+
+def _as_strided(
+    value: torch.Tensor, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> torch.Tensor:
+    """By index; torch-xla's own takes every tensor for a contiguous one.
+
+    Where no elements are shared or left out, the result has the strides asked for: views that follow need them.
+    """
+    order = _order_in_memory(stride)
+    index = _memory_index(value, [size[dim] for dim in order], [stride[dim] for dim in order], storage_offset)
+    return _permute_back(_in_memory(value).reshape(-1)[index], order)
+
+
 def _as_strided_scatter(
     value: torch.Tensor,
     source: torch.Tensor,
@@ -179,11 +228,10 @@ def _as_strided_scatter(
     storage_offset: int | None = None,
 ) -> torch.Tensor:
     """An assignment by index; torch-xla's own writes to the wrong elements where strides leave some out."""
-    index = torch.full((), storage_offset or 0, dtype=torch.int64)
-    for count, step in zip(size, stride, strict=True):
-        index = index.unsqueeze(-1) + torch.arange(count) * step
-    flat = value.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
-    return flat.reshape(value.shape)
+    dense = _in_memory(value)
+    index = _memory_index(value, size, stride, storage_offset)
+    flat = dense.reshape(-1).index_put((index.reshape(-1),), source.reshape(-1))
+    return _permute_back(flat.reshape(dense.shape), _order_in_memory(value.stride()))
 
 
 def _of_numbers(operator: Any) -> Any:
@@ -346,6 +394,8 @@ _OURS: dict[Any, Any] = {
 
 #: Of views: only for graphs in which nothing is written any more.
 _OF_VIEWS: dict[Any, Any] = {
+    torch.ops.aten.as_strided.default: _as_strided,
+    torch.ops.aten.as_strided_copy.default: _as_strided,
     torch.ops.aten.diagonal.default: _diagonal,
     torch.ops.aten.diagonal_copy.default: _diagonal,
     torch.ops.aten.diagonal_scatter.default: _diagonal_scatter,

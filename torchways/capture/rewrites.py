@@ -24,7 +24,7 @@ class Rewrites(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is _DATA:
             return args[0].detach()
-        if func is torch.tensor and isinstance(args[0], (list, tuple)) and _holds_tensors(args[0]):
+        if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], (list, tuple)) and _holds_tensors(args[0]):
             result = _stacked(args[0]).detach()
             return result.to(kwargs["dtype"]) if kwargs.get("dtype") else result
         if func is torch.Tensor.__setitem__ and _is_mask(args[1]):

@@ -502,6 +502,23 @@ def test_elementwise_operators_and_means_by_index_are_taken_apart():
         assert session.num_operators(name) == 0
 
 
+@pytest.mark.parametrize("reduce", ["sum", "prod", "amax", "amin"])
+def test_reductions_by_index_without_what_was_there(reduce):
+    session = LocalSession()
+
+    def function(x, y, index):
+        numbers = (y * 9).to(torch.int64)
+        return (
+            x.scatter_reduce(1, index, y, reduce, include_self=False),
+            torch.ones_like(numbers).scatter_reduce(1, index, numbers, reduce, include_self=False),
+        )
+
+    x, y, index = torch.randn(4, 6), torch.randn(4, 6), torch.randint(0, 6, (4, 3))
+    ours = make_function(function, session.mesh(), lambda: session)
+    for result, expected in zip(ours(x, y, index), function(x, y, index), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+
+
 def test_a_diagonal_is_filled_in_a_view():
     session = LocalSession()
 
@@ -513,6 +530,28 @@ def test_a_diagonal_is_filled_in_a_view():
 
     x = torch.randn(3, 2, 4)
     assert torch.equal(make_function(function, session.mesh(), lambda: session)(x).cpu(), function(x))
+
+
+def test_strides_are_those_of_eager():
+    session = LocalSession()
+
+    def function(x):
+        x = x.clone().requires_grad_()
+        turned = x.transpose(0, 1)
+        windows = turned.as_strided((3, 4, 4), (2, 1, 4))
+        written = x.transpose(0, 1).clone()
+        written.as_strided((2, 2), (1, 4), 1).mul_(3)
+        chunks = (x * 2).view(4, 2, 4).transpose(0, 1).as_strided((2, 3, 2, 4), (4, 8, 8, 1))
+        (gradient,) = torch.autograd.grad((windows * windows.cumsum(0)).sum() + chunks.pow(2).cumsum(1).sum(), x)
+        return windows, written, chunks, gradient
+
+    x = torch.randn(4, 8)
+    results = make_function(function, session.mesh(), lambda: session)(x)
+    for result, expected in zip(results, function(x), strict=True):
+        torch.testing.assert_close(result.cpu(), expected)
+    for size, tensor in (((8, 2), lambda x: x[:, 2:]), ((5, 8), lambda x: x)):
+        with pytest.raises(CaptureError, match="as_strided"):
+            make_function(lambda x, s=size, t=tensor: t(x).as_strided(s, (8, 1)), session.mesh(), lambda: session)(x)
 
 
 def test_a_number_of_rows_is_known_where_the_mask_is():
@@ -537,7 +576,8 @@ def test_a_tensor_is_made_of_traced_ones():
     session = LocalSession()
 
     def function(x):
-        return torch.tensor([x[0], x[1]]), torch.tensor([[x[0], 2], [3, x[2]]], dtype=torch.float64)
+        pair, square = torch.tensor([x[0], x[1]]), torch.tensor([[x[0], 2], [3, x[2]]], dtype=torch.float64)
+        return pair, square, torch.as_tensor([x[2], x[0]])
 
     x = torch.randn(3)
     ours = make_function(function, session.mesh(), lambda: session)
