@@ -1,8 +1,9 @@
 """Small configurations of the `transformers` library's models against eager PyTorch: forward, and three AdamW steps.
 
-One class stands for each model type: that of the first task in `TASKS` with a class for it. All of them are over an hour on
-two cores (12 to 25 s a class); `pytest -m slow tests/architectures -k IMAGE_CLASSIFICATION` runs a task's, and
-`python -m tests.architectures.sweep TASK ...` any classes, on several devices too.
+One class stands for each model type: that of the first task in `TASKS` with a class for it. They are 305, of which eager
+PyTorch runs some 245, each in 10 to 60 s on two cores that do other work too: the whole test takes over an hour, and has
+not been run as one. `pytest -m slow tests/architectures -k IMAGE_CLASSIFICATION` runs a task's;
+`python -m tests.architectures.sweep TASK ...` runs any classes, on several devices too.
 
 @@COUNTS@@
 """
@@ -29,8 +30,8 @@ KNOWN = {
     ),
     "ConditionalDetrForObjectDetection": ("refused", "asks computed values for infinities"),
     "CpmAntForCausalLM": ("differ", "the forward to 6e-5: rounding, eager is as far from the result in float64"),
-    "CTRLLMHeadModel": ("differ", "a parameter to 1.7e-4 after training; not explained (the forward agrees)"),
-    "DeformableDetrForObjectDetection": ("differ", "to 5e-4; not explained"),
+    "CTRLLMHeadModel": ("differ", "25 elements of one row of a parameter to 1.7e-4 after training: likely a ReLU's input near zero"),
+    "DeformableDetrForObjectDetection": ("differ", "the forward to 5e-4: rounding, eager is as far from the result in float64"),
     "DetrForObjectDetection": ("refused", "asks computed values for infinities"),
     "IBertForMaskedLM": ("refused", "asks computed values whether a range has been measured"),
     "Idefics2ForConditionalGeneration": ("refused", "leaves out images by their values"),
@@ -38,9 +39,12 @@ KNOWN = {
     "PegasusXForConditionalGeneration": ("refused", "as BigBirdPegasus"),
     "Qwen3NextForCausalLM": ("slow", "a loop over 64 positions a layer, each of which writes in place"),
     "RecurrentGemmaForCausalLM": ("differ", "losses to 3e-4: transformers computes something else when it is compiled"),
-    "SqueezeBertForMaskedLM": ("slow", "the compilation of its training step; not explained"),
+    "ResNetForImageClassification": (
+        "differ",
+        "a parameter to 3.6e-4 after training, in which eager's is 3.6e-5 from float64's; not explained (the forward agrees)",
+    ),
     "TableTransformerForObjectDetection": ("refused", "asks computed values for infinities"),
-    "YolosForObjectDetection": ("differ", "one element, 1.05e-5"),
+    "YolosForObjectDetection": ("differ", "one element, 1.05e-5: rounding, eager's is 1.6e-5 from float64's"),
 }
 
 
