@@ -1,10 +1,32 @@
 """Small configurations of the `transformers` library's models against eager PyTorch: forward, and three AdamW steps.
 
-One class stands for each model type: that of the first task in `TASKS` with a class for it. All of them are over an
-hour on two cores (12 to 25 s a class); `pytest -m slow tests/architectures -k IMAGE_CLASSIFICATION` runs a task's, and
-`python -m tests.architectures.sweep TASK ...` any classes, on several devices too.
+One class stands for each model type: that of the first task in `TASKS` with a class for it. They are 305, of which
+eager PyTorch runs some 245, each in 10 to 60 s on two cores that do other work too: the whole test takes over an
+hour, and has not been run as one. `pytest -m slow tests/architectures -k IMAGE_CLASSIFICATION` runs a task's; `python
+-m tests.architectures.sweep TASK ...` runs any classes, on several devices too.
 
-@@COUNTS@@
+Run through the script by 2026-11-25, last results, with limits of 60 or 120 s (not run by eager: a configuration that
+lacks something, some of them mended since, or a library that is not installed; "slow": not finished in 60 s on shared
+cores):
+
+| task | classes run | agree | refused | differ | slow | random | not run by eager |
+|---|---|---|---|---|---|---|---|
+| SEQ_TO_SEQ_CAUSAL_LM | 29 | 17 | 2 | | | | 10 |
+| IMAGE_TEXT_TO_TEXT | 45 | 14 | 8 | | | | 23 |
+| CAUSAL_LM | 116 | 88 | 8 | 3 | | 1 | 16 |
+| MASKED_LM | 35 | 30 | 1 | | 3 | | 1 |
+| IMAGE_CLASSIFICATION | 11 | 10 | | 1 | | | |
+| OBJECT_DETECTION | 10 | 1 | 3 | 2 | | | 4 |
+| SPEECH_SEQ_2_SEQ | 7 | 2 | | | | | 5 |
+| CTC | 2 | | 2 | | | | |
+| SEQUENCE_, TOKEN_CLASSIFICATION, QUESTION_ANSWERING | 3 | 3 | | | | | |
+| all | 258 | 165 | 24 | 6 | 3 | 1 | 59 |
+
+Of those refused, 13 were not run again after changes made for them or their like, and have no entry in `KNOWN`:
+GotOcr2, GraniteMoeHybrid, GraniteMoeShared, HunYuanMoEV1, JetMoe, Mega, ModernBertDecoder, Glm4v, Qwen2VL,
+Qwen2.5-VL, Qwen3VL, Qwen3VLMoe, Udop. Slow were Funnel and SqueezeBert, which agree on a machine with less other work,
+and Perceiver, whose configuration is smaller by now. 84 of the classes below were never run: 36 of IMAGE_CLASSIFICATION, 17 of CAUSAL_LM after RoFormer, 11 of
+AUDIO_CLASSIFICATION, and 20 of others.
 """
 
 from collections import Counter
@@ -22,15 +44,20 @@ TASKS += ("SEQUENCE_CLASSIFICATION", "QUESTION_ANSWERING", "TOKEN_CLASSIFICATION
 
 #: What does not agree, how it goes and why. An entry that no longer holds fails.
 KNOWN = {
-    "AriaTextForCausalLM": ("refused", "histc has no lowering"),
     "BigBirdPegasusForConditionalGeneration": (
         "refused",
         "transformers, compiled and without a decoder's attention mask, makes a causal mask of one column too many",
     ),
     "ConditionalDetrForObjectDetection": ("refused", "asks computed values for infinities"),
     "CpmAntForCausalLM": ("differ", "the forward to 6e-5: rounding, eager is as far from the result in float64"),
-    "CTRLLMHeadModel": ("differ", "a parameter to 1.7e-4 after training; not explained (the forward agrees)"),
-    "DeformableDetrForObjectDetection": ("differ", "to 5e-4; not explained"),
+    "CTRLLMHeadModel": (
+        "differ",
+        "25 elements of one row of a parameter to 1.7e-4 after training: likely a ReLU's input near zero",
+    ),
+    "DeformableDetrForObjectDetection": (
+        "differ",
+        "the forward to 5e-4: rounding, eager is as far from the result in float64",
+    ),
     "DetrForObjectDetection": ("refused", "asks computed values for infinities"),
     "IBertForMaskedLM": ("refused", "asks computed values whether a range has been measured"),
     "Idefics2ForConditionalGeneration": ("refused", "leaves out images by their values"),
@@ -38,9 +65,12 @@ KNOWN = {
     "PegasusXForConditionalGeneration": ("refused", "as BigBirdPegasus"),
     "Qwen3NextForCausalLM": ("slow", "a loop over 64 positions a layer, each of which writes in place"),
     "RecurrentGemmaForCausalLM": ("differ", "losses to 3e-4: transformers computes something else when it is compiled"),
-    "SqueezeBertForMaskedLM": ("slow", "the compilation of its training step; not explained"),
+    "ResNetForImageClassification": (
+        "differ",
+        "a parameter to 3.6e-4 after training, eager's is 3.6e-5 from float64's; not explained (the forward agrees)",
+    ),
     "TableTransformerForObjectDetection": ("refused", "asks computed values for infinities"),
-    "YolosForObjectDetection": ("differ", "one element, 1.05e-5"),
+    "YolosForObjectDetection": ("differ", "one element, 1.05e-5: rounding, eager's is 1.6e-5 from float64's"),
 }
 
 
