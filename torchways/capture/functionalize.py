@@ -17,7 +17,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torchways.capture.decompositions import pure_decomposition_table
 from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
 from torchways.graphs import SOURCE_KEY
-from torchways.operators import BARRIER
+from torchways.operators import BARRIER, is_random
 
 _ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
 
@@ -109,7 +109,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     _drop_copies(pure.graph)
     _spell_out_full_reductions(pure.graph)
     _fill_empty(pure.graph)
-    pure.graph.eliminate_dead_code()
+    pure.graph.eliminate_dead_code(lambda node: node.is_impure() and not is_random(node))
     _keep_recomputation(pure.graph)
     pure.recompile()
     return PureGraph(pure, list(written))
