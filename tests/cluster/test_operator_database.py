@@ -18,6 +18,7 @@ from torchways.errors import RemoteError, UserError
 _AROUND = "a tensor comes to a program as its elements; as_strided looks at the memory around them"
 _SPARSE = "sparse tensors are refused by PyTorch's tracer, with words of its own"
 _SCALAR_MASK = "what a scalar mask selects is refused with words of PyTorch's"
+_TIMES_BOOL = "the gradient of a NaN: XLA takes a product with a bool for a choice, so infinity times False is 0"
 _NOT_SERIALIZED = "torch.export's format does not know uint64"
 
 #: Cases in which eager PyTorch is not followed, and why; one that begins to agree fails the test.
@@ -31,6 +32,8 @@ DEVIATIONS = {
     "to_sparse-float32": _SPARSE,
     "to_sparse-int64": _SPARSE,
     "nn.functional.embedding-gradient": _SPARSE,
+    "masked.amax-gradient": _TIMES_BOOL,
+    "masked.amin-gradient": _TIMES_BOOL,
     "logcumsumexp-gradient": "eager PyTorch's is off by 1e-3 of what it is in float64; this one is not",
     "hash_tensor-float32": _NOT_SERIALIZED,
     "hash_tensor-int64": _NOT_SERIALIZED,
@@ -43,8 +46,6 @@ COMMON = {
     "gather",
     "index_put",
     "linalg.cholesky",
-    "linalg.solve",
-    "linalg.svd",
     "matmul",
     "median",
     "nn.functional.conv2d",
@@ -120,7 +121,7 @@ def test_operator(devices, case, record_property):
     record_property("operator", devices.check(case, 1))
 
 
-@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("num_devices", [2, 1])
 def test_a_nan_is_every_extreme(devices, num_devices):
     """XLA leaves NaNs out on CPU unless it is told otherwise, and its positions of extremes do."""
     x = torch.tensor([[1.0, math.nan, 3.0, 2.0], [4.0, 2.0, math.inf, 1.0], [-math.inf, math.nan, math.nan, 5.0]])

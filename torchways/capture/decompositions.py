@@ -335,6 +335,20 @@ def _digamma(value: torch.Tensor) -> torch.Tensor:
     return torch.where(is_reflected, left, right)
 
 
+def _rrelu(
+    value: torch.Tensor,
+    noise: torch.Tensor,
+    lower: float = 0.125,
+    upper: float = 1 / 3,
+    training: bool = False,
+    generator: Any = None,
+) -> Any:
+    if not training:
+        return torch.where(value > 0, value, value * ((lower + upper) / 2)), noise
+    noise = torch.where(value > 0, 1.0, lower + (upper - lower) * torch.rand(value.shape, dtype=value.dtype))
+    return value * noise, noise
+
+
 def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: Any) -> torch.Tensor:
     return torch.zeros(size, dtype=dtype)
 
@@ -379,6 +393,7 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.round.decimals: _round_decimals,
     torch.ops.aten.angle.default: _angle,
     torch.ops.aten.gather.default: _gather,
+    torch.ops.aten.rrelu_with_noise_functional.default: _rrelu,
     torch.ops.aten.scatter_add.default: _scatter_add,
     torch.ops.aten.take.default: lambda value, index: torch.ops.aten.index(value.reshape(-1), [index]),
     torch.ops.aten.multinomial.default: _multinomial,

@@ -18,7 +18,7 @@ from torchways.capture.complex_numbers import call_on_pairs, can_be_pairs, has_r
 from torchways.capture.decompositions import pure_decomposition_table
 from torchways.capture.tracer import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
 from torchways.graphs import SOURCE_KEY
-from torchways.operators import BARRIER
+from torchways.operators import BARRIER, is_random
 
 _ALIASES = {torch.ops.aten.alias.default, torch.ops.aten.detach.default, torch.ops.aten.lift_fresh_copy.default}
 
@@ -127,7 +127,7 @@ def make_pure(graph_module: torch.fx.GraphModule, decompositions: Mapping[Any, A
     _spell_out_full_reductions(pure.graph)
     _clamp_slices(pure.graph)
     _fill_empty(pure.graph)
-    pure.graph.eliminate_dead_code()
+    pure.graph.eliminate_dead_code(lambda node: node.is_impure() and not is_random(node))
     _keep_recomputation(pure.graph)
     pure.recompile()
     return PureGraph(pure, list(written))

@@ -368,6 +368,22 @@ def test_gradients_need_a_graph():
             ProgramFunction(step, None, lambda: session)(torch.full((1, 2), 100.0) * line.weight.cpu().sign())
 
 
+def test_what_is_computed_of_a_view_of_an_array_has_a_slice():
+    """Nothing is looked at again for each way that leads to it, of which there are 2^60 here."""
+    session = LocalSession()
+    array = make_function(torch.clone, session.mesh(), lambda: session)(torch.tensor([[1.0, -2.0, 3.0]]))
+
+    def program(x):
+        x = x.mT
+        for _ in range(60):
+            x = torch.where(x > 0, -x, x)
+        return x.sort(dim=0)
+
+    values, positions = ProgramFunction(program, session.mesh(), lambda: session)(array)
+    assert values.cpu().tolist() == [[-3.0], [-2.0], [-1.0]]
+    assert positions.cpu().tolist() == [[2], [1], [0]]
+
+
 def test_operator_without_lowering_is_refused_with_its_line():
     session = LocalSession(lowered_ops={"aten::add.Tensor"})
 
