@@ -24,9 +24,9 @@ cores):
 
 Of those refused, 13 were not run again after changes made for them or their like, and have no entry in `KNOWN`:
 GotOcr2, GraniteMoeHybrid, GraniteMoeShared, HunYuanMoEV1, JetMoe, Mega, ModernBertDecoder, Glm4v, Qwen2VL,
-Qwen2.5-VL, Qwen3VL, Qwen3VLMoe, Udop. Slow were Funnel and SqueezeBert, which agree on a machine with less other work,
-and Perceiver, whose configuration is smaller by now. 84 of the classes below were never run: 36 of IMAGE_CLASSIFICATION, 17 of CAUSAL_LM after RoFormer, 11 of
-AUDIO_CLASSIFICATION, and 20 of others.
+Qwen2.5-VL, Qwen3VL, Qwen3VLMoe, Udop. Slow were Funnel and SqueezeBert, which agree where less else runs, and
+Perceiver, whose configuration is smaller by now. 84 of the classes below were never run: 36 of IMAGE_CLASSIFICATION,
+17 of CAUSAL_LM after RoFormer, 11 of AUDIO_CLASSIFICATION, and 20 of others.
 """
 
 from collections import Counter
