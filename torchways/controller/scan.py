@@ -28,7 +28,7 @@ from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, signature_of
 from torchways.controller.variants import MAX_VARIANTS
 from torchways.errors import CaptureError, ShapeError, UserError
-from torchways.ir.program import Arg, with_nodes
+from torchways.ir.program import Arg, node_inputs, with_nodes
 from torchways.mesh import VirtualSlice
 from torchways.passes.unroll import Loop, unroll
 
@@ -188,8 +188,9 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
     labels, out_spec = pytree.tree_flatten(whole, is_leaf=lambda item: isinstance(item, _Leaf))
     place = {label: number for number, label in enumerate(label for label in labels if label.position in result_of)}
     targets: list[ResultTarget] = []
-    for turn, number in loop.results(len(body.targets)):
-        made = body.targets[number]
+    results = node_inputs(program.nodes[-1])
+    for value, (turn, number) in zip(results, loop.results(len(body.targets)), strict=True):
+        made = replace(body.targets[number], placements=program.values[value].placements)  # of a carry: as it came
         if number < body.num_returned:
             made = replace(made, target=place[_Leaf((turn, tensors[number]))])
         targets.append(made)

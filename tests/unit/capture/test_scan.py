@@ -5,7 +5,9 @@ import gc
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import Shard
 
+import torchways as tw
 from tests.local_session import LocalSession
 from torchways.array import Array
 from torchways.controller import scan
@@ -208,3 +210,18 @@ def test_loops_go_with_their_bodies(session):
     del body
     gc.collect()
     assert len(scan._loops) == before
+
+
+def test_a_carry_comes_back_split_as_it_came(session):
+    mesh = session.mesh(2, names=("tp",))
+    on_slice = ProgramFunction(lambda tensor: tw.redistribute(tensor, mesh, [Shard(1)]), mesh, lambda: session)
+    carry = on_slice(torch.zeros(3, 4))
+
+    def body(carry, x):
+        carry = carry.index_copy(0, torch.tensor([1]), x)
+        return carry, carry.sum()
+
+    for _ in range(2):
+        carry, ys = run_scan(body, carry, torch.ones(2, 1, 4), None, mesh, False, lambda: session)
+        assert carry._buffer.placements == ("S(1)",)
+    assert carry.cpu().sum() == ys[-1].item() == 4  # the second row
