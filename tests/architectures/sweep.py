@@ -108,10 +108,10 @@ def loss_of(out):
     return sum(leaf.square().mean() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad)
 
 
-def train(model, batches, wrap):
+def train(model, batches, wrap, eps=1e-4):
     # Some gradients are zero but for rounding (biases of keys, what comes before a batch norm); with its usual epsilon,
     # Adam makes steps of that noise.
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
 
     def train_step(**batch):
         loss = loss_of(model(**batch))

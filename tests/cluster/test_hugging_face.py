@@ -8,6 +8,7 @@ import torch.utils._pytree as pytree
 import transformers
 
 import torchways as tw
+from tests.architectures.sweep import train
 from torchways.capture.objects import open_objects
 
 BATCH, LENGTH, VOCABULARY = 4, 12, 64
@@ -225,20 +226,6 @@ def build(name, config):
     torch.manual_seed(0)
     cls = getattr(transformers, name)
     return cls(cls.config_class(**config))
-
-
-def train(model, batches, wrap, eps):
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
-
-    def train_step(**batch):
-        out = model(**batch)
-        out.loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        return out.loss
-
-    step = wrap(train_step)
-    return torch.tensor([loss.item() for loss in [step(**batch) for batch in batches]])
 
 
 def check_forward(model, mesh, batch):
