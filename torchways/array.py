@@ -50,6 +50,10 @@ class Array(torch.Tensor):
     """
 
     _buffer: Buffer
+    #: Raised whenever flags, gradients or memory of an array change outside programs.
+    num_changes: ClassVar[int] = 0
+    #: Whether a program is being traced, in which an array is a tensor like any other. Set by the tracer.
+    _is_traced: ClassVar[Callable[[], bool]] = staticmethod(lambda: False)
     #: Set by the controller, which knows programs.
     _redistribute: ClassVar[Callable[[Any, VirtualSlice, Sequence[Any] | None], Any]]
 
@@ -119,6 +123,8 @@ class Array(torch.Tensor):
             DeadlineExceeded: `timeout` passed.
             SessionClosed: `tw.shutdown()` was called.
         """
+        if self._is_traced():
+            return self
         return self._buffer.read(timeout).requires_grad_(False)
 
     def full_tensor(self) -> torch.Tensor:
@@ -139,15 +145,15 @@ class Array(torch.Tensor):
 
     def item(self) -> Any:
         """Waits for the value of a one-element array and returns it as a Python number."""
-        return self.cpu().item()
+        return torch.Tensor.item(self) if self._is_traced() else self.cpu().item()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Waits for the value and returns it as a numpy array."""
-        return self.cpu().numpy()
+        return torch.Tensor.numpy(self) if self._is_traced() else self.cpu().numpy()
 
     def tolist(self) -> Any:
         """Waits for the value and returns it as nested lists."""
-        return self.cpu().tolist()
+        return torch.Tensor.tolist(self) if self._is_traced() else self.cpu().tolist()
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._buffer.read_async()

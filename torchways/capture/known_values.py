@@ -17,6 +17,9 @@ import torch
 import torch.utils._pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.array import Array
+from torchways.capture.python_state.tokens import TensorSource
+
 #: Comparisons of a tensor with a number, and what they say of one element.
 _COMPARISONS = {
     torch.ops.aten.lt.Scalar: operator.lt,
@@ -32,24 +35,25 @@ _MAX_ELEMENTS = 1 << 22
 
 @dataclass(frozen=True, slots=True)
 class ArgumentRead:
-    """A value that a trace read of host tensors among a call's arguments.
+    """A value that a trace read of host tensors among a call's arguments, or of tensors of Python's state.
 
     Attributes:
-        compute: computes it from those arguments.
-        positions: which of the call's tensors these are.
-        value: what it was: a bool, an integer, or positions (tensors of integers).
+        compute: computes it from those tensors.
+        sources: which of the call's tensors these are, or which of Python's state.
+        value: what it was: a bool, a number, or positions (tensors of integers).
         line: of the user, that read it.
     """
 
     compute: torch.fx.GraphModule
-    positions: tuple[int, ...]
+    sources: tuple[int | TensorSource, ...]
     value: Any
     line: str
 
     def again(self, tensors: Sequence[torch.Tensor]) -> Any:
-        """Returns the value for the tensors of another call."""
+        """Returns the value for the tensors of another call; waits for arrays."""
+        found = [tensors[source] if isinstance(source, int) else source.tensor for source in self.sources]
         with torch.no_grad():
-            return self.compute(*(tensors[position].detach() for position in self.positions))
+            return self.compute(*(item._buffer.read() if isinstance(item, Array) else item.detach() for item in found))
 
     def is_same(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the tensors of another call give the same value."""
@@ -66,24 +70,21 @@ class KnownValues:
     Args:
         root: holds the tensors that the graph has as attributes.
         graph: the graph under construction.
-        constant_of: returns the tensor that a placeholder stands for, where that is the same in each run.
-        arguments: the placeholders that stand for tensors of the call, by their positions.
-        tensors: the tensors of the call.
+        start_of: returns what a placeholder stands for (None: it is the same in each run), and its value if that may
+            be read.
     """
 
     def __init__(
         self,
         root: torch.nn.Module,
         graph: torch.fx.Graph,
-        constant_of: Callable[[torch.fx.Node], torch.Tensor | None],
-        arguments: dict[torch.fx.Node, int],
-        tensors: Sequence[torch.Tensor | None],
+        start_of: Callable[[torch.fx.Node], tuple[Any, torch.Tensor | None]],
     ) -> None:
         self._root = root
         self._graph = graph
-        self._constant_of = constant_of
-        self._arguments = arguments
-        self._tensors = tensors
+        self._placeholder = start_of
+        #: Nodes that stand for what may be another value at the next call.
+        self._arguments: dict[torch.fx.Node, int | TensorSource] = {}
         self._values: dict[torch.fx.Node, Any] = {}
         self._uniform: set[torch.fx.Node] = set()
         self._last: torch.fx.Node = graph._root
@@ -126,7 +127,7 @@ class KnownValues:
             return None
         graph, root = torch.fx.Graph(), torch.nn.Module()
         arguments = [step for step in steps if step in self._arguments]
-        made = {step: graph.placeholder(f"argument_{self._arguments[step]}") for step in arguments}
+        made = {step: graph.placeholder(f"argument_{number}") for number, step in enumerate(arguments)}
         for number, step in enumerate(steps):
             if step in self._initial:
                 root.register_buffer(f"value_{number}", self._initial[step])
@@ -143,8 +144,8 @@ class KnownValues:
         operands = {key: made[nodes[key]] if key in nodes else graph.get_attr(f"constant_{key}") for key in values}
         args, kwargs = pytree.tree_map_only(torch.Tensor, lambda tensor: operands[id(tensor)], (args, kwargs))
         graph.output(graph.call_function(function, tuple(args), kwargs))
-        positions = tuple(self._arguments[step] for step in arguments)
-        return ArgumentRead(torch.fx.GraphModule(root, graph), positions, result, line)
+        sources = tuple(self._arguments[step] for step in arguments)
+        return ArgumentRead(torch.fx.GraphModule(root, graph), sources, result, line)
 
     def _steps_to(self, nodes: Iterable[torch.fx.Node]) -> list[torch.fx.Node]:
         """Returns the computed nodes that these depend on, with what wrote to memory that they share, in order."""
@@ -163,7 +164,7 @@ class KnownValues:
     def _run(self, node: torch.fx.Node) -> None:
         if node.op in ("get_attr", "placeholder"):
             value = self._start_of(node)
-            if type(value) is torch.Tensor and value.numel() <= _MAX_ELEMENTS:
+            if isinstance(value, torch.Tensor) and value.numel() <= _MAX_ELEMENTS:
                 self._note(node, value.detach().clone())
                 if node not in self._arguments:
                     self._initial[node] = value.detach().clone()
@@ -198,8 +199,10 @@ class KnownValues:
         """Returns what a node without inputs is."""
         if node.op == "get_attr":
             return getattr(self._root, str(node.target))
-        position = self._arguments.get(node)
-        return self._constant_of(node) if position is None else self._tensors[position]
+        source, value = self._placeholder(node)
+        if source is not None and value is not None:
+            self._arguments[node] = source
+        return value
 
     def _note(self, node: torch.fx.Node, value: Any) -> None:
         self._values[node] = self._computed[node] = value

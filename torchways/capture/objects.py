@@ -7,7 +7,6 @@ What holds a module or an optimizer is no such object: it is the user's program,
 
 from __future__ import annotations
 
-import copy
 import enum
 import weakref
 from collections.abc import Callable
@@ -148,14 +147,9 @@ def _slots_of(cls: type) -> tuple[str, ...]:
     return tuple(name for name in names if name not in ("__dict__", "__weakref__"))
 
 
-def copy_object(leaf: Any) -> Any:
-    """Returns a copy of an object without tensors, so that a trace that stores some in it leaves it as it was."""
-    if _contents(leaf, ()) is not None:
-        return leaf
-    try:
-        return copy.deepcopy(leaf)
-    except Exception:  # not everything can be copied, and what cannot is hardly a container
-        return leaf
+def holds_program(leaf: Any) -> bool:
+    """Whether an object holds a module or an optimizer, at any depth: part of the user's program."""
+    return _contents(leaf, ()) is torch.nn.Module
 
 
 def set_attributes(target: Any, source: Any) -> None:

@@ -1,6 +1,7 @@
 """Random operators of a trace: the same state of PyTorch's generator gives the same numbers, as in eager PyTorch.
 
-Within a trace, that is. What a run draws comes from its seed (operators.py, `MANUAL_SEED`).
+Within a trace, that is. What a run draws comes from its seed (operators.py, `MANUAL_SEED`); a program that calls
+`torch.manual_seed` has the same one in each run.
 
 `torch.utils.checkpoint` computes a forward again in backward, and restores the generator's state before, so that
 dropout drops the same elements. Traced operators draw no numbers. So each one advances the generator by hand, and one
@@ -9,6 +10,9 @@ that finds it in a state that another of the same kind found before returns that
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,6 +28,31 @@ class RandomNumbers:
 
     def __init__(self) -> None:
         self._drawn: dict[Any, Any] = {}
+        #: What the program gives torch.manual_seed, before it draws: each run begins there.
+        self.seed: int | None = None
+
+    @contextmanager
+    def seeding(self) -> Iterator[None]:
+        """Sees calls of `torch.manual_seed` inside."""
+        original = torch.random.manual_seed
+
+        def manual_seed(seed: Any) -> torch.Generator:
+            if torch.random.manual_seed is not manual_seed or threading.get_ident() != thread:
+                return original(seed)
+            if self._drawn and self.seed is None:
+                raise CaptureError(
+                    f"the program draws random numbers before it calls torch.manual_seed at {user_line()}: call it "
+                    "first, or outside the program"
+                )
+            self.seed = self.seed if self.seed is not None else int(seed)
+            return original(int(seed))
+
+        thread = threading.get_ident()
+        torch.manual_seed = torch.random.manual_seed = manual_seed
+        try:
+            yield
+        finally:
+            torch.manual_seed = torch.random.manual_seed = original
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator on traced tensors.

@@ -1,8 +1,8 @@
-"""State that a traced function touches beside its arguments: optimizer state, gradients, learning rates.
+"""Optimizers in a trace: their tensor-only path, hyperparameters as inputs, and state that their first step makes.
 
-While a trace is open, hooks around every `Optimizer.step` put the optimizer on its tensor-only path, make its
-learning rate a graph input (so that a schedule changes a value and not the graph), and turn state that the step
-creates as a constant (Adam's zeros) into arrays of that constant. Everything is put back afterwards.
+Hooks around every `Optimizer.step` put the optimizer on the path that reads no tensor on the host, note its
+hyperparameters as numbers that each call reads anew, and turn state that the step creates as a constant (Adam's zeros)
+into arrays of that constant, so that the first step's trace serves all.
 """
 
 from __future__ import annotations
@@ -17,43 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchways.array import Array
+from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
+from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.tracer import current_trace
-from torchways.errors import CaptureError
 
 #: Options that put torch.optim's optimizers on the path that reads no tensor on the host.
 _TRACED_OPTIONS = {"capturable": True, "foreach": True, "fused": False}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class LearningRate:
-    """The learning rate of one parameter group, read anew for each run."""
-
-    optimizer: torch.optim.Optimizer
-    group_index: int
-
-    def read(self) -> float:
-        """Returns its value now."""
-        return float(self.optimizer.param_groups[self.group_index]["lr"])
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class StateSlot:
-    """A place in a Python object that a run fills with a new array.
-
-    Attributes:
-        owner: an optimizer's state of one parameter, or a parameter whose gradient it is.
-        key: key in that state, or "grad".
-    """
-
-    owner: dict[str, Any] | torch.Tensor
-    key: str
-
-    def set(self, value: Any) -> None:
-        """Stores `value` there."""
-        if isinstance(self.owner, dict):
-            self.owner[self.key] = value
-        else:
-            self.owner.grad = value
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -67,22 +36,20 @@ class HostContent:
 
 @dataclass(slots=True)
 class StateTracker:
-    """Notes what state a trace touches, and makes traced state out of what it finds.
+    """Makes traced state out of what optimizers keep.
 
     Attributes:
         make_array: makes an array of a host value, to live where the given parameter lives.
-        slots: places whose new value leaves the trace as an output, in output order.
+        watcher: of the trace.
         optimizers: those that stepped.
     """
 
     make_array: Callable[[HostContent, torch.Tensor], Array]
-    slots: list[StateSlot] = field(default_factory=list)
+    watcher: Watcher
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
-    #: Learning rates when the trace first saw them, by optimizer.
-    _rates: dict[int, list[Any]] = field(default_factory=dict)
     _saved_options: list[dict[str, Any]] = field(default_factory=list)
-    _saved_state: dict[int, tuple[torch.optim.Optimizer, dict[Any, dict[str, Any]]]] = field(default_factory=dict)
-    _created: list[tuple[StateSlot, Array]] = field(default_factory=list)
+    #: State that a step made as a constant: its parameter's state, key, array, and what stood for it in the trace.
+    _created: list[tuple[torch.optim.Optimizer, Any, str, Array, Any]] = field(default_factory=list)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -97,92 +64,91 @@ class StateTracker:
             for hook in hooks:
                 hook.remove()
 
-    def escaped(self, lifted: list[Array]) -> list[torch.Tensor]:
-        """Returns the traced values that Python objects hold when the function has returned, noting where.
+    def is_created(self, write: Write) -> bool:
+        """Whether a write is that of state which became an input of the trace."""
+        if any(write.value is stand_in for *_, stand_in in self._created):
+            return True
+        # A new parameter's state: all that is in it became inputs.
+        return isinstance(write.value, dict) and any(
+            write.value is optimizer.state.get(parameter) for optimizer, parameter, *_ in self._created
+        )
 
-        Args:
-            lifted: arrays that the trace read.
-        """
-        values: list[torch.Tensor] = []
-        created = {(id(slot.owner), slot.key) for slot, _ in self._created}
-        for optimizer in self.optimizers:
-            for parameter_state in optimizer.state.values():
-                for key, value in parameter_state.items():
-                    if isinstance(value, FakeTensor) and (id(parameter_state), key) not in created:
-                        self.slots.append(StateSlot(parameter_state, key))
-                        values.append(value)
-        for array in lifted:
-            if array.requires_grad and isinstance(array.grad, FakeTensor):
-                self.slots.append(StateSlot(array, "grad"))
-                values.append(array.grad)
-        return values
-
-    def check_learning_rates(self) -> None:
-        """Raises CaptureError where the traced function itself changed a learning rate: that would happen only once."""
-        for optimizer in self.optimizers:
-            if [group["lr"] for group in optimizer.param_groups] != self._rates[id(optimizer)]:
-                raise CaptureError(
-                    "the program changes a learning rate while it is traced, which would happen only once: call the "
-                    "scheduler's step() outside the @tw.program function"
-                )
+    def writes_to_new_state(self, write: Write) -> Iterator[Write]:
+        """Returns what a write that `is_created` leaves besides: state that is no constant."""
+        stand_ins = {id(stand_in) for *_, stand_in in self._created}
+        if isinstance(write.value, dict):
+            for key, value in write.value.items():
+                if id(value) not in stand_ins:
+                    yield Write("set", Entry(write.place, key), value)
 
     def commit(self) -> None:
-        """Puts the created state's arrays where the trace's stand-ins are."""
-        for slot, array in self._created:
-            slot.set(array)
+        """Puts the created state where the trace made it, and notes what optimizers keep."""
+        for optimizer, parameter, key, array, _ in self._created:
+            optimizer.state[parameter][key] = array
+        for optimizer in self.optimizers:
+            self.watcher.note_container(self._place(optimizer, "state"), is_new=True)
 
-    def roll_back(self, lifted: list[Array]) -> None:
-        """Restores all Python objects after a failed trace."""
-        for optimizer, state in self._saved_state.values():
-            optimizer.state.clear()
-            optimizer.state.update(state)
-        for array in lifted:
-            if isinstance(array.grad, FakeTensor):
-                array.grad = None
+    def _place(self, optimizer: torch.optim.Optimizer, name: str) -> Place:
+        self.watcher.note_object(Fixed(optimizer, type(optimizer).__name__), optimizer)
+        return Attribute(self.watcher.owner_of(optimizer), name)
 
     def _before_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         mode = current_trace()
         if mode is None:
             return
-        if optimizer not in self.optimizers:
-            self.optimizers.append(optimizer)
-            self._rates[id(optimizer)] = [group["lr"] for group in optimizer.param_groups]
-            self._saved_state[id(optimizer)] = (optimizer, {key: dict(s) for key, s in optimizer.state.items()})
+        mode.in_optimizer = self.watcher.in_optimizer = True
+        with self.watcher.pause():
+            if optimizer not in self.optimizers:
+                self.optimizers.append(optimizer)
+                self._take_to_slice(optimizer)
+                self._start_momentum(optimizer)
+                self.watcher.note_container(self._place(optimizer, "param_groups"), free_numbers=True)
+                self.watcher.note_container(self._place(optimizer, "state"))
+            self._saved_options = [
+                {name: group[name] for name in _TRACED_OPTIONS if name in group} for group in optimizer.param_groups
+            ]
+            for group in optimizer.param_groups:
+                group.update({name: value for name, value in _TRACED_OPTIONS.items() if name in group})
+
+    def _take_to_slice(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes arrays of state that is on the host, as from a checkpoint that was loaded."""
         for parameter, parameter_state in optimizer.state.items():
             for key, value in parameter_state.items():
-                if type(value) is torch.Tensor:  # from a loaded checkpoint
+                if type(value) is torch.Tensor:
                     parameter_state[key] = self.make_array(
                         HostContent(tuple(value.shape), value.dtype, value), parameter
                     )
-        self._saved_options = [
-            {name: group[name] for name in ("lr", *_TRACED_OPTIONS) if name in group}
-            for group in optimizer.param_groups
-        ]
-        mode.in_optimizer = True
-        for index, group in enumerate(optimizer.param_groups):
-            group.update({name: value for name, value in _TRACED_OPTIONS.items() if name in group})
-            group["lr"] = mode.add_input(LearningRate(optimizer, index), (), torch.float32).fake
+
+    def _start_momentum(self, optimizer: torch.optim.Optimizer) -> None:
+        """Gives SGD's momentum zeros to start with, which is what it computes without, in one trace for all steps."""
+        if type(optimizer) is not torch.optim.SGD:
+            return
+        for group in optimizer.param_groups:
+            if group["momentum"] == 0 or group["dampening"] != 0:
+                continue
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                if _has_gradient(parameter) and state.get("momentum_buffer") is None:
+                    content = HostContent(tuple(parameter.shape), parameter.dtype, 0.0)
+                    optimizer.state[parameter]["momentum_buffer"] = self.make_array(content, parameter)
 
     def _after_step(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         mode = current_trace()
         if mode is None:
             return
-        mode.in_optimizer = False
-        for group, options in zip(optimizer.param_groups, self._saved_options, strict=True):
-            group.update(options)
-        for parameter, parameter_state in optimizer.state.items():
-            for key, value in parameter_state.items():
-                constant = mode.constant_state(value) if isinstance(value, FakeTensor) else None
-                if constant is not None:
-                    array = self.make_array(HostContent(tuple(value.shape), value.dtype, constant), parameter)
-                    mode.make_input_of(value, array)
-                    self._created.append((StateSlot(parameter_state, key), array))
+        mode.in_optimizer = self.watcher.in_optimizer = False
+        with self.watcher.pause():
+            for group, options in zip(optimizer.param_groups, self._saved_options, strict=True):
+                group.update(options)
+            for parameter, parameter_state in optimizer.state.items():
+                for key, value in parameter_state.items():
+                    constant = mode.constant_state(value) if isinstance(value, FakeTensor) else None
+                    if constant is not None:
+                        array = self.make_array(HostContent(tuple(value.shape), value.dtype, constant), parameter)
+                        mode.make_input_of(value, array)
+                        self._created.append((optimizer, parameter, key, array, value))
 
 
-def hyperparameters(optimizer: torch.optim.Optimizer) -> tuple[Any, ...]:
-    """Returns all that a trace of `optimizer` took for constant: a change of it needs a new trace."""
-    groups = tuple(
-        tuple((name, value) for name, value in group.items() if name not in ("params", "lr", "initial_lr"))
-        for group in optimizer.param_groups
-    )
-    return (groups, len(optimizer.state), tuple(len(group["params"]) for group in optimizer.param_groups))
+def _has_gradient(parameter: torch.Tensor) -> bool:
+    gradient: Any = torch.Tensor.grad.__get__(parameter)  # type: ignore[attr-defined]  # reading it here is no condition
+    return gradient is not None

@@ -38,7 +38,12 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
+from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.known_values import ArgumentRead, KnownValues
+from torchways.capture.python_state.gradients import Gradients
+from torchways.capture.python_state.host_numbers import Node
+from torchways.capture.python_state.tokens import TensorSource
+from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.rewrites import Rewrites
@@ -109,10 +114,18 @@ class GraphInput:
     """A placeholder of a traced graph and the thing that it stands for."""
 
     node: torch.fx.Node
-    #: The program's argument at this position (flattened), the array, the closure's tensor, or (capture/state.py) a
-    #: learning rate.
-    source: Any
+    #: The program's argument at this position (flattened), a tensor of Python's state, a number that is computed on the
+    #: host, or the tensor itself where it is the same in each run.
+    source: int | TensorSource | NumberInput | torch.Tensor
     fake: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class NumberInput:
+    """A host number as an input of the graph: the step that computes it, and the dtype that the graph wants."""
+
+    step: int
+    dtype: torch.dtype
 
 
 @dataclass(slots=True)
@@ -126,13 +139,14 @@ class Trace:
     out_spec: pytree.TreeSpec
     #: Positions in the flattened result, and the values there, that are not tensors.
     constants: dict[int, Any] = field(default_factory=dict)
-    #: Modules placed by tw.function or tw.pipeline that were called.
-    modules: list[torch.nn.Module] = field(default_factory=list)
-    #: What it read of the call's host tensors: the trace holds for calls where these are the same.
+    #: What it read of values of tensors: the trace holds for calls where these are the same.
     reads: list[ArgumentRead] = field(default_factory=list)
+    #: What it gives torch.manual_seed.
+    seed: int | None = None
 
 
 _active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
+Array._is_traced = staticmethod(lambda: _active.get() is not None)
 
 
 def current_trace() -> _TraceMode | None:
@@ -146,23 +160,23 @@ class _TraceMode(TorchDispatchMode):
     def __init__(
         self,
         fake_mode: FakeTensorMode,
-        lifted: list[Array],
+        watcher: Watcher,
+        gradients: Gradients,
         host_arguments: Sequence[torch.Tensor | None],
         reads_positions: bool,
     ) -> None:
         super().__init__()
+        self.watcher = watcher
+        self.gradients = gradients
         #: The call's tensors whose values it may read, by position.
         self._host_arguments = host_arguments
         self._reads_positions = reads_positions
         #: What it read of them.
         self.reads: list[ArgumentRead] = []
-        #: Arrays that became graph inputs, in order.
-        self.lifted = lifted
         self.fake_mode = fake_mode
         self.inputs: list[GraphInput] = []
         self.region: Region | None = None
-        #: Modules placed by tw.function or tw.pipeline that were called.
-        self.modules: list[torch.nn.Module] = []
+        self._scalars: dict[NumberInput, torch.Tensor] = {}
         #: Whether an optimizer's step is running: its operators are labelled, and constants made there may be its
         #: initial state.
         self.in_optimizer = False
@@ -175,7 +189,7 @@ class _TraceMode(TorchDispatchMode):
         #: Region and line of the forward operator that made an autograd node, by its sequence number.
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known: KnownValues | None = None
-        self._random = RandomNumbers()
+        self.random = RandomNumbers()
         self.ragged = RaggedRows(_node_of)
 
     # ---- regions
@@ -221,6 +235,8 @@ class _TraceMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if has_numbers(args, kwargs) and not func._schema.name.startswith("aten::_foreach_"):
+            return call_with_numbers(func, args, kwargs, self.scalar, self._again)
         if func in _HOST_READS and not all(map(_is_known_constant, _tensors(args))):
             return self._on_known(func, args, kwargs)
         if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
@@ -237,7 +253,7 @@ class _TraceMode(TorchDispatchMode):
                 with self:  # its C++ kernel calls the operators one by one: see these
                     result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *new_args, **new_kwargs)
             else:
-                result = self._random.call(func, new_args, new_kwargs)
+                result = self.random.call(func, new_args, new_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             _erase_after(before, tracer.graph)
             try:
@@ -257,6 +273,18 @@ class _TraceMode(TorchDispatchMode):
             self._constants[_storage_of(result)] = (result, _last_node(tracer.graph), _CONSTANT_VALUE[func](args))
         return _returned(func, args, kwargs, result)
 
+    def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator as part of the trace."""
+        with self:
+            return func(*args, **kwargs)
+
+    def scalar(self, node: Node, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the graph's input for a number that is computed on the host at each call."""
+        number = NumberInput(node.step, dtype)
+        if number not in self._scalars:
+            self._scalars[number] = self.add_input(number, (), dtype).fake
+        return self._scalars[number]
+
     def _on_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator on rows that a mask selects."""
         if self.ragged.has_rule(func):
@@ -272,12 +300,7 @@ class _TraceMode(TorchDispatchMode):
         """
         tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         if self._known is None:
-            arguments = {
-                item.node: item.source
-                for item in self.inputs
-                if isinstance(item.source, int) and self._host_arguments[item.source] is not None
-            }
-            self._known = KnownValues(tracer.root, tracer.graph, self._constant_of, arguments, self._host_arguments)
+            self._known = KnownValues(tracer.root, tracer.graph, self._start_of)
         values: dict[int, torch.Tensor] = {}
         nodes: dict[int, torch.fx.Node] = {}
         for tensor in _tensors((args, kwargs)):
@@ -297,14 +320,15 @@ class _TraceMode(TorchDispatchMode):
             result = func(*known_args, **known_kwargs)
             read = self._known.read(func, nodes, values, args, kwargs, result, user_line())
         if read is not None:
-            if not self._may_be_kept(result):
+            if not self._may_be_kept(result, read):
                 raise DataDependentError(_many_values(func))
             self.reads.append(read)
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
 
-    def _may_be_kept(self, value: Any) -> bool:
+    def _may_be_kept(self, value: Any, read: ArgumentRead) -> bool:
         """Whether a trace may hold for calls whose tensors have this value in common."""
-        if type(value) in (bool, int):
+        is_state = not any(isinstance(source, int) for source in read.sources)
+        if type(value) in (bool, int) or (is_state and type(value) is float):
             return True
         leaves = pytree.tree_leaves(value)
         return self._reads_positions and all(
@@ -316,16 +340,27 @@ class _TraceMode(TorchDispatchMode):
         """Whether a node is given to the graph, and not computed."""
         return any(item.node is node for item in self.inputs)
 
-    def _constant_of(self, node: torch.fx.Node) -> torch.Tensor | None:
-        """Returns the tensor of the closure that a placeholder stands for."""
-        sources = [item.source for item in self.inputs if item.node is node]
-        return sources[0] if sources and type(sources[0]) is torch.Tensor else None
+    def _start_of(self, node: torch.fx.Node) -> tuple[Any, torch.Tensor | None]:
+        """Returns what a placeholder stands for, and its value where the trace may read that.
+
+        Of arrays it may read those of one element: counters and flags. A parameter never has the same value again.
+        """
+        source: Any = next((item.source for item in self.inputs if item.node is node), None)
+        if isinstance(source, int):
+            return source, self._host_arguments[source]
+        if isinstance(source, TensorSource):
+            tensor = source.tensor
+            if not isinstance(tensor, Array):
+                return source, tensor
+            is_small = tensor.numel() == 1 and not tensor.requires_grad
+            return source, tensor._buffer.read() if is_small else None
+        return None, source if type(source) is torch.Tensor else None
 
     def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the fake tensor that stands for `tensor` in this trace."""
         if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
             return tensor
-        known = self._by_identity.get(id(tensor))
+        known = self._by_identity.get(_identity(tensor))
         return known.fake if known is not None else self._lift(tensor)
 
     def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -334,10 +369,12 @@ class _TraceMode(TorchDispatchMode):
                 f"a parameter of shape {tuple(tensor.shape)} that is on no slice is used at {user_line()}; wrap its "
                 "module with tw.function(mesh=...) or tw.pipeline(...), and build the optimizer after that"
             )
-        with _disable_current_modes():
-            source = tensor if isinstance(tensor, Array) else tensor.detach().clone()
+        with self.watcher.pause(), _disable_current_modes():
+            source = self.watcher.source(tensor)
+            if tensor.requires_grad:
+                self.gradients.note(tensor)
         lifted = self.add_input(source, tuple(tensor.shape), tensor.dtype)
-        self._by_identity[id(tensor)] = lifted
+        self._by_identity[_identity(tensor)] = lifted
         self._alive.append(tensor)
         return lifted.fake
 
@@ -350,13 +387,15 @@ class _TraceMode(TorchDispatchMode):
         track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
         graph_input = GraphInput(proxy.node, source, fake)
         self.inputs.append(graph_input)
-        if isinstance(source, Array):
-            self.lifted.append(source)
         return graph_input
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a host tensor that is the same in each run."""
         return self._lift(tensor)
+
+    def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a tensor of Python's state."""
+        return self._as_traced(tensor)
 
     def constant_state(self, tensor: torch.Tensor) -> float | None:
         """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
@@ -366,10 +405,10 @@ class _TraceMode(TorchDispatchMode):
     def make_input_of(self, tensor: torch.Tensor, array: Array) -> None:
         """Makes the constant that became `tensor` a graph input that stands for `array`."""
         _, node, _ = self._constants.pop(_storage_of(tensor))
-        graph_input = self.add_input(array, tuple(tensor.shape), tensor.dtype)
+        graph_input = self.add_input(self.watcher.source(array), tuple(tensor.shape), tensor.dtype)
         node.prepend(graph_input.node)
         node.replace_all_uses_with(graph_input.node)
-        self._by_identity[id(array)] = GraphInput(graph_input.node, array, tensor)
+        self._by_identity[_identity(array)] = GraphInput(graph_input.node, graph_input.source, tensor)
         self._alive.append(array)
 
     def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
@@ -402,9 +441,10 @@ class _TraceMode(TorchDispatchMode):
 
 def trace(
     function: Callable[..., Any],
-    example_args: list[tuple[tuple[int, ...], torch.dtype]],
+    example_args: list[torch.Tensor],
     escaped: Callable[[], list[torch.Tensor]],
-    lifted: list[Array],
+    watcher: Watcher,
+    gradients: Gradients,
     host_arguments: Sequence[torch.Tensor | None],
     *,
     reads_positions: bool,
@@ -413,10 +453,10 @@ def trace(
 
     Args:
         function: called once with a list of fake tensors, one for each of `example_args`; returns any pytree.
-        example_args: shape and dtype of the tensor arguments.
+        example_args: the tensor arguments.
         escaped: called after it; returns tensors made inside that live on in Python objects (optimizer state,
             gradients): they become further outputs.
-        lifted: filled with the arrays that the function touches, also if tracing fails.
+        watcher, gradients: note what it reads of Python's state.
         host_arguments: the tensors of this call whose values the function may read, by position; None: it may not.
         reads_positions: it may also ask them for the positions of what is selected (`mask.nonzero()`).
 
@@ -424,14 +464,14 @@ def trace(
         CaptureError: the function cannot be captured.
     """
     fake_mode = FakeTensorMode()
-    mode = _TraceMode(fake_mode, lifted, host_arguments, reads_positions)
+    mode = _TraceMode(fake_mode, watcher, gradients, host_arguments, reads_positions)
     result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
 
     def flat_function() -> list[torch.Tensor]:
         with mode:
             fakes = []
-            for position, (shape, dtype) in enumerate(example_args):
-                fakes.append(mode.add_input(position, shape, dtype).fake)
+            for position, tensor in enumerate(example_args):
+                fakes.append(mode.add_input(position, tuple(tensor.shape), tensor.dtype).fake)
             flat, result.out_spec = pytree.tree_flatten(function(fakes))
             outputs = []
             for position, value in enumerate(flat):
@@ -452,13 +492,14 @@ def trace(
     saved_random = torch.get_rng_state()
     try:
         with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Windows(mode.ragged), Rewrites():
-            result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
+            with NumbersAsTensors(mode.scalar), mode.random.seeding():
+                result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
         _active.reset(token)
-    result.inputs, result.modules, result.reads = mode.inputs, mode.modules, mode.reads
+    result.inputs, result.reads, result.seed = mode.inputs, mode.reads, mode.random.seed
     _lift_constants(result.graph_module, mode)
     _move_inputs_first(result.graph_module, mode.inputs)
     return result
@@ -502,6 +543,11 @@ def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    """Returns what tensors that share their memory have in common."""
+    return id(getattr(tensor, "_storage", tensor) if isinstance(tensor, Array) else tensor)
 
 
 def _storage_of(tensor: torch.Tensor) -> int:

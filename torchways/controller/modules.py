@@ -63,7 +63,7 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
         mode = current_trace()
         if mode is None:
             return getattr(self, ENTRY)(*args, **kwargs)
-        mode.modules.append(self)
+        arrays_of(self)  # what the user has put there since
         return call(self, super(placed, self).__call__, args, kwargs)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -12,20 +12,14 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
-from torchways.capture.state import StateSlot
+from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.tracer import current_trace
 from torchways.controller.control_flow import copy_of, kind_text
-from torchways.controller.program import (
-    Captured,
-    ProgramFunction,
-    ResultTarget,
-    Seed,
-    Variant,
-    trace_variant,
-    variant_of,
-)
+from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, signature_of
+from torchways.controller.tracing import trace_variant, variant_of
+from torchways.controller.variant import Captured, ResultTarget, Seed, Variant
 from torchways.controller.variants import MAX_VARIANTS
 from torchways.errors import CaptureError, ShapeError, UserError
 from torchways.ir.program import Arg, node_inputs, with_nodes
@@ -119,9 +113,9 @@ class _ScanFunction(ProgramFunction):
 
         key, length, donate = body.key, len(turns), options["donate"]
         captured, known = self._bodies.get(key, (None, None))
-        if captured is not None and known is not None and known.holds(session, signature):
+        if captured is not None and known is not None and known.holds(session, body):
             unrolled = _unrolled(captured, self._name, init, length, donate)
-            return variant_of(unrolled, known.meshes, session, known.guards)
+            return variant_of(unrolled, known.meshes, session, known.state, known.reads)
 
         self._log_trace(signature, session)
 
@@ -159,7 +153,7 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
     fed = {input_of[position]: number for position, number in enumerate(carried)}
     for number in range(body.num_returned, len(body.targets)):  # what the body writes to arrays is carried as well
         target = body.targets[number].target
-        if isinstance(target, StateSlot):
+        if not isinstance(target, TensorSource):
             raise CaptureError(f"{name}, the body of tw.scan, makes optimizer state or gradients: use tw.program")
         fed[next(index for index, source in enumerate(body.sources) if source is target)] = number
     seeds = {index: source for index, source in enumerate(body.sources) if isinstance(source, Seed)}
@@ -194,8 +188,13 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
         if number < body.num_returned:
             made = replace(made, target=place[_Leaf((turn, tensors[number]))])
         targets.append(made)
+    if body.effects:
+        raise CaptureError(f"{name}, the body of tw.scan, writes to {body.effects[0].place}: return it in the carry")
     return Captured(
         program=program,
+        effects=[],
+        numbers=body.numbers,
+        seed=body.seed,
         sources=sources,
         targets=targets,
         num_returned=len(place),

@@ -1,0 +1,593 @@
+"""Notes what a function reads of Python's state, and what it writes there, while it is traced.
+
+Reads of attributes are seen by `__getattribute__` of the classes of objects that the function can reach; of globals
+and closures by what its code names (functions.py); of containers when they are reached. Writes are found at the end, by
+comparison with what everything was when it was reached, so it does not matter how they were made; all is put back
+then, and each run makes them.
+"""
+
+from __future__ import annotations
+
+import collections
+import functools
+import threading
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from torchways.array import Array
+from torchways.capture.python_state.functions import (
+    CodeReads,
+    is_tracked_class,
+    is_user_code,
+    is_user_module,
+    reads_of,
+)
+from torchways.capture.python_state.host_numbers import HostNumbers, node_of
+from torchways.capture.python_state.places import (
+    MISSING,
+    Attribute,
+    Call,
+    Cell,
+    Entry,
+    Fixed,
+    Place,
+    Variable,
+    dict_class,
+)
+from torchways.capture.python_state.tokens import (
+    Contents,
+    Exactly,
+    OfType,
+    OneOf,
+    Same,
+    TensorSource,
+    Token,
+    is_container,
+    is_function,
+    is_plain,
+    items_of,
+    key_of,
+    keys_of,
+    source_of,
+)
+
+#: Attributes of an optimizer: of groups, numbers are inputs; state that its own step reads is noted after the trace.
+_OF_OPTIMIZERS = {"param_groups", "state", "defaults"}
+#: Attributes whose reading says nothing: how Python and torch.nn look things up.
+_UNNOTED = {"__class__", "__dict__", "__doc__", "__module__", "__weakref__"}
+#: Methods of a class that Python calls without looking for an attribute of the instance.
+_SPECIAL = tuple(
+    f"__{name}__"
+    for name in (
+        "call getitem setitem delitem len iter next contains enter exit add radd sub rsub mul rmul truediv matmul neg "
+        "eq ne lt le gt ge hash bool float int index getattr setattr"
+    ).split()
+)
+_MISSING_OBJECT = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Write:
+    """A place that the trace wrote to, and what it left there.
+
+    Attributes:
+        kind: "set": the value is there now, or nothing if it is `MISSING`; "extend": these items were added;
+            "replace": these are the items now.
+    """
+
+    kind: str
+    place: Place
+    value: Any
+
+
+@dataclass(slots=True)
+class _Kept:
+    """A container as it was when it was reached."""
+
+    place: Place
+    container: Any
+    content: Any
+
+
+@dataclass(eq=False)
+class Watcher:
+    """What one trace reads and writes.
+
+    Args:
+        call: the call that is traced.
+        symbolic: keys of places whose numbers are inputs of the program.
+    """
+
+    call: Call
+    numbers: HostNumbers
+    symbolic: frozenset[Any]
+    #: What was read, by the place's key.
+    reads: dict[Any, tuple[Place, Token]] = field(default_factory=dict)
+    #: Tensors that were found, by identity.
+    sources: dict[int, TensorSource] = field(default_factory=dict)
+    paused: int = 0
+    in_optimizer: bool = False
+    _owners: dict[int, Place] = field(default_factory=dict)
+    _alive: list[Any] = field(default_factory=list)
+    _attributes: set[tuple[int, str]] = field(default_factory=set)
+    _kept: dict[int, _Kept] = field(default_factory=dict)
+    _singles: dict[Any, tuple[Place, Any]] = field(default_factory=dict)
+    _functions: set[int] = field(default_factory=set)
+    _codes: list[CodeReads] = field(default_factory=list)
+    _patches: list[tuple[type, str, Any]] = field(default_factory=list)
+    _patched: set[type] = field(default_factory=set)
+    _is_over: bool = False
+    #: Tuples of numbers that stand in for a place's own.
+    _stand_ins: list[Any] = field(default_factory=list)
+    _thread: int = field(default_factory=threading.get_ident)
+
+    # ---- while tracing
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watches everything that runs inside, in this thread."""
+        global _active
+        saved, _active = _active, self
+        try:
+            self._patch(torch.nn.Module)
+            self._patch_function(torch.nn.Module, "__getattr__", _noting_getattr)
+            self._patch_function(torch.nn.Module, "__setattr__", _quietly)
+            self._patch_function(torch.nn.Module, "__delattr__", _quietly)
+            yield
+        finally:
+            _active = saved
+            for cls, name, old in reversed(self._patches):
+                if old is _MISSING_OBJECT:
+                    delattr(cls, name)
+                else:
+                    setattr(cls, name, old)
+            self._patches.clear()
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """What runs inside reads nothing that matters."""
+        self.paused += 1
+        try:
+            yield
+        finally:
+            self.paused -= 1
+
+    def _patch(self, cls: type) -> None:
+        if cls in self._patched:
+            return
+        self._patched.add(cls)
+        if any(base in self._patched for base in cls.__mro__[1:]) and "__getattribute__" not in cls.__dict__:
+            return  # it has that of a class that is patched
+        self._patch_function(cls, "__getattribute__", _noting)
+
+    def _patch_function(self, cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
+        old = cls.__dict__.get(name, _MISSING_OBJECT)
+        try:
+            setattr(cls, name, wrapper(getattr(cls, name)))
+        except TypeError:  # a metaclass that keeps its classes as they are: their objects count as a whole
+            return
+        self._patches.append((cls, name, old))
+
+    def source(self, tensor: torch.Tensor) -> TensorSource:
+        """Returns the source of a tensor that is no part of the trace."""
+        found = self.sources.get(id(tensor))
+        if found is None:
+            found = self.sources[id(tensor)] = source_of(tensor)
+            self._alive.append(tensor)
+        return found
+
+    def note(self, place: Place, value: Any) -> Any:
+        """Notes that a place was read.
+
+        Returns:
+            the value that the trace is to go on with: a number that is an input stands in for one that changes.
+        """
+        if place.key in self.reads:
+            return value
+        with self.pause():
+            token, value = self._token(place, value)
+            if token is not None:
+                self.reads[place.key] = place, token
+        return value
+
+    def _token(self, place: Place, value: Any, *, free_numbers: bool = False) -> tuple[Token | None, Any]:
+        if node_of(value) is not None:
+            return None, value
+        if isinstance(value, torch.Tensor):
+            if isinstance(value, FakeTensor) and not isinstance(value, Array):
+                return None, value
+            source = self.source(value)
+            if all(known.key != place.key for known in source.places):
+                source.places.append(place)
+            return OneOf(source), value
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and is_plain(value):
+            is_item_of_tuple = isinstance(place, Entry) and isinstance(place.parent.get(self.call), tuple)
+            if (free_numbers or place.key in self.symbolic) and not is_item_of_tuple:
+                return self._number(place, value)
+            return Exactly(value), value
+        if is_plain(value):
+            return Exactly(value), value
+        if is_function(value):
+            self.note_function(value)
+            return Same(_unpatched(value)), value
+        if isinstance(value, types.ModuleType):
+            return Same(value), value
+        if is_container(value):
+            known = self._owners.get(id(value))
+            if known is not None and known.key != place.key and known.is_fixed and id(value) in self._kept:
+                return Same(value), value  # it is compared where it was reached first
+            if is_tracked_class(type(value)):
+                self.note_object(place, value)
+            return self._contents(place, value, free_numbers), value
+        self.note_object(place, value)
+        is_path = not self._owners.get(id(value), place).is_fixed
+        return (OfType(type(value)) if is_path else Same(value)), value
+
+    def _number(self, place: Place, value: Any) -> tuple[Token, Any]:
+        number = self.numbers.at_place(place, value)
+        if self._is_over:
+            return OfType(type(value)), value
+        place.set(self.call, number)  # `put_back` restores it
+        return OfType(type(value)), number
+
+    def _contents(self, place: Place, value: Any, free_numbers: bool) -> Token:
+        self._keep(place, value)
+        keys, tokens = keys_of(value), []
+        for key, item in zip(keys, items_of(value), strict=False):
+            inner = Entry(place, key_of(key))
+            if free_numbers and type(item) is tuple and item and all(type(number) is float for number in item):
+                token = self._tuple_of_numbers(inner, item)
+            else:
+                free = free_numbers and not isinstance(value, tuple)
+                token, _ = self._token(inner, item, free_numbers=free)
+            tokens.append(token or _ANYTHING)
+        return Contents(type(value), keys, tuple(tokens), is_ordered=not free_numbers)
+
+    def _tuple_of_numbers(self, place: Place, value: tuple[Any, ...]) -> Token:
+        numbers = tuple(self.numbers.at_place(Entry(place, index), item) for index, item in enumerate(value))
+        place.set(self.call, numbers)
+        self._stand_ins.append(numbers)
+        return Contents(tuple, keys_of(value), tuple(OfType(float) for _ in value))
+
+    def _keep(self, place: Place, container: Any) -> None:
+        if isinstance(container, tuple) or id(container) in self._kept:
+            return
+        self._owners.setdefault(id(container), place)
+        self._alive.append(container)
+        if isinstance(container, types.SimpleNamespace):
+            self._kept[id(container)] = _Kept(Attribute(place, "__dict__"), vars(container), dict(vars(container)))
+        else:
+            copy: Any = dict(container) if isinstance(container, dict) else _copy_of(container)
+            self._kept[id(container)] = _Kept(place, container, copy)
+
+    def note_object(self, place: Place, value: Any) -> None:
+        """Notes that an object was reached at a place: reads of its attributes are noted from here on."""
+        if id(value) in self._owners:
+            return
+        owner: Place = Fixed(value, str(place)) if place.is_fixed else place
+        self._owners[id(value)] = owner
+        self._alive.append(value)
+        cls = type(value)
+        if not is_tracked_class(cls):
+            return
+        self._patch(cls)
+        attributes = getattr(value, "__dict__", None)
+        if isinstance(attributes, dict):
+            self._kept[id(attributes)] = _Kept(Attribute(owner, "__dict__"), attributes, dict(attributes))
+            if isinstance(value, torch.nn.Module):
+                for name in ("_parameters", "_buffers", "_modules"):
+                    self._keep(Attribute(owner, name), attributes[name])
+        for base in cls.__mro__:
+            if is_user_module(base.__module__):
+                for name in _SPECIAL:
+                    if isinstance(method := base.__dict__.get(name), types.FunctionType):
+                        self.note_function(method)
+
+    def note_attribute(self, owner: Any, name: str, value: Any) -> Any:
+        """Notes that an attribute of an object was read; returns the value to go on with."""
+        if (id(owner), name) in self._attributes or id(owner) not in self._owners or name in _UNNOTED:
+            return value
+        if isinstance(owner, torch.optim.Optimizer) and name in _OF_OPTIMIZERS:
+            if name == "param_groups" and not self.in_optimizer:
+                self.note_container(Attribute(self._owners[id(owner)], name), free_numbers=True)
+                self._attributes.add((id(owner), name))
+                return value
+            if self.in_optimizer or name == "defaults":
+                return value
+        with self.pause():
+            kind = _kind_of_attribute(type(owner), name)
+            if isinstance(kind, property):
+                self._note_property(kind)
+                return value
+            if self._was_written(owner, name, value):
+                return value
+            self._attributes.add((id(owner), name))
+            place = Attribute(self._owners[id(owner)], name)
+            if isinstance(value, types.MethodType) and value.__self__ is owner:
+                for base in type(owner).__mro__:
+                    if isinstance(base.__dict__.get(name), types.FunctionType):
+                        self.note_function(base.__dict__[name])
+            if kind is not None and not isinstance(kind, property):
+                self._singles.setdefault(place.key, (place, value))  # a slot
+        return self.note(place, value)
+
+    def _note_property(self, found: property) -> None:
+        if found.fget is not None:
+            self.note_function(found.fget)
+
+    def _was_written(self, owner: Any, name: str, value: Any) -> bool:
+        """Whether the trace itself put there what is there."""
+        attributes = getattr(owner, "__dict__", None)
+        if not isinstance(attributes, dict):
+            return False
+        dicts = [attributes]
+        if isinstance(owner, torch.nn.Module):
+            dicts += [attributes[part] for part in ("_parameters", "_buffers", "_modules") if part in attributes]
+        for found in dicts:
+            kept = self._kept.get(id(found))
+            if kept is not None and (name in found or name in kept.content):
+                return found.get(name, MISSING) is not kept.content.get(name, MISSING)
+        return False
+
+    def note_function(self, function: Any) -> None:
+        """Notes that a function may be called: what its code names is read."""
+        if isinstance(function, types.MethodType):
+            self.note_object_or_function(Fixed(function.__self__, "self"), function.__self__)
+            function = function.__func__
+        if isinstance(function, functools.partial):
+            for item in (function.func, *function.args, *function.keywords.values()):
+                self.note_object_or_function(Fixed(item, "an argument of functools.partial"), item)
+            return
+        function = getattr(function, "traced_function", function)
+        if not isinstance(function, types.FunctionType) or id(function) in self._functions:
+            return
+        self._functions.add(id(function))
+        self._alive.append(function)
+        is_users = is_user_code(function.__code__.co_filename)
+        reads = reads_of(function.__code__)
+        if is_users:
+            self._codes.append(reads)
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
+            place = Cell(cell, name)
+            value = place.get(self.call)
+            if is_users:
+                self._note_variable(place, value, reads)
+            elif value is not MISSING:
+                self.note_object_or_function(Fixed(value, name), value)
+        if is_users:
+            for name in (*reads.variables, *reads.assigned):
+                place_of_global = Variable(function.__globals__, name)
+                if name in function.__globals__ or name in reads.assigned:
+                    self._note_variable(place_of_global, place_of_global.get(self.call), reads)
+            for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+                self.note_object_or_function(Fixed(default, "a default argument"), default)
+
+    def note_object_or_function(self, place: Place, value: Any) -> None:
+        """Notes a value that is always the same, but may have attributes that are not."""
+        if is_function(value):
+            self.note_function(value)
+        elif not is_plain(value) and not is_container(value) and not isinstance(value, torch.Tensor):
+            self.note_object(place, value)
+
+    def _note_variable(self, place: Place, value: Any, reads: CodeReads) -> None:
+        self._singles.setdefault(place.key, (place, value))
+        self.note(place, value)
+        names: Any = ()
+        if isinstance(value, type) and is_user_module(value.__module__):
+            names = [name for name in reads.attributes if not name.startswith("__") and hasattr(value, name)]
+        elif isinstance(value, types.ModuleType) and is_user_module(value.__name__):
+            names = [name for name in reads.attributes if name in vars(value)]
+        for name in names:
+            found = getattr(value, name)
+            inner = Attribute(Fixed(value, str(place)), name)
+            if not isinstance(found, (property, types.ModuleType)):
+                self._singles.setdefault(inner.key, (inner, found))
+                self.note(inner, found)
+
+    def note_container(self, place: Place, *, free_numbers: bool = False, is_new: bool = False) -> None:
+        """Notes all that a container holds, as it is now.
+
+        Args:
+            free_numbers: numbers in it may be others at the next call: they are inputs.
+            is_new: the trace is over; what is there is what the next call finds.
+        """
+        if place.key in self.reads and not is_new:
+            return
+        with self.pause():
+            self._is_over = is_new
+            value = place.get(self.call)
+            self.reads[place.key] = place, self._contents(place, value, free_numbers)
+            self._is_over = False
+
+    def is_known(self, value: Any) -> bool:
+        """Whether an object was there before the trace, as far as that reached it."""
+        return id(value) in self._owners
+
+    def owner_of(self, value: Any) -> Place:
+        """Returns where an object that was noted is found again."""
+        return self._owners[id(value)]
+
+    # ---- afterwards
+
+    def writes(self) -> list[Write]:
+        """Returns what differs from what was there when it was reached."""
+        found: list[Write] = []
+        with self.pause():
+            for kept in list(self._kept.values()):
+                found.extend(self._writes_to(kept))
+            for place, before in self._singles.values():
+                now = place.get(self.call)
+                if now is not before and not self._stands_in(place, now) and not _is_same_method(now, before):
+                    found.append(Write("set", place, now))
+        return found
+
+    def _writes_to(self, kept: _Kept) -> Iterator[Write]:
+        container, before = kept.container, kept.content
+        if isinstance(container, dict):
+            for key in [*before, *(key for key in container if key not in before)]:
+                now, was = dict.get(container, key, MISSING), before.get(key, MISSING)
+                place = Entry(kept.place, key)
+                if now is not was and not self._stands_in(place, now):
+                    yield Write("set", place, now)
+        elif isinstance(container, (list, collections.deque)):
+            items = list(container)
+            if len(items) >= len(before) and all(
+                now is was or self._stands_in(Entry(kept.place, index), now)
+                for index, (now, was) in enumerate(zip(items, before, strict=False))
+            ):
+                if len(items) > len(before):
+                    yield Write("extend", kept.place, items[len(before) :])
+            else:
+                yield Write("replace", kept.place, items)
+        elif container != before:
+            yield Write("replace", kept.place, set(container))
+
+    def _stands_in(self, place: Place, value: Any) -> bool:
+        if isinstance(value, tuple):
+            return any(value is stand_in for stand_in in self._stand_ins)
+        node = node_of(value)
+        step = node.numbers.steps[node.step] if node is not None else None
+        return step is not None and step.place is not None and step.place.key == place.key
+
+    def put_back(self) -> None:
+        """Restores everything as it was when it was reached."""
+        with self.pause():
+            for kept in self._kept.values():
+                container, before = kept.container, kept.content
+                if isinstance(container, dict):
+                    if not _same_items(container, before):
+                        dict_class(container).clear(container)
+                        for key, value in before.items():
+                            dict_class(container).__setitem__(container, key, value)
+                elif isinstance(container, set):
+                    if container != before:
+                        container.clear()
+                        container.update(before)
+                elif not (len(container) == len(before) and all(map(_is, container, before))):
+                    container.clear()
+                    container.extend(before)
+            for place, before in self._singles.values():
+                now = place.get(self.call)
+                if now is not before and not _is_same_method(now, before):
+                    place.set(self.call, before)
+
+    def free_containers_that_are_only_added_to(self, writes: list[Write]) -> None:
+        """Takes back the condition on what a container holds where the code only ever adds to it."""
+        for write in writes:
+            name = getattr(write.place, "name", None)
+            if write.kind != "extend" or name is None:
+                continue
+            loading = [reads for reads in self._codes if name in reads.all_loads]
+            if loading and all(name in reads.only_added_to for reads in loading):
+                key = write.place.key
+                if key in self.reads:
+                    self.reads[key] = write.place, OfType(type(write.place.get(self.call)))
+
+
+class _Anything(Token):
+    __slots__ = ()
+
+    def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
+        return None
+
+
+_ANYTHING = _Anything()
+_active: Watcher | None = None
+
+
+def active_watcher() -> Watcher | None:
+    """Returns what watches the trace under way in this thread, if any."""
+    watcher = _active
+    return watcher if watcher is not None and watcher._thread == threading.get_ident() else None
+
+
+def _noting(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    def __getattribute__(self: Any, name: str) -> Any:
+        watcher = _active
+        if watcher is None or watcher.paused or watcher._thread != threading.get_ident():
+            return original(self, name)
+        try:
+            value = original(self, name)
+        except AttributeError:
+            if not hasattr(type(self), "__getattr__"):
+                watcher.note_attribute(self, name, MISSING)
+            raise
+        return watcher.note_attribute(self, name, value)
+
+    return __getattribute__
+
+
+def _noting_getattr(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
+    def __getattr__(self: Any, name: str) -> Any:
+        watcher = active_watcher()
+        if watcher is None or watcher.paused:
+            return original(self, name)
+        try:
+            with watcher.pause():
+                value = original(self, name)
+        except AttributeError:
+            watcher.note_attribute(self, name, MISSING)
+            raise
+        return watcher.note_attribute(self, name, value)
+
+    return __getattr__
+
+
+def _quietly(original: Callable[..., Any]) -> Callable[..., Any]:
+    def write(self: Any, *args: Any) -> None:
+        watcher = active_watcher()
+        if watcher is None:
+            original(self, *args)
+            return
+        with watcher.pause():
+            original(self, *args)
+
+    write.unpatched = original  # type: ignore[attr-defined]
+    return write
+
+
+def _unpatched(value: Any) -> Any:
+    """Returns the method that a patch of the trace stands for."""
+    original = getattr(value, "unpatched", None) if isinstance(value, types.MethodType) else None
+    return value if original is None else types.MethodType(original, value.__self__)
+
+
+@functools.lru_cache(maxsize=65536)
+def _kind_of_attribute(cls: type, name: str) -> Any:
+    """Returns the property or slot that an attribute of a class's instances is; None: it is neither."""
+    for base in cls.__mro__:
+        if name in base.__dict__:
+            found = base.__dict__[name]
+            if isinstance(found, (property, types.MemberDescriptorType)):
+                return found
+            return None
+    return None
+
+
+def _copy_of(container: Any) -> Any:
+    return set(container) if isinstance(container, (set, frozenset)) else list(container)
+
+
+def _same_items(container: dict[Any, Any], before: dict[Any, Any]) -> bool:
+    return len(container) == len(before) and all(
+        key in before and before[key] is value for key, value in dict.items(container)
+    )
+
+
+def _is(one: Any, other: Any) -> bool:
+    return one is other
+
+
+def _is_same_method(now: Any, before: Any) -> bool:
+    return (
+        isinstance(now, types.MethodType)
+        and isinstance(before, types.MethodType)
+        and now.__func__ is before.__func__
+        and now.__self__ is before.__self__
+    )

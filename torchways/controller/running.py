@@ -1,0 +1,223 @@
+"""Runs of variants: binds buffers to arguments, sends the run, and puts its results where they go."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from torchways.array import Array
+from torchways.capture.objects import set_attributes
+from torchways.capture.python_state.host_numbers import number_bytes
+from torchways.capture.python_state.places import MISSING, Gradient
+from torchways.capture.python_state.tokens import TensorSource
+from torchways.capture.state import HostContent
+from torchways.capture.tracer import NumberInput
+from torchways.controller.buffers import HostBuffer, RemoteBuffer
+from torchways.controller.parity.check import ParityCheck
+from torchways.controller.parity.report import ParityReport, active_parity
+from torchways.controller.session import Session
+from torchways.controller.signatures import Signature
+from torchways.controller.variant import (
+    COMPUTED,
+    ArgumentObject,
+    BoundPiece,
+    Effect,
+    KnownObject,
+    MadeValue,
+    NumberResult,
+    Seed,
+    Source,
+    SourceResult,
+    Variant,
+    WrittenValue,
+)
+from torchways.errors import InternalError, PlacementError
+from torchways.ids import BufferId, RunId, SliceId
+from torchways.ir.program import ValueIndex
+from torchways.mesh import VirtualSlice
+from torchways.rpc.programs import Binding, InlineValue
+
+
+def run_variant(variant: Variant, signature: Signature) -> Any:
+    """Sends a run of a variant that holds for a call; returns what the function returns, with arrays as futures."""
+    return _Run(variant, signature).result()
+
+
+class _Run:
+    """One run of a variant."""
+
+    def __init__(self, variant: Variant, signature: Signature) -> None:
+        self._variant = variant
+        self._signature = signature
+        self._tensors = signature.tensors
+        captured = variant.captured
+        self._numbers = captured.numbers.evaluate(signature) if captured.numbers.steps else []
+        if captured.seed is not None:
+            torch.manual_seed(captured.seed)
+        # One number of PyTorch's generator a run: torch.manual_seed and torch.get_rng_state mean what they always do.
+        self._seed = int(torch.randint(2**63 - 1, (), device="cpu")) if variant.is_random else 0
+        self._outputs: list[Any] = [None] * captured.out_spec.num_leaves
+        self._positions = [index for index in range(len(self._outputs)) if index not in captured.constants]
+        for index, value in captured.constants.items():
+            self._outputs[index] = self._value_of(value)
+        self._written: dict[WrittenValue, Array] = {}
+        self._made: dict[ValueIndex, RemoteBuffer] = {}
+
+    def result(self) -> Any:
+        variant = self._variant
+        if (report := active_parity()) is not None:
+            self._run_observed(report)
+        else:
+            variant.bind(variant.pieces)
+            for number, piece in enumerate(variant.pieces):
+                run_id, buffers = self._dispatch(piece)
+                self._assign(piece, buffers)
+                if number < len(variant.pieces) - 1:
+                    variant.session.wait_for_run(run_id)
+        for number, effect in enumerate(variant.captured.effects):
+            self._carry_out(number, effect)
+        result, changed = pytree.tree_unflatten(self._outputs, variant.captured.out_spec)
+        for number, item in changed.items():
+            set_attributes(self._signature.objects[number], item)
+        return result
+
+    def _value_of(self, value: Any) -> Any:
+        if isinstance(value, NumberResult):
+            return self._numbers[value.step]
+        if isinstance(value, SourceResult):
+            return value.source.tensor
+        if isinstance(value, KnownObject):
+            return value.value
+        return self._signature.objects[value.number] if isinstance(value, ArgumentObject) else value
+
+    def _carry_out(self, number: int, effect: Effect) -> None:
+        """Writes what the function wrote to a place of Python's state."""
+        leaves = [
+            self._written[WrittenValue(number, index)] if leaf is COMPUTED else self._value_of(leaf)
+            for index, leaf in enumerate(effect.leaves)
+        ]
+        value = pytree.tree_unflatten(leaves, effect.spec)
+        if isinstance(effect.place, Gradient):
+            _set_gradient(effect.place.parent.get(self._signature), None if value is MISSING else value)
+        elif effect.kind == "set":
+            effect.place.set(self._signature, value)
+        else:
+            container = effect.place.get(self._signature)
+            if effect.kind == "replace":
+                container.clear()
+            (container.update if isinstance(container, set) else container.extend)(value)
+
+    def _run_observed(self, report: ParityReport) -> None:
+        """Runs the program in parity mode; where it diverges, all state stays as it was."""
+        variant = self._variant
+        piece = variant.observed()
+        sent = self._host_values(piece)
+        _, buffers = self._dispatch(piece)
+        own = len(variant.captured.targets)
+        made = {
+            result.target.value: buffer
+            for result, buffer in zip(piece.results[own:], buffers[own:], strict=True)
+            if isinstance(result.target, MadeValue)
+        }
+        del buffers[own:]  # they are given back as they are read
+        check = ParityCheck(
+            program=piece.lowered.program,
+            meshes=variant.meshes,
+            session=variant.session,
+            buffers=made,
+            sent=sent,
+            tolerance=report.tolerance,
+        )
+        report.include(check.run())
+        self._assign(piece, buffers)
+
+    def _host_values(self, piece: BoundPiece) -> dict[ValueIndex, torch.Tensor]:
+        """Returns the values of a piece's arguments that are still on the host."""
+        values: dict[ValueIndex, torch.Tensor] = {}
+        for part in piece.lowered.parts:
+            for value, item in zip(part.args, piece.arguments[part.slice_index], strict=True):
+                tensor = self._tensor_of(item.source)
+                if isinstance(tensor, Array) and isinstance(tensor._buffer, HostBuffer):
+                    values[value] = tensor._buffer.read()
+                elif isinstance(tensor, torch.Tensor) and not isinstance(tensor, Array):
+                    values[value] = tensor.detach()
+        return values
+
+    def _tensor_of(self, source: Any) -> Any:
+        """Returns the tensor that an argument is bound to in this run; other sources as they are."""
+        if isinstance(source, int):
+            return self._tensors[source]
+        return source.tensor if isinstance(source, TensorSource) else source
+
+    def _dispatch(self, piece: BoundPiece) -> tuple[RunId, list[RemoteBuffer]]:
+        """Sends a run of a piece; returns the buffers of its results."""
+        session = self._variant.session
+        consumed: list[RemoteBuffer] = []
+        arguments: dict[SliceId, list[Binding]] = {}
+        for slice_index, sources in piece.arguments.items():
+            mesh = self._variant.meshes[slice_index]
+            arguments[mesh.slice_id] = [self._bind(item, mesh, session, consumed) for item in sources]
+        first = BufferId(session.new_ids(max(1, len(piece.results))))
+        run_id = session.run_program(piece.program_id, self._variant.captured.program.name, first, arguments)
+        for buffer in consumed:
+            buffer.consumed = True
+        buffers = [
+            RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
+            for number, result in enumerate(piece.results)
+        ]
+        return run_id, buffers
+
+    def _assign(self, piece: BoundPiece, buffers: list[RemoteBuffer]) -> None:
+        """Puts the first results of a piece, as many as there are buffers, where they go."""
+        for result, buffer in zip(piece.results, buffers, strict=False):
+            target = result.target
+            if isinstance(target, TensorSource):
+                assert isinstance(target.tensor, Array)
+                target.tensor._buffer = buffer
+            elif isinstance(target, MadeValue):
+                self._made[target.value] = buffer
+            elif isinstance(target, WrittenValue):
+                self._written[target] = Array(buffer, result.shape, result.dtype)
+            else:
+                self._outputs[self._positions[target]] = Array(buffer, result.shape, result.dtype)
+
+    def _bind(self, item: Source, mesh: VirtualSlice, session: Session, consumed: list[RemoteBuffer]) -> Binding:
+        source = item.source
+        if isinstance(source, MadeValue):
+            if item.donated:
+                consumed.append(self._made[source.value])
+            return self._made[source.value].buffer_id
+        if isinstance(source, Seed):
+            return InlineValue(dtype="int64", shape=(), placements=item.placements, data=source.of_run(self._seed))
+        if isinstance(source, NumberInput):
+            dtype = str(source.dtype).removeprefix("torch.")
+            data = number_bytes(self._numbers[source.step], source.dtype)
+            return InlineValue(dtype=dtype, shape=(), placements=item.placements, data=data)
+        tensor = self._tensor_of(source)
+        if not isinstance(tensor, Array):
+            content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach())
+            return HostBuffer(content).inline(item.placements)
+        buffer = tensor._buffer
+        if isinstance(buffer, HostBuffer):
+            if item.donated and not isinstance(buffer.value.content, torch.Tensor):
+                return buffer.inline(item.placements)  # a constant that this run replaces: no buffer of its own
+            buffer = tensor._buffer = session.put(buffer, mesh, item.placements)
+        assert isinstance(buffer, RemoteBuffer)
+        if buffer.session is not session:
+            raise PlacementError("an array of a closed session is used; make its module or value anew")
+        if buffer.mesh is not mesh:
+            raise InternalError(f"a program reads {tensor!r} on another mesh, {mesh}")
+        if item.donated:
+            consumed.append(buffer)
+        return buffer.buffer_id
+
+
+def _set_gradient(owner: torch.Tensor, gradient: torch.Tensor | None) -> None:
+    before = owner.grad
+    if gradient is None and before is None:
+        return
+    torch.Tensor.grad.__set__(owner, gradient)  # type: ignore[attr-defined]  # what the run itself does is no change
+    if (before is None) is not (gradient is None):
+        Array.num_changes += 1

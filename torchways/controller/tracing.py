@@ -1,0 +1,450 @@
+"""From a call of a Python function to a variant: traced, cut into compiled functions, lowered, registered."""
+
+from __future__ import annotations
+
+import dis
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
+
+from torchways.array import Array
+from torchways.capture.decompositions import decompositions_of
+from torchways.capture.functionalize import PureGraph, make_pure
+from torchways.capture.objects import may_open, open_objects
+from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
+from torchways.capture.python_state.ambient import no_host_randomness
+from torchways.capture.python_state.conditions import Conditions
+from torchways.capture.python_state.functions import unread_parameters
+from torchways.capture.python_state.gradients import Gradients
+from torchways.capture.python_state.host_numbers import HostNumbers, node_of
+from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
+from torchways.capture.python_state.tokens import TensorSource, is_container, is_function, is_plain
+from torchways.capture.python_state.watcher import Watcher, Write
+from torchways.capture.source import is_user_file, user_line
+from torchways.capture.state import HostContent, StateTracker
+from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
+from torchways.controller.buffers import HostBuffer, array_like
+from torchways.controller.checks import check_lowered, not_lowered
+from torchways.controller.parity.report import active_parity
+from torchways.controller.session import Session
+from torchways.controller.signatures import Signature
+from torchways.controller.variant import (
+    COMPUTED,
+    ArgumentObject,
+    Captured,
+    Dispatch,
+    Effect,
+    KnownObject,
+    NumberResult,
+    Seed,
+    SourceResult,
+    Variant,
+    WrittenValue,
+    make_piece,
+    target_of,
+)
+from torchways.errors import CaptureError, DataDependentError, TorchwaysError
+from torchways.ir.program import Arg, Program, node_inputs
+from torchways.mesh import VirtualSlice
+from torchways.passes.lower import lower
+from torchways.passes.sequential import sequential, whole
+
+#: Traces change classes and modes of the whole process while they run: there is one at a time.
+_one_trace = threading.RLock()
+
+
+def trace_variant(
+    function: Callable[..., Any],
+    name: str,
+    signature: Signature,
+    mesh: VirtualSlice | None,
+    session: Session,
+    dispatch: Dispatch,
+    rewrite: Callable[[Captured], Captured] = lambda captured: captured,
+    *,
+    may_read: bool = True,
+    symbolic: frozenset[Any] = frozenset(),
+) -> Variant:
+    """Traces a call; unless `may_read`, its host tensors stand for others of other runs, and are not read.
+
+    One graph for all masks is better than one for each: positions that masks select are read as values only where
+    no graph can do without.
+
+    Args:
+        symbolic: keys of places whose numbers are inputs.
+    """
+
+    def attempt(*, reads_positions: bool) -> Variant:
+        tracing = _Tracing(function, name, signature, mesh, session, symbolic)
+        with _one_trace:
+            return tracing.run(dispatch, rewrite, may_read=may_read, reads_positions=reads_positions)
+
+    try:
+        return attempt(reads_positions=False)
+    except DataDependentError as error:
+        if not may_read or not any(type(leaf) is torch.Tensor for leaf in signature.leaves):
+            raise
+        try:
+            return attempt(reads_positions=True)
+        except DataDependentError:
+            raise error from None
+
+
+class _Tracing:
+    """One attempt to trace a call."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        signature: Signature,
+        mesh: VirtualSlice | None,
+        session: Session,
+        symbolic: frozenset[Any],
+    ) -> None:
+        self._function = function
+        self._name = name
+        self._signature = signature
+        self._mesh = mesh
+        self._session = session
+        self._numbers = HostNumbers()
+        self._watcher = Watcher(call=signature, numbers=self._numbers, symbolic=symbolic)
+        self._gradients = Gradients(self._watcher)
+        self._tracker = StateTracker(array_like, self._watcher)
+        self._writes: list[Write] = []
+        self._effects: list[Effect] = []
+        #: Which leaf of which effect each further output of the graph is.
+        self._written: list[WrittenValue] = []
+
+    def run(
+        self, dispatch: Dispatch, rewrite: Callable[[Captured], Captured], *, may_read: bool, reads_positions: bool
+    ) -> Variant:
+        """Returns the variant; Python's state is as before, but for arrays in place of what was on the host."""
+        tensors = self._signature.tensors
+        host_arguments = [tensor if may_read and type(tensor) is torch.Tensor else None for tensor in tensors]
+        try:
+            try:
+                with (
+                    no_host_randomness(self._name),
+                    self._tracker.watching(),
+                    self._gradients.watching(),
+                    self._watcher.watching(),
+                ):
+                    traced = trace(
+                        self._call,
+                        tensors,
+                        self._escaped,
+                        self._watcher,
+                        self._gradients,
+                        host_arguments,
+                        reads_positions=reads_positions,
+                    )
+            finally:
+                self._gradients.put_back()
+                self._watcher.put_back()
+            return self._finish(traced, dispatch, rewrite)
+        except BaseException as error:
+            if isinstance(error, (TorchwaysError, KeyboardInterrupt)) or _is_users(error):
+                raise
+            raise _capture_error(self._name, error) from error
+
+    def _finish(self, traced: Trace, dispatch: Dispatch, rewrite: Callable[[Captured], Captured]) -> Variant:
+        tensors = self._signature.tensors
+        pure, cut = self._cut(traced, {})
+        if missing := not_lowered(pure.graph_module, self._session, cut.meshes):
+            pure, cut = self._cut(traced, decompositions_of(missing))
+        check_lowered(pure.graph_module, self._session, cut.meshes)
+        captured = rewrite(
+            Captured(
+                program=cut.program,
+                sources=_sources(traced, cut.program),
+                targets=self._targets(cut, traced, pure.written),
+                num_returned=traced.num_outputs,
+                out_spec=traced.out_spec,
+                constants={index: _constant(value) for index, value in traced.constants.items()},
+                effects=self._effects,
+                numbers=self._numbers,
+                seed=traced.seed,
+            )
+        )
+        self._watcher.free_containers_that_are_only_added_to(self._writes)
+        self._tracker.commit()
+        del tensors
+        sources = [item.source for item in traced.inputs if isinstance(item.source, TensorSource)]
+        state = Conditions(
+            [*self._watcher.reads.values(), *self._gradients.reads()],
+            sources,
+            self._signature,
+            _adopted,
+            [effect.place for effect in self._effects],
+        )
+        return variant_of(captured, cut.meshes, self._session, state, traced.reads, dispatch)
+
+    # ---- the call
+
+    def _call(self, fakes: list[torch.Tensor]) -> Any:
+        mode, signature = current_trace(), self._signature
+        assert mode is not None
+        self._watcher.note_object_or_function(Fixed(self._function, self._name), self._function)
+        leaves = list(signature.leaves)
+        for position, fake in zip(signature.tensor_positions, fakes, strict=True):
+            leaves[position] = self._argument(position, fake)
+        unread = unread_parameters(self._function)
+        for position, leaf in enumerate(signature.leaves):
+            if not isinstance(leaf, torch.Tensor) and signature.parameter_of(position) not in unread:
+                leaves[position] = self._note_argument(position, leaf)
+        args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
+        if self._mesh is not None:
+            mode.enter_stage(self._mesh)
+        objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if may_open(leaf)]
+        before = [_content(item) for item in objects]
+        result = self._function(*args, **kwargs)
+        changed = {
+            number: open_objects(item)
+            for number, item in enumerate(objects)
+            if signature.opened[number] and _content(item) != before[number]
+        }
+        numbers = {id(item): number for number, item in enumerate(objects)}
+
+        def existing(leaf: Any) -> Any:
+            """An object that was there before the call is returned itself."""
+            if id(leaf) in numbers:
+                return ArgumentObject(numbers[id(leaf)])
+            return KnownObject(leaf) if self._watcher.is_known(leaf) else leaf
+
+        return open_objects(result, existing), changed
+
+    def _argument(self, position: int, fake: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a tensor argument: a leaf that needs gradients where it is one."""
+        tensor = self._signature.leaves[position]
+        if tensor.requires_grad:
+            fake.requires_grad_()
+            place = Gradient(Argument(position, self._signature.name_of(position)))
+            if tensor.is_leaf:
+                self._gradients.note(fake, place, is_condition=False)  # that of the call's signature says it
+                if tensor.grad is not None:
+                    mode = current_trace()
+                    assert mode is not None
+                    source = self._watcher.source(tensor.grad)
+                    if not source.places:
+                        source.places.append(place)
+                    fake.grad = mode.stand_in(tensor.grad).clone()
+        return fake
+
+    def _note_argument(self, position: int, leaf: Any) -> Any:
+        watcher = self._watcher
+        place: Place = Argument(position, self._signature.name_of(position))
+        if type(leaf) in (int, float):
+            return watcher.note(place, leaf)
+        if is_plain(leaf):
+            return leaf
+        if is_function(leaf):
+            watcher.note_function(leaf)
+        elif is_container(leaf):
+            watcher.note(place, leaf)
+        else:
+            watcher.note_object(place if self._signature.is_by_path(position) else Fixed(leaf, str(place)), leaf)
+        return leaf
+
+    # ---- what it left behind
+
+    def _escaped(self) -> list[torch.Tensor]:
+        """Returns the traced values that Python's state holds when the function has returned, noting where."""
+        found: list[Write] = []
+        for write in self._watcher.writes():
+            if self._tracker.is_created(write):
+                found.extend(self._tracker.writes_to_new_state(write))
+            else:
+                found.append(write)
+        self._writes = [*found, *self._gradients.writes()]
+        outputs: list[torch.Tensor] = []
+        with self._watcher.pause():
+            for number, write in enumerate(self._writes):
+                effect = self._effect(write)
+                for index, leaf in enumerate(effect.leaves):
+                    if isinstance(leaf, FakeTensor):
+                        outputs.append(leaf)
+                        self._written.append(WrittenValue(number, index))
+                        effect.leaves[index] = COMPUTED
+                self._effects.append(effect)
+        return outputs
+
+    def _effect(self, write: Write) -> Effect:
+        if write.value is MISSING or self._watcher.is_known(write.value):
+            leaves, spec = [write.value], pytree.tree_structure(0)
+        else:
+            leaves, spec = pytree.tree_flatten(open_objects(write.value))
+        return Effect(write.kind, write.place, spec, [self._result(write, leaf) for leaf in leaves])
+
+    def _result(self, write: Write, leaf: Any) -> Any:
+        if isinstance(leaf, torch.nn.Module) and any(
+            isinstance(value, FakeTensor) for value in (*leaf.parameters(), *leaf.buffers())
+        ):
+            raise CaptureError(
+                f"{self._name} leaves a {type(leaf).__name__} that it builds at {write.place}, at {user_line()}: build "
+                "modules outside the program"
+            )
+        if isinstance(leaf, torch.Tensor) and id(leaf) in self._watcher.sources:
+            return SourceResult(self._watcher.sources[id(leaf)])
+        return _constant(leaf)
+
+    def _cut(self, traced: Trace, decompositions: dict[Any, Any]) -> tuple[PureGraph, PartitionedProgram]:
+        """Makes a pure graph of the trace, and a program of that."""
+        pure = make_pure(traced.graph_module, decompositions)
+        specs = _placeholder_specs(traced, self._signature.tensors)
+        self._check_written(traced, pure.written)
+        return pure, partition(pure.graph_module, specs, name=self._name, written=pure.written, default_mesh=self._mesh)
+
+    def _check_written(self, traced: Trace, written: list[int]) -> None:
+        for position in written:
+            item = traced.inputs[position]
+            if isinstance(item.source, TensorSource) and item.source.is_array:
+                continue
+            what = f"argument {item.source}" if isinstance(item.source, int) else "a tensor on the host"
+            if isinstance(item.source, TensorSource) and item.source.places:
+                what = f"{item.source.name}, a tensor on the host"
+            raise CaptureError(
+                f"{self._name} changes {what} (shape {tuple(item.fake.shape)}) in place, which its caller would not "
+                "see: return the new value, or keep it in a module as a buffer"
+            )
+
+    def _targets(self, cut: PartitionedProgram, traced: Trace, written: list[int]) -> list[Any]:
+        targets = [
+            *range(traced.num_outputs),
+            *self._written,
+            *(traced.inputs[position].source for position in written),
+        ]
+        values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
+        return [target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
+
+
+def variant_of(
+    captured: Captured,
+    meshes: list[VirtualSlice],
+    session: Session,
+    state: Conditions,
+    reads: list[Any],
+    dispatch: Dispatch = "parallel",
+) -> Variant:
+    """Lowers and registers what was captured."""
+    program = captured.program
+    pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
+    variant = Variant(
+        captured=captured,
+        lowered=lower(program),
+        pieces=[make_piece(captured, piece, meshes) for piece in pieces],
+        meshes=meshes,
+        session=session,
+        state=state,
+        reads=reads,
+    )
+    for piece in variant.pieces:
+        for slice_index, items in piece.arguments.items():
+            for item in items:
+                if isinstance(item.source, TensorSource):
+                    item.source.home = (meshes[slice_index], item.placements)
+    if active_parity() is None:
+        variant.bind(variant.pieces)
+    else:
+        variant.observed()
+    return variant
+
+
+def _adopted(source: TensorSource, value: torch.Tensor) -> Array | None:
+    """Makes an array of a host tensor that took the place of an optimizer's state, as load_state_dict puts them there."""
+    place = source.places[0]
+    is_state = (
+        isinstance(place, Entry) and isinstance(place.parent, Entry) and str(place.parent.parent).endswith(".state")
+    )
+    if not is_state or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+        return None
+    content = HostContent(source.shape, source.dtype, value.detach().clone())
+    old = source.tensor
+    follows = old._buffer.follows if isinstance(old, Array) and isinstance(old._buffer, HostBuffer) else None
+    mesh, placements = source.home if source.home is not None else (None, None)
+    return Array(HostBuffer(content, follows=follows, mesh=mesh, placements=placements), source.shape, source.dtype)
+
+
+def _constant(value: Any) -> Any:
+    node = node_of(value)
+    return value if node is None else NumberResult(node.step)
+
+
+def _content(item: Any) -> Any:
+    """Returns what an object holds, to be compared with what it holds later."""
+    leaves, spec = pytree.tree_flatten(open_objects(item))
+    return spec, [id(leaf) if isinstance(leaf, torch.Tensor) or node_of(leaf) else leaf for leaf in leaves]
+
+
+def _sources(traced: Trace, program: Program) -> list[Any]:
+    """Returns what arguments are bound to, by `Arg.source`: what was traced, then the seeds."""
+    first_seed = len(traced.inputs)
+    num_seeds = sum(isinstance(node, Arg) and node.source >= first_seed for node in program.nodes)
+    return [*(item.source for item in traced.inputs), *map(Seed, range(num_seeds))]
+
+
+def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:
+    position_of = {
+        id(item.source.tensor): index
+        for index, item in enumerate(traced.inputs)
+        if isinstance(item.source, TensorSource)
+    }
+    specs = []
+    for item in traced.inputs:
+        shape, source = tuple(item.fake.shape), item.source
+        tensor: Any = tensors[source] if isinstance(source, int) else getattr(source, "tensor", source)
+        if isinstance(tensor, Array):
+            buffer = tensor._buffer
+            follows = buffer.follows if isinstance(buffer, HostBuffer) else None
+            specs.append(
+                PlaceholderSpec(
+                    label=f"array {shape}" if isinstance(source, int) else f"state {shape}",
+                    mesh=tensor.mesh,
+                    placements=tensor.sharding,
+                    is_state=True,
+                    is_data=False,
+                    follows=position_of.get(id(follows)) if follows is not None else None,
+                )
+            )
+        else:
+            label = f"host {source}" if isinstance(source, int) else f"constant {shape}"
+            if isinstance(source, NumberInput):
+                label = "number"
+            specs.append(
+                PlaceholderSpec(
+                    label=label, mesh=None, placements=None, is_state=False, is_data=isinstance(source, int)
+                )
+            )
+    return specs
+
+
+def _is_users(error: BaseException) -> bool:
+    """Whether the user's own code raised an exception, which eager PyTorch would raise as well."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or not is_user_file(last.tb_frame.f_code.co_filename):
+        return False
+    operation = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
+    return operation == "RAISE_VARARGS" or isinstance(error, (ArithmeticError, LookupError, NameError))
+
+
+def _capture_error(name: str, error: BaseException) -> CaptureError:
+    line = _line_of(error)
+    return CaptureError(
+        f"{name} cannot be captured: {type(error).__name__}: {error}\n  at {line or user_line()}\n"
+        "  TORCHWAYS_EAGER=1 runs the same script as plain PyTorch, with breakpoints"
+    )
+
+
+def _line_of(error: BaseException) -> str:
+    """Returns the innermost user line of an exception's traceback."""
+    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
+    if not lines:
+        return ""
+    return f"{lines[-1].filename.rsplit('/', 1)[-1]}:{lines[-1].lineno} in {lines[-1].name}"

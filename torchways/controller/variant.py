@@ -1,0 +1,308 @@
+"""A traced, lowered and registered form of a function, and how its ends are tied to Python."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+import torch.utils._pytree as pytree
+
+from torchways.capture.known_values import ArgumentRead
+from torchways.capture.python_state.conditions import Conditions
+from torchways.capture.python_state.host_numbers import HostNumbers
+from torchways.capture.python_state.places import Place
+from torchways.capture.python_state.tokens import TensorSource, short
+from torchways.controller.parity.observe import observed
+from torchways.controller.session import Session
+from torchways.controller.signatures import Signature
+from torchways.ids import ProgramId, SliceId
+from torchways.ir.program import Arg, Compute, Program, Value, ValueIndex
+from torchways.mesh import Placements, VirtualSlice
+from torchways.passes.lower import LoweredProgram, lower
+from torchways.passes.preflight import check_memory
+from torchways.passes.sequential import Piece, sequential, whole
+
+#: "parallel": the whole program in one message an island. "sequential": one computation after the other.
+Dispatch: TypeAlias = Literal["parallel", "sequential"]
+
+
+@dataclass(frozen=True, slots=True)
+class MadeValue:
+    """A value that a piece of a program makes for a later one."""
+
+    value: ValueIndex
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenValue:
+    """A tensor that a run leaves at a place of Python's state: leaf `leaf` of effect `effect`."""
+
+    effect: int
+    leaf: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumberResult:
+    """A number that each call computes on the host."""
+
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class SourceResult:
+    """A tensor of Python's state itself."""
+
+    source: TensorSource
+
+
+#: Stands among an effect's leaves for a tensor that the run computes.
+COMPUTED = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What each run writes to a place of Python's state.
+
+    Attributes:
+        kind, place: see `Write`.
+        spec: structure of what it writes.
+        leaves: of it, in order; `COMPUTED` for tensors that the run computes.
+    """
+
+    kind: str
+    place: Place
+    spec: pytree.TreeSpec
+    leaves: list[Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Seed:
+    """The seed of one of a run's computations that draw random numbers."""
+
+    number: int
+
+    def of_run(self, run_seed: int) -> bytes:
+        """Returns it as int64[]; seeds of one run have nothing to do with each other (SplitMix64's finalizer)."""
+        mixed = (run_seed + (self.number + 1) * 0x9E3779B97F4A7C15) % 2**64
+        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
+        return ((mixed ^ (mixed >> 31)) >> 1).to_bytes(8, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What an argument of a slice part is bound to: a traced input, and how it is sharded there."""
+
+    source: Any
+    placements: Placements
+    donated: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ResultTarget:
+    """Where a result goes: output `position` of the function, a tensor of Python's state that is written
+    in place, a place of Python's state, a piece."""
+
+    target: int | TensorSource | WrittenValue | MadeValue
+    mesh: VirtualSlice
+    placements: Placements
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Captured:
+    """A program as traced, and how its ends are tied to Python.
+
+    Attributes:
+        program: not lowered yet.
+        sources: what each of its arguments is bound to, by `Arg.source`: the call's tensor at a position, a
+            tensor of Python's state, ...
+        targets: what becomes of each of its results.
+        num_returned: the first so many results are what the function returned.
+        out_spec: the structure of what it returned, ahead of the argument objects that it changed.
+        constants: positions in the flattened result, and the values there, that are not tensors.
+        effects: what each run writes to Python's state.
+        numbers: what each call computes on the host.
+        seed: what it gives torch.manual_seed before it draws.
+    """
+
+    program: Program
+    sources: list[Any]
+    targets: list[ResultTarget]
+    num_returned: int
+    out_spec: pytree.TreeSpec
+    constants: dict[int, Any]
+    effects: list[Effect]
+    numbers: HostNumbers
+    seed: int | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class BoundPiece:
+    """What is dispatched at once: the whole program, or one computation of it.
+
+    Attributes:
+        lowered: after all passes.
+        arguments: for each part, by slice index, what its arguments are bound to.
+        results: what becomes of the results.
+        program_id: what it is registered as.
+        bound_to: the slices that it is registered for, in the order of the program's.
+    """
+
+    lowered: LoweredProgram
+    arguments: dict[int, list[Source]]
+    results: list[ResultTarget]
+    program_id: ProgramId = ProgramId(0)
+    bound_to: tuple[SliceId, ...] = ()
+
+
+@dataclass(kw_only=True, eq=False)
+class Variant:
+    """One traced, lowered and registered form of a function.
+
+    Attributes:
+        captured: the program as traced.
+        lowered: after all passes, whole.
+        pieces: what a call dispatches, one after the other.
+        meshes: the slice that each of the program's slices stands for.
+        session: where it is registered.
+        state: conditions on Python's state under which the trace holds.
+        reads: conditions on values of tensors.
+    """
+
+    captured: Captured
+    lowered: LoweredProgram
+    pieces: list[BoundPiece]
+    meshes: list[VirtualSlice]
+    session: Session
+    state: Conditions
+    reads: list[ArgumentRead]
+    _observed: BoundPiece | None = None
+
+    @functools.cached_property
+    def is_random(self) -> bool:
+        """Whether it draws random numbers."""
+        sources = (item.source for piece in self.pieces for items in piece.arguments.values() for item in items)
+        return any(isinstance(source, Seed) for source in sources)
+
+    def __del__(self) -> None:
+        for piece in [*self.pieces, *filter(None, [self._observed])]:
+            if piece.bound_to:
+                self.session.forget_program(piece.program_id)
+
+    def observed(self) -> BoundPiece:
+        """Returns the whole program with all its values as results, bound: what parity mode dispatches."""
+        if self._observed is None:
+            piece = observed(self.captured.program)
+            self._observed = make_piece(self.captured, piece, self.meshes)
+        self.bind([self._observed])
+        return self._observed
+
+    def bind(self, pieces: list[BoundPiece]) -> None:
+        """Registers pieces for the devices that the slices are on now; tracing and passes are not done again."""
+        here = tuple(mesh.slice_id for mesh in self.meshes)
+        for piece in pieces:
+            if piece.bound_to != here:
+                check_memory(
+                    self.captured.program.name, piece.lowered.parts, self.captured.program.slices, self._budgets()
+                )
+                if piece.bound_to:
+                    self.session.forget_program(piece.program_id)
+                piece.program_id = self.session.register_program(
+                    self.captured.program.name, piece.lowered.parts, self.meshes
+                )
+                piece.bound_to = here
+
+    def _budgets(self) -> dict[int, int]:
+        return {
+            index: min(executor.budget_bytes for executor in self.session.slice_address(mesh).executors)
+            for index, mesh in enumerate(self.meshes)
+        }
+
+    def holds(self, session: Session, signature: Signature) -> bool:
+        """Whether the trace is valid for Python's state now, and a call with its signature."""
+        if self.session is not session or not self.state.hold(signature):
+            return False
+        numbers = self.captured.numbers
+        if numbers.steps:
+            try:
+                signature.numbers = numbers.evaluate(signature)
+            except (ArithmeticError, TypeError, ValueError):
+                return False
+            if numbers.changed(signature.numbers) is not None:
+                return False
+        return all(read.is_same(signature.tensors) for read in self.reads)
+
+    def changes(self, session: Session, signature: Signature) -> list[str]:
+        """Says what of Python's state, or of what a call's host tensors are asked, is not as it was traced."""
+        if self.session is not session:
+            return ["there is another session"]
+        found = [f"{place} {text}" for place, text in self.state.changes(signature)]
+        try:
+            condition = self.captured.numbers.changed(values := self.captured.numbers.evaluate(signature))
+        except (ArithmeticError, TypeError, ValueError) as error:
+            return [*found, f"a number cannot be computed any more ({error})"]
+        if condition is not None:
+            places = ", ".join(dict.fromkeys(map(str, self.captured.numbers.places_of(condition.step))))
+            now, was = short(values[condition.step]), short(condition.value)
+            found.append(f"what {condition.line or 'the program'} reads of {places} is {now}, was {was}")
+        for read in self.reads:
+            if not read.is_same(signature.tensors):
+                names = [_name_of(source, signature) for source in read.sources]
+                now, was = (_text(value) for value in (read.again(signature.tensors), read.value))
+                found.append(f"what {read.line} reads of {' and '.join(names)} is {now}, was {was}")
+        return found
+
+
+def _name_of(source: int | TensorSource, signature: Signature) -> str:
+    return signature.name_of_tensor(source) if isinstance(source, int) else source.name
+
+
+def _text(value: Any) -> str:
+    text = repr(pytree.tree_map_only(torch.Tensor, torch.Tensor.tolist, value))
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentObject:
+    """Stands in a result for one of the call's own argument objects."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class KnownObject:
+    """Stands in a result for an object of Python's state."""
+
+    value: Any
+
+
+def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> BoundPiece:
+    lowered = lower(piece.program)
+    donated: set[ValueIndex] = {
+        node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
+    }
+    sources: dict[ValueIndex, Source] = {}
+    for node in lowered.program.nodes:
+        if isinstance(node, Arg):
+            source = captured.sources[node.source] if node.source >= 0 else MadeValue(~node.source)
+            placements = lowered.program.values[node.output].placements
+            sources[node.output] = Source(source, placements, node.output in donated)
+    results = []
+    for number in piece.results:
+        if number >= 0:
+            results.append(captured.targets[number])
+        else:
+            results.append(target_of(MadeValue(~number), piece.program.values[~number], meshes))
+    return BoundPiece(
+        lowered=lowered,
+        arguments={part.slice_index: [sources[value] for value in part.args] for part in lowered.parts},
+        results=results,
+    )
+
+
+def target_of(target: Any, value: Value, meshes: list[VirtualSlice]) -> ResultTarget:
+    return ResultTarget(target, meshes[value.slice_index], value.placements, value.shape, getattr(torch, value.dtype))
