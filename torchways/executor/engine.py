@@ -176,6 +176,11 @@ class Engine:
         self._inbox.put(run)
         return future
 
+    def num_entries(self) -> dict[str, int]:
+        """Returns how many entries each collection has, of the core and of the engine. On the engine's thread."""
+        mine = {"fetches": len(self._fetches), "loaded": len(self._programs), "sums": self.reducer.num_open}
+        return {**self.core.num_entries(), **mine}
+
     def _on_thread(self, work: Callable[[], _T], /) -> _T:
         return self.run(work).result()  # if the engine fails meanwhile, the process ends
 

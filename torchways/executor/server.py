@@ -189,6 +189,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             waiting_for=state.waiting_for(),
             budget_bytes=state.budget_bytes,
             used_bytes=state.used_bytes,
+            num_entries=self.engine.num_entries(),
             client_bytes={int(client): size for client, size in state.client_bytes().items()},
         )
 
