@@ -7,6 +7,8 @@ buffer is gone, a value is moved only by a transfer, and parts run in an order t
 from __future__ import annotations
 
 import concurrent.futures
+import threading
+import weakref
 from collections import defaultdict
 
 import torch
@@ -33,6 +35,7 @@ class LocalSession:
     closed = False
 
     def __init__(self, lowered_ops=None):
+        self.lock = threading.RLock()
         self.buffers = defaultdict(dict)  # slice id -> buffer id -> tensor
         self.programs = {}
         self.num_runs = 0
@@ -63,6 +66,7 @@ class LocalSession:
 
     def put(self, buffer, mesh, placements):
         remote = RemoteBuffer(self, mesh, placements, self.new_ids(1))
+        remote.origin = weakref.ref(buffer)
         self.buffers[mesh.slice_id][remote.buffer_id] = buffer.read()
         return remote
 

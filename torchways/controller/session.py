@@ -96,6 +96,8 @@ class Session:
     end_cluster: Callable[[], None] | None
     max_runs_in_flight: int = 64
     closed: bool = False
+    #: Held while a call is bound, sent and its results are put in place: who holds it sees no array in between.
+    lock: threading.RLock = field(default_factory=threading.RLock)
     #: Set when the cluster is gone: every later call raises it.
     broken: TorchwaysError | None = None
     #: Controller-side spans (dispatches), newest last.
@@ -283,6 +285,7 @@ class Session:
         address = self.slice_address(mesh)
         clients = self._slices[address.slice_id].executors
         buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
+        buffer.origin = weakref.ref(value)
         future = self.loop.start(_put_to_all(clients, buffer.buffer_id, value.inline(placements)))
         self._puts[buffer.buffer_id] = future
         buffer_id = buffer.buffer_id
