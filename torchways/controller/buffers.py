@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import contextlib
+import os
 import threading
 import time
 import weakref
@@ -30,6 +31,8 @@ class BufferHome(Protocol):
     """What a remote buffer needs of the session that it belongs to."""
 
     closed: bool
+    #: The process that it belongs to.
+    pid: int
     #: Held while a call is bound, sent and its results are put in place.
     lock: threading.RLock
 
@@ -175,6 +178,7 @@ class RemoteBuffer:
 
     def undisturbed(self) -> AbstractContextManager[Any]:
         """While it is held, no call is sent."""
+        check_open(self.session, "this array")
         return self.session.lock
 
     def __del__(self) -> None:
@@ -270,7 +274,12 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
 
 
 def check_open(session: BufferHome, what: str) -> None:
-    """Raises SessionClosed if the session is over."""
+    """Raises SessionClosed if the session is over, UserError if this process is not its own."""
+    if os.getpid() != session.pid:
+        raise UserError(
+            f"{what} belongs to process {session.pid}, and this one ({os.getpid()}) was forked from it: a session does "
+            "not follow into other processes. Read what they need with .cpu() before they are forked, and pass that"
+        )
     if session.closed:
         raise SessionClosed(
             f"{what} belongs to a session that tw.shutdown() has closed; its buffers are gone. Read what you need "

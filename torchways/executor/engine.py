@@ -79,6 +79,7 @@ class _Program:
             [device_bytes(spec, axis_sizes) for spec in self.slots],
             _instructions(part, executor_id, hosts),
             [(result.slot, result.result_index) for result in part.results],
+            [form_of(spec) for spec in self.slots],
         )
         #: By number of the unit.
         self.calls: dict[int, list[Call]] = {}
@@ -574,6 +575,11 @@ class Engine:
 def spec_of(message: pb.TensorSpec) -> BufferSpec:
     """Returns a message as a spec."""
     return BufferSpec(dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements))
+
+
+def form_of(spec: BufferSpec) -> str:
+    """Returns what buffers of this logical dtype and shape have in common."""
+    return f"{spec.dtype}{list(spec.shape)}"
 
 
 def device_bytes(spec: BufferSpec, axis_sizes: Sequence[int]) -> int:

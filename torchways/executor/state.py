@@ -44,6 +44,7 @@ class Cell:
         readers: units that will read it and host copies under way; a donation waits until its own is the last.
         holders: names, runs and copies that keep its memory.
         is_charged: its bytes count as used.
+        form: dtype and shape as text; "" where they are not known.
         awaits_put: no run fills it: the controller's Put will, if it has not come yet.
         waiters: tasks to look at again when something changes.
         fetches: reads of the controller that wait for it.
@@ -56,6 +57,7 @@ class Cell:
     readers: int = 0
     holders: int = 0
     is_charged: bool = False
+    form: str = ""
     awaits_put: bool = False
     waiters: list[Task | _Placing] = field(default_factory=list)
     fetches: list[int] = field(default_factory=list)
@@ -165,6 +167,7 @@ class BufferPut:
     data: Any
     spec: Any
     nbytes: int
+    form: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -494,17 +497,18 @@ class ExecutorState:
             self._commands.append(ReportEnded(run_id=event.run_id, failure=failure))
             return
         sizes = program.slot_bytes
+        forms = program.slot_forms or [""] * len(sizes)
         cells: list[Cell | None] = [None] * len(sizes)
         for unit in program.units:
             for slot in unit.writes:
-                cells[slot] = Cell(sizes[slot], holders=1)
+                cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
         for slot, argument in enumerate(event.arguments):
             if isinstance(argument, int):
                 cell = self._named_cell(BufferId(argument))
                 cell.holders += 1
                 cells[slot] = cell
             else:
-                cell = cells[slot] = Cell(sizes[slot], holders=1)
+                cell = cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
                 place = Place(cell=cell, program_id=event.program_id, slot=slot, data=argument)
                 self._place(place, event.sequence)
         for slot, number in program.results:
@@ -564,11 +568,14 @@ class ExecutorState:
         run, unit = task.run, task.unit
         cells = run.cells
         failure = self._compiled.get(ProgramId(run.program.program_id))
+        misfit: Failure | None = None
         for slot in unit.reads:
             cell = cells[slot]
             if not cell.scheduled and failure is None:  # type: ignore[union-attr]
                 cell.waiters.append(task)  # type: ignore[union-attr]
                 return
+        if failure is None:
+            failure = misfit = self._misfit(task)
         instruction = unit.instructions[0]
         if isinstance(instruction, ComputeInstruction):
             self._try_compute(task, failure)
@@ -580,12 +587,26 @@ class ExecutorState:
         self._in_flight += 1
         cell = cells[unit.reads[0]]
         assert cell is not None
-        if failure is not None and not cell.scheduled:
+        if failure is not None and (failure is misfit or not cell.scheduled):
             cell = Cell(scheduled=True, failure=failure)
         if isinstance(instruction, SendInstruction):
             self._commands.append(Send(task=task, instruction=instruction, cell=cell))
         else:
             self._commands.append(Reduce(task=task, instruction=instruction, cell=cell))
+
+    def _misfit(self, task: Task) -> Failure | None:
+        """Returns the failure of a task that would read an argument of another dtype or shape than it is made for."""
+        program = task.run.program
+        for slot in task.unit.reads:
+            if slot < program.num_args and program.slot_forms:
+                found, needed = task.run.cells[slot].form, program.slot_forms[slot]  # type: ignore[union-attr]
+                if found and found != needed:
+                    return self._failure(
+                        "UserError",
+                        f"argument {slot} of {task} is an array of {found}, and the program was traced for {needed}: "
+                        "an array was given another dtype or shape; call the program again, to trace it anew",
+                    )
+        return None
 
     def _try_compute(self, task: Task, failure: Failure | None) -> None:
         unit, cells = task.unit, task.run.cells
@@ -832,6 +853,7 @@ class ExecutorState:
     def _put(self, event: BufferPut) -> None:
         cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
         cell.awaits_put = False
+        cell.form = event.form
         cell.nbytes = event.nbytes
         self._place(Place(cell=cell, data=event.data, spec=event.spec), 0)
 

@@ -278,6 +278,28 @@ def test_status_says_what_a_run_waits_for():
     assert "receives edges [0]" in state.waiting_for()[0]
 
 
+def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
+    for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
+        item = kind or SendInstruction(slot=0, edge_id=0, peers=("b",))
+        program = load_program(BASE + 1, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
+        state = core.ExecutorState("a")
+        state.handle(core.ProgramArrived(program=program))
+        state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+        put = core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=8, form="float16[2]")
+        state.handle(put)
+        run = core.RunEnqueued(
+            program_id=ProgramId(BASE + 1),
+            run_id=RunId(7),
+            sequence=0,
+            first_buffer_id=BufferId(BASE + 60),
+            arguments=[BufferId(BASE + 2)],
+        )
+        [command] = state.handle(run)
+        failure = command.failure if kind else command.cell.failure
+        assert failure.kind == "UserError"
+        assert "is an array of float16[2], and the program was traced for float32[2]" in failure.message
+
+
 # ---- memory
 
 
