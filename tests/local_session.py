@@ -7,6 +7,7 @@ buffer is gone, a value is moved only by a transfer, and parts run in an order t
 from __future__ import annotations
 
 import concurrent.futures
+import os
 import threading
 import weakref
 from collections import defaultdict
@@ -36,6 +37,7 @@ class LocalSession:
 
     def __init__(self, lowered_ops=None):
         self.lock = threading.RLock()
+        self.pid = os.getpid()
         self.buffers = defaultdict(dict)  # slice id -> buffer id -> tensor
         self.programs = {}
         self.num_runs = 0

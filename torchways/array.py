@@ -192,6 +192,12 @@ class Array(torch.Tensor):
             f"{self!r} has no memory in this process that others could share: read it with .cpu(), and share that"
         )
 
+    def data_ptr(self) -> int:
+        """Raises UserError outside a trace: who reads at an array's address ends the process."""
+        if not Array._is_tracing():
+            raise UserError(f"{self!r} has no memory in this process: read it with .cpu(), whose result has")
+        return super().data_ptr()
+
     def is_shared(self) -> bool:
         """Never."""
         return False

@@ -403,6 +403,8 @@ def test_memory_cannot_be_shared():
     model = placed_and_used()
     with pytest.raises(UserError, match=r"has no memory in this process.*read it with \.cpu\(\)"):
         model.share_memory()
+    with pytest.raises(UserError, match=r"has no memory in this process: read it with \.cpu\(\)"):
+        model.inner.weight.data_ptr()
 
 
 def test_backward_outside_a_program_is_refused():
