@@ -7,9 +7,7 @@ parameters are arrays, whose calls are part of a program, and whose `state_dict`
 from __future__ import annotations
 
 import copy
-import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,18 +20,12 @@ from torchways.errors import ShapeError, UserError
 
 #: Attribute of a placed module: runs one call of it outside any program.
 ENTRY = "_torchways_entry"
+#: What torchways keeps in a module's `__dict__` begins so; copies do not have it.
+_OURS = "_torchways_"
 #: Where a placed module keeps that.
 _KEPT = "_torchways_kept"
 #: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
 _replaced = WeakIdKeyDictionary()
-
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """What runs a module's calls outside any program. A shallow copy of the module is another module."""
-
-    module: weakref.ref[torch.nn.Module]
-    entry: Callable[..., Any]
 
 
 def replaced_by(tensor: torch.Tensor) -> Array | None:
@@ -108,10 +100,9 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
     """Returns the subclass of a module class that `make_placed` describes."""
 
     def entry_of(self: Any) -> Callable[..., Any]:
-        kept = vars(self).get(_KEPT)
-        if kept is None or kept.module() is not self:
-            kept = vars(self)[_KEPT] = _Kept(weakref.ref(self), entry(self))
-        found: Callable[..., Any] = kept.entry
+        found: Callable[..., Any] | None = vars(self).get(_KEPT)
+        if found is None:
+            found = vars(self)[_KEPT] = entry(self)
         return found
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -123,11 +114,11 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
 
     def __copy__(self: Any) -> Any:
         new = placed.__new__(type(self))
-        vars(new).update(vars(self))
+        vars(new).update({key: value for key, value in vars(self).items() if not key.startswith(_OURS)})
         return new
 
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
-        state = {key: value for key, value in vars(self).items() if key != _KEPT}
+        state = {key: value for key, value in vars(self).items() if not key.startswith(_OURS)}
         memo[id(self)] = new = placed.__new__(type(self))
         return _set_state(new, copy.deepcopy(state, memo))
 
@@ -213,7 +204,8 @@ def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> An
                 f"load_state_dict: {name} has shape {tuple(array.shape)} but the value {tuple(value.shape)}"
             )
         assert isinstance(array, Array)
-        array._storage.put_back(value.detach().to(array.dtype, copy=True).contiguous())
+        with array._storage.undisturbed():
+            array._storage.put_back(value.detach().to(array.dtype, copy=True).contiguous())
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 

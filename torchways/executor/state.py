@@ -29,7 +29,7 @@ from torchways.executor.plan import (
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
-_MAX_REMEMBERED = 50_000
+_MAX_REMEMBERED = 200_000
 
 
 @dataclass(eq=False, slots=True)
