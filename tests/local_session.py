@@ -7,6 +7,9 @@ buffer is gone, a value is moved only by a transfer, and parts run in an order t
 from __future__ import annotations
 
 import concurrent.futures
+import os
+import threading
+import weakref
 from collections import defaultdict
 
 import torch
@@ -33,6 +36,8 @@ class LocalSession:
     closed = False
 
     def __init__(self, lowered_ops=None):
+        self.lock = threading.RLock()
+        self.pid = os.getpid()
         self.buffers = defaultdict(dict)  # slice id -> buffer id -> tensor
         self.programs = {}
         self.num_runs = 0
@@ -63,6 +68,7 @@ class LocalSession:
 
     def put(self, buffer, mesh, placements):
         remote = RemoteBuffer(self, mesh, placements, self.new_ids(1))
+        remote.origin = weakref.ref(buffer)
         self.buffers[mesh.slice_id][remote.buffer_id] = buffer.read()
         return remote
 
@@ -95,6 +101,9 @@ class LocalSession:
 
     def forget_program(self, program_id):
         del self.programs[program_id]
+
+    def wait_for_room(self, name):
+        pass
 
     def wait_for_run(self, run_id):
         pass

@@ -7,6 +7,8 @@ own modules without torch.
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -38,6 +40,21 @@ if TYPE_CHECKING:
     from torchways.parallel.plans import fully_shard, tensor_parallel
 
 __version__ = "0.1.0"
+
+_FORK_VARIABLE = "GRPC_ENABLE_FORK_SUPPORT"
+
+
+def _keep_grpc_from_forks() -> None:
+    """Has gRPC, which reads this when it is imported, do nothing at a fork.
+
+    Its own handlers crash half of the processes that a session's process forks, such as a DataLoader's workers.
+    """
+    if os.environ.get(_FORK_VARIABLE, "0").lower() not in ("0", "false"):
+        warnings.warn(f"torchways sets {_FORK_VARIABLE}=0: with gRPC's support, forked processes crash", stacklevel=3)
+    os.environ[_FORK_VARIABLE] = "0"
+
+
+_keep_grpc_from_forks()
 
 _MODULE_OF = {
     **dict.fromkeys(

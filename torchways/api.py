@@ -476,7 +476,7 @@ def pipeline(
 ) -> Any:
     """Splits a module into stages, each on a slice of its own; returns the module itself.
 
-    Its parameters become arrays: build the optimizer after this call.
+    Its parameters become arrays and stay the same objects: an optimizer that has them already goes on with them.
 
     Args:
         module: any module, or a function that builds one, which is then initialised on the slices (see
@@ -502,7 +502,7 @@ def parallelize_module(
     """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
 
     Within a program forward and backward are one computation, and an optimizer's update another. Parameters become
-    arrays: build the optimizer after this call. Optimizer state is split as its parameter. Host tensors passed to a
+    arrays and stay the same objects. Optimizer state is split as its parameter. Host tensors passed to a
     program are split on dimension 0 over the mesh axis "dp" as always. A plan says where values live and never changes
     a result.
 

@@ -1,44 +1,44 @@
 """`Array`: the controller's handle and future of one logical sharded buffer.
 
-An array is a `torch.Tensor` without storage, so modules, optimizers and autograd take it for what it stands for.
+An array is a `torch.Tensor` without memory, so modules, optimizers and autograd take it for what it stands for.
 Inside a traced program, the tracer (capture/tracer.py) replaces it by a graph input. Outside, touching its values
-waits for them and reads them to the host.
+waits for them and reads them to the host; changing them in place changes them on the host, from where they go back to
+their slice at their next use.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Generator, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+import torch.utils._pytree as pytree
 
 from torchways.errors import PlacementError, UserError
 from torchways.mesh import Placements, VirtualSlice, tensor_text
+from torchways.storage import Buffer, Storage, ViewStep, ViewStorage
 
 if TYPE_CHECKING:
     from torch.distributed.tensor.placement_types import Placement
 
+_SHARING = (torch.ops.aten.detach.default, torch.ops.aten.alias.default)
+#: A tensor's own attributes, which autograd keeps.
+_REQUIRES_GRAD: Any = torch.Tensor.requires_grad
+_GRAD: Any = torch.Tensor.grad
+_DATA: Any = torch.Tensor.data
+#: In-place operators that give a tensor other memory.
+_MEMORY_CHANGES = ("aten::set_", "aten::resize_", "aten::resize_as_", "aten::set_data", "aten::swap")
 
-class Buffer(Protocol):
-    """What an array needs to know of the buffer that it stands for."""
 
-    @property
-    def mesh(self) -> VirtualSlice | None:
-        """Slice that holds it; None while the value waits on the host for its first use."""
+def _grad_of(array: Array) -> Any:
+    return _GRAD.__get__(array)
 
-    @property
-    def placements(self) -> Placements | None:
-        """Its sharding; None where `mesh` is None."""
 
-    def read(self, timeout: timedelta | None = None) -> torch.Tensor:
-        """Waits for the value and returns it as a CPU tensor."""
-
-    def done(self) -> bool:
-        """Whether a read would return at once."""
-
-    def read_async(self) -> Generator[Any, None, torch.Tensor]:
-        """Awaits the value on the caller's event loop."""
+def _no_trace() -> bool:
+    return False
 
 
 class Array(torch.Tensor):
@@ -46,24 +46,35 @@ class Array(torch.Tensor):
 
     `shape`, `dtype`, `mesh`, `sharding` and `repr` never wait. `item()`, `numpy()`, `cpu()`, `tolist()`, `await` and
     any tensor operation outside a program wait for the value; if the computation that makes it failed, they raise
-    its error. Arrays are changed only by programs.
+    its error. `detach()` and `data` share its value, views are views; what changes one of them in place changes all.
+
+    Attributes:
+        num_changes: how often, outside traces, some array's `requires_grad`, `grad`, `data` or dtype was set from
+            Python: while it stays the same, nothing of that kind needs to be looked at again.
     """
 
-    _buffer: Buffer
-    #: Raised whenever flags, gradients or memory of an array change outside programs.
     num_changes: ClassVar[int] = 0
-    #: Whether a program is being traced, in which an array is a tensor like any other. Set by the tracer.
-    _is_traced: ClassVar[Callable[[], bool]] = staticmethod(lambda: False)
+    _storage: Storage
     #: Set by the controller, which knows programs.
     _redistribute: ClassVar[Callable[[Any, VirtualSlice, Sequence[Any] | None], Any]]
+    #: Whether a trace is under way; set by the controller.
+    _is_tracing: ClassVar[Callable[[], bool]] = staticmethod(_no_trace)
 
     @staticmethod
     def __new__(
-        cls, buffer: Buffer, shape: tuple[int, ...], dtype: torch.dtype, *, requires_grad: bool = False
+        cls,
+        buffer: Buffer | Storage,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        *,
+        requires_grad: bool = False,
+        strides: tuple[int, ...] | None = None,
     ) -> Array:
         # PyTorch documents this constructor for tensor subclasses without storage; there is no public name for it.
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, requires_grad=requires_grad)
-        self._buffer = buffer
+        self = torch.Tensor._make_wrapper_subclass(
+            cls, shape, strides=strides, dtype=dtype, requires_grad=requires_grad
+        )
+        self._storage = buffer if isinstance(buffer, Storage) else Storage(buffer)
         return self
 
     # What PyTorch's own operations do with an array is decided in __torch_dispatch__ alone.
@@ -71,16 +82,125 @@ class Array(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            array = args[0]
-            return Array(array._buffer, tuple(array.shape), array.dtype)
+        kwargs = kwargs or {}
+        if func in _SHARING:
+            return _sharing(args[0])
+        if (device := kwargs.get("device")) is not None:
+            _check_device(device)
+        if func.is_view and isinstance(args[0], Array):
+            return _view(func, args[0], args[1:], kwargs)
+        if func is torch.ops.aten._to_copy.default and _is_cast(args[0], kwargs):
+            return _cast(args[0], kwargs.get("dtype"))
         if func._schema.is_mutable:
-            raise UserError(
-                f"{func} would change an array in place outside a program; put the call inside a function decorated "
-                "with @tw.program"
-            )
-        args, kwargs = torch.utils._pytree.tree_map_only(Array, lambda array: array.cpu(), (args, kwargs or {}))
+            written = _written(func, args, kwargs)
+            if written:
+                return _change(func, args, kwargs, written)
+        args, kwargs = pytree.tree_map_only(Array, _read, (args, kwargs))
         return func(*args, **kwargs)
+
+    @property
+    def _buffer(self) -> Buffer:
+        """The buffer that has the value now."""
+        return self._storage.buffer
+
+    @_buffer.setter
+    def _buffer(self, buffer: Buffer) -> None:
+        self._storage.buffer = buffer
+
+    # What Python code sets, and a trace may depend on. Autograd's own accesses, in C++, do not come here.
+
+    @property
+    def requires_grad(self) -> bool:
+        """As a tensor's."""
+        found: bool = _REQUIRES_GRAD.__get__(self)
+        return found
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value is not _REQUIRES_GRAD.__get__(self):
+            _REQUIRES_GRAD.__set__(self, value)
+            _note_change()
+
+    def requires_grad_(self, requires_grad: bool = True) -> Array:
+        """As a tensor's."""
+        self.requires_grad = requires_grad
+        return self
+
+    def _set_grad(self, value: Any) -> None:
+        if value is not _grad_of(self):
+            set_grad_quietly(self, value)
+            _note_change()
+
+    def _delete_grad(self) -> None:
+        self._set_grad(None)
+
+    grad = property(_grad_of, _set_grad, _delete_grad, "As a tensor's.")
+
+    @property
+    def data(self) -> Any:
+        """An array that shares the value; set, it gives the array another value, as a tensor's does."""
+        return _DATA.__get__(self)
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        if Array._is_tracing() or not isinstance(value, torch.Tensor):
+            _DATA.__set__(self, value)
+            return
+        if value is self:
+            return
+        new = value if isinstance(value, Array) else None
+        if new is None or isinstance(new._storage, ViewStorage):
+            _check_device(value.device)
+            host = _read(value) if isinstance(value, Array) else value.detach().clone()
+            new = Array(self._buffer.with_value(host.contiguous()), tuple(value.shape), value.dtype)
+        _DATA.__set__(self, new)
+        self._storage = new._storage
+        _note_change()
+
+    def backward(self, *args: Any, **kwargs: Any) -> None:
+        """Within a program, as a tensor's.
+
+        Raises:
+            UserError: there is no program: what made the value is not remembered beyond it.
+        """
+        if not Array._is_tracing():
+            raise UserError(
+                f"backward() of {self!r} is called outside a program, where gradients do not exist: call it in the "
+                "function decorated with @tw.program, with the forward and the optimizer's step"
+            )
+        super().backward(*args, **kwargs)
+
+    def to(self, *args: Any, **kwargs: Any) -> Any:
+        """As a tensor's; a dtype gives an array that stays where it is.
+
+        Raises:
+            UserError: it names a device other than the CPU.
+        """
+        if not Array._is_tracing():
+            device = torch._C._nn._parse_to(*args, **kwargs)[0]  # what nn.Module.to calls
+            if device is not None:
+                _check_device(device)
+        return super().to(*args, **kwargs)
+
+    def cuda(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises UserError: slices say where arrays are."""
+        _check_device(torch.device("cuda"))
+
+    def share_memory_(self) -> Any:
+        """Raises UserError: there is no memory of this process to share."""
+        raise UserError(
+            f"{self!r} has no memory in this process that others could share: read it with .cpu(), and share that"
+        )
+
+    def data_ptr(self) -> int:
+        """Raises UserError outside a trace: who reads at an array's address ends the process."""
+        if not Array._is_tracing():
+            raise UserError(f"{self!r} has no memory in this process: read it with .cpu(), whose result has")
+        return super().data_ptr()
+
+    def is_shared(self) -> bool:
+        """Never."""
+        return False
 
     @property
     def mesh(self) -> VirtualSlice | None:
@@ -123,9 +243,9 @@ class Array(torch.Tensor):
             DeadlineExceeded: `timeout` passed.
             SessionClosed: `tw.shutdown()` was called.
         """
-        if self._is_traced():
+        if Array._is_tracing():
             return self
-        return self._buffer.read(timeout).requires_grad_(False)
+        return self._storage.read(timeout).requires_grad_(False)
 
     def full_tensor(self) -> torch.Tensor:
         """Waits for the value and returns the whole of it on the host, however it is sharded; as `cpu`."""
@@ -145,15 +265,15 @@ class Array(torch.Tensor):
 
     def item(self) -> Any:
         """Waits for the value of a one-element array and returns it as a Python number."""
-        return torch.Tensor.item(self) if self._is_traced() else self.cpu().item()
+        return torch.Tensor.item(self) if Array._is_tracing() else self.cpu().item()
 
     def numpy(self, *, force: bool = False) -> Any:
         """Waits for the value and returns it as a numpy array."""
-        return torch.Tensor.numpy(self) if self._is_traced() else self.cpu().numpy()
+        return torch.Tensor.numpy(self) if Array._is_tracing() else self.cpu().numpy()
 
     def tolist(self) -> Any:
         """Waits for the value and returns it as nested lists."""
-        return torch.Tensor.tolist(self) if self._is_traced() else self.cpu().tolist()
+        return torch.Tensor.tolist(self) if Array._is_tracing() else self.cpu().tolist()
 
     def __await__(self) -> Generator[Any, None, torch.Tensor]:
         return self._buffer.read_async()
@@ -174,13 +294,133 @@ class Array(torch.Tensor):
         return format(self.item(), spec) if spec else repr(self)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.cpu().__reduce_ex__(protocol)
+        return host_copy(self).__reduce_ex__(protocol)
 
     def __deepcopy__(self, memo: Any) -> Any:
-        raise UserError("an array stands for a buffer on a slice and cannot be deep-copied; read it with .cpu() first")
+        if id(self) in memo:
+            return memo[id(self)]
+        if not self.is_leaf:
+            raise RuntimeError("only arrays that no operator made can be deep-copied: call detach() first")
+        value = self._storage.read().contiguous()
+        new = Array(self._buffer.with_value(value), tuple(self.shape), self.dtype, requires_grad=self.requires_grad)
+        memo[id(self)] = new
+        vars(new).update({key: copy.deepcopy(item, memo) for key, item in vars(self).items() if key != "_storage"})
+        if (grad := _grad_of(self)) is not None:
+            set_grad_quietly(new, copy.deepcopy(grad, memo))
+        return new
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         text = tensor_text(self.dtype, self.shape, self.sharding)
         return f"tw.Array({text} on mesh{self.mesh})" if self.mesh is not None else f"tw.Array({text}, not placed yet)"
 
     __str__ = __repr__
+
+
+def set_grad_quietly(array: Array, value: torch.Tensor | None) -> None:
+    """Sets an array's gradient without counting it as a change: for the results of runs."""
+    _GRAD.__set__(array, value)
+
+
+def host_copy(array: Array) -> torch.Tensor:
+    """Waits for the value and returns it as a tensor, or a parameter, of plain PyTorch."""
+    value = array.cpu()
+    if isinstance(array, torch.nn.Parameter):
+        return torch.nn.Parameter(value, requires_grad=array.requires_grad)
+    return value.requires_grad_(array.requires_grad and array.is_leaf)
+
+
+def _note_change() -> None:
+    if not Array._is_tracing():
+        Array.num_changes += 1
+
+
+def _read(array: Array) -> torch.Tensor:
+    return array.cpu()
+
+
+def _sharing(array: Array) -> Array:
+    return Array(array._storage, tuple(array.shape), array.dtype, strides=array.stride())
+
+
+def _view(func: Any, array: Array, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns a view of an array, or several; reads nothing."""
+    args, kwargs = pytree.tree_map_only(Array, _read, (args, kwargs))
+    like = torch.empty_strided(array.shape, array.stride(), dtype=array.dtype, device="meta")
+    found = func(like, *args, **kwargs)
+
+    def view(result: torch.Tensor, index: int | None) -> Array:
+        shape = tuple(result.shape)
+        storage = ViewStorage(array._storage, ViewStep(func, args, kwargs, index), shape, result.dtype)
+        return Array(storage, shape, result.dtype, strides=result.stride())
+
+    if isinstance(found, torch.Tensor):
+        return view(found, None)
+    return [view(result, index) for index, result in enumerate(found)]
+
+
+def _check_device(device: Any) -> None:
+    if torch.device(device).type != "cpu":
+        raise UserError(
+            f"an array cannot go to device {device}: its slice says where it is. tw.redistribute(array, mesh) takes it "
+            "to another slice, .cpu() reads it to the host, and only from there .to(device) takes it on"
+        )
+
+
+def _is_cast(tensor: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether a copy is for another dtype or memory format (which arrays do not have), and no copy to the host."""
+    return isinstance(tensor, Array) and (kwargs.get("dtype") is not None or kwargs.get("memory_format") is not None)
+
+
+def _cast(array: Array, dtype: torch.dtype | None) -> Array:
+    value = array.cpu().to(dtype or array.dtype).contiguous()
+    return Array(array._buffer.with_value(value), tuple(value.shape), value.dtype)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Array]:
+    """Returns the arrays that an operator writes to."""
+    found: list[Array] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Array)]
+    return found
+
+
+def _change(func: Any, args: Any, kwargs: Any, written: list[Array]) -> Any:
+    """Calls an operator that changes arrays in place: on the host, from where the new values go back at their use."""
+    if torch.Tag.inplace_view in func.tags or func._schema.name in _MEMORY_CHANGES:
+        raise UserError(
+            f"{func} would change the shape or the memory of {written[0]!r}, which is the slice's: assign the new "
+            "value to its .data"
+        )
+    with contextlib.ExitStack() as stack:
+        bases = {id(array._storage.base): array._storage.base for array in written}
+        for base in bases.values():
+            stack.enter_context(base.undisturbed())
+        return _change_bases(func, args, kwargs, bases)
+
+
+def _change_bases(func: Any, args: Any, kwargs: Any, bases: dict[int, Storage]) -> Any:
+    values = {key: base.take() for key, base in bases.items()}
+    given: dict[int, Array] = {}
+
+    def on_host(array: Array) -> torch.Tensor:
+        value = values.get(id(array._storage.base))
+        if value is None:
+            return _read(array)
+        host = array._storage.view_of(value)
+        host = host if host is not value else host.view_as(host)
+        given[id(host)] = array
+        return host
+
+    host_args, host_kwargs = pytree.tree_map_only(Array, on_host, (args, kwargs))
+    shapes = {id(leaf): leaf.shape for leaf in pytree.tree_leaves((host_args, host_kwargs)) if id(leaf) in given}
+    result = func(*host_args, **host_kwargs)
+    for leaf in pytree.tree_leaves((host_args, host_kwargs)):
+        if id(leaf) in given and leaf.shape != shapes[id(leaf)]:
+            raise UserError(
+                f"{func} writes a value of shape {tuple(leaf.shape)} to {given[id(leaf)]!r}; give it one of its shape"
+            )
+    for key, base in bases.items():
+        base.put_back(values[key])
+    return pytree.tree_map_only(torch.Tensor, lambda leaf: given.get(id(leaf), leaf), result)

@@ -19,7 +19,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torchways.array import Array
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
 from torchways.capture.python_state.watcher import Watcher, Write
+from torchways.capture.source import user_line
 from torchways.capture.tracer import current_trace
+from torchways.errors import CaptureError
 
 #: Options that put torch.optim's optimizers on the path that reads no tensor on the host.
 _TRACED_OPTIONS = {"capturable": True, "foreach": True, "fused": False}
@@ -41,11 +43,13 @@ class StateTracker:
     Attributes:
         make_array: makes an array of a host value, to live where the given parameter lives.
         watcher: of the trace.
+        replaced_by: returns the array that took the place of a parameter in its module, or None.
         optimizers: those that stepped.
     """
 
     make_array: Callable[[HostContent, torch.Tensor], Array]
     watcher: Watcher
+    replaced_by: Callable[[torch.Tensor], Array | None]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     _saved_options: list[dict[str, Any]] = field(default_factory=list)
     #: State that a step made as a constant: its parameter's state, key, array, and what stood for it in the trace.
@@ -99,6 +103,7 @@ class StateTracker:
         mode.in_optimizer = self.watcher.in_optimizer = True
         with self.watcher.pause():
             if optimizer not in self.optimizers:
+                self._check_parameters(optimizer)
                 self.optimizers.append(optimizer)
                 self._take_to_slice(optimizer)
                 self._start_momentum(optimizer)
@@ -109,6 +114,16 @@ class StateTracker:
             ]
             for group in optimizer.param_groups:
                 group.update({name: value for name, value in _TRACED_OPTIONS.items() if name in group})
+
+    def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                if not isinstance(parameter, Array) and self.replaced_by(parameter) is not None:
+                    raise CaptureError(
+                        f"{type(optimizer).__name__} was built before its model was placed, and has a parameter of "
+                        f"shape {list(parameter.shape)} that an array has replaced, at {user_line()}: build the "
+                        "optimizer after tw.function, tw.pipeline or tw.parallelize_module"
+                    )
 
     def _take_to_slice(self, optimizer: torch.optim.Optimizer) -> None:
         """Makes arrays of state that is on the host, as from a checkpoint that was loaded."""

@@ -146,7 +146,6 @@ class Trace:
 
 
 _active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
-Array._is_traced = staticmethod(lambda: _active.get() is not None)
 
 
 def current_trace() -> _TraceMode | None:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
+import os
+import threading
 import time
-from collections.abc import Generator
+import weakref
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, Protocol
@@ -15,7 +20,8 @@ import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
-from torchways.errors import DeadlineExceeded, SessionClosed
+from torchways.capture.tracer import current_trace
+from torchways.errors import DeadlineExceeded, SessionClosed, UserError
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc.programs import InlineValue
@@ -25,6 +31,10 @@ class BufferHome(Protocol):
     """What a remote buffer needs of the session that it belongs to."""
 
     closed: bool
+    #: The process that it belongs to.
+    pid: int
+    #: Held while a call is bound, sent and its results are put in place.
+    lock: threading.RLock
 
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
@@ -39,7 +49,7 @@ class BufferHome(Protocol):
         """Gives a buffer back."""
 
 
-@dataclass(eq=False, slots=True)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class HostBuffer:
     """A value on the host, until its first use in a program says where it goes.
 
@@ -47,12 +57,14 @@ class HostBuffer:
         value: the value.
         follows: array whose slice it shares (optimizer state: its parameter), or None.
         mesh, placements: where it must go, if that is known.
+        is_own: nobody else has the value's tensor.
     """
 
     value: HostContent
     follows: torch.Tensor | None = None
     mesh: VirtualSlice | None = None
     placements: Placements | None = None
+    is_own: bool = False
 
     def read(self, timeout: timedelta | None = None) -> torch.Tensor:
         """Returns the value."""
@@ -70,6 +82,27 @@ class HostBuffer:
         return self.read()
         yield
 
+    def own(self) -> torch.Tensor | None:
+        """Returns the value if nobody else has it."""
+        content = self.value.content if self.is_own else None
+        return content if isinstance(content, torch.Tensor) else None
+
+    def with_value(self, value: torch.Tensor) -> HostBuffer:
+        """Returns a buffer of another value that goes where this one would."""
+        return _replacing(value, self.mesh, self.placements, self.follows)
+
+    def derived(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> HostBuffer:
+        """Returns a buffer whose value `read` computes when it is needed."""
+        return DerivedBuffer(read, shape, dtype)
+
+    def is_copy_of(self, other: Any) -> bool:
+        """It is no copy."""
+        return False
+
+    def undisturbed(self) -> AbstractContextManager[Any]:
+        """Nothing takes what is on the host."""
+        return contextlib.nullcontext()
+
     def inline(self, placements: Placements) -> InlineValue:
         """Returns the value as part of a message."""
         dtype = str(self.value.dtype).removeprefix("torch.")
@@ -78,16 +111,41 @@ class HostBuffer:
         return InlineValue(dtype=dtype, shape=self.value.shape, placements=placements, data=data)
 
 
-class RemoteBuffer:
-    """One reference of the controller to a named buffer of a slice; dropping it releases the buffer."""
+class DerivedBuffer(HostBuffer):
+    """A value on the host that is computed when it is needed: a view of what is elsewhere."""
 
-    __slots__ = ("buffer_id", "consumed", "mesh", "placements", "session")
+    __slots__ = ("_dtype", "_read", "_shape")
+
+    def __init__(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._read = read
+        self._shape = shape
+        self._dtype = dtype
+        self.follows = None
+        self.mesh = None
+        self.placements = None
+        self.is_own = False
+
+    @property
+    def value(self) -> HostContent:  # type: ignore[override]
+        """The value; waits for it."""
+        return HostContent(self._shape, self._dtype, self._read())
+
+
+class RemoteBuffer:
+    """One reference of the controller to a named buffer of a slice; dropping it releases the buffer.
+
+    Attributes:
+        origin: the host value that it is a copy of, where that is alive.
+    """
+
+    __slots__ = ("buffer_id", "consumed", "mesh", "origin", "placements", "session")
 
     def __init__(self, session: BufferHome, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
         self.session = session
         self.mesh = mesh
         self.placements = placements
         self.buffer_id = buffer_id
+        self.origin: weakref.ref[HostBuffer] | None = None
         #: A run was sent that donates it: it is the executor's to free.
         self.consumed = False
 
@@ -103,9 +161,42 @@ class RemoteBuffer:
         """Awaits the value on the caller's loop."""
         return asyncio.wrap_future(self.session.start_fetch(self)).__await__()
 
+    def own(self) -> None:
+        """Nothing: it is on its slice."""
+
+    def with_value(self, value: torch.Tensor) -> HostBuffer:
+        """Returns a buffer of another value that goes to the same slice, sharded the same, at its next use."""
+        return _replacing(value, self.mesh, self.placements, None)
+
+    def derived(self, read: Callable[[], torch.Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> HostBuffer:
+        """Returns a buffer on the host whose value `read` computes when it is needed."""
+        return DerivedBuffer(read, shape, dtype)
+
+    def is_copy_of(self, other: Any) -> bool:
+        """Whether it was made by putting `other` on a slice."""
+        return self.origin is not None and self.origin() is other
+
+    def undisturbed(self) -> AbstractContextManager[Any]:
+        """While it is held, no call is sent."""
+        check_open(self.session, "this array")
+        return self.session.lock
+
     def __del__(self) -> None:
         if not self.consumed:
             self.session.release(self.mesh.slice_id, self.buffer_id)
+
+
+def _replacing(
+    value: torch.Tensor,
+    mesh: VirtualSlice | None,
+    placements: Placements | None,
+    follows: torch.Tensor | None,
+) -> HostBuffer:
+    """Returns a buffer of a value that takes the place of another, of another shape perhaps."""
+    if placements is not None:
+        placements = tuple("R" if text != "R" and int(text[2:-1]) >= value.ndim else text for text in placements)
+    content = HostContent(tuple(value.shape), value.dtype, value)
+    return HostBuffer(content, follows, mesh, placements, is_own=True)
 
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
@@ -134,36 +225,66 @@ def array_like(content: HostContent, follows: torch.Tensor) -> Array:
 
 
 def get_all(tree: Any, timeout: timedelta | None) -> Any:
-    """Returns a pytree with the values of its arrays; see `tw.get`."""
+    """Returns a pytree with the values of its arrays, all as they are between two calls; see `tw.get`."""
     leaves, spec = pytree.tree_flatten(tree)
     deadline = None if timeout is None else time.monotonic() + timeout.total_seconds()
-    reads = {
-        position: leaf._buffer.session.start_fetch(leaf._buffer)
-        for position, leaf in enumerate(leaves)
-        if isinstance(leaf, Array) and isinstance(leaf._buffer, RemoteBuffer)
-    }
+    with contextlib.ExitStack() as locks:
+        for attempt in range(2):
+            try:
+                return pytree.tree_unflatten(_read_all(leaves, timeout, deadline), spec)
+            except UserError:  # another thread's program took one of them meanwhile: it waits the next time
+                if attempt:
+                    raise
+                sessions = {id(buffer.session): buffer.session for buffer in _remote_buffers(leaves).values()}
+                for session in sessions.values():
+                    locks.enter_context(session.lock)
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _remote_buffers(leaves: list[Any]) -> dict[int, RemoteBuffer]:
+    """Returns the buffers of those leaves that are on a slice, by position."""
+    buffers = {position: leaf._buffer for position, leaf in enumerate(leaves) if isinstance(leaf, Array)}
+    return {position: buffer for position, buffer in buffers.items() if isinstance(buffer, RemoteBuffer)}
+
+
+def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | None) -> list[Any]:
+    found = list(leaves)
+    buffers = _remote_buffers(leaves)
+    with contextlib.ExitStack() as locks:
+        for session in {id(buffer.session): buffer.session for buffer in buffers.values()}.values():
+            locks.enter_context(session.lock)
+        buffers = _remote_buffers(leaves)  # of one moment
+    reads = {position: buffer.session.start_fetch(buffer) for position, buffer in buffers.items()}
     try:
         for position, leaf in enumerate(leaves):
             if position in reads:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    leaves[position] = reads[position].result(left)
+                    found[position] = reads[position].result(left)
                 except concurrent.futures.TimeoutError as error:
                     if reads[position].done():
                         raise  # the read itself raised it
                     raise DeadlineExceeded(f"waited {timeout} for an array's value in vain") from error
             elif isinstance(leaf, Array):
-                leaves[position] = leaf.cpu()
+                found[position] = leaf.cpu()
     finally:
         for read in reads.values():
             read.cancel()
-    return pytree.tree_unflatten(leaves, spec)
+    return found
 
 
 def check_open(session: BufferHome, what: str) -> None:
-    """Raises SessionClosed if the session is over."""
+    """Raises SessionClosed if the session is over, UserError if this process is not its own."""
+    if os.getpid() != session.pid:
+        raise UserError(
+            f"{what} belongs to process {session.pid}, and this one ({os.getpid()}) was forked from it: a session does "
+            "not follow into other processes. Read what they need with .cpu() before they are forked, and pass that"
+        )
     if session.closed:
         raise SessionClosed(
             f"{what} belongs to a session that tw.shutdown() has closed; its buffers are gone. Read what you need "
             "before shutting down"
         )
+
+
+Array._is_tracing = staticmethod(lambda: current_trace() is not None)

@@ -12,7 +12,7 @@ import torch
 from torchways.capture.tracer import current_trace
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.initialize import build_on_slices
-from torchways.controller.modules import ENTRY, arrays_of, make_placed, placed_class
+from torchways.controller.modules import arrays_of, make_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
@@ -159,12 +159,11 @@ def _module_entry(
 
 
 def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Session], options: VariantOptions) -> type:
-    placed: Any = placed_class(cls, _call_on(mesh))
+    placed: Any = placed_class(cls, _call_on(mesh), lambda module: _module_entry(module, mesh, get_session, options))
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(placed, self).__init__(*args, **kwargs)
         arrays_of(self)
-        object.__setattr__(self, ENTRY, _module_entry(self, mesh, get_session, options))
 
     placed.__init__ = __init__
     return placed

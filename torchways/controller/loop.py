@@ -1,9 +1,14 @@
-"""The session's private event loop: one thread for all of the controller's gRPC; user code stays synchronous."""
+"""The session's private event loop: one thread for all of the controller's gRPC; user code stays synchronous.
+
+All sessions of a process have their turn on one loop: grpc.aio's poller holds on to every loop that it has served, and
+fails when it has news for one that is closed.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import os
 import threading
 from collections.abc import Callable, Coroutine
 from datetime import timedelta
@@ -13,18 +18,17 @@ from torchways.errors import DeadlineExceeded
 
 T = TypeVar("T")
 
+_lock = threading.Lock()
+#: The loop, and the process in which its thread runs: one that was forked has none.
+_shared: tuple[asyncio.AbstractEventLoop, int] | None = None
+
 
 class LoopThread:
-    """An asyncio loop on a daemon thread of its own."""
+    """A turn on the process's asyncio loop, which runs on a daemon thread of its own; one at a time."""
 
     def __init__(self, name: str) -> None:
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def _run(self) -> None:
-        asyncio.set_event_loop(self.loop)
-        self.loop.run_forever()
+        self.loop = _running_loop(name)
+        self._closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: timedelta | None = None, what: str = "") -> T:
         """Runs a coroutine on the loop and waits for it; Ctrl-C ends the wait.
@@ -32,7 +36,7 @@ class LoopThread:
         Raises:
             DeadlineExceeded: `timeout` passed; the message names `what`.
         """
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        future = self.start(coroutine)
         try:
             return future.result(None if timeout is None else timeout.total_seconds())
         except concurrent.futures.TimeoutError as error:
@@ -43,22 +47,49 @@ class LoopThread:
             future.cancel()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
-        """Runs a coroutine on the loop without waiting."""
+        """Runs a coroutine on the loop without waiting.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        if self._closed:
+            coroutine.close()
+        self._check()
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
 
     def call(self, function: Callable[..., object], *args: Any) -> None:
-        """Calls a function on the loop soon; order is kept."""
+        """Calls a function on the loop soon; order is kept.
+
+        Raises:
+            RuntimeError: it was closed.
+        """
+        self._check()
         self.loop.call_soon_threadsafe(function, *args)
 
     def close(self) -> None:
-        """Stops the loop and waits for its thread. Idempotent."""
-        if self.loop.is_closed():
-            return
-        asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(5)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(5)
-        if not self._thread.is_alive():
-            self.loop.close()
+        """Ends all that was started, and waits for it. Idempotent."""
+        if not self._closed:
+            self._closed = True
+            asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(5)
+
+    def _check(self) -> None:
+        if self._closed:
+            raise RuntimeError("the session's event loop is closed")
+
+
+def _running_loop(name: str) -> asyncio.AbstractEventLoop:
+    global _shared
+    with _lock:
+        if _shared is None or _shared[1] != os.getpid():
+            loop = asyncio.new_event_loop()
+            threading.Thread(target=_run, args=(loop,), name=name, daemon=True).start()
+            _shared = loop, os.getpid()
+        return _shared[0]
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    asyncio.set_event_loop(loop)
+    loop.run_forever()
 
 
 async def _cancel_all() -> None:

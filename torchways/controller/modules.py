@@ -6,37 +6,78 @@ parameters are arrays, whose calls are part of a program, and whose `state_dict`
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from torch.utils.weak import WeakIdKeyDictionary
 
-from torchways.array import Array
-from torchways.capture.state import HostContent
+from torchways.array import Array, set_grad_quietly
 from torchways.capture.tracer import current_trace
-from torchways.controller.buffers import HostBuffer, get_all, host_array
+from torchways.controller.buffers import get_all, host_array
 from torchways.errors import ShapeError, UserError
 
-#: Attribute of a placed module's class: runs one call of it outside any program.
+#: Attribute of a placed module: runs one call of it outside any program.
 ENTRY = "_torchways_entry"
+#: What torchways keeps in a module's `__dict__` begins so; copies do not have it.
+_OURS = "_torchways_"
+#: Where a placed module keeps that.
+_KEPT = "_torchways_kept"
+#: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
+_replaced = WeakIdKeyDictionary()
+
+
+def replaced_by(tensor: torch.Tensor) -> Array | None:
+    """Returns the array that took a tensor's place in its module, where the tensor could not become it itself.
+
+    Optimizers that were built before the module was placed still have such tensors.
+    """
+    array: Array | None = _replaced.get(tensor)
+    return array
 
 
 def arrays_of(module: torch.nn.Module) -> None:
-    """Replaces all parameters and buffers of a module by arrays, in place; shared ones stay shared."""
-    replaced: dict[int, Any] = {}
+    """Makes arrays of all parameters and buffers of a module, in place; shared ones stay shared.
+
+    The very objects become arrays, so that whatever refers to them (an optimizer) goes on with the arrays. An object
+    that others hold in ways that do not allow this is replaced; see `replaced_by`.
+    """
+    done: dict[int, Any] = {}
+    flattened: list[Any] = [item for item in module.modules() if hasattr(item, "_flat_weight_refs")]
+    for item in flattened:  # recurrent modules, whose weak references would be in the way
+        item._flat_weight_refs = []
     for submodule in module.modules():
-        for name, parameter in submodule._parameters.items():
-            if parameter is not None and not isinstance(parameter, Array):
-                if id(parameter) not in replaced:
-                    _check_initialized(parameter, name)
-                    array = host_array(parameter.detach())
-                    replaced[id(parameter)] = torch.nn.Parameter(array, requires_grad=parameter.requires_grad)
-                submodule._parameters[name] = replaced[id(parameter)]
-        for name, buffer in submodule._buffers.items():
-            if buffer is not None and not isinstance(buffer, Array):
-                if id(buffer) not in replaced:
-                    replaced[id(buffer)] = host_array(buffer.detach())
-                submodule._buffers[name] = replaced[id(buffer)]
+        for owner in (submodule._parameters, submodule._buffers):
+            for name, tensor in owner.items():
+                if tensor is not None and not isinstance(tensor, Array):
+                    if id(tensor) not in done:
+                        _check_initialized(tensor, name)
+                        done[id(tensor)] = (_become_array(tensor), tensor)  # an id that is free is used again
+                    owner[name] = done[id(tensor)][0]
+    for item in flattened:
+        item._init_flat_weights()
+
+
+def _become_array(tensor: torch.Tensor) -> Any:
+    """Returns a parameter or buffer as an array, the same object where that can be."""
+    array: Any = host_array(tensor.detach())
+    if isinstance(tensor, torch.nn.Parameter):
+        array = torch.nn.Parameter(array, requires_grad=tensor.requires_grad)
+    gradient = tensor.grad
+    if type(tensor) in (torch.Tensor, torch.nn.Parameter):
+        vars(array).update(vars(tensor))
+        try:
+            torch.utils.swap_tensors(tensor, array)
+        except RuntimeError:
+            _replaced[tensor] = array
+        else:
+            array = tensor
+    else:
+        _replaced[tensor] = array
+    if gradient is not None:
+        set_grad_quietly(array, host_array(gradient.detach()))
+    return array
 
 
 def make_placed(
@@ -52,19 +93,38 @@ def make_placed(
         entry: makes the program that runs a call outside any trace.
     """
     arrays_of(module)
-    module.__class__ = placed_class(type(module), call)
-    object.__setattr__(module, ENTRY, entry(module))
+    module.__class__ = placed_class(type(module), call, entry)
 
 
-def placed_class(cls: type, call: Callable[..., Any]) -> type:
+def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.Module], Callable[..., Any]]) -> type:
     """Returns the subclass of a module class that `make_placed` describes."""
+
+    def entry_of(self: Any) -> Callable[..., Any]:
+        found: Callable[..., Any] | None = vars(self).get(_KEPT)
+        if found is None:
+            found = vars(self)[_KEPT] = entry(self)
+        return found
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
         mode = current_trace()
         if mode is None:
-            return getattr(self, ENTRY)(*args, **kwargs)
+            return entry_of(self)(*args, **kwargs)
         arrays_of(self)  # what the user has put there since
         return call(self, super(placed, self).__call__, args, kwargs)
+
+    def __copy__(self: Any) -> Any:
+        new = placed.__new__(type(self))
+        vars(new).update({key: value for key, value in vars(self).items() if not key.startswith(_OURS)})
+        return new
+
+    def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
+        state = {key: value for key, value in vars(self).items() if not key.startswith(_OURS)}
+        memo[id(self)] = new = placed.__new__(type(self))
+        return _set_state(new, copy.deepcopy(state, memo))
+
+    def __reduce_ex__(self: Any, protocol: Any) -> Any:
+        # Later protocols insist on the class of what is pickled, which is the placed one.
+        return _plain_copy(self, cls).__reduce_ex__(1)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         return get_all(super(placed, self).state_dict(*args, **kwargs), None)
@@ -73,15 +133,49 @@ def placed_class(cls: type, call: Callable[..., Any]) -> type:
         return _load(self, state, strict)
 
     namespace = {
+        ENTRY: property(entry_of),
         "__call__": __call__,
+        "__copy__": __copy__,
+        "__reduce_ex__": __reduce_ex__,
         "state_dict": state_dict,
         "load_state_dict": load_state_dict,
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
     }
+    if not hasattr(cls, "__deepcopy__"):
+        namespace["__deepcopy__"] = __deepcopy__
     placed: Any = type(cls.__name__, (cls,), namespace)
     return placed
+
+
+def _set_state(module: Any, state: dict[str, Any]) -> Any:
+    if hasattr(module, "__setstate__"):
+        module.__setstate__(state)
+    else:
+        vars(module).update(state)
+    return module
+
+
+def _plain_copy(module: torch.nn.Module, cls: type) -> torch.nn.Module:
+    """Returns a copy of a placed module as it was before it was placed: on the host, of its own class."""
+    tensors = [*module.parameters(), *module.buffers()]
+    values = get_all([tensor.detach() for tensor in tensors], None)
+    memo: dict[int, Any] = {}
+    for tensor, value in zip(tensors, values, strict=True):
+        is_parameter = isinstance(tensor, torch.nn.Parameter)
+        memo[id(tensor)] = torch.nn.Parameter(value, tensor.requires_grad) if is_parameter else value
+    plain: torch.nn.Module = copy.deepcopy(module, memo)
+    plain.__class__ = cls
+    for submodule in plain.modules():
+        for hooks in (submodule._forward_hooks, submodule._forward_pre_hooks):
+            for key in [key for key, hook in hooks.items() if _is_ours(hook)]:
+                del hooks[key]
+    return plain
+
+
+def _is_ours(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").startswith("torchways.")
 
 
 def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
@@ -110,15 +204,14 @@ def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> An
                 f"load_state_dict: {name} has shape {tuple(array.shape)} but the value {tuple(value.shape)}"
             )
         assert isinstance(array, Array)
-        old = array._buffer
-        content = HostContent(tuple(value.shape), array.dtype, value.detach().to(array.dtype).clone())
-        array._buffer = HostBuffer(content, mesh=old.mesh, placements=old.placements)
+        with array._storage.undisturbed():
+            array._storage.put_back(value.detach().to(array.dtype, copy=True).contiguous())
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 
 def _check_initialized(parameter: torch.Tensor, name: str) -> None:
     if parameter.device.type != "cpu":
         raise UserError(
-            f"parameter {name} is on device {parameter.device}. Give torchways a function that builds the module, as "
+            f"{name} is on device {parameter.device}. Give torchways a function that builds the module, as "
             "in tw.parallelize_module(lambda: Net(), mesh), and it is initialised on its slice; or build it on the CPU"
         )

@@ -79,21 +79,23 @@ class ProgramFunction:
         session.check()
         if self._padding is not None:
             args, kwargs = self._padding.pad(self._function, args, kwargs)
-        signature = signature_of(args, kwargs, self._function)
-        variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
-        if variant is None:
-            if signature.key in self._untraceable:
-                return self._run_untraced(args, kwargs)
-            try:
-                variant = self._trace(signature, session)
-            except DataDependentError as error:
-                if self._is_one_node:
-                    raise
-                return self._run_untraced(args, kwargs, error)
-            if len(self._untraceable) > self._variants.max_variants:
-                self._untraceable.clear()
-        self._last = variant
-        return run_variant(variant, signature)
+        with session.lock:  # to other threads a call is one step: tracing, binding, sending, and what it writes
+            signature = signature_of(args, kwargs, self._function)
+            variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
+            reason = None
+            if variant is None and signature.key not in self._untraceable:
+                try:
+                    variant = self._trace(signature, session)
+                except DataDependentError as error:
+                    if self._is_one_node:
+                        raise
+                    reason = error
+                if len(self._untraceable) > self._variants.max_variants:
+                    self._untraceable.clear()
+            if variant is not None:
+                self._last = variant
+                return run_variant(variant, signature)
+        return self._run_untraced(args, kwargs, reason)
 
     def _run_untraced(self, args: Any, kwargs: Any, reason: DataDependentError | None = None) -> Any:
         """Runs the Python function itself: each compiled function that it calls is dispatched when it is called.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
-from torchways.array import Array
+from torchways.array import Array, set_grad_quietly
 from torchways.capture.objects import set_attributes
 from torchways.capture.python_state.host_numbers import number_bytes
 from torchways.capture.python_state.places import MISSING, Gradient
@@ -18,6 +18,7 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.parity.check import ParityCheck
 from torchways.controller.parity.report import ParityReport, active_parity
 from torchways.controller.session import Session
+from torchways.controller.signals import uninterrupted
 from torchways.controller.signatures import Signature
 from torchways.controller.variant import (
     COMPUTED,
@@ -72,16 +73,39 @@ class _Run:
         else:
             variant.bind(variant.pieces)
             for number, piece in enumerate(variant.pieces):
-                run_id, buffers = self._dispatch(piece)
-                self._assign(piece, buffers)
-                if number < len(variant.pieces) - 1:
+                is_last = number == len(variant.pieces) - 1
+                run_id = self._run_piece(piece, len(piece.results), is_last=is_last)[0]
+                if not is_last:
                     variant.session.wait_for_run(run_id)
-        for number, effect in enumerate(variant.captured.effects):
-            self._carry_out(number, effect)
         result, changed = pytree.tree_unflatten(self._outputs, variant.captured.out_spec)
         for number, item in changed.items():
             set_attributes(self._signature.objects[number], item)
         return result
+
+    def _run_piece(self, piece: BoundPiece, num_results: int, *, is_last: bool) -> tuple[RunId, list[RemoteBuffer]]:
+        """Sends a run of a piece, and puts the first of its results where they go: one step to signals."""
+        session = self._variant.session
+        consumed: list[RemoteBuffer] = []
+        arguments: dict[SliceId, list[Binding]] = {}
+        for slice_index, sources in piece.arguments.items():
+            mesh = self._variant.meshes[slice_index]
+            arguments[mesh.slice_id] = [self._bind(item, mesh, session, consumed) for item in sources]
+        name = self._variant.captured.program.name
+        session.wait_for_room(name)
+        with uninterrupted():
+            first = BufferId(session.new_ids(max(1, len(piece.results))))
+            run_id = session.run_program(piece.program_id, name, first, arguments)
+            for buffer in consumed:
+                buffer.consumed = True
+            buffers = [
+                RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
+                for number, result in enumerate(piece.results)
+            ]
+            self._assign(piece, buffers[:num_results])
+            if is_last:
+                for number, effect in enumerate(self._variant.captured.effects):
+                    self._carry_out(number, effect)
+        return run_id, buffers
 
     def _value_of(self, value: Any) -> Any:
         if isinstance(value, NumberResult):
@@ -114,7 +138,7 @@ class _Run:
         variant = self._variant
         piece = variant.observed()
         sent = self._host_values(piece)
-        _, buffers = self._dispatch(piece)
+        _, buffers = self._run_piece(piece, 0, is_last=False)
         own = len(variant.captured.targets)
         made = {
             result.target.value: buffer
@@ -131,7 +155,10 @@ class _Run:
             tolerance=report.tolerance,
         )
         report.include(check.run())
-        self._assign(piece, buffers)
+        with uninterrupted():
+            self._assign(piece, buffers)
+            for number, effect in enumerate(variant.captured.effects):
+                self._carry_out(number, effect)
 
     def _host_values(self, piece: BoundPiece) -> dict[ValueIndex, torch.Tensor]:
         """Returns the values of a piece's arguments that are still on the host."""
@@ -150,24 +177,6 @@ class _Run:
         if isinstance(source, int):
             return self._tensors[source]
         return source.tensor if isinstance(source, TensorSource) else source
-
-    def _dispatch(self, piece: BoundPiece) -> tuple[RunId, list[RemoteBuffer]]:
-        """Sends a run of a piece; returns the buffers of its results."""
-        session = self._variant.session
-        consumed: list[RemoteBuffer] = []
-        arguments: dict[SliceId, list[Binding]] = {}
-        for slice_index, sources in piece.arguments.items():
-            mesh = self._variant.meshes[slice_index]
-            arguments[mesh.slice_id] = [self._bind(item, mesh, session, consumed) for item in sources]
-        first = BufferId(session.new_ids(max(1, len(piece.results))))
-        run_id = session.run_program(piece.program_id, self._variant.captured.program.name, first, arguments)
-        for buffer in consumed:
-            buffer.consumed = True
-        buffers = [
-            RemoteBuffer(session, result.mesh, result.placements, BufferId(first + number))
-            for number, result in enumerate(piece.results)
-        ]
-        return run_id, buffers
 
     def _assign(self, piece: BoundPiece, buffers: list[RemoteBuffer]) -> None:
         """Puts the first results of a piece, as many as there are buffers, where they go."""
@@ -218,6 +227,9 @@ def _set_gradient(owner: torch.Tensor, gradient: torch.Tensor | None) -> None:
     before = owner.grad
     if gradient is None and before is None:
         return
-    torch.Tensor.grad.__set__(owner, gradient)  # type: ignore[attr-defined]  # what the run itself does is no change
+    if isinstance(owner, Array):
+        set_grad_quietly(owner, gradient)  # what the run itself does is no change
+    else:
+        owner.grad = gradient
     if (before is None) is not (gradient is None):
         Array.num_changes += 1

@@ -17,7 +17,7 @@ import threading
 import time
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
@@ -90,12 +90,15 @@ class Session:
 
     manager: ManagerClient
     loop: LoopThread
-    token: str
+    token: str = field(repr=False)
     start_timeout: timedelta
     #: Ends the embedded cluster; None where the cluster is not ours.
     end_cluster: Callable[[], None] | None
     max_runs_in_flight: int = 64
     closed: bool = False
+    pid: int = field(default_factory=os.getpid)
+    #: Held while a call is bound, sent and its results are put in place: who holds it sees no array in between.
+    lock: threading.RLock = field(default_factory=threading.RLock)
     #: Set when the cluster is gone: every later call raises it.
     broken: TorchwaysError | None = None
     #: Controller-side spans (dispatches), newest last.
@@ -117,7 +120,7 @@ class Session:
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
     _lock: threading.RLock = field(default_factory=threading.RLock)
-    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _puts: dict[BufferId, concurrent.futures.Future[None]] = field(default_factory=dict)
 
     # ---- life
@@ -131,13 +134,17 @@ class Session:
     async def _attach(self) -> None:
         self._lost_event = asyncio.Event()
         name = f"{os.path.basename(sys.argv[0]) or 'python'} pid {os.getpid()}"
-        self._tasks.append(await self.manager.attach(name, self._on_executor_lost, self._on_cluster_lost))
+        reading = await self.manager.attach(name, self._on_executor_lost, self._on_cluster_lost)
+        self._tasks.add(reading)
+        reading.add_done_callback(self._ended)
 
     def close(self) -> None:
         """Gives everything back and ends the embedded cluster. Idempotent; never waits for computations."""
         if self.closed:
             return
         self.closed = True
+        if os.getpid() != self.pid:  # forked: what it would end is the other process's
+            return
         with self._room:
             self._room.notify_all()
         try:
@@ -149,7 +156,7 @@ class Session:
             self.end_cluster()
 
     async def _close(self) -> None:
-        for task in self._tasks:
+        for task in list(self._tasks):
             task.cancel()
         closings = [client.close() for item in self._slices.values() for client in item.executors]
         closings += [scheduler.close() for scheduler in self._schedulers.values()]
@@ -161,6 +168,10 @@ class Session:
         check_open(self, "this call")
         if self.broken is not None:
             raise self.broken
+
+    def _is_usable(self) -> bool:
+        """Whether there is still something to give back to, and this process may."""
+        return not self.closed and self.broken is None and os.getpid() == self.pid
 
     # ---- slices
 
@@ -185,7 +196,7 @@ class Session:
             self._schedulers[address.island_id] = scheduler
             scheduler.say_hello(self.manager.client_id)
             reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
-            self._tasks.append(asyncio.create_task(reading, name=f"scheduler of island {address.island_id}"))
+            self._hold(reading, f"scheduler of island {address.island_id}")
         entry.executors = tuple(ExecutorClient(executor, self.token) for executor in address.executors)
         entry.address = address
 
@@ -227,7 +238,7 @@ class Session:
 
     def forget_slice(self, slice_id: SliceId) -> None:
         """Gives a slice back that nobody refers to any more. Called by the garbage collector: any thread, no wait."""
-        if not self.closed and self.broken is None:
+        if self._is_usable():
             self.loop.start(self._release_unused(slice_id))
 
     async def _release_unused(self, slice_id: SliceId) -> None:
@@ -242,7 +253,7 @@ class Session:
 
     def _release_slice(self, slice_id: SliceId) -> None:
         entry = self._slices.pop(slice_id, None)
-        if entry is not None and not self.closed and self.broken is None:
+        if entry is not None and self._is_usable():
             self.loop.run(self.manager.release_slice(slice_id), _CALL, "the slice to be released")
 
     def cluster_info(self) -> ClusterInfo:
@@ -283,6 +294,7 @@ class Session:
         address = self.slice_address(mesh)
         clients = self._slices[address.slice_id].executors
         buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
+        buffer.origin = weakref.ref(value)
         future = self.loop.start(_put_to_all(clients, buffer.buffer_id, value.inline(placements)))
         self._puts[buffer.buffer_id] = future
         buffer_id = buffer.buffer_id
@@ -319,12 +331,17 @@ class Session:
         put = self._puts.get(buffer.buffer_id)
         try:
             if put is not None:
-                await asyncio.shield(asyncio.wrap_future(put))  # who gives up reading does not take the value back
+                sent = asyncio.wrap_future(put)
+                sent.add_done_callback(_forget_result)
+                await asyncio.shield(sent)  # who gives up reading does not take the value back
             fetching = asyncio.ensure_future(entry.executors[0].fetch(buffer.buffer_id))
             lost = asyncio.ensure_future(self._wait_broken())
-            done, pending = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
-            for task in pending:
-                task.cancel()
+            try:
+                done, _ = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
+            finally:  # also where who reads gives up
+                for task in (fetching, lost):
+                    task.cancel()
+                    task.add_done_callback(_forget_result)
             if fetching not in done:
                 raise self.broken or ClusterLost("the cluster is gone")
             dtype, shape, data = fetching.result()
@@ -355,7 +372,7 @@ class Session:
 
     def release(self, slice_id: SliceId, buffer_id: BufferId) -> None:
         """Gives one buffer back, batched with others. Called by the garbage collector: any thread, no waiting."""
-        if self.closed or self.broken is not None:
+        if not self._is_usable():
             return
         with self._lock:
             batch = self._releases[slice_id]
@@ -367,10 +384,23 @@ class Session:
             except RuntimeError:  # the loop is closed: the interpreter is shutting down
                 pass
 
+    def _hold(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+        """Runs a coroutine on the loop, where this is called, until it ends or the session does."""
+        task = asyncio.create_task(coroutine, name=name)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None and not self.closed:
+            logger.error("%s failed", task.get_name(), exc_info=error)
+
     def _flush_releases_soon(self) -> None:
         self.loop.loop.call_later(0.005, self._flush_releases)
 
     def _flush_releases(self) -> None:
+        if self.closed:
+            return
         with self._lock:
             batches, self._releases = self._releases, defaultdict(list)
         for slice_id, buffer_ids in batches.items():
@@ -379,8 +409,7 @@ class Session:
                 continue
             waiting = [self._puts[b] for b in buffer_ids if b in self._puts]
             if waiting:  # a Put still under way would arrive after its release
-                task = asyncio.ensure_future(self._release_after(waiting, slice_id, buffer_ids))
-                self._tasks.append(task)
+                self._hold(self._release_after(waiting, slice_id, buffer_ids), "release of values under way")
             else:
                 self._post(self._schedulers[entry.address.island_id], release_message(slice_id, buffer_ids))
 
@@ -417,7 +446,7 @@ class Session:
     def forget_program(self, program_id: ProgramId) -> None:
         """Lets executors free a program once its last run is over. Called by the garbage collector: no waiting."""
         islands = self._islands_of.pop(program_id, ())
-        if self.closed or self.broken is not None:
+        if not self._is_usable():
             return
         try:
             for island in islands:
@@ -432,9 +461,8 @@ class Session:
         first_buffer_id: BufferId,
         arguments: Mapping[SliceId, Sequence[Binding]],
     ) -> RunId:
-        """Sends a run: one message to each island that takes part. Waits only while too many runs are in flight."""
+        """Sends a run: one message to each island that takes part; see `wait_for_room`."""
         started_ns = time.time_ns()
-        self._wait_for_room(name)
         run_id = RunId(self.new_ids(1))
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
         for slice_id, bindings in arguments.items():
@@ -466,7 +494,8 @@ class Session:
             scheduler, message = self._unsent.popleft()
             scheduler.send(message)
 
-    def _wait_for_room(self, name: str) -> None:
+    def wait_for_room(self, name: str) -> None:
+        """Waits while too many runs are in flight."""
         with self._room:
             while len(self._runs) >= self.max_runs_in_flight:
                 self.check()
@@ -539,6 +568,12 @@ class Session:
         self._lost_event.set()
         with self._room:
             self._room.notify_all()
+
+
+def _forget_result(task: asyncio.Future[Any]) -> None:
+    """Takes note of how a task ended that nobody waits for."""
+    if not task.cancelled():
+        task.exception()
 
 
 async def _put_to_all(clients: Sequence[ExecutorClient], buffer_id: BufferId, value: InlineValue) -> None:

@@ -30,6 +30,7 @@ from torchways.capture.state import HostContent, StateTracker
 from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
+from torchways.controller.modules import replaced_by
 from torchways.controller.parity.report import active_parity
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
@@ -115,7 +116,7 @@ class _Tracing:
         self._numbers = HostNumbers()
         self._watcher = Watcher(call=signature, numbers=self._numbers, symbolic=symbolic)
         self._gradients = Gradients(self._watcher)
-        self._tracker = StateTracker(array_like, self._watcher)
+        self._tracker = StateTracker(array_like, self._watcher, replaced_by)
         self._writes: list[Write] = []
         self._effects: list[Effect] = []
         #: Which leaf of which effect each further output of the graph is.

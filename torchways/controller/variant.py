@@ -22,7 +22,7 @@ from torchways.ir.program import Arg, Compute, Program, Value, ValueIndex
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 from torchways.passes.preflight import check_memory
-from torchways.passes.sequential import Piece, sequential, whole
+from torchways.passes.sequential import Piece
 
 #: "parallel": the whole program in one message an island. "sequential": one computation after the other.
 Dispatch: TypeAlias = Literal["parallel", "sequential"]

@@ -79,6 +79,7 @@ class _Program:
             [device_bytes(spec, axis_sizes) for spec in self.slots],
             _instructions(part, executor_id, hosts),
             [(result.slot, result.result_index) for result in part.results],
+            [form_of(spec) for spec in self.slots],
         )
         #: By number of the unit.
         self.calls: dict[int, list[Call]] = {}
@@ -175,6 +176,11 @@ class Engine:
 
         self._inbox.put(run)
         return future
+
+    def num_entries(self) -> dict[str, int]:
+        """Returns how many entries each collection has, of the core and of the engine. On the engine's thread."""
+        mine = {"fetches": len(self._fetches), "loaded": len(self._programs), "sums": self.reducer.num_open}
+        return {**self.core.num_entries(), **mine}
 
     def _on_thread(self, work: Callable[[], _T], /) -> _T:
         return self.run(work).result()  # if the engine fails meanwhile, the process ends
@@ -569,6 +575,11 @@ class Engine:
 def spec_of(message: pb.TensorSpec) -> BufferSpec:
     """Returns a message as a spec."""
     return BufferSpec(dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements))
+
+
+def form_of(spec: BufferSpec) -> str:
+    """Returns what buffers of this logical dtype and shape have in common."""
+    return f"{spec.dtype}{list(spec.shape)}"
 
 
 def device_bytes(spec: BufferSpec, axis_sizes: Sequence[int]) -> int:

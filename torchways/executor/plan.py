@@ -88,6 +88,7 @@ class LoadedProgram:
         units: in program order.
         read_counts: (slot, number of units that read it).
         results: (slot, result number) pairs.
+        slot_forms: dtype and shape of every slot's value, as text; what an argument's buffer must have. May be empty.
     """
 
     program_id: int
@@ -97,6 +98,7 @@ class LoadedProgram:
     units: tuple[Unit, ...]
     read_counts: tuple[tuple[int, int], ...]
     results: tuple[tuple[int, int], ...]
+    slot_forms: tuple[str, ...] = ()
 
 
 def load_program(
@@ -106,6 +108,7 @@ def load_program(
     slot_bytes: Sequence[int],
     instructions: Sequence[Instruction],
     results: Sequence[tuple[int, int]],
+    slot_forms: Sequence[str] = (),
 ) -> LoadedProgram:
     """Returns a program's part with its instructions grouped into units."""
     units = _units(instructions, num_args, slot_bytes, {slot for slot, _ in results})
@@ -118,6 +121,7 @@ def load_program(
         units=tuple(units),
         read_counts=tuple(sorted(counts.items())),
         results=tuple(results),
+        slot_forms=tuple(slot_forms),
     )
 
 

@@ -23,7 +23,7 @@ import torch
 
 from torchways.errors import Failure
 from torchways.executor import state as core
-from torchways.executor.engine import Engine, device_bytes, spec_of
+from torchways.executor.engine import Engine, device_bytes, form_of, spec_of
 from torchways.ids import BufferId, ClientId, ProgramId, RunId
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -115,7 +115,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             value.data = b"".join([value.data, *parts])
         spec = spec_of(value.spec)
         nbytes = device_bytes(spec, self.engine.axis_sizes)
-        self.engine.post(core.BufferPut(buffer_id=BufferId(first.buffer_id), data=value, spec=spec, nbytes=nbytes))
+        buffer_id = BufferId(first.buffer_id)
+        self.engine.post(core.BufferPut(buffer_id=buffer_id, data=value, spec=spec, nbytes=nbytes, form=form_of(spec)))
         return pb.PutResponse()
 
     async def FetchBuffer(
@@ -189,6 +190,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             waiting_for=state.waiting_for(),
             budget_bytes=state.budget_bytes,
             used_bytes=state.used_bytes,
+            num_entries=self.engine.num_entries(),
             client_bytes={int(client): size for client, size in state.client_bytes().items()},
         )
 

@@ -44,6 +44,8 @@ class Cell:
         readers: units that will read it and host copies under way; a donation waits until its own is the last.
         holders: names, runs and copies that keep its memory.
         is_charged: its bytes count as used.
+        form: dtype and shape as text; "" where they are not known.
+        awaits_put: no run fills it: the controller's Put will, if it has not come yet.
         waiters: tasks to look at again when something changes.
         fetches: reads of the controller that wait for it.
     """
@@ -55,6 +57,8 @@ class Cell:
     readers: int = 0
     holders: int = 0
     is_charged: bool = False
+    form: str = ""
+    awaits_put: bool = False
     waiters: list[Task | _Placing] = field(default_factory=list)
     fetches: list[int] = field(default_factory=list)
 
@@ -163,6 +167,7 @@ class BufferPut:
     data: Any
     spec: Any
     nbytes: int
+    form: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -363,10 +368,14 @@ class ExecutorState:
         executor_id: for messages.
         budget_bytes: device memory, bytes a device; 0: no limit.
         gang: "" (no gang), "leader" (says when units are ready) or "member".
+        max_remembered: ids of dropped buffers, and of clients, that are kept for what may still come about them.
     """
 
-    def __init__(self, executor_id: str, *, budget_bytes: int = 0, gang: str = "") -> None:
+    def __init__(
+        self, executor_id: str, *, budget_bytes: int = 0, gang: str = "", max_remembered: int = _MAX_REMEMBERED
+    ) -> None:
         self._executor_id = executor_id
+        self._max_remembered = max_remembered
         self.budget_bytes = budget_bytes
         self.used_bytes = 0
         #: Buffers that the controller can name.
@@ -386,11 +395,12 @@ class ExecutorState:
         self._uncompiled: dict[ProgramId, list[Task]] = {}
         self._arrived: dict[tuple[RunId, int], TransferArrived] = {}
         self._receiving: dict[tuple[RunId, int], Task] = {}
-        #: Cells that have no name any more, but whose value a Put still brings.
+        #: Cells that have no name any more, but that runs or reads wait for, and whose value a Put still brings.
         self._expected: dict[BufferId, Cell] = {}
         self._lost_peers: dict[str, Failure] = {}
         self._gone: dict[BufferId, str] = {}
         self._gone_order: deque[BufferId] = deque()
+        self._gone_clients: dict[ClientId, None] = {}
         self._commands: list[Command] = []
         self._ready: list[Task | _Placing] = []
 
@@ -444,6 +454,12 @@ class ExecutorState:
         """Whether runs of a program are in flight, or may come."""
         return program_id in self.programs or any(run.program.program_id == program_id for run in self.runs.values())
 
+    def num_entries(self) -> dict[str, int]:
+        """Returns how many entries each collection has: one that grows with the number of runs leaks."""
+        return {
+            name.strip("_"): len(value) for name, value in vars(self).items() if isinstance(value, dict | list | deque)
+        }
+
     def client_bytes(self) -> dict[ClientId, int]:
         """Returns the bytes, a device, of the named buffers that each client owns."""
         found: dict[ClientId, int] = {}
@@ -481,17 +497,18 @@ class ExecutorState:
             self._commands.append(ReportEnded(run_id=event.run_id, failure=failure))
             return
         sizes = program.slot_bytes
+        forms = program.slot_forms or [""] * len(sizes)
         cells: list[Cell | None] = [None] * len(sizes)
         for unit in program.units:
             for slot in unit.writes:
-                cells[slot] = Cell(sizes[slot], holders=1)
+                cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
         for slot, argument in enumerate(event.arguments):
             if isinstance(argument, int):
                 cell = self._named_cell(BufferId(argument))
                 cell.holders += 1
                 cells[slot] = cell
             else:
-                cell = cells[slot] = Cell(sizes[slot], holders=1)
+                cell = cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
                 place = Place(cell=cell, program_id=event.program_id, slot=slot, data=argument)
                 self._place(place, event.sequence)
         for slot, number in program.results:
@@ -551,11 +568,14 @@ class ExecutorState:
         run, unit = task.run, task.unit
         cells = run.cells
         failure = self._compiled.get(ProgramId(run.program.program_id))
+        misfit: Failure | None = None
         for slot in unit.reads:
             cell = cells[slot]
             if not cell.scheduled and failure is None:  # type: ignore[union-attr]
                 cell.waiters.append(task)  # type: ignore[union-attr]
                 return
+        if failure is None:
+            failure = misfit = self._misfit(task)
         instruction = unit.instructions[0]
         if isinstance(instruction, ComputeInstruction):
             self._try_compute(task, failure)
@@ -567,12 +587,26 @@ class ExecutorState:
         self._in_flight += 1
         cell = cells[unit.reads[0]]
         assert cell is not None
-        if failure is not None and not cell.scheduled:
+        if failure is not None and (failure is misfit or not cell.scheduled):
             cell = Cell(scheduled=True, failure=failure)
         if isinstance(instruction, SendInstruction):
             self._commands.append(Send(task=task, instruction=instruction, cell=cell))
         else:
             self._commands.append(Reduce(task=task, instruction=instruction, cell=cell))
+
+    def _misfit(self, task: Task) -> Failure | None:
+        """Returns the failure of a task that would read an argument of another dtype or shape than it is made for."""
+        program = task.run.program
+        for slot in task.unit.reads:
+            if slot < program.num_args and program.slot_forms:
+                found, needed = task.run.cells[slot].form, program.slot_forms[slot]  # type: ignore[union-attr]
+                if found and found != needed:
+                    return self._failure(
+                        "UserError",
+                        f"argument {slot} of {task} is an array of {found}, and the program was traced for {needed}: "
+                        "an array was given another dtype or shape; call the program again, to trace it anew",
+                    )
+        return None
 
     def _try_compute(self, task: Task, failure: Failure | None) -> None:
         unit, cells = task.unit, task.run.cells
@@ -611,9 +645,9 @@ class ExecutorState:
                 task = self._gang_ready.get(key)
                 if task is None or (not self._may_allocate(task) and not task.issued):
                     return
-                del self._gang_ready[key]
                 if not task.issued:
                     self._issue_compute(task)
+            self._gang_ready.pop(key, None)
             self._granted.popleft()
             self._commands.append(ReportEnqueued(run_id=run_id, unit=number))
 
@@ -640,6 +674,8 @@ class ExecutorState:
             self._receive(task, arrived)
         elif instruction.peer in self._lost_peers:
             self._fail_task(task, self._lost_peers[instruction.peer])
+        elif owner(task.run.run_id) in self._gone_clients:
+            self._fail_task(task, self._client_gone())
         else:
             self._receiving[key] = task
 
@@ -708,6 +744,7 @@ class ExecutorState:
         if run.units_left == 0:
             del self.runs[run.run_id]
             self._commands.append(ReportEnded(run_id=run.run_id, failure=run.failure))
+            self._forget_compilation(ProgramId(run.program.program_id))
         if self.starved:
             self._ready.extend(self.starved)
             self.starved = []
@@ -815,6 +852,8 @@ class ExecutorState:
 
     def _put(self, event: BufferPut) -> None:
         cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
+        cell.awaits_put = False
+        cell.form = event.form
         cell.nbytes = event.nbytes
         self._place(Place(cell=cell, data=event.data, spec=event.spec), 0)
 
@@ -825,14 +864,15 @@ class ExecutorState:
         if event.failure is not None:
             self._compiled[event.program_id] = event.failure
         self._ready.extend(self._uncompiled.pop(event.program_id, []))
+        self._forget_compilation(event.program_id)
         self._commands.append(ReportLoaded(program_id=event.program_id, failure=event.failure))
 
     def _transfer_arrived(self, event: TransferArrived) -> None:
         task = self._receiving.pop((event.run_id, event.edge_id), None)
-        if task is None:
-            self._arrived[(event.run_id, event.edge_id)] = event
-        else:
+        if task is not None:
             self._receive(task, event)
+        elif owner(event.run_id) not in self._gone_clients:
+            self._arrived[(event.run_id, event.edge_id)] = event
 
     def _peer_lost(self, event: PeerLost) -> None:
         self._lost_peers[event.peer] = event.failure
@@ -866,37 +906,52 @@ class ExecutorState:
             if buffer_id in self._gone:
                 reason = f"a program reads a buffer that {self._gone[buffer_id]}"
                 return Cell(scheduled=True, failure=self._failure("UserError", reason))
-            cell = self.named[buffer_id] = Cell(holders=1)
+            if owner(buffer_id) in self._gone_clients:
+                return Cell(scheduled=True, failure=self._client_gone())
+            cell = self.named[buffer_id] = Cell(holders=1, awaits_put=True)
         return cell
 
     def _drop(self, buffer_id: BufferId, reason: str) -> None:
         cell = self.named.pop(buffer_id, None)
         if cell is not None:
-            if not cell.scheduled and (cell.readers or cell.waiters):
-                self._expected[buffer_id] = cell  # a run reads it, but its value is still on the way
+            if cell.awaits_put and (cell.readers or cell.waiters):
+                self._expected[buffer_id] = cell
             self._let_go(cell)
+        if buffer_id not in self._gone:
+            self._gone_order.append(buffer_id)
         self._gone[buffer_id] = reason
-        self._gone_order.append(buffer_id)
-        if len(self._gone_order) > _MAX_REMEMBERED:
+        if len(self._gone_order) > self._max_remembered:
             self._gone.pop(self._gone_order.popleft(), None)
 
     def _drop_program(self, program_id: ProgramId) -> None:
         self.programs.pop(program_id, None)
-        if not any(run.program.program_id == program_id for run in self.runs.values()):
-            self._compiled.pop(program_id, None)
+        self._forget_compilation(program_id)
+
+    def _forget_compilation(self, program_id: ProgramId) -> None:
+        if program_id in self._compiled and not self.is_needed(program_id):
+            del self._compiled[program_id]
 
     def _drop_client(self, client_id: ClientId) -> None:
+        self._gone_clients[client_id] = None
+        if len(self._gone_clients) > self._max_remembered:
+            del self._gone_clients[next(iter(self._gone_clients))]
         for buffer_id in [buffer_id for buffer_id in self.named if owner(buffer_id) == client_id]:
             self._drop(buffer_id, "belonged to a client that is gone")
         for program_id in [program_id for program_id in self.programs if owner(program_id) == client_id]:
             self._drop_program(program_id)
         for key in [key for key in self._arrived if owner(key[0]) == client_id]:
             del self._arrived[key]
-        gone = self._failure("SessionClosed", "the client is gone")
+        for buffer_id in [buffer_id for buffer_id in self._expected if owner(buffer_id) == client_id]:
+            cell = self._expected.pop(buffer_id)
+            cell.failure = self._client_gone()
+            self._schedule(cell)
         for key, task in list(self._receiving.items()):
             if owner(key[0]) == client_id:
                 del self._receiving[key]
-                self._fail_task(task, gone)
+                self._fail_task(task, self._client_gone())
+
+    def _client_gone(self) -> Failure:
+        return self._failure("SessionClosed", "the client is gone")
 
     def _failure(self, kind: str, message: str) -> Failure:
         return Failure(kind=kind, message=message, process=f"executor {self._executor_id}")

@@ -23,6 +23,9 @@ from torchways.errors import Failure, InternalError
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
 from torchways.island.policy import FirstComeFirstServed, PendingRun
 
+#: Slices that are gone and are remembered, for messages about them.
+_MAX_GONE_SLICES = 1_000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceAdded:
@@ -235,6 +238,7 @@ class SchedulerState:
     """See the module's docstring."""
 
     policy: FirstComeFirstServed = field(default_factory=FirstComeFirstServed)
+    max_gone_slices: int = _MAX_GONE_SLICES
     slices: dict[SliceId, tuple[str, ...]] = field(default_factory=dict)
     programs: dict[ProgramId, _Program] = field(default_factory=dict)
     runs: dict[RunId, _Run] = field(default_factory=dict)
@@ -421,6 +425,8 @@ class SchedulerState:
         commands: list[Command] = []
         self._forget_gang(event.slice_id)
         self._gone_slices[event.slice_id] = event.reason
+        if len(self._gone_slices) > self.max_gone_slices:
+            del self._gone_slices[next(iter(self._gone_slices))]
         for executor_id in self.slices.pop(event.slice_id, ()):
             failure = Failure(kind="ExecutorLost", message=f"executor {executor_id} is lost: {event.reason}")
             for program_id in list(self.programs):

@@ -11,9 +11,11 @@ import asyncio
 import json
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Coroutine
 from typing import Any
 
@@ -46,9 +48,17 @@ class NodeAgent:
         self._ready_fd: int | None = arguments.ready_fd
         #: Address of each island's simulated devices, once they are there.
         self._simulators: dict[int, asyncio.Future[str]] = {}
+        #: Libraries make folders for temporary files when they are imported, and leave them where a process is killed.
+        self._folder = tempfile.mkdtemp(prefix="torchways-")
 
     async def run(self) -> None:
         """Runs until the owner is gone or the cluster cannot go on; then ends all children."""
+        try:
+            await self._run()
+        finally:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _run(self) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._over.set)
         self._start(self._watch_owner(), "watching the owner")
         if self._arguments.owner_pid is not None:
@@ -223,7 +233,9 @@ class NodeAgent:
         if self._over.is_set():
             return None
         command = [sys.executable, "-m", module, "--host", self._arguments.host, *flags]
+        environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
         child = self._children[name] = Child(name, command, environment, self._arguments.log_dir)
+        self._start(self._clean_up_after(child, environment["TMPDIR"]), f"cleaning up after {name}")
         self._start(self._watch(child), f"watching {name}")
         logger.info("waiting for %s (pid %d)", name, child.pid)
         try:
@@ -244,6 +256,10 @@ class NodeAgent:
         self._outgoing.put_nowait(pb.NodeEvent(exited=exited))
         if child.name == _MANAGER:
             self._give_up(f"the resource manager ended by {reason}; the last lines that it wrote:\n{child.log_tail()}")
+
+    async def _clean_up_after(self, child: Child, folder: str) -> None:
+        await child.wait()
+        shutil.rmtree(folder, ignore_errors=True)
 
     def _tail_of(self, child: Child) -> str:
         """Returns the child's last lines where they went to a file, so that they are seen as well."""

@@ -96,6 +96,7 @@ class ExecutorStatus:
     num_control_batches: int
     num_compiled: int
     compile_seconds: float
+    num_entries: dict[str, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -332,6 +333,7 @@ class ExecutorClient:
             num_control_batches=status.num_control_batches,
             num_compiled=status.num_compiled,
             compile_seconds=status.compile_seconds,
+            num_entries=dict(status.num_entries),
         )
 
     async def trace(self, since_ns: int) -> list[Span]:

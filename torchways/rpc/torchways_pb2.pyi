@@ -2192,6 +2192,26 @@ class ExecutorStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class NumEntriesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
     NUM_BUFFERS_FIELD_NUMBER: _builtins.int
@@ -2206,6 +2226,7 @@ class ExecutorStatus(_message.Message):
     NUM_CONTROL_BATCHES_FIELD_NUMBER: _builtins.int
     NUM_COMPILED_FIELD_NUMBER: _builtins.int
     COMPILE_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_ENTRIES_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     rss_bytes: _builtins.int
     num_buffers: _builtins.int
@@ -2236,6 +2257,10 @@ class ExecutorStatus(_message.Message):
     def client_bytes(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
         """of named buffers, by owning client, a device"""
 
+    @_builtins.property
+    def num_entries(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """of each collection of the executor: what grows without end leaks"""
+
     def __init__(
         self,
         *,
@@ -2253,10 +2278,11 @@ class ExecutorStatus(_message.Message):
         num_control_batches: _builtins.int = ...,
         num_compiled: _builtins.int = ...,
         compile_seconds: _builtins.float = ...,
+        num_entries: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sizes import sizes
 from torchways.cluster import state as core
 from torchways.errors import ClusterLost, InternalError, PlacementError, ResourceExhausted
 
@@ -182,6 +183,30 @@ def test_the_load_is_always_that_of_the_slices(data):
         cluster.handle(core.ClientGone(client_id=client))
     assert all(not any(island.load) for island in cluster.islands.values())
     assert not cluster.slices
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_after_many_clients_every_collection_is_as_large_as_after_a_few(data):
+    cluster = make_cluster(3, 2)
+    after = []
+    for client in range(1, 21):
+        cluster.attach()
+        mine = [reserve(cluster, data.draw(st.integers(1, 2)), client=client) for _ in range(2)]
+        for item in mine:
+            match data.draw(st.sampled_from(["ready", "release", "exited", ""])):
+                case "ready":
+                    make_ready(cluster, item)
+                case "release":
+                    cluster.handle(core.SliceReleased(slice_id=item.slice_id))
+                case "exited":
+                    cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 9"))
+        cluster.handle(core.ClientGone(client_id=client))
+        for item in mine:  # what comes late
+            assert cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info")) == []
+            assert cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 15")) == []
+        after.append(sizes(cluster))
+    assert after[-1] == after[1]
 
 
 def test_a_slice_over_several_hosts_has_an_executor_on_each_and_is_ready_with_all():

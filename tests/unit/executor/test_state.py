@@ -3,11 +3,13 @@
 Buffers are `_Buffer`s that know whether a donation has overwritten them: reading one that is dead fails the test.
 """
 
-from dataclasses import dataclass
+import random
+from dataclasses import dataclass, replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sizes import sizes
 from torchways.errors import Failure
 from torchways.executor import state as core
 from torchways.executor.plan import ComputeInstruction, ReceiveInstruction, SendInstruction, load_program
@@ -60,9 +62,11 @@ def train_parts():
 class World:
     """Executors, and everything that is under way between them, in no particular order."""
 
-    def __init__(self, draw, budget=0):
-        self.draw = draw
-        self.states = {name: core.ExecutorState(name, budget_bytes=budget) for name in "ab"}
+    def __init__(self, pick, budget=0, max_remembered=1000):
+        self.pick = pick
+        self.states = {
+            name: core.ExecutorState(name, budget_bytes=budget, max_remembered=max_remembered) for name in "ab"
+        }
         self.pending = []  # (queue, executor, event or work): within a queue, order is kept
         self.ended = {name: [] for name in "ab"}
         self.delivered = {}
@@ -81,7 +85,7 @@ class World:
                 if queue is None or queue not in seen:
                     seen.add(queue)
                     firsts.append(index)
-            _, name, event = self.pending.pop(self.draw(st.sampled_from(firsts)))
+            _, name, event = self.pending.pop(self.pick(firsts))
             if callable(event):
                 event()
                 continue
@@ -136,7 +140,7 @@ class World:
 
 def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False, budget=0):
     """Runs the step `num_runs` times with state carried on, in an order that hypothesis draws."""
-    world = World(draw, budget)
+    world = World(lambda items: draw(st.sampled_from(items)), budget)
     world.fail_at = fail_at
     world.uncompilable = uncompilable
     for name in lost:
@@ -274,6 +278,28 @@ def test_status_says_what_a_run_waits_for():
     assert "receives edges [0]" in state.waiting_for()[0]
 
 
+def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
+    for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
+        item = kind or SendInstruction(slot=0, edge_id=0, peers=("b",))
+        program = load_program(BASE + 1, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
+        state = core.ExecutorState("a")
+        state.handle(core.ProgramArrived(program=program))
+        state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+        put = core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=8, form="float16[2]")
+        state.handle(put)
+        run = core.RunEnqueued(
+            program_id=ProgramId(BASE + 1),
+            run_id=RunId(7),
+            sequence=0,
+            first_buffer_id=BufferId(BASE + 60),
+            arguments=[BufferId(BASE + 2)],
+        )
+        [command] = state.handle(run)
+        failure = command.failure if kind else command.cell.failure
+        assert failure.kind == "UserError"
+        assert "is an array of float16[2], and the program was traced for float32[2]" in failure.message
+
+
 # ---- memory
 
 
@@ -400,3 +426,75 @@ def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
     )
     delivered = [command for command in state.handle(run) if isinstance(command, core.Deliver)]
     assert [command.fetch_id for command in delivered] == [1]
+
+
+# ---- leaks
+
+
+def _round(world, number, client_id, fails):
+    """A client's program: runs that are chained by donated state, reads, values put and released, in any order."""
+    base = (client_id << 40) + 10_000 * number
+    names = [BufferId(base + 2), BufferId(base + 3), BufferId(base + 4)]
+    world.fail_at = world.executed + world.pick(range(1, 20)) if fails == "run" else None
+    world.uncompilable = world.pick("ab") if fails == "compilation" else None
+    for name, program in train_parts().items():
+        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=replace(program, program_id=base + 1)))
+    for name, buffer_id in zip("aba", names, strict=True):
+        if (name, fails) != ("a", "put"):  # a client that dies before it has sent its values
+            world.post(None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, nbytes=10))
+    w, v, unused = names
+    for step in range(4):
+        first = base + 100 + 10 * step
+        run = {"program_id": ProgramId(base + 1), "run_id": RunId(first + 9), "sequence": number}
+        run["first_buffer_id"] = BufferId(first)
+        world.post("scheduler of a", "a", core.RunEnqueued(arguments=[w, f"={step}"], **run))
+        world.post("scheduler of b", "b", core.RunEnqueued(arguments=[v], **run))
+        world.post(None, "a", core.FetchRequested(fetch_id=first, buffer_id=BufferId(first + world.pick((0, 1)))))
+        world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
+        w, v = BufferId(first), BufferId(first + 2)
+    world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[w, unused]))
+    world.post("scheduler of b", "b", core.BuffersDropped(buffer_ids=[v]))
+    for name in "ab":
+        world.post(f"scheduler of {name}", name, core.ProgramDropped(program_id=ProgramId(base + 1)))
+    if fails != "put":
+        world.run()
+    for name in "ab":  # whatever is still under way
+        world.post(f"scheduler of {name}", name, core.ClientDropped(client_id=ClientId(client_id)))
+    world.run()
+    world.delivered.clear()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32), st.sampled_from(["", "run", "compilation", "put"]), st.sampled_from([0, 200]))
+def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed, fails, budget):
+    world = World(random.Random(seed).choice, budget, max_remembered=2)
+    after = []
+    for number in range(20):
+        _round(world, number, CLIENT + number, fails)
+        after.append({name: sizes(state) for name, state in world.states.items()})
+    assert after[-1] == after[1]
+    assert {name: state.used_bytes for name, state in world.states.items()} == {"a": 0, "b": 0}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_a_client_that_goes_on_for_ever_leaves_nothing_behind_either(seed):
+    world = World(random.Random(seed).choice, max_remembered=2)
+    for name, program in train_parts().items():
+        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
+    names = {"a": BufferId(BASE + 2), "b": BufferId(BASE + 3)}
+    for name, buffer_id in names.items():
+        world.post(None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, nbytes=10))
+    after = []
+    for step in range(40):
+        first = BASE + 100 + 10 * step
+        run = {"program_id": ProgramId(BASE + 1), "run_id": RunId(first + 9), "sequence": step}
+        run["first_buffer_id"] = BufferId(first)
+        world.post("scheduler of a", "a", core.RunEnqueued(arguments=[names["a"], f"={step}"], **run))
+        world.post("scheduler of b", "b", core.RunEnqueued(arguments=[names["b"]], **run))
+        world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
+        names = {"a": BufferId(first), "b": BufferId(first + 2)}
+        if step % 4 == 3:  # the controller runs ahead in between
+            world.run()
+            after.append({name: sizes(state) for name, state in world.states.items()})
+    assert after[-1] == after[1]

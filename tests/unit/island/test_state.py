@@ -1,11 +1,13 @@
 """The gang scheduler's core: one order, one completion a run, nothing left behind."""
 
+import random
 from collections import defaultdict
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.sizes import sizes
 from torchways.errors import Failure, InternalError
 from torchways.island import state as core
 
@@ -265,3 +267,35 @@ def test_any_order_of_events_keeps_one_order_and_finishes_each_run_once(events):
     assert all(len(sequences) == 1 for sequences in simulation.sequences.values())
     assert sorted(simulation.finished) == sorted(set(simulation.requested) - dropped_runs)
     assert not simulation.scheduler.runs
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**32))
+def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
+    """Each step: a slice more, a client's program and runs on some slices, which end, are lost or dropped midway."""
+    dice = random.Random(seed)
+    scheduler = core.SchedulerState(max_gone_slices=2)
+    scheduler.handle(core.SliceAdded(slice_id=1, executor_ids=("a",), device_indices=(0,)))
+    after = []
+    for step in range(1, 31):
+        mine, executors = 1 + step, (f"b{step}", f"c{step}")
+        scheduler.handle(core.SliceAdded(slice_id=mine, executor_ids=executors, device_indices=(0, 1)))
+        register(scheduler, step, 1, mine, client=step)
+        for number in range(5):
+            run(scheduler, 100 * step + number, 1, mine, client=step, program_id=step)
+        events = [core.RunEnded(executor_id=e, run_id=100 * step + n, failure=None) for e in "a" for n in range(5)]
+        events += [core.RunEnded(executor_id=e, run_id=100 * step + n, failure=None) for e in executors for n in (0, 1)]
+        events += [core.ProgramLoaded(executor_id="a", program_id=step, failure=None)]
+        events += [core.UnitReady(executor_id=executors[0], run_id=100 * step + n, unit=n) for n in range(3)]
+        ends = [core.ClientGone(client_id=step), core.SliceRemoved(slice_id=mine, reason="it was released")]
+        ends += [core.ProgramForgotten(program_id=step)]
+        dice.shuffle(events)
+        dice.shuffle(ends)
+        granted = []
+        for event in [*events[: dice.randrange(len(events))], *ends]:
+            granted += [c for c in scheduler.handle(event) if isinstance(c, core.SendGrant)]
+            if granted and dice.random() < 0.5:
+                item = granted.pop(0)
+                scheduler.handle(core.UnitEnqueued(executor_id=item.executor_id, run_id=item.run_id, unit=item.unit))
+        after.append(sizes(scheduler))
+    assert after[-1] == after[2]

@@ -100,7 +100,7 @@ def is_user_code(filename: str) -> bool:
 @functools.lru_cache(maxsize=4096)
 def is_user_module(name: str | None) -> bool:
     """Whether a module, by name, is the user's."""
-    if not name or name.split(".")[0] in sys.stdlib_module_names and name != "__main__":
+    if not name or (name.split(".")[0] in sys.stdlib_module_names and name != "__main__"):
         return False
     module = sys.modules.get(name)
     filename = getattr(module, "__file__", None)

@@ -221,7 +221,7 @@ class Node:
     def int_(self) -> int:
         return int(self.require())
 
-    def str(self) -> str:  # noqa: A003
+    def str(self) -> str:
         return str(self.hint)
 
     _graph_repr = str

@@ -64,10 +64,40 @@ _UNNOTED = {"__class__", "__dict__", "__doc__", "__module__", "__weakref__"}
 #: Methods of a class that Python calls without looking for an attribute of the instance.
 _SPECIAL = tuple(
     f"__{name}__"
-    for name in (
-        "call getitem setitem delitem len iter next contains enter exit add radd sub rsub mul rmul truediv matmul neg "
-        "eq ne lt le gt ge hash bool float int index getattr setattr"
-    ).split()
+    for name in [
+        "call",
+        "getitem",
+        "setitem",
+        "delitem",
+        "len",
+        "iter",
+        "next",
+        "contains",
+        "enter",
+        "exit",
+        "add",
+        "radd",
+        "sub",
+        "rsub",
+        "mul",
+        "rmul",
+        "truediv",
+        "matmul",
+        "neg",
+        "eq",
+        "ne",
+        "lt",
+        "le",
+        "gt",
+        "ge",
+        "hash",
+        "bool",
+        "float",
+        "int",
+        "index",
+        "getattr",
+        "setattr",
+    ]
 )
 _MISSING_OBJECT = object()
 
