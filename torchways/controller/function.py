@@ -12,7 +12,7 @@ import torch
 from torchways.capture.tracer import current_trace
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.initialize import build_on_slices
-from torchways.controller.modules import arrays_of, make_placed, placed_class
+from torchways.controller.modules import make_placed, note_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
@@ -163,7 +163,7 @@ def _function_class(cls: type, mesh: VirtualSlice, get_session: Callable[[], Ses
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         super(placed, self).__init__(*args, **kwargs)
-        arrays_of(self)
+        note_placed(self)
 
     placed.__init__ = __init__
     return placed

@@ -7,6 +7,7 @@ parameters are arrays, whose calls are part of a program, and whose `state_dict`
 from __future__ import annotations
 
 import copy
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ ENTRY = "_torchways_entry"
 _OURS = "_torchways_"
 #: Where a placed module keeps that.
 _KEPT = "_torchways_kept"
+#: All placed modules.
+_placed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 #: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
 _replaced = WeakIdKeyDictionary()
 
@@ -59,6 +62,18 @@ def arrays_of(module: torch.nn.Module) -> None:
         item._init_flat_weights()
 
 
+def note_placed(module: torch.nn.Module) -> None:
+    """Makes arrays of a module's state, and of what comes into it later."""
+    arrays_of(module)
+    _placed.add(module)
+
+
+def take_new_state() -> None:
+    """Makes arrays of parameters and buffers that have come into placed modules since: replaced layers, new buffers."""
+    for module in list(_placed):
+        arrays_of(module)
+
+
 def _become_array(tensor: torch.Tensor) -> Any:
     """Returns a parameter or buffer as an array, the same object where that can be."""
     array: Any = host_array(tensor.detach())
@@ -92,7 +107,7 @@ def make_placed(
         call: called as ``call(module, plain_call, args, kwargs)`` when the module is called within a trace.
         entry: makes the program that runs a call outside any trace.
     """
-    arrays_of(module)
+    note_placed(module)
     module.__class__ = placed_class(type(module), call, entry)
 
 
@@ -109,7 +124,6 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
         mode = current_trace()
         if mode is None:
             return entry_of(self)(*args, **kwargs)
-        arrays_of(self)  # what the user has put there since
         return call(self, super(placed, self).__call__, args, kwargs)
 
     def __copy__(self: Any) -> Any:
@@ -120,6 +134,7 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
     def __deepcopy__(self: Any, memo: dict[int, Any]) -> Any:
         state = {key: value for key, value in vars(self).items() if not key.startswith(_OURS)}
         memo[id(self)] = new = placed.__new__(type(self))
+        _placed.add(new)
         return _set_state(new, copy.deepcopy(state, memo))
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:

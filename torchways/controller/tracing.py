@@ -30,7 +30,7 @@ from torchways.capture.state import HostContent, StateTracker
 from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
-from torchways.controller.modules import replaced_by
+from torchways.controller.modules import replaced_by, take_new_state
 from torchways.controller.parity.report import active_parity
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
@@ -81,6 +81,7 @@ def trace_variant(
     """
 
     def attempt(*, reads_positions: bool) -> Variant:
+        take_new_state()
         tracing = _Tracing(function, name, signature, mesh, session, symbolic)
         with _one_trace:
             return tracing.run(dispatch, rewrite, may_read=may_read, reads_positions=reads_positions)
@@ -130,12 +131,7 @@ class _Tracing:
         host_arguments = [tensor if may_read and type(tensor) is torch.Tensor else None for tensor in tensors]
         try:
             try:
-                with (
-                    no_host_randomness(self._name),
-                    self._tracker.watching(),
-                    self._gradients.watching(),
-                    self._watcher.watching(),
-                ):
+                with no_host_randomness(self._name):
                     traced = trace(
                         self._call,
                         tensors,
@@ -189,6 +185,11 @@ class _Tracing:
     # ---- the call
 
     def _call(self, fakes: list[torch.Tensor]) -> Any:
+        # Here, and not around the trace: make_fx makes modules find their attributes in a way of its own.
+        with self._tracker.watching(), self._gradients.watching(), self._watcher.watching():
+            return self._called(fakes)
+
+    def _called(self, fakes: list[torch.Tensor]) -> Any:
         mode, signature = current_trace(), self._signature
         assert mode is not None
         self._watcher.note_object_or_function(Fixed(self._function, self._name), self._function)
