@@ -60,6 +60,7 @@ def arrays_of(module: torch.nn.Module) -> None:
                     owner[name] = done[id(tensor)][0]
     for item in flattened:
         item._init_flat_weights()
+    Array.num_changes += bool(done)
 
 
 def note_placed(module: torch.nn.Module) -> None:
