@@ -33,12 +33,12 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.known_values import ArgumentRead, KnownValues
+from torchways.capture.library_modes import library_modes
 from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.rewrites import Rewrites
@@ -451,7 +451,7 @@ def trace(
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Windows(mode.ragged), Rewrites():
+        with fake_mode, RowsInPython(mode.ragged), Windows(mode.ragged), Rewrites(), library_modes(mode.ragged):
             result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)

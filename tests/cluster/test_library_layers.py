@@ -1,0 +1,97 @@
+"""Layers, losses and distributions of PyTorch's library, trained for some steps on real executors and in eager PyTorch.
+
+Only XLA shows a wrong lowering; what can be seen without is in tests/unit/capture.
+"""
+
+import copy
+
+import pytest
+import torch
+import torch.distributions as D
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import torchways as tw
+
+
+class Tagger(nn.Module):
+    """A recurrent layer over sequences of several lengths, and one over whole ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.packed = nn.LSTM(3, 2, batch_first=True, bidirectional=True)
+        self.whole = nn.GRU(4, 2, batch_first=True)
+
+    def forward(self, x):
+        lengths = torch.tensor([1, 2, 2, 1])
+        packed = pack_padded_sequence(x.reshape(4, 2, 3), lengths, batch_first=True, enforce_sorted=False)
+        output, _ = self.packed(packed)
+        return self.whole(pad_packed_sequence(output, batch_first=True)[0])[0].flatten(1)
+
+
+def positive(h):
+    return F.softplus(h) + 0.1
+
+
+def normal(h):
+    return D.Normal(h[:, :2], positive(h[:, 2:4]))
+
+
+def multivariate(h):
+    return D.MultivariateNormal(h[:, :2], torch.eye(2) + torch.diag_embed(positive(h[:, 2:4])))
+
+
+X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+CASES = {
+    "recurrent layers": (Tagger, lambda h: h.square()),
+    "divergence of normals": (nn.Linear, lambda h: D.kl_divergence(normal(h), D.Normal(0.0, 1.0))),
+    "a policy": (nn.Linear, lambda h: -D.Categorical(logits=h).log_prob(torch.arange(4)) * 0.5),
+    "a multivariate normal": (nn.Linear, lambda h: -multivariate(h).log_prob(X[:, :2])),
+    "gamma's divergence": (
+        nn.Linear,
+        lambda h: D.kl_divergence(D.Gamma(positive(h), torch.ones(())), D.Gamma(torch.tensor(2.0), torch.tensor(1.0))),
+    ),
+}
+
+
+def train(model, wrap, loss_of):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    def step(x):
+        loss = loss_of(model(x)).mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+    step = wrap(step)
+    return [step(X).detach().cpu() for _ in range(3)], [value.cpu() for value in model.state_dict().values()]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_training_is_as_in_eager(cluster, meshes, name):
+    torch.manual_seed(0)
+    make, loss_of = CASES[name]
+    eager = make(6, 6) if make is nn.Linear else make()
+    found = train(tw.function(copy.deepcopy(eager), mesh=meshes[0]), tw.program, loss_of)
+    torch.testing.assert_close(found, train(eager, lambda f: f, loss_of), rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_drawn_on_the_slice_and_have_gradients(cluster, meshes):
+    def run(alpha):
+        alpha = alpha.clone().requires_grad_()
+        sample = D.Gamma(alpha, torch.ones_like(alpha)).rsample()
+        return sample, torch.autograd.grad(sample.sum(), alpha)[0]
+
+    alpha = torch.tensor([0.1, 0.5, 1.0, 3.0, 9.0, 40.0]).repeat(500)
+    sample, grad = tw.function(run, mesh=meshes[0])(alpha)
+    sample = sample.cpu()
+    torch.testing.assert_close(grad.cpu(), torch._standard_gamma_grad(alpha, sample), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(sample.reshape(500, 6).mean(0), alpha[:6], rtol=0.2, atol=0.02)
+
+
+def test_rows_in_the_order_of_a_sorted_key(cluster, meshes):
+    select = tw.function(lambda x, key: x.index_select(0, key.argsort()), mesh=meshes[0])
+    x, key = torch.randn(4, 2), torch.tensor([3, 1, 2, 0])
+    torch.testing.assert_close(select(x, key).cpu(), x[key.argsort()])
