@@ -42,12 +42,56 @@ def multivariate(h):
     return D.MultivariateNormal(h[:, :2], torch.eye(2) + torch.diag_embed(positive(h[:, 2:4])))
 
 
+class Bags(nn.Module):
+    """Sums and maxima of embeddings that an array chooses."""
+
+    def __init__(self):
+        super().__init__()
+        self.sums, self.largest = nn.EmbeddingBag(6, 3, mode="sum", max_norm=1.0), nn.EmbeddingBag(6, 3, mode="max")
+
+    def forward(self, x):
+        chosen = x.argsort(1)
+        return self.sums(chosen) + self.largest(chosen.reshape(-1), torch.arange(0, 24, 6))
+
+
+class Warp(nn.Module):
+    """An image sampled at places that are learnt."""
+
+    def __init__(self):
+        super().__init__()
+        self.places = nn.Parameter(torch.randn(4, 2, 2, 2, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        image = x.reshape(4, 1, 2, 3)
+        sampled = F.grid_sample(image, self.places, padding_mode="reflection", align_corners=False)
+        return sampled + F.grid_sample(image * self.places.mean(), self.places, mode="nearest", align_corners=True)
+
+
+def cumulative():
+    return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2))
+
+
+def masked(h):
+    rows = torch.tensor([True, False, True, True])
+    return F.cross_entropy(h[rows], torch.arange(4)[rows], reduction="none")
+
+
+def transcription(h):
+    log_probs = h.reshape(4, 2, 3).log_softmax(-1)
+    return F.ctc_loss(log_probs, torch.tensor([[1, 1], [2, 0]]), torch.tensor([4, 3]), torch.tensor([2, 1]))
+
+
 X = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
 CASES = {
     "recurrent layers": (Tagger, lambda h: h.square()),
     "divergence of normals": (nn.Linear, lambda h: D.kl_divergence(normal(h), D.Normal(0.0, 1.0))),
     "a policy": (nn.Linear, lambda h: -D.Categorical(logits=h).log_prob(torch.arange(4)) * 0.5),
     "a multivariate normal": (nn.Linear, lambda h: -multivariate(h).log_prob(X[:, :2])),
+    "bags of embeddings": (Bags, lambda h: h.square()),
+    "sampled images": (Warp, lambda h: h.square()),
+    "cumulative statistics": (cumulative, lambda h: h.square() + h),
+    "losses of selected rows": (nn.Linear, masked),
+    "transcriptions": (nn.Linear, transcription),
     "gamma's divergence": (
         nn.Linear,
         lambda h: D.kl_divergence(D.Gamma(positive(h), torch.ones(())), D.Gamma(torch.tensor(2.0), torch.tensor(1.0))),

@@ -2,36 +2,163 @@
 
 oneDNN's recurrent layers are operators of their own, of which torch-xla knows nothing; without it, PyTorch takes them
 apart. `torch.distributions` asks for the values of its arguments; where a trace cannot know them, they are taken for
-right, as with `validate_args=False`.
+right, as with `validate_args=False`. Functions that decide by values, or have operators without lowering, get another
+form that gives the same numbers, or are refused by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch._decomp.decompositions import _grid_sampler_2d
 from torch.distributions.constraints import Constraint, positive_definite, positive_semidefinite
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
+from torchways.capture.ctc import ctc_loss
 from torchways.capture.ragged import RaggedRows
 from torchways.capture.recurrent import PackedSequences
-from torchways.errors import DataDependentError
+from torchways.capture.source import user_line
+from torchways.errors import CaptureError, DataDependentError
 
 
 @contextmanager
 def library_modes(ragged: RaggedRows) -> Iterator[None]:
     """While it is open, PyTorch's library takes paths that can be traced."""
     without_onednn = torch.backends.mkldnn.flags(
-        enabled=False,
-        deterministic=None,
-        allow_tf32=None,
-        fp32_precision=None,
+        enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None
     )
-    with sdpa_kernel(SDPBackend.MATH), without_onednn, ArgumentChecks(), PackedSequences(ragged):
+    with ExitStack() as stack:
+        for context in (sdpa_kernel(SDPBackend.MATH), without_onednn, *map(_replaced, _REPLACED)):
+            stack.enter_context(context)
+        for mode in (ArgumentChecks(), LibraryFunctions(), PackedSequences(ragged)):
+            stack.enter_context(mode)
         yield
+
+
+@dataclass(frozen=True, slots=True)
+class _Replacement:
+    """A function of PyTorch's library that is another one within a trace.
+
+    Attributes:
+        owner: the class or module that has it.
+        name: its name there.
+        make: makes the other one of it.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+
+
+@contextmanager
+def _replaced(item: _Replacement) -> Iterator[None]:
+    original = getattr(item.owner, item.name)
+    setattr(item.owner, item.name, item.make(original))
+    try:
+        yield
+    finally:
+        setattr(item.owner, item.name, original)
+
+
+class LibraryFunctions(TorchFunctionMode):
+    """While it is active, functions of torch.nn.functional run in the form that can be captured."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is F.ctc_loss:
+            return ctc_loss(*args, **kwargs)
+        if func is F.grid_sample and args[0].dim() == 4:
+            return _grid_sample(*args, **kwargs)
+        if func is torch.grid_sampler and args[0].dim() == 4:
+            return _grid_sampler_2d(*args, **kwargs)
+        if func in (F.embedding, F.embedding_bag):
+            _refuse_sparse_gradients(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _grid_sample(
+    value: torch.Tensor,
+    grid: torch.Tensor,
+    mode: str = "bilinear",
+    padding_mode: str = "zeros",
+    align_corners: bool | None = None,
+) -> Any:
+    """The gradient of PyTorch's operator has no lowering; those of what it is made of have."""
+    F.grid_sample(value, grid, mode, padding_mode, bool(align_corners))  # it checks; nobody uses its result
+    modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
+    return _grid_sampler_2d(value, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
+
+
+def _refuse_sparse_gradients(func: Any, args: Any, kwargs: Any) -> None:
+    call = inspect.signature(func).bind(*args, **kwargs)
+    if call.arguments.get("sparse") and torch.is_grad_enabled() and call.arguments["weight"].requires_grad:
+        raise CaptureError(
+            f"{func.__name__} with sparse=True at {user_line()} has sparse gradients, and those of a program are "
+            "dense: leave sparse=True out, and use an optimizer for dense gradients (SGD, Adagrad or Adam)"
+        )
+
+
+def _batch_norm_forward(original: Any) -> Any:
+    """With `momentum=None`, running statistics are means of all batches, whose number is a tensor."""
+
+    def forward(self: Any, value: torch.Tensor) -> torch.Tensor:
+        is_cumulative = self.momentum is None and self.training and self.track_running_stats
+        if not is_cumulative or self.num_batches_tracked is None:
+            return original(self, value)
+        self._check_input_dim(value)
+        self.num_batches_tracked.add_(1)
+        statistics = [self.running_mean, self.running_var]
+        of_batch = [torch.zeros_like(item) for item in statistics]
+        mean, variance = of_batch
+        result = F.batch_norm(value, mean, variance, self.weight, self.bias, True, 1.0, self.eps)
+        with torch.no_grad():
+            for item, new in zip(statistics, of_batch, strict=True):
+                item.add_((new - item) / self.num_batches_tracked.to(item.dtype))
+        return result
+
+    return forward
+
+
+def _total_norm(original: Any) -> Any:
+    def total_norm(
+        tensors: Any, norm_type: float = 2.0, error_if_nonfinite: bool = False, foreach: bool | None = None
+    ) -> Any:
+        if error_if_nonfinite:
+            raise CaptureError(
+                f"clip_grad_norm_(error_if_nonfinite=True) at {user_line()} decides by the gradients' values whether "
+                "to raise, which a program cannot know when it is dispatched: leave it out, return the norm that "
+                "clip_grad_norm_ returns, and check it where you read it"
+            )
+        return original(tensors, norm_type, error_if_nonfinite, foreach)
+
+    return total_norm
+
+
+def _run_backward(original: Any) -> Any:
+    def run_backward(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_anomaly_enabled() and torch.is_anomaly_check_nan_enabled():
+            raise CaptureError(
+                f"torch.autograd.detect_anomaly looks for NaN in every gradient, which backward at {user_line()} does "
+                "not compute before the program runs: use detect_anomaly(check_nan=False), or run the step with "
+                "TORCHWAYS_EAGER=1"
+            )
+        return original(*args, **kwargs)
+
+    return run_backward
+
+
+_REPLACED = (
+    _Replacement(torch.nn.modules.batchnorm._BatchNorm, "forward", _batch_norm_forward),
+    _Replacement(torch.nn.utils.clip_grad, "_get_total_norm", _total_norm),
+    _Replacement(torch.autograd, "_engine_run_backward", _run_backward),
+)
 
 
 class ArgumentChecks(TorchFunctionMode):

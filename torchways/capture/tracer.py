@@ -176,7 +176,7 @@ class _TraceMode(TorchDispatchMode):
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known: KnownValues | None = None
         self._random = RandomNumbers()
-        self.ragged = RaggedRows(_node_of)
+        self.ragged = RaggedRows(_node_of, self._positions_of)
 
     # ---- regions
 
@@ -301,6 +301,13 @@ class _TraceMode(TorchDispatchMode):
                 raise DataDependentError(_many_values(func))
             self.reads.append(read)
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
+
+    def _positions_of(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Returns the positions that a mask selects, if they are known."""
+        try:
+            return self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
+        except DataDependentError:
+            return None
 
     def _may_be_kept(self, value: Any) -> bool:
         """Whether a trace may hold for calls whose tensors have this value in common."""
