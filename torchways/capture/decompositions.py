@@ -15,6 +15,7 @@ from torchways.capture.linear_algebra import linear_algebra_decompositions
 from torchways.capture.neighbours import neighbour_decompositions
 from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
 from torchways.capture.resizing import resizing_decompositions
+from torchways.capture.scaling import scaler_decompositions
 from torchways.errors import CaptureError
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
@@ -444,6 +445,7 @@ def decomposition_table() -> dict[Any, Any]:
         **order_decompositions(),
         **neighbour_decompositions(),
         **gamma_decompositions(),
+        **scaler_decompositions(),
         **_OURS,
     }
 

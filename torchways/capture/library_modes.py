@@ -154,7 +154,18 @@ def _run_backward(original: Any) -> Any:
     return run_backward
 
 
+def _refuse_lbfgs(original: Any) -> Any:
+    def step(self: Any, closure: Any) -> Any:
+        raise CaptureError(
+            f"LBFGS.step at {user_line()} decides by the losses that its closure returns how often it calls it, and a "
+            "program has one graph: use another optimizer, or run the step with TORCHWAYS_EAGER=1"
+        )
+
+    return step
+
+
 _REPLACED = (
+    _Replacement(torch.optim.LBFGS, "step", _refuse_lbfgs),
     _Replacement(torch.nn.modules.batchnorm._BatchNorm, "forward", _batch_norm_forward),
     _Replacement(torch.nn.utils.clip_grad, "_get_total_norm", _total_norm),
     _Replacement(torch.autograd, "_engine_run_backward", _run_backward),

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchways.array import Array
+from torchways.capture.amp import scalers
 from torchways.capture.tracer import current_trace
 from torchways.errors import CaptureError
 
@@ -75,7 +76,7 @@ class StateTracker:
         optimizers: those that stepped.
     """
 
-    make_array: Callable[[HostContent, torch.Tensor], Array]
+    make_array: Callable[[HostContent, torch.Tensor | None], Array]
     slots: list[StateSlot] = field(default_factory=list)
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
     #: Learning rates when the trace first saw them, by optimizer.
@@ -92,7 +93,8 @@ class StateTracker:
             register_optimizer_step_post_hook(self._after_step),
         ]
         try:
-            yield
+            with scalers(lambda value: self.make_array(HostContent((), value.dtype, value), None)):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

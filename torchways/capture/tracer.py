@@ -379,6 +379,26 @@ class _TraceMode(TorchDispatchMode):
         self._by_identity[id(array)] = GraphInput(graph_input.node, array, tensor)
         self._alive.append(array)
 
+    def constants_before(self, first: int) -> dict[int, torch.Tensor]:
+        """Returns what constants that became inputs are before the graph changes them, by what they are after.
+
+        Args:
+            first: number of the first of these inputs.
+        """
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        found = {}
+        for item in self.inputs[first:]:
+            if isinstance(item.source, Array) and (after := self._by_identity.get(id(item.source))) is not None:
+                with _disable_current_modes(), self.fake_mode:
+                    value = torch.empty(item.fake.shape, dtype=item.fake.dtype)
+                with tracer.graph.inserting_after(item.node):
+                    proxy = tracer.create_proxy(
+                        "call_function", torch.ops.aten.clone.default, (tracer.proxy(item.node),), {}
+                    )
+                track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+                found[id(after.fake)] = value
+        return found
+
     def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
