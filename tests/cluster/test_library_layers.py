@@ -76,6 +76,10 @@ def masked(h):
     return F.cross_entropy(h[rows], torch.arange(4)[rows], reduction="none")
 
 
+def pooled(h):
+    return F.max_pool2d(h.reshape(2, 1, 3, 4), 2, ceil_mode=True).square()
+
+
 def transcription(h):
     log_probs = h.reshape(4, 2, 3).log_softmax(-1)
     return F.ctc_loss(log_probs, torch.tensor([[1, 1], [2, 0]]), torch.tensor([4, 3]), torch.tensor([2, 1]))
@@ -87,6 +91,7 @@ CASES = {
     "divergence of normals": (nn.Linear, lambda h: D.kl_divergence(normal(h), D.Normal(0.0, 1.0))),
     "a policy": (nn.Linear, lambda h: -D.Categorical(logits=h).log_prob(torch.arange(4)) * 0.5),
     "a multivariate normal": (nn.Linear, lambda h: -multivariate(h).log_prob(X[:, :2])),
+    "pools that are rounded up": (nn.Linear, pooled),
     "bags of embeddings": (Bags, lambda h: h.square()),
     "sampled images": (Warp, lambda h: h.square()),
     "cumulative statistics": (cumulative, lambda h: h.square() + h),

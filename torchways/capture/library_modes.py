@@ -9,7 +9,7 @@ form that gives the same numbers, or are refused by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -78,6 +78,8 @@ class LibraryFunctions(TorchFunctionMode):
             return _grid_sample(*args, **kwargs)
         if func is torch.grid_sampler and args[0].dim() == 4:
             return _grid_sampler_2d(*args, **kwargs)
+        if func in _MAX_POOLS:
+            return _max_pool(func, *args, **kwargs)
         if func in (F.embedding, F.embedding_bag):
             _refuse_sparse_gradients(func, args, kwargs)
         return func(*args, **kwargs)
@@ -94,6 +96,42 @@ def _grid_sample(
     F.grid_sample(value, grid, mode, padding_mode, bool(align_corners))  # it checks; nobody uses its result
     modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
     return _grid_sampler_2d(value, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
+
+
+def _max_pool(
+    func: Any,
+    value: torch.Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    """With `ceil_mode`, torch-xla computes some on the host; windows that reach beyond the end find it padded here."""
+    if not ceil_mode or not value.is_floating_point():
+        return func(value, kernel_size, stride, padding, dilation, ceil_mode)
+    num_dims = _MAX_POOLS[func]
+    options = [[item] * num_dims if isinstance(item, int) else list(item) for item in (kernel_size, padding, dilation)]
+    steps = stride if stride else kernel_size
+    strides = [steps] * num_dims if isinstance(steps, int) else list(steps)
+    missing = [
+        _missing(size, *of_dim) for size, *of_dim in zip(value.shape[-num_dims:], *options, strides, strict=True)
+    ]
+    if any(missing):
+        value = F.pad(value, [side for size in reversed(missing) for side in (0, size)], value=-torch.inf)
+    return func(value, kernel_size, stride, padding, dilation)
+
+
+def _missing(size: int, kernel: int, padding: int, dilation: int, stride: int) -> int:
+    """Returns how many elements the last window reaches beyond a dimension's end and its padding."""
+    window = dilation * (kernel - 1) + 1
+    last = -((window - size - 2 * padding) // stride)  # rounded up
+    if last * stride >= size + padding:  # it would begin in the padding behind the end
+        last -= 1
+    return max(0, last * stride + window - size - 2 * padding)
+
+
+_MAX_POOLS = {torch.max_pool1d: 1, torch.max_pool2d: 2, torch.max_pool3d: 3}
 
 
 def _refuse_sparse_gradients(func: Any, args: Any, kwargs: Any) -> None:

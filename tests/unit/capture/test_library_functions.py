@@ -173,3 +173,10 @@ def test_what_is_refused_is_named_with_a_remedy(session):
         plain(x)
     with pytest.warns(UserWarning, match="Anomaly Detection"), torch.autograd.detect_anomaly(check_nan=False):
         plain(x)
+
+
+@pytest.mark.parametrize("options", [(3, 2, 1, 1), (2, 2, 0, 1), (2, 3, 1, 2), ((3, 2), None, 0, 1)])
+def test_pools_with_ceil_mode(session, options):
+    x = torch.randn(1, 2, 7, 8)
+    pool = make_function(lambda x: F.max_pool2d(x, *options, ceil_mode=True), session.mesh(), lambda: session)
+    torch.testing.assert_close(pool(x).cpu(), F.max_pool2d(x, *options, ceil_mode=True))
