@@ -201,7 +201,7 @@ class RaggedRows:
 
     Args:
         node_of: returns the graph node of a traced tensor.
-        positions_of: returns the positions that a mask selects, if the trace knows them.
+        positions_of: returns the positions that a mask selects, if they are the same in each call.
     """
 
     def __init__(

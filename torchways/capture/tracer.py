@@ -303,11 +303,16 @@ class _TraceMode(TorchDispatchMode):
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
 
     def _positions_of(self, mask: torch.Tensor) -> torch.Tensor | None:
-        """Returns the positions that a mask selects, if they are known."""
+        """Returns the positions that a mask selects, if they are the same in each call."""
+        num_reads = len(self.reads)
         try:
-            return self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
+            positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
         except DataDependentError:
             return None
+        if len(self.reads) > num_reads:  # other masks of other calls would each need a graph
+            del self.reads[num_reads:]
+            return None
+        return positions
 
     def _may_be_kept(self, value: Any) -> bool:
         """Whether a trace may hold for calls whose tensors have this value in common."""
