@@ -24,6 +24,7 @@ from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import make_function, make_parallel, make_pipeline
 from torchways.controller.generation import TokenChoice, run_generate
+from torchways.controller.generation_options import merged, num_new_tokens, repeated
 from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
@@ -398,16 +399,20 @@ def generate(
     input_ids: torch.Tensor,
     *,
     attention_mask: torch.Tensor | None = None,
-    max_new_tokens: int,
-    do_sample: bool = False,
+    max_new_tokens: int | None = None,
+    max_length: int | None = None,
+    do_sample: bool | None = None,
     temperature: float | None = None,
     top_k: int | None = None,
     top_p: float | None = None,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    num_return_sequences: int | None = None,
+    generation_config: Any = None,
     generator: torch.Generator | None = None,
     streamer: Any = None,
     tokens_per_dispatch: int = 16,
+    **options: Any,
 ) -> torch.Tensor:
     """Continues prompts with a causal language model of `transformers`; spelled as its `generate`.
 
@@ -422,43 +427,66 @@ def generate(
         input_ids: prompts, int64[batch, length], padded on the left.
         attention_mask: 0 for padding, [batch, length]; None: there is none.
         max_new_tokens: tokens to add; fewer if all rows end before.
+        max_length: of prompt and new tokens, where `max_new_tokens` is not given.
         do_sample: draw tokens; else take the likeliest one.
         temperature, top_k, top_p: transformers' logits warpers of these names, for sampling; None: left out.
         eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
         pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
             `eos_token_id`.
+        num_return_sequences: continuations of each prompt, one behind the other; more than one only for sampling.
+        generation_config: of transformers: the options above where the call does not name them.
         generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
             The same state gives the same tokens, whatever `tokens_per_dispatch` is.
         streamer: gets the prompt, then the tokens of each step [batch] as soon as they are there, by `put`, and a call
             of `end`: any of transformers' streamers.
         tokens_per_dispatch: tokens in one message to the island. One message is ahead of the tokens that are looked at:
             up to as many steps are computed in vain after all rows have ended.
+        options: further ones of transformers' `generate`: refused by name, unless they have no effect.
 
     Returns:
         Prompts and new tokens, int64[batch, length + new], on the host.
 
     Raises:
-        UserError: the model is on no slice, the tokens do not fit its positions, or padding is on the right.
+        UserError: the model is on no slice, the tokens do not fit its positions, padding is on the right, or an option
+            is none of these.
         ShapeError: `input_ids` or `attention_mask` have a shape that is none.
     """
+    given = merged(
+        {
+            "max_new_tokens": max_new_tokens,
+            "max_length": max_length,
+            "do_sample": do_sample,
+            "temperature": temperature,
+            "top_k": top_k,
+            "top_p": top_p,
+            "num_return_sequences": num_return_sequences,
+            "eos_token_id": eos_token_id,
+            "pad_token_id": pad_token_id,
+        },
+        generation_config,
+        options,
+    )
+    eos_token_id, pad_token_id = given["eos_token_id"], given["pad_token_id"]
     config = getattr(model, "generation_config", None)
     eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
     eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     pad = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
     choice = TokenChoice(
-        do_sample=do_sample,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
+        do_sample=bool(given["do_sample"]),
+        temperature=given["temperature"],
+        top_k=given["top_k"],
+        top_p=given["top_p"],
         eos_token_ids=eos_ids,
         pad_token_id=pad if pad is not None else eos_ids[0] if eos_ids else 0,
         streams=streamer is not None,
     )
+    num_tokens = num_new_tokens(given["max_new_tokens"], given["max_length"], input_ids.shape[-1])
+    input_ids, attention_mask = repeated(input_ids, attention_mask, given["num_return_sequences"], choice.do_sample)
     return run_generate(
         model,
         input_ids,
         attention_mask,
-        max_new_tokens,
+        num_tokens,
         choice,
         generator,
         streamer,

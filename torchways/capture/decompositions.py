@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from torchways.capture.gamma import gamma_decompositions
 from torchways.capture.linear_algebra import linear_algebra_decompositions
 from torchways.capture.neighbours import neighbour_decompositions
 from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
 from torchways.capture.resizing import resizing_decompositions
+from torchways.capture.scaling import scaler_decompositions
 from torchways.errors import CaptureError
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).
@@ -267,6 +269,14 @@ def _scatter_add(value: torch.Tensor, dim: int, index: torch.Tensor, source: tor
     return NotImplemented if index.numel() else value.clone()
 
 
+def _index_select(value: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """torch-xla's own ends the process where the index is computed by sorting."""
+    if not value.dim():
+        return _index_select(value.reshape(1), 0, index.reshape(-1)).reshape(())
+    result: torch.Tensor = torch.ops.aten.index(value, [None] * (dim % value.dim()) + [index.reshape(-1)])
+    return result
+
+
 def _multinomial(
     weights: torch.Tensor, num_samples: int, replacement: bool = False, *, generator: Any = None
 ) -> torch.Tensor:
@@ -396,6 +406,7 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.rrelu_with_noise_functional.default: _rrelu,
     torch.ops.aten.scatter_add.default: _scatter_add,
     torch.ops.aten.take.default: lambda value, index: torch.ops.aten.index(value.reshape(-1), [index]),
+    torch.ops.aten.index_select.default: _index_select,
     torch.ops.aten.multinomial.default: _multinomial,
     torch.ops.aten.addbmm.default: _addbmm,
     torch.ops.aten.lgamma.default: _lgamma,
@@ -433,6 +444,8 @@ def decomposition_table() -> dict[Any, Any]:
         **linear_algebra_decompositions(),
         **order_decompositions(),
         **neighbour_decompositions(),
+        **gamma_decompositions(),
+        **scaler_decompositions(),
         **_OURS,
     }
 

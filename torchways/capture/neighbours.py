@@ -116,6 +116,25 @@ def _embedding_bag(
 def _embedding_bag_backward(
     grad: torch.Tensor,
     indices: torch.Tensor,
+    offsets: torch.Tensor,
+    bag: torch.Tensor,
+    size: torch.Tensor,
+    source: torch.Tensor,
+    num_weights: int,
+    scale_grad_by_freq: bool,
+    mode: int,
+    sparse: bool,
+    per_sample_weights: torch.Tensor | None,
+    padding_idx: int = -1,
+) -> torch.Tensor:
+    return _embedding_bag_dense_backward(
+        grad, indices, bag, size, source, num_weights, scale_grad_by_freq, mode, per_sample_weights, padding_idx
+    )
+
+
+def _embedding_bag_dense_backward(
+    grad: torch.Tensor,
+    indices: torch.Tensor,
     bag: torch.Tensor,
     size: torch.Tensor,
     source: torch.Tensor,
@@ -195,6 +214,15 @@ def _adaptive_max_pool_backward(num_dims: int) -> Callable[..., Any]:
     return backward
 
 
+def _embedding_renorm(weight: torch.Tensor, indices: torch.Tensor, max_norm: float, norm_type: float) -> torch.Tensor:
+    """Shortens the rows that are looked up, in place."""
+    places, ones = indices.reshape(-1), torch.ones(indices.numel(), dtype=torch.int64)
+    is_used = torch.zeros(weight.shape[0], dtype=torch.int64).index_add(0, places.to(torch.int64), ones) > 0
+    norm = torch.linalg.vector_norm(weight, norm_type, dim=1)
+    scale = torch.where(is_used & (norm > max_norm), max_norm / (norm + 1e-7), 1.0)
+    return weight.copy_(weight * scale.unsqueeze(-1))
+
+
 def neighbour_decompositions() -> dict[Any, Any]:
     """Returns decompositions of what torch-xla would run on the host, or gives other values for."""
     return {
@@ -204,7 +232,9 @@ def neighbour_decompositions() -> dict[Any, Any]:
         aten._pdist_backward.default: _pdist_backward,
         aten._embedding_bag.default: _embedding_bag,
         aten._embedding_bag_forward_only.default: _embedding_bag,
-        aten._embedding_bag_dense_backward.default: _embedding_bag_backward,
+        aten._embedding_bag_backward.default: _embedding_bag_backward,
+        aten._embedding_bag_dense_backward.default: _embedding_bag_dense_backward,
+        aten.embedding_renorm_.default: _embedding_renorm,
         aten._embedding_bag_per_sample_weights_backward.default: _per_sample_weights_backward,
         aten.adaptive_max_pool2d.default: _adaptive_max_pool(2),
         aten.adaptive_max_pool3d.default: _adaptive_max_pool(3),

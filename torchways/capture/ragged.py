@@ -12,12 +12,14 @@ is empty. The body may write to what was there before only by selected rows.
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
+import torch.nn.functional as F
 import torch.utils._pytree as pytree
 from torch._decomp import core_aten_decompositions
 from torch.overrides import TorchFunctionMode
@@ -199,10 +201,16 @@ class RaggedRows:
 
     Args:
         node_of: returns the graph node of a traced tensor.
+        positions_of: returns the positions that a mask selects, if they are the same in each call.
     """
 
-    def __init__(self, node_of: Callable[[torch.Tensor], torch.fx.Node | None]) -> None:
+    def __init__(
+        self,
+        node_of: Callable[[torch.Tensor], torch.fx.Node | None],
+        positions_of: Callable[[torch.Tensor], torch.Tensor | None],
+    ) -> None:
         self.node_of = node_of
+        self._positions_of = positions_of
         self._rows: dict[torch.fx.Node, Rows] = {}
         self._body: _Body | None = None
         #: The loop body that made a storage, while it may not be used elsewhere.
@@ -336,6 +344,9 @@ class RaggedRows:
         result: list[torch.Tensor | None] = []
         for index in indices:
             if index is not None and index.dtype in (torch.bool, torch.uint8):
+                if self._body is None and (known := self._positions_of(index)) is not None:
+                    result.extend(known.unbind(1))
+                    continue
                 positions = self._nonzero(index)
                 rows = self.rows_of(positions)
                 assert rows is not None
@@ -366,6 +377,8 @@ class RaggedRows:
         indices = self._without_masks(indices)
         ragged = [index for index in indices if index is not None and self.rows_of(index) is not None]
         rows = self.rows_of(ragged[0]) if ragged else None
+        if rows is None and self.rows_of(values) is None:  # all positions are known
+            return func(target, indices, values, accumulate)
         if rows is None or any(index.dim() != 1 for index in ragged):
             refuse(str(func))
         if accumulate:
@@ -466,11 +479,15 @@ class RaggedRows:
         args = list(args)
         value, target, ignored = (1, 2, 5) if backward else (0, 1, 4)
         rows = self.rows_of(args[value]) or self.rows_of(args[target])
-        if rows is None or args[value].dim() != 2 or (not backward and args[3] == 0):
+        if rows is None or args[value].dim() != 2:
             refuse(str(func))
         args[target] = torch.where(rows.valid(1), args[target], args[ignored])
         result = func(*args)
-        return self._agree(result, [(rows, 0)]) if backward else result
+        if backward:
+            self._agree(result, [(rows, 0)])
+        elif args[3] == 0:  # a loss for each row
+            self._agree(result[0], [(rows, 0)])
+        return result
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Views: where the ragged dimension goes shows in the strides that they give to a tensor that has no other."""
@@ -633,6 +650,10 @@ class RowsInPython(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _MEANS and (rows := self._ragged.rows_of(args[0])) is not None:
+            return _mean(rows, *args, **kwargs)
+        if func in _LOSSES and any(self._ragged.rows_of(value) is not None for value in args[:2]):
+            return self._loss(func, args, kwargs)
         rows = self._ragged.rows_of(args[0]) if func in _ASKED_BY_PYTHON else None
         if rows is None:
             if self._ragged.is_used and func not in _TAKE_SIZES and _holds_count((args, kwargs)):
@@ -655,11 +676,53 @@ class RowsInPython(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else kwargs.get("dim")
         return result if dim is None else shape[dim]
 
+    def _loss(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """Computes a loss of each element, and their mean by itself: backward divides by the number of all rows."""
+        call = inspect.signature(func).bind(*args, **kwargs)
+        call.apply_defaults()
+        if call.arguments["reduction"] != "mean" or {
+            call.arguments.get("reduce"),
+            call.arguments.get("size_average"),
+        } != {None}:
+            return func(*args, **kwargs)
+        call.arguments["reduction"] = "none"
+        losses: torch.Tensor = func(*call.args, **call.kwargs)
+        rows = self._ragged.rows_of(losses)
+        return losses.mean() if rows is None else _mean(rows, losses)
+
+
+def _mean(
+    rows: Rows,
+    value: torch.Tensor,
+    dim: int | Sequence[int] | None = None,
+    keepdim: bool = False,
+    *,
+    dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """Returns a mean of as many rows as there are; PyTorch's own would divide by the number of all."""
+    dims = list(range(value.dim())) if dim is None or dim == () else [dim] if isinstance(dim, int) else list(dim)
+    dims = [item % value.dim() for item in dims]
+    if rows.dim not in dims:
+        return torch.mean(value, dims, keepdim, dtype=dtype)
+    others = math.prod(size for place, size in enumerate(value.shape) if place in dims and place != rows.dim)
+    total = torch.sum(value, dims, keepdim, dtype=dtype)
+    return total / (rows.count * others).to(total.dtype)
+
 
 def _holds_count(tree: Any) -> bool:
     return any(type(leaf) is RowCount for leaf in pytree.tree_leaves(tree))
 
 
+_MEANS = {torch.mean, torch.Tensor.mean}
+#: Losses whose mean PyTorch computes where no rule sees it.
+_LOSSES = {
+    F.mse_loss,
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.binary_cross_entropy,
+    F.binary_cross_entropy_with_logits,
+}
 #: They put the rows of a ragged tensor into another form; all else would take their number for a value.
 _TAKE_SIZES = {torch.Tensor.view, torch.Tensor.reshape, torch.Tensor.expand, torch.reshape}
 _ASKED_BY_PYTHON = {

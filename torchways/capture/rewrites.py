@@ -2,8 +2,8 @@
 
 `x[mask] = value` finds the selected elements first, and how many these are depends on values; `torch.where` gives the
 same result in one shape for all masks. `x.fill_diagonal_` writes through strides, of which no pure form is known; by
-`torch.where` it has one. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same. The gradient of
-`grid_sample` has no lowering; those of what it is made of have. `tensor_split` takes numbers where it can read none.
+`torch.where` it has one. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same. `tensor_split`
+takes numbers where it can read none.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch._decomp.decompositions import _grid_sampler_2d
 from torch.overrides import TorchFunctionMode
 
 
@@ -38,8 +37,6 @@ class Rewrites(TorchFunctionMode):
                 mask = mask.reshape(*mask.shape, *[1] * rest)
                 target.copy_(torch.where(mask, value, target))
                 return None
-        if func is torch.grid_sampler and args[0].dim() == 4:
-            return _grid_sampler_2d(*args, **kwargs)
         if func in _SPLITS and len(args) > 1 and isinstance(args[1], torch.Tensor):
             args = (args[0], args[1].tolist(), *args[2:])
         if func is torch.Tensor.fill_diagonal_ and len(args) == 2 and args[0].dim() == 2 and not kwargs.get("wrap"):

@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from torchways.array import Array
+from torchways.capture.amp import scalers
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import user_line
@@ -47,7 +48,7 @@ class StateTracker:
         optimizers: those that stepped.
     """
 
-    make_array: Callable[[HostContent, torch.Tensor], Array]
+    make_array: Callable[[HostContent, torch.Tensor | None], Array]
     watcher: Watcher
     replaced_by: Callable[[torch.Tensor], Array | None]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
@@ -63,7 +64,8 @@ class StateTracker:
             register_optimizer_step_post_hook(self._after_step),
         ]
         try:
-            yield
+            with scalers(lambda value: self.make_array(HostContent((), value.dtype, value), None)):
+                yield
         finally:
             for hook in hooks:
                 hook.remove()

@@ -33,13 +33,13 @@ from torch.fx.experimental.proxy_tensor import (
     make_fx,
     track_tensor_tree,
 )
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.decompositions import decomposition_table
 from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.known_values import ArgumentRead, KnownValues
+from torchways.capture.library_modes import library_modes
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
@@ -189,7 +189,7 @@ class _TraceMode(TorchDispatchMode):
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known: KnownValues | None = None
         self.random = RandomNumbers()
-        self.ragged = RaggedRows(_node_of)
+        self.ragged = RaggedRows(_node_of, self._positions_of)
 
     # ---- regions
 
@@ -324,6 +324,18 @@ class _TraceMode(TorchDispatchMode):
             self.reads.append(read)
         return pytree.tree_map_only(torch.Tensor, self._lift, result)
 
+    def _positions_of(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Returns the positions that a mask selects, if they are the same in each call."""
+        num_reads = len(self.reads)
+        try:
+            positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
+        except DataDependentError:
+            return None
+        if len(self.reads) > num_reads:  # other masks of other calls would each need a graph
+            del self.reads[num_reads:]
+            return None
+        return positions
+
     def _may_be_kept(self, value: Any, read: ArgumentRead) -> bool:
         """Whether a trace may hold for calls whose tensors have this value in common."""
         is_state = not any(isinstance(source, int) for source in read.sources)
@@ -410,6 +422,28 @@ class _TraceMode(TorchDispatchMode):
         self._by_identity[_identity(array)] = GraphInput(graph_input.node, graph_input.source, tensor)
         self._alive.append(array)
 
+    def constants_before(self, first: int) -> dict[int, torch.Tensor]:
+        """Returns what constants that became inputs are before the graph changes them, by what they are after.
+
+        Args:
+            first: number of the first of these inputs.
+        """
+        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
+        found = {}
+        for item in self.inputs[first:]:
+            if not isinstance(item.source, TensorSource):
+                continue
+            if (after := self._by_identity.get(_identity(item.source.tensor))) is not None:
+                with _disable_current_modes(), self.fake_mode:
+                    value = torch.empty(item.fake.shape, dtype=item.fake.dtype)
+                with tracer.graph.inserting_after(item.node):
+                    proxy = tracer.create_proxy(
+                        "call_function", torch.ops.aten.clone.default, (tracer.proxy(item.node),), {}
+                    )
+                track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+                found[id(after.fake)] = value
+        return found
+
     def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
@@ -490,9 +524,16 @@ def trace(
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
     saved_random = torch.get_rng_state()
     try:
-        with fake_mode, sdpa_kernel(SDPBackend.MATH), RowsInPython(mode.ragged), Windows(mode.ragged), Rewrites():
-            with NumbersAsTensors(mode.scalar), mode.random.seeding():
-                result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
+        with (
+            fake_mode,
+            RowsInPython(mode.ragged),
+            Windows(mode.ragged),
+            Rewrites(),
+            library_modes(mode.ragged),
+            NumbersAsTensors(mode.scalar),
+            mode.random.seeding(),
+        ):
+            result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
     finally:
         torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag

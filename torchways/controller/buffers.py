@@ -219,8 +219,8 @@ def host_array(tensor: torch.Tensor, *, requires_grad: bool = False) -> Array:
     return Array(HostBuffer(content), content.shape, content.dtype, requires_grad=requires_grad)
 
 
-def array_like(content: HostContent, follows: torch.Tensor) -> Array:
-    """Returns an array of a host value, to live where `follows` lives."""
+def array_like(content: HostContent, follows: torch.Tensor | None) -> Array:
+    """Returns an array of a host value, to live where `follows` lives; None: where it is used first."""
     return Array(HostBuffer(content, follows=follows), content.shape, content.dtype)
 
 

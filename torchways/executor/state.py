@@ -393,6 +393,8 @@ class ExecutorState:
         self._compiled: dict[ProgramId, Failure | None] = {}
         #: Tasks whose program is still being compiled.
         self._uncompiled: dict[ProgramId, list[Task]] = {}
+        #: The names that runs of these programs give up if it can be compiled: if not, nothing was donated.
+        self._to_donate: dict[ProgramId, list[BufferId]] = {}
         self._arrived: dict[tuple[RunId, int], TransferArrived] = {}
         self._receiving: dict[tuple[RunId, int], Task] = {}
         #: Cells that have no name any more, but that runs or reads wait for, and whose value a Put still brings.
@@ -522,7 +524,7 @@ class ExecutorState:
         for slot in range(program.num_args):
             if slot not in reads_left:
                 self._leave(run, slot)
-        self._drop_donated(run, event)
+        self._drop_donated(event, program)
         if not program.units:
             self._commands.append(ReportEnded(run_id=run.run_id, failure=None))
             return
@@ -533,11 +535,22 @@ class ExecutorState:
         else:
             self._ready.extend(run.tasks)
 
-    def _drop_donated(self, run: Run, event: RunEnqueued) -> None:
-        for unit in run.program.units:
-            for slot in unit.donated:
-                if slot < run.program.num_args and isinstance(event.arguments[slot], int):
-                    self._drop(BufferId(event.arguments[slot]), "was donated to a later computation")
+    def _drop_donated(self, event: RunEnqueued, program: LoadedProgram) -> None:
+        """Gives up the names of what a run donates: now, or when its program is compiled; never if that failed."""
+        donated = [
+            BufferId(event.arguments[slot])
+            for unit in program.units
+            for slot in unit.donated
+            if slot < program.num_args and isinstance(event.arguments[slot], int)
+        ]
+        if event.program_id in self._uncompiled:
+            self._to_donate.setdefault(event.program_id, []).extend(donated)
+        elif event.program_id not in self._compiled:
+            self._drop_all_donated(donated)
+
+    def _drop_all_donated(self, buffer_ids: list[BufferId]) -> None:
+        for buffer_id in buffer_ids:
+            self._drop(buffer_id, "was donated to a later computation")
 
     def _name(self, buffer_id: BufferId, cell: Cell) -> None:
         early = self.named.get(buffer_id)
@@ -861,8 +874,11 @@ class ExecutorState:
 
     def _program_compiled(self, event: ProgramCompiled) -> None:
         # A program that was dropped meanwhile may still have runs that wait for this.
+        donated = self._to_donate.pop(event.program_id, [])
         if event.failure is not None:
             self._compiled[event.program_id] = event.failure
+        else:
+            self._drop_all_donated(donated)
         self._ready.extend(self._uncompiled.pop(event.program_id, []))
         self._forget_compilation(event.program_id)
         self._commands.append(ReportLoaded(program_id=event.program_id, failure=event.failure))

@@ -103,7 +103,9 @@ def host(tree):
 def assert_same(ours, eager, what):
     assert (ours is None) == (eager is None), f"{what}: {ours} {eager}"
     if isinstance(eager, torch.Tensor):
-        torch.testing.assert_close(ours.detach().cpu(), eager.detach(), rtol=2e-4, atol=2e-4, msg=lambda m: f"{what}: {m}")
+        torch.testing.assert_close(
+            ours.detach().cpu(), eager.detach(), rtol=2e-4, atol=2e-4, msg=lambda m: f"{what}: {m}"
+        )
     elif isinstance(eager, (list, tuple)):
         assert len(ours) == len(eager), f"{what}: {len(ours)} items, not {len(eager)}"
         for number, pair in enumerate(zip(ours, eager, strict=True)):

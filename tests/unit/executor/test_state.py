@@ -246,9 +246,38 @@ def test_a_lost_peer_fails_receives_now_and_later():
     assert [command.failure for command in ended] == [lost, lost]
 
 
+def test_a_program_that_cannot_be_compiled_donates_nothing():
+    state = core.ExecutorState("b")
+    state.handle(core.ProgramArrived(program=train_parts()["b"]))
+    v, refused = BufferId(BASE + 3), Failure(kind="CaptureError", message="no lowering")
+    state.handle(core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, nbytes=10))
+
+    def run(number, argument):
+        first = BASE + 50 + 10 * number
+        return core.RunEnqueued(
+            program_id=ProgramId(BASE + 1),
+            run_id=RunId(first),
+            sequence=number,
+            first_buffer_id=BufferId(first + 1),
+            arguments=[argument],
+        )
+
+    state.handle(run(0, v))  # these wait for the compilation, the second for what the first makes
+    state.handle(run(1, BufferId(BASE + 53)))
+    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=refused))
+    state.handle(run(2, v))  # this comes when it is known
+    for fetch_id, (buffer_id, failure) in enumerate({v: None, BASE + 53: refused, BASE + 73: refused}.items()):
+        [delivered] = state.handle(core.FetchRequested(fetch_id=fetch_id, buffer_id=BufferId(buffer_id)))
+        assert delivered.cell.failure == failure
+        state.handle(core.FetchEnded(cell=delivered.cell))
+    assert state.named[v].buffer is not None or state.named[v].scheduled
+    assert state.used_bytes == 10
+
+
 def test_a_donated_buffer_cannot_be_read_again():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
+    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
     state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
     run = core.RunEnqueued(
         program_id=ProgramId(BASE + 1),

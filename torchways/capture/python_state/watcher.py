@@ -31,6 +31,7 @@ from torchways.capture.python_state.functions import (
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.places import (
     MISSING,
+    Argument,
     Attribute,
     Call,
     Cell,
@@ -263,6 +264,8 @@ class Watcher:
         number = self.numbers.at_place(place, value)
         if self._is_over:
             return OfType(type(value)), value
+        if isinstance(place, Argument):  # whoever makes the call of the trace takes it from here
+            return OfType(type(value)), number
         place.set(self.call, number)  # `put_back` restores it
         return OfType(type(value)), number
 

@@ -1,0 +1,85 @@
+"""Optimizers of torch.optim, and gradient scaling, on real executors: some steps of each against eager PyTorch."""
+
+import pytest
+import torch
+from torch import nn
+
+import torchways as tw
+from torchways.errors import CaptureError
+
+OPTIMIZERS = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
+    "SGD, Nesterov": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True, maximize=True),
+    "Adam": lambda p: torch.optim.Adam(p, lr=0.1, amsgrad=True, weight_decay=0.1, maximize=True),
+    "AdamW": lambda p: torch.optim.AdamW(p, lr=0.1, fused=True),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.1, decoupled_weight_decay=True, weight_decay=0.1),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.1),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.1),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.1),
+    "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
+    "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=1, weight_decay=0.1),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
+}
+
+
+def model_of(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
+
+
+def train(model, wrap, make, update, scales=(1.0, 2.0, 3.0)):
+    optimizer = make(list(model.parameters()))
+    generator = torch.Generator().manual_seed(1)
+
+    def step(x):
+        loss = model(x).square().mean()
+        update(loss, optimizer)
+        optimizer.zero_grad()
+        return loss
+
+    step = wrap(step)
+    losses = [step(torch.randn(4, 5, generator=generator) * scale).detach().cpu() for scale in scales]
+    return losses, [value.cpu() for value in model.state_dict().values()]
+
+
+def plain(loss, optimizer):
+    loss.backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_three_steps_are_those_of_eager(cluster, meshes, name):
+    ours = tw.function(model_of(), mesh=meshes[0])
+    found = train(ours, tw.program, OPTIMIZERS[name], plain)
+    torch.testing.assert_close(found, train(model_of(), lambda f: f, OPTIMIZERS[name], plain), rtol=1e-4, atol=1e-5)
+
+
+def test_scaled_gradients_that_are_not_finite_change_nothing_but_the_scale(cluster, meshes):
+    scales = (float("inf"), 1.0, 1.0, float("inf"), 1.0)
+    results = []
+    for model, wrap in ((tw.function(model_of(), mesh=meshes[0]), tw.program), (model_of(), lambda f: f)):
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+        def update(loss, optimizer, scaler=scaler, model=model):
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+
+        losses, state = train(model, wrap, lambda p: torch.optim.Adam(p, lr=0.1), update, scales=scales)
+        results.append((losses, state, scaler.get_scale()))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert results[0][2] == 512.0
+
+
+def test_lbfgs_is_refused_by_name(cluster, meshes):
+    model = tw.function(model_of(), mesh=meshes[0])
+    optimizer = torch.optim.LBFGS(model.parameters())
+
+    @tw.program
+    def step(x):
+        return optimizer.step(lambda: model(x).square().mean())
+
+    with pytest.raises(CaptureError, match=r"LBFGS.step at test_optimizers.*use another optimizer"):
+        step(torch.randn(2, 5))

@@ -1,0 +1,55 @@
+"""Options of transformers' `generate` that `tw.generate` takes, and those that it refuses."""
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import torchways as tw
+from torchways.controller.generation_options import merged, num_new_tokens, repeated
+from torchways.errors import UserError
+
+
+def test_a_generation_config_fills_in_what_the_call_does_not_name():
+    config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5, bos_token_id=1)
+    found = merged({"max_new_tokens": 7, "do_sample": None, "temperature": None}, config, {})
+    assert found == {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (None, {"repetition_penalty": 1.2}),
+        (None, {"num_beams": 4}),
+        (None, {"stopping_criteria": [len]}),
+        (None, {"no_such_option": 1}),
+        (GenerationConfig(min_new_tokens=3), {}),
+    ],
+)
+def test_other_options_are_refused_by_name(config, options):
+    name = next(iter(options), "min_new_tokens")
+    with pytest.raises(UserError, match=f"does not take {name}=.*it takes max_new_tokens.*leave it out"):
+        tw.generate(
+            torch.nn.Linear(2, 2), torch.ones(1, 2).long(), max_new_tokens=1, generation_config=config, **options
+        )
+
+
+def test_other_options_without_effect_are_taken():
+    assert merged({}, None, {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "min_length": None}) == {}
+
+
+def test_max_length_counts_the_prompt():
+    assert num_new_tokens(None, 12, 8) == 4
+    assert num_new_tokens(3, 12, 8) == 3
+    with pytest.raises(UserError, match="counts the prompt, which has 8 tokens"):
+        num_new_tokens(None, 8, 8)
+    with pytest.raises(UserError, match="pass max_new_tokens, or max_length"):
+        num_new_tokens(None, None, 8)
+
+
+def test_each_prompt_is_continued_several_times_when_tokens_are_drawn():
+    ids, mask = repeated(torch.tensor([[1], [2]]), torch.ones(2, 1), 2, do_sample=True)
+    assert ids.tolist() == [[1], [1], [2], [2]]
+    assert mask is not None
+    assert mask.shape == (4, 1)
+    with pytest.raises(UserError, match="greedy continuations of a prompt are all the same"):
+        repeated(torch.ones(1, 1), None, 2, do_sample=False)

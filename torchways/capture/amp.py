@@ -1,0 +1,71 @@
+"""`torch.amp.GradScaler` within a program: what it decides by values is selected by `torch.where`.
+
+Whether gradients are finite is known only on the slice. So the optimizer's step is always computed, and where a
+gradient was not finite, parameters and state keep what they were. The scale and its growth counter are arrays, as
+parameters are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch.amp.grad_scaler import GradScaler
+from torch.utils._python_dispatch import _disable_current_modes
+
+from torchways.capture.tracer import current_trace
+
+
+@contextmanager
+def scalers(make_array: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+    """While it is open, scalers select, and the state of one that is used for the first time is made of arrays.
+
+    Args:
+        make_array: makes an array of a host value.
+    """
+
+    def init(self: Any, device: torch.device) -> None:
+        with _disable_current_modes():
+            self._scale = make_array(torch.full((), self._init_scale, dtype=torch.float32))
+            self._growth_tracker = make_array(torch.full((), self._init_growth_tracker, dtype=torch.int32))
+
+    scaler: Any = GradScaler
+    saved = scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step
+    scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step = init, _maybe_step
+    try:
+        yield
+    finally:
+        scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step = saved
+
+
+def _maybe_step(self: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Does what `GradScaler._maybe_opt_step` does; it selects instead of asking."""
+    mode = current_trace()
+    assert mode is not None
+    is_bad = torch.stack(list(state["found_inf_per_device"].values())).sum() > 0
+    with torch.no_grad():
+        # On several devices, XLA on CPU was seen to make zeros of a choice between a parameter and NaN.
+        for parameter in (item for group in optimizer.param_groups for item in group["params"]):
+            if parameter.grad is not None:
+                parameter.grad.copy_(torch.where(parameter.grad.isfinite(), parameter.grad, 0.0))
+        before = {id(tensor): tensor.clone() for tensor in _held(optimizer)}
+    num_inputs = len(mode.inputs)
+    result = optimizer.step(*args, **kwargs)
+    before.update(mode.constants_before(num_inputs))
+    with torch.no_grad():
+        for tensor in _held(optimizer):
+            is_good = (~is_bad).to(tensor.dtype)
+            tensor.mul_(is_good)
+            if id(tensor) in before:  # what else this step made is a first average, which is zero before it
+                tensor.add_(before[id(tensor)] * (1 - is_good))
+    return result
+
+
+def _held(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Returns all that a step changes."""
+    parameters = [item for group in optimizer.param_groups for item in group["params"] if item.grad is not None]
+    state = [optimizer.state.get(item, {}) for item in parameters]
+    return [*parameters, *(leaf for leaf in pytree.tree_leaves(state) if isinstance(leaf, torch.Tensor))]

@@ -1,0 +1,100 @@
+"""Which options of transformers' `generate` are those of `tw.generate`; others are refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from torchways.errors import UserError
+
+#: Of a `generation_config`: they say nothing about tokens.
+_NO_OPTIONS = {"transformers_version", "bos_token_id", "use_cache", "_from_model_config"}
+_TAKEN = (
+    "max_new_tokens, max_length, do_sample, temperature, top_k, top_p, num_return_sequences, eos_token_id and "
+    "pad_token_id"
+)
+_NAMES = set(_TAKEN.replace(" and ", ", ").split(", "))
+
+
+def merged(given: Mapping[str, Any], generation_config: Any, others: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options of a call, with those of its `generation_config` where the call does not name them.
+
+    Args:
+        given: options that `tw.generate` has, None where the call does not name them.
+        generation_config: of transformers, or None.
+        others: further options of transformers' `generate`.
+
+    Raises:
+        UserError: an option is none that `tw.generate` has, and has an effect.
+    """
+    result = dict(given)
+    if generation_config is not None:
+        for name, value in generation_config.to_diff_dict().items():
+            if name in _NAMES:
+                result[name] = value if result.get(name) is None else result[name]
+            elif name not in _NO_OPTIONS:
+                _refuse(name, value)
+    for name, value in others.items():
+        if not _has_no_effect(name, value):
+            _refuse(name, value)
+    return result
+
+
+def num_new_tokens(max_new_tokens: int | None, max_length: int | None, prompt_length: int) -> int:
+    """Returns how many tokens to add at most.
+
+    Raises:
+        UserError: the call does not say, or the prompt is that long already.
+    """
+    if max_new_tokens is not None:
+        return max_new_tokens
+    if max_length is None:
+        raise UserError("tw.generate does not know how many tokens to add: pass max_new_tokens, or max_length")
+    if max_length <= prompt_length:
+        raise UserError(
+            f"tw.generate: max_length={max_length} counts the prompt, which has {prompt_length} tokens already; pass "
+            "max_new_tokens, or a larger max_length"
+        )
+    return max_length - prompt_length
+
+
+def repeated(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, num_return_sequences: int | None, do_sample: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Returns prompts as often as each is to be continued.
+
+    Raises:
+        UserError: all continuations of a prompt would be the same.
+    """
+    if num_return_sequences in (None, 1):
+        return input_ids, attention_mask
+    if not do_sample:
+        raise UserError(
+            f"tw.generate: num_return_sequences={num_return_sequences} greedy continuations of a prompt are all the "
+            "same; pass do_sample=True"
+        )
+    ids, mask = (
+        None if item is None else item.repeat_interleave(num_return_sequences, dim=0)
+        for item in (input_ids, attention_mask)
+    )
+    assert ids is not None
+    return ids, mask
+
+
+def _has_no_effect(name: str, value: Any) -> bool:
+    """Whether an option has the value that transformers gives it by default."""
+    from transformers import GenerationConfig
+
+    default = GenerationConfig()
+    return value is None or (hasattr(default, name) and getattr(default, name) == value)
+
+
+def _refuse(name: str, value: Any) -> None:
+    text = repr(value)
+    text = text if len(text) <= 40 else f"<{type(value).__name__}>"
+    raise UserError(
+        f"tw.generate does not take {name}={text}: it takes {_TAKEN}; leave it out, or call the generate method of a "
+        "copy of the model on the CPU"
+    )
