@@ -358,7 +358,7 @@ def variant_of(
 
 
 def _adopted(source: TensorSource, value: torch.Tensor) -> Array | None:
-    """Makes an array of a host tensor that took the place of an optimizer's state, as load_state_dict puts them there."""
+    """Makes an array of a host tensor that took the place of an optimizer's state, as load_state_dict does."""
     place = source.places[0]
     is_state = (
         isinstance(place, Entry) and isinstance(place.parent, Entry) and str(place.parent.parent).endswith(".state")

@@ -83,6 +83,14 @@ class Side:
 
         self.step, self.forward = wrap(step), wrap(forward)
 
+    def take_parameters(self):
+        """Gives the optimizer's first group the model's parameters as they are now."""
+        first, *others = self.optimizer.param_groups
+        elsewhere = {parameter for group in others for parameter in group["params"]}
+        first["params"] = [parameter for parameter in self.model.parameters() if parameter not in elsewhere]
+        for parameter in set(self.optimizer.state) - {*first["params"], *elsewhere}:
+            del self.optimizer.state[parameter]
+
     def gradients(self):
         return {name: parameter.grad for name, parameter in self.model.named_parameters()}
 
@@ -203,7 +211,7 @@ class SameAsEager(RuleBasedStateMachine):
         layer = nn.Linear(8, 8)
         for side in self.sides:
             side.model.inner[0] = copy.deepcopy(layer)
-            side.optimizer.param_groups[0]["params"] = list(side.model.parameters())
+            side.take_parameters()
 
     @rule(p=st.sampled_from([0.0, 1.0]), momentum=st.sampled_from([0.1, 0.3]), scale=st.sampled_from([1.0, 1.5, 2.0]))
     def change_numbers(self, p, momentum, scale):
@@ -282,14 +290,14 @@ class SameAsEager(RuleBasedStateMachine):
     def prune(self):
         for side in self.sides:
             prune.l1_unstructured(side.model.head, "weight", amount=0.3)
-            side.optimizer.param_groups[0]["params"] = list(side.model.parameters())
+            side.take_parameters()
 
     @precondition(lambda self: not hasattr(self.eager.model.first, "parametrizations"))
     @rule()
     def parametrize(self):
         for side in self.sides:
             parametrizations.weight_norm(side.model.first)
-            side.optimizer.param_groups[0]["params"] = list(side.model.parameters())
+            side.take_parameters()
 
 
 def test_any_sequence_of_actions():

@@ -154,9 +154,10 @@ class Entry:
 
     def get(self, call: Call) -> Any:
         container = self.parent.get(call)
+        if isinstance(container, dict):  # dict's own method: a defaultdict makes no entry
+            return dict.get(container, self.item, MISSING)
         try:
-            # dict's own method: a defaultdict makes no entry, and a class of somebody's is not asked.
-            return dict.__getitem__(container, self.item) if isinstance(container, dict) else container[self.item]
+            return container[self.item]
         except (LookupError, TypeError):
             return MISSING
 

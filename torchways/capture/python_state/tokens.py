@@ -116,11 +116,7 @@ class OneOf(Token):
     source: TensorSource
 
     def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
-        source = self.source
-        if value is source.tensor or not isinstance(value, torch.Tensor):
-            now = value
-        else:
-            now = value
+        source, now = self.source, value
         if not isinstance(now, torch.Tensor):
             return place, f"is {short(now)}, was a tensor of shape {list(source.shape)}"
         for what, is_now, was in (
@@ -148,12 +144,10 @@ class Contents(Token):
     def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
         if type(value) is not self.type:
             return place, f"is {short(value)}, was a {self.type.__name__}"
-        keys, items = keys_of(value), items_of(value)
-        if keys != self.keys:
-            if self.is_ordered or set(keys) != set(self.keys):
-                return place, _keys_change(keys, self.keys, value)
-            items = [value[key_of(key)] for key in self.keys]
-        for key, item, token in zip(self.keys, items, self.items, strict=True):
+        keys = keys_of(value)
+        if keys != self.keys and (self.is_ordered or set(keys) != set(self.keys)):
+            return place, _keys_change(keys, self.keys, value)
+        for key, item, token in zip(self.keys, self._items_of(value), self.items, strict=True):
             found = token.change(Entry(place, key_of(key)), item, call)
             if found is not None:
                 return found
@@ -164,14 +158,20 @@ class Contents(Token):
             yield value
         elif isinstance(value, types.SimpleNamespace):
             yield vars(value)
-        for item, token in zip(items_of(value), self.items, strict=False):
+        for item, token in zip(self._items_of(value), self.items, strict=False):
             yield from token.dicts(item)
 
     def lists(self, value: Any) -> Iterator[Any]:
         if not isinstance(value, (dict, tuple, types.SimpleNamespace)):
             yield value
-        for item, token in zip(items_of(value), self.items, strict=False):
+        for item, token in zip(self._items_of(value), self.items, strict=False):
             yield from token.lists(item)
+
+    def _items_of(self, value: Any) -> list[Any]:
+        """Returns the items in the order of `keys`."""
+        if isinstance(value, dict):
+            return [dict.get(value, key_of(key)) for key in self.keys]
+        return items_of(value)
 
 
 def is_plain(value: Any) -> bool:
