@@ -331,7 +331,7 @@ class _TraceMode(TorchDispatchMode):
             positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
         except DataDependentError:
             return None
-        if len(self.reads) > num_reads:  # other masks of other calls would each need a graph
+        if any(isinstance(source, int) for read in self.reads[num_reads:] for source in read.sources):  # other masks of other calls would each need a graph
             del self.reads[num_reads:]
             return None
         return positions
@@ -342,7 +342,7 @@ class _TraceMode(TorchDispatchMode):
         if type(value) in (bool, int) or (is_state and type(value) is float):
             return True
         leaves = pytree.tree_leaves(value)
-        return self._reads_positions and all(
+        return (is_state or self._reads_positions) and all(
             isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int64 and leaf.numel() <= _MAX_POSITIONS
             for leaf in leaves
         )

@@ -120,19 +120,25 @@ def test_the_log_names_the_state_that_changed(session, caplog):
     run(x)
     run(x)
     assert caplog.text == ""
-    optimizer.param_groups[0]["weight_decay"] = 0.2
+    optimizer.param_groups[0]["weight_decay"] = 0.2  # hyperparameters are inputs
     run(x)
-    assert "weight_decay of SGD's group 0 is 0.2, was 0.1" in caplog.text
+    assert caplog.text == ""
+    optimizer.param_groups[0]["weight_decay"] = 0.0  # but SGD asks whether there is any
+    run(x)
+    assert "reads of optimizer.param_groups[0]['weight_decay'] is False, was True" in caplog.text
     caplog.clear()
-    layer.eval()
+    layer.eval()  # nothing in it asks
     run(x)
-    assert "Linear is in evaluation mode, was in training mode" in caplog.text
+    assert caplog.text == ""
+    optimizer.param_groups[0]["maximize"] = True
+    run(x)
+    assert "optimizer.param_groups[0]['maximize'] is True, was False" in caplog.text
     caplog.clear()
     with torch.no_grad():
         placed_forward = placed(lambda x: layer(x), session, mesh)
         placed_forward(x)
     placed_forward(x)
-    assert "gradients are enabled, were not" in caplog.text
+    assert "gradients enabled: True, was False" in caplog.text
 
 
 def test_the_log_names_a_gradient_that_is_there_now(session, caplog):
@@ -148,7 +154,7 @@ def test_the_log_names_a_gradient_that_is_there_now(session, caplog):
     run = placed(accumulate, session, mesh)
     run(torch.ones(2, 4))
     run(torch.ones(2, 4))
-    assert "a parameter of shape [4, 4] (and 1 more) has a gradient, had none" in caplog.text
+    assert "layer.weight.grad is a tensor of shape [4, 4], was None" in caplog.text
 
 
 # ---- how many

@@ -226,8 +226,25 @@ class Node:
 
     _graph_repr = str
 
+    def __getattr__(self, name: str) -> Any:
+        """The arithmetic of nodes, which PyTorch's own C++ code does where it computes with sizes and indices."""
+        function = _NODE_ARITHMETIC.get(name)
+        if function is None:
+            raise AttributeError(name)
+        return lambda *others: self.numbers.apply(function, self, *others)
+
     def __repr__(self) -> str:
         return f"number {self.hint}"
+
+
+_NODE_ARITHMETIC: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in ("add", "sub", "mul", "mod", "pow", "truediv", "floordiv", "neg")},
+    **{name: getattr(operator, name) for name in ("eq", "ne", "lt", "le", "gt", "ge", "and_", "or_")},
+    **{"int_floordiv": operator.floordiv, "int_truediv": operator.truediv, "float_truediv": operator.truediv},
+    **{"float_pow": operator.pow, "pow_by_natural": operator.pow, "sym_not": operator.not_, "sym_float": float},
+    **{"sym_and": operator.and_, "sym_or": operator.or_, "sym_ite": lambda test, one, other: one if test else other},
+    **{"sym_min": min, "sym_max": max, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "abs": abs},
+}
 
 
 def node_of(value: Any) -> Node | None:

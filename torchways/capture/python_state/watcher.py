@@ -62,44 +62,6 @@ from torchways.capture.python_state.tokens import (
 _OF_OPTIMIZERS = {"param_groups", "state", "defaults"}
 #: Attributes whose reading says nothing: how Python and torch.nn look things up.
 _UNNOTED = {"__class__", "__dict__", "__doc__", "__module__", "__weakref__"}
-#: Methods of a class that Python calls without looking for an attribute of the instance.
-_SPECIAL = tuple(
-    f"__{name}__"
-    for name in [
-        "call",
-        "getitem",
-        "setitem",
-        "delitem",
-        "len",
-        "iter",
-        "next",
-        "contains",
-        "enter",
-        "exit",
-        "add",
-        "radd",
-        "sub",
-        "rsub",
-        "mul",
-        "rmul",
-        "truediv",
-        "matmul",
-        "neg",
-        "eq",
-        "ne",
-        "lt",
-        "le",
-        "gt",
-        "ge",
-        "hash",
-        "bool",
-        "float",
-        "int",
-        "index",
-        "getattr",
-        "setattr",
-    ]
-)
 _MISSING_OBJECT = object()
 
 
@@ -318,8 +280,9 @@ class Watcher:
                     self._keep(Attribute(owner, name), attributes[name])
         for base in cls.__mro__:
             if is_user_module(base.__module__):
-                for name in _SPECIAL:
-                    if isinstance(method := base.__dict__.get(name), types.FunctionType):
+                for name, method in vars(base).items():  # Python calls these without looking for an attribute
+                    is_special = name.startswith("__") and name.endswith("__") and name != "__init__"
+                    if is_special and isinstance(method, types.FunctionType):
                         self.note_function(method)
 
     def note_attribute(self, owner: Any, name: str, value: Any) -> Any:
