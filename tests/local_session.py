@@ -105,6 +105,9 @@ class LocalSession:
     def wait_for_room(self, name):
         pass
 
+    def wait_for_program(self, program_id, name):
+        pass
+
     def wait_for_run(self, run_id):
         pass
 

@@ -28,10 +28,11 @@ from torchways.controller.generation_options import merged, num_new_tokens, repe
 from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
-from torchways.controller.program import Dispatch, ProgramFunction
+from torchways.controller.program import ProgramFunction
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session
+from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId

@@ -127,7 +127,7 @@ _FILLED = {"full": 1, "full_like": 1, "new_full": 2, "scalar_tensor": 0}
 
 def _dtype_of_filled(name: str, args: Any, node: Node) -> torch.dtype:
     if name in ("full_like", "new_full"):
-        return args[0].dtype  # type: ignore[no-any-return]
+        return args[0].dtype
     return torch.get_default_dtype() if node.is_float() else torch.int64
 
 

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from torchways.array import Array
 from torchways.capture.amp import scalers
+from torchways.capture.python_state.gradients import gradient_of
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import user_line
@@ -167,5 +168,4 @@ class StateTracker:
 
 
 def _has_gradient(parameter: torch.Tensor) -> bool:
-    gradient: Any = torch.Tensor.grad.__get__(parameter)  # type: ignore[attr-defined]  # reading it here is no condition
-    return gradient is not None
+    return gradient_of(parameter) is not None  # reading it here is no condition

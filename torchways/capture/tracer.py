@@ -331,7 +331,8 @@ class _TraceMode(TorchDispatchMode):
             positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
         except DataDependentError:
             return None
-        if any(isinstance(source, int) for read in self.reads[num_reads:] for source in read.sources):  # other masks of other calls would each need a graph
+        asked = [source for read in self.reads[num_reads:] for source in read.sources]
+        if any(isinstance(source, int) for source in asked):  # other masks of other calls would each need a graph
             del self.reads[num_reads:]
             return None
         return positions

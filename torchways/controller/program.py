@@ -19,7 +19,8 @@ from torchways.capture.source import user_line
 from torchways.controller.running import run_variant
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, difference, signature_of
-from torchways.controller.tracing import trace_variant
+from torchways.controller.trace_check import check_trace, checks_traces
+from torchways.controller.tracing import capture_again, trace_variant
 from torchways.controller.variant import Dispatch, Variant
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
 from torchways.errors import ConfigError, DataDependentError, UserError
@@ -83,6 +84,8 @@ class ProgramFunction:
             signature = signature_of(args, kwargs, self._function)
             variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
             reason = None
+            if variant is not None and checks_traces():
+                self._check(variant, signature, session)
             if variant is None and signature.key not in self._untraceable:
                 try:
                     variant = self._trace(signature, session)
@@ -96,6 +99,11 @@ class ProgramFunction:
                 self._last = variant
                 return run_variant(variant, signature)
         return self._run_untraced(args, kwargs, reason)
+
+    def _check(self, variant: Variant, signature: Signature, session: Session) -> None:
+        symbolic = frozenset(self._symbolic)
+        new = capture_again(self._function, self._name, signature, self.mesh, session, symbolic)
+        check_trace(self._name, variant.captured, new)
 
     def _run_untraced(self, args: Any, kwargs: Any, reason: DataDependentError | None = None) -> Any:
         """Runs the Python function itself: each compiled function that it calls is dispatched when it is called.

@@ -91,6 +91,8 @@ class _Run:
             mesh = self._variant.meshes[slice_index]
             arguments[mesh.slice_id] = [self._bind(item, mesh, session, consumed) for item in sources]
         name = self._variant.captured.program.name
+        if consumed:
+            session.wait_for_program(piece.program_id, name)
         session.wait_for_room(name)
         with uninterrupted():
             first = BufferId(session.new_ids(max(1, len(piece.results))))

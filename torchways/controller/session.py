@@ -29,7 +29,7 @@ import torch
 from torchways.capture.state import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread
-from torchways.errors import ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
+from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.passes.split import SlicePart
@@ -116,6 +116,9 @@ class Session:
     _sending: bool = False
     _room: threading.Condition = field(default_factory=threading.Condition)
     _lost_executors: dict[str, str] = field(default_factory=dict)
+    #: Islands that have not said yet that a program is compiled, and the failures of those that could not.
+    _compiling: dict[ProgramId, int] = field(default_factory=dict)
+    _not_compiled: dict[ProgramId, Failure] = field(default_factory=dict)
     _lost_event: asyncio.Event | None = None
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
@@ -438,6 +441,7 @@ class Session:
         for part in parts:
             address = addresses[part.slice_index]
             by_island[address.island_id].append((address.slice_id, part))
+        self._compiling[program_id] = len(by_island)
         for island, island_parts in by_island.items():
             self._post(self._schedulers[island], register_message(program_id, name, island_parts, peers))
         self._islands_of[program_id] = tuple(by_island)
@@ -446,6 +450,8 @@ class Session:
     def forget_program(self, program_id: ProgramId) -> None:
         """Lets executors free a program once its last run is over. Called by the garbage collector: no waiting."""
         islands = self._islands_of.pop(program_id, ())
+        self._compiling.pop(program_id, None)
+        self._not_compiled.pop(program_id, None)
         if not self._is_usable():
             return
         try:
@@ -503,6 +509,25 @@ class Session:
                     logger.info("dispatch of %s waits: %d runs are in flight", name, len(self._runs))
         self.check()
 
+    def wait_for_program(self, program_id: ProgramId, name: str) -> None:
+        """Waits until a program is compiled everywhere: a run that gives up buffers must not meet one that is not.
+
+        Raises:
+            CaptureError: it cannot be compiled.
+        """
+        with self._room:
+            while program_id in self._compiling:
+                self.check()
+                if not self._room.wait(timeout=10):
+                    logger.info("%s waits for its program %d to be compiled", name, program_id)
+            failure = self._not_compiled.get(program_id)
+        self.check()
+        if failure is not None:
+            raise CaptureError(
+                f"{name} cannot be compiled: {failure.message}\n"
+                "  all state is as it was; write it with other operators, or compute them outside the program"
+            )
+
     def wait_for_run(self, run_id: RunId) -> None:
         """Waits until a run is over, well or not."""
         with self._room:
@@ -540,6 +565,15 @@ class Session:
     def _on_program_ready(self, program_id: ProgramId, failure: Failure | None) -> None:
         if failure is not None:
             logger.warning("program %d could not be compiled: %s", program_id, failure.message)
+        with self._room:
+            if program_id not in self._compiling:
+                return
+            if failure is not None:
+                self._not_compiled.setdefault(program_id, failure)
+            self._compiling[program_id] -= 1
+            if not self._compiling[program_id]:
+                del self._compiling[program_id]
+                self._room.notify_all()
 
     def _on_run_finished(self, run_id: RunId, failure: Failure | None) -> None:
         with self._room:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 #: Signals whose handlers often raise: Ctrl-C, `kill`, time limits.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
@@ -22,16 +23,16 @@ def uninterrupted() -> Iterator[None]:
         yield
         return
     came: list[tuple[int, FrameType | None]] = []
-    handlers = {}
-    for number in _SIGNALS:
-        handler = signal.getsignal(number)
+    handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+    for signal_number in _SIGNALS:
+        handler = signal.getsignal(signal_number)
         if callable(handler):
-            handlers[number] = handler
-            signal.signal(number, lambda *arrived: came.append(arrived))
+            handlers[signal_number] = handler
+            signal.signal(signal_number, lambda *arrived: came.append(arrived))
     try:
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        for number, frame in came:
-            handlers[signal.Signals(number)](number, frame)
+        for arrived, frame in came:
+            handlers[arrived](arrived, frame)

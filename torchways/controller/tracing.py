@@ -80,11 +80,39 @@ def trace_variant(
         symbolic: keys of places whose numbers are inputs.
     """
 
-    def attempt(*, reads_positions: bool) -> Variant:
+    tracing = _traced(function, name, signature, mesh, session, symbolic, rewrite, may_read=may_read)
+    return tracing.variant(dispatch)
+
+
+def capture_again(
+    function: Callable[..., Any],
+    name: str,
+    signature: Signature,
+    mesh: VirtualSlice | None,
+    session: Session,
+    symbolic: frozenset[Any],
+) -> Captured:
+    """Traces a call as `trace_variant` does, and registers nothing."""
+    return _traced(function, name, signature, mesh, session, symbolic).captured
+
+
+def _traced(
+    function: Callable[..., Any],
+    name: str,
+    signature: Signature,
+    mesh: VirtualSlice | None,
+    session: Session,
+    symbolic: frozenset[Any],
+    rewrite: Callable[[Captured], Captured] = lambda captured: captured,
+    *,
+    may_read: bool = True,
+) -> _Tracing:
+    def attempt(*, reads_positions: bool) -> _Tracing:
         take_new_state()
         tracing = _Tracing(function, name, signature, mesh, session, symbolic)
         with _one_trace:
-            return tracing.run(dispatch, rewrite, may_read=may_read, reads_positions=reads_positions)
+            tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
+        return tracing
 
     try:
         return attempt(reads_positions=False)
@@ -99,6 +127,10 @@ def trace_variant(
 
 class _Tracing:
     """One attempt to trace a call."""
+
+    captured: Captured
+    _traced: Trace
+    _meshes: list[VirtualSlice]
 
     def __init__(
         self,
@@ -123,10 +155,8 @@ class _Tracing:
         #: Which leaf of which effect each further output of the graph is.
         self._written: list[WrittenValue] = []
 
-    def run(
-        self, dispatch: Dispatch, rewrite: Callable[[Captured], Captured], *, may_read: bool, reads_positions: bool
-    ) -> Variant:
-        """Returns the variant; Python's state is as before, but for arrays in place of what was on the host."""
+    def run(self, rewrite: Callable[[Captured], Captured], *, may_read: bool, reads_positions: bool) -> None:
+        """Traces the call; Python's state is as before then, but for arrays in place of what was on the host."""
         tensors = self._signature.tensors
         host_arguments = [tensor if may_read and type(tensor) is torch.Tensor else None for tensor in tensors]
         try:
@@ -144,19 +174,20 @@ class _Tracing:
             finally:
                 self._gradients.put_back()
                 self._watcher.put_back()
-            return self._finish(traced, dispatch, rewrite)
+            self._traced = traced
+            self._cut_up(traced, rewrite)
         except BaseException as error:
             if isinstance(error, (TorchwaysError, KeyboardInterrupt)) or _is_users(error):
                 raise
             raise _capture_error(self._name, error) from error
 
-    def _finish(self, traced: Trace, dispatch: Dispatch, rewrite: Callable[[Captured], Captured]) -> Variant:
-        tensors = self._signature.tensors
+    def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
         pure, cut = self._cut(traced, {})
         if missing := not_lowered(pure.graph_module, self._session, cut.meshes):
             pure, cut = self._cut(traced, decompositions_of(missing))
         check_lowered(pure.graph_module, self._session, cut.meshes)
-        captured = rewrite(
+        self._meshes = cut.meshes
+        self.captured = rewrite(
             Captured(
                 program=cut.program,
                 sources=_sources(traced, cut.program),
@@ -169,18 +200,20 @@ class _Tracing:
                 seed=traced.seed,
             )
         )
+
+    def variant(self, dispatch: Dispatch) -> Variant:
+        """Returns the variant of what was traced, registered."""
+        traced = self._traced
         self._watcher.free_containers_that_are_only_added_to(self._writes)
         self._tracker.commit()
-        del tensors
-        sources = [item.source for item in traced.inputs if isinstance(item.source, TensorSource)]
         state = Conditions(
             [*self._watcher.reads.values(), *self._gradients.reads()],
-            sources,
+            [item.source for item in traced.inputs if isinstance(item.source, TensorSource)],
             self._signature,
             _adopted,
             [effect.place for effect in self._effects],
         )
-        return variant_of(captured, cut.meshes, self._session, state, traced.reads, dispatch)
+        return variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch)
 
     # ---- the call
 

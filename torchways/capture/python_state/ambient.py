@@ -56,7 +56,7 @@ def ambient_modes() -> tuple[Any, ...]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.get_float32_matmul_precision(),
         torch.is_anomaly_enabled(),
-        torch.autograd.is_multithreading_enabled(),  # type: ignore[attr-defined]
+        torch.autograd.is_multithreading_enabled(),
         torch._C._autograd._top_saved_tensors_default_hooks(False),
         torch._C._functorch.peek_interpreter_stack() is not None,
         tuple(tuple(found.values()) for found in hooks) if any(hooks) else (),

@@ -59,7 +59,7 @@ def reads_of(code: types.CodeType) -> CodeReads:
     added: set[str] = set()
     read: set[str] = set()
     for instructions in _codes(code):
-        for instruction, following in zip(instructions, [*instructions[1:], None], strict=True):
+        for instruction, following in zip(instructions, [*instructions[1:], instructions[-1]], strict=True):
             name, operation = instruction.argval, instruction.opname
             if operation in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"):
                 names["variables"].add(name)
@@ -70,7 +70,7 @@ def reads_of(code: types.CodeType) -> CodeReads:
             elif operation in ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE"):
                 names["locals"].add(name)
             if operation in _LOADS:
-                is_addition = following is not None and following.opname == "LOAD_METHOD"
+                is_addition = following.opname == "LOAD_METHOD"
                 (added if is_addition and following.argval in ADDING_METHODS else read).add(name)
     return CodeReads(
         **{kind: frozenset(found) for kind, found in names.items()},

@@ -70,8 +70,8 @@ class Gradients:
         """Sees gradients that Python reads, assigns and clears inside."""
         patches: list[tuple[Any, str, Any]] = [
             (Array, "grad", property(self._get, self._set, lambda array: self._set(array, None))),
-            (torch.optim.Optimizer, "zero_grad", self._zero_grad_of(torch.optim.Optimizer.zero_grad, _of_groups)),
-            (torch.nn.Module, "zero_grad", self._zero_grad_of(torch.nn.Module.zero_grad, _of_module)),
+            (torch.optim.Optimizer, "zero_grad", self._zerogradient_of(torch.optim.Optimizer.zero_grad, _of_groups)),
+            (torch.nn.Module, "zero_grad", self._zerogradient_of(torch.nn.Module.zero_grad, _of_module)),
         ]
         missing = object()
         saved = [cls.__dict__.get(name, missing) for cls, name, _ in patches]
@@ -91,24 +91,24 @@ class Gradients:
         found = self._found.get(id(owner))
         if found is None:
             place = place or Gradient(Bound(self._watcher.source(owner)))
-            found = self._found[id(owner)] = _Gradient(owner, place, _grad_of(owner), is_condition)
+            found = self._found[id(owner)] = _Gradient(owner, place, gradient_of(owner), is_condition)
         return found
 
     def _get(self, array: Array) -> Any:
         if active_watcher() is self._watcher and not self._watcher.paused:
             found = self.note(array)
             found.is_read = found.is_read or not found.is_written
-        return _grad_of(array)
+        return gradient_of(array)
 
     def _set(self, array: Array, value: Any) -> None:
         if active_watcher() is self._watcher:
             found = self.note(array)
-            was_added_to = _grad_of(array) is not found.initial
+            was_added_to = gradient_of(array) is not found.initial
             found.is_read = found.is_read or (was_added_to and not found.is_written)
             found.is_written = True
         _GRAD.__set__(array, value)
 
-    def _zero_grad_of(self, original: Callable[..., None], parameters_of: Callable[[Any], Iterable[Any]]) -> Any:
+    def _zerogradient_of(self, original: Callable[..., None], parameters_of: Callable[[Any], Iterable[Any]]) -> Any:
         def zero_grad(owner: Any, set_to_none: bool = True) -> None:
             if active_watcher() is not self._watcher or not set_to_none:
                 original(owner, set_to_none)
@@ -123,7 +123,7 @@ class Gradients:
         """Returns the gradients that are not what they were, or that were cleared whatever they were."""
         found = []
         for item in self._found.values():
-            now = _grad_of(item.owner)
+            now = gradient_of(item.owner)
             if now is not item.initial and not item.is_written:
                 item.is_read = True
             if now is not item.initial or item.is_written:
@@ -145,7 +145,7 @@ class Gradients:
     def put_back(self) -> None:
         """Restores all gradients as they were."""
         for item in self._found.values():
-            if _grad_of(item.owner) is not item.initial:
+            if gradient_of(item.owner) is not item.initial:
                 _GRAD.__set__(item.owner, item.initial)
 
 
@@ -153,7 +153,8 @@ class Gradients:
 _GRAD: Any = torch.Tensor.grad
 
 
-def _grad_of(tensor: torch.Tensor) -> Any:
+def gradient_of(tensor: torch.Tensor) -> Any:
+    """Returns a tensor's gradient without a note that it was read."""
     return _GRAD.__get__(tensor)
 
 

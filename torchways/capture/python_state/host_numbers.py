@@ -11,6 +11,7 @@ PyTorch knows these numbers as its own `SymFloat` and `SymInt`, over nodes of ou
 
 from __future__ import annotations
 
+import builtins
 import math
 import operator
 import struct
@@ -192,27 +193,27 @@ class Node:
     def require(self) -> Any:
         return self.numbers.require(self.step)
 
-    def guard_int(self, file: str = "", line: int = 0) -> int:
+    def guard_int(self, file: builtins.str = "", line: int = 0) -> int:
         return int(self.require())
 
-    def guard_float(self, file: str = "", line: int = 0) -> float:
+    def guard_float(self, file: builtins.str = "", line: int = 0) -> float:
         return float(self.require())
 
-    def guard_bool(self, file: str = "", line: int = 0) -> bool:
+    def guard_bool(self, file: builtins.str = "", line: int = 0) -> bool:
         return bool(self.require())
 
-    def guard_size_oblivious(self, file: str = "", line: int = 0) -> bool:
+    def guard_size_oblivious(self, file: builtins.str = "", line: int = 0) -> bool:
         return bool(self.require())
 
-    def guard_or_false(self, file: str = "", line: int = 0) -> bool:
+    def guard_or_false(self, file: builtins.str = "", line: int = 0) -> bool:
         return bool(self.require())
 
     guard_or_true = guard_or_false
 
-    def expect_true(self, file: str = "", line: int = 0) -> bool:
+    def expect_true(self, file: builtins.str = "", line: int = 0) -> bool:
         return bool(self.require())
 
-    def expect_size(self, file: str = "", line: int = 0) -> bool:
+    def expect_size(self, file: builtins.str = "", line: int = 0) -> bool:
         return bool(self.require())
 
     def bool_(self) -> bool:
@@ -221,19 +222,19 @@ class Node:
     def int_(self) -> int:
         return int(self.require())
 
-    def str(self) -> str:
+    def str(self) -> builtins.str:
         return str(self.hint)
 
     _graph_repr = str
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: builtins.str) -> Any:
         """The arithmetic of nodes, which PyTorch's own C++ code does where it computes with sizes and indices."""
         function = _NODE_ARITHMETIC.get(name)
         if function is None:
             raise AttributeError(name)
         return lambda *others: self.numbers.apply(function, self, *others)
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> builtins.str:
         return f"number {self.hint}"
 
 
@@ -256,7 +257,7 @@ def node_of(value: Any) -> Node | None:
 def wrap(node: Node) -> Any:
     """Returns the number that a trace computes with."""
     if node.is_bool():
-        return torch.SymBool(node)  # type: ignore[arg-type]
+        return torch.SymBool(node)
     return (HostInt if node.is_int() else HostFloat)(node)
 
 

@@ -237,7 +237,7 @@ class Watcher:
         for key, item in zip(keys, items_of(value), strict=False):
             inner = Entry(place, key_of(key))
             if free_numbers and type(item) is tuple and item and all(type(number) is float for number in item):
-                token = self._tuple_of_numbers(inner, item)
+                token: Token | None = self._tuple_of_numbers(inner, item)
             else:
                 free = free_numbers and not isinstance(value, tuple)
                 token, _ = self._token(inner, item, free_numbers=free)
@@ -297,7 +297,8 @@ class Watcher:
             if self.in_optimizer or name == "defaults":
                 return value
         with self.pause():
-            kind = _kind_of_attribute(type(owner), name)
+            cls: Any = type(owner)
+            kind = _kind_of_attribute(cls, name)
             if isinstance(kind, property):
                 self._note_property(kind)
                 return value
