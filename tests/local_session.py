@@ -15,6 +15,7 @@ from collections import defaultdict
 import torch
 
 from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
+from torchways.errors import UserError
 from torchways.graphs import deserialize_graph
 from torchways.ids import SliceId
 from torchways.mesh import VirtualSlice
@@ -73,7 +74,10 @@ class LocalSession:
         return remote
 
     def fetch(self, buffer, timeout=None):
-        return self.buffers[buffer.mesh.slice_id][buffer.buffer_id].clone()
+        found = self.buffers[buffer.mesh.slice_id].get(buffer.buffer_id)
+        if found is None:
+            raise UserError(f"buffer {buffer.buffer_id} was donated")
+        return found.clone()
 
     def start_fetch(self, buffer):
         future = concurrent.futures.Future()

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from torchways.capture.python_state.functions import unread_parameters
 from torchways.capture.python_state.places import Fixed
 from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.source import user_line
@@ -62,6 +63,7 @@ class ProgramFunction:
         self._last: Variant | None = None
         self._times_traced = 0
         self._symbolic: set[Any] = set()
+        self._unread = unread_parameters(function)
 
     @property
     def traced_function(self) -> Callable[..., Any]:
@@ -80,6 +82,8 @@ class ProgramFunction:
         session.check()
         if self._padding is not None:
             args, kwargs = self._padding.pad(self._function, args, kwargs)
+        if self._unread:
+            args, kwargs = self._without_unread(args, kwargs)
         with session.lock:  # to other threads a call is one step: tracing, binding, sending, and what it writes
             signature = signature_of(args, kwargs, self._function)
             variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
@@ -99,6 +103,14 @@ class ProgramFunction:
                 self._last = variant
                 return run_variant(variant, signature)
         return self._run_untraced(args, kwargs, reason)
+
+    def _without_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns the arguments of a call without the values that the function never reads."""
+        names = self._function.__code__.co_varnames[: self._function.__code__.co_argcount]
+        kept = [None if name in self._unread else value for name, value in zip(names, args, strict=False)]
+        return (*kept, *args[len(names) :]), {
+            name: None if name in self._unread else value for name, value in kwargs.items()
+        }
 
     def _check(self, variant: Variant, signature: Signature, session: Session) -> None:
         symbolic = frozenset(self._symbolic)

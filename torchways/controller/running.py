@@ -18,7 +18,6 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.parity.check import ParityCheck
 from torchways.controller.parity.report import ParityReport, active_parity
 from torchways.controller.session import Session
-from torchways.controller.signals import uninterrupted
 from torchways.controller.signatures import Signature
 from torchways.controller.variant import (
     COMPUTED,
@@ -39,6 +38,7 @@ from torchways.ids import BufferId, RunId, SliceId
 from torchways.ir.program import ValueIndex
 from torchways.mesh import VirtualSlice
 from torchways.rpc.programs import Binding, InlineValue
+from torchways.signals import uninterrupted
 
 
 def run_variant(variant: Variant, signature: Signature) -> Any:

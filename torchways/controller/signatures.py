@@ -7,7 +7,6 @@ function is traced anew.
 from __future__ import annotations
 
 import inspect
-import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -64,10 +63,6 @@ class Signature:
     def name_of_tensor(self, position: int) -> str:
         """Returns the name of a tensor among the leaves."""
         return self.name_of(self.tensor_positions[position])
-
-    def parameter_of(self, position: int) -> str:
-        """Returns the name of the parameter that a leaf is, or is part of."""
-        return re.split(r"[\[.,]", self.name_of(position), maxsplit=1)[0]
 
     def is_by_path(self, position: int) -> bool:
         """Whether a leaf is an object that another call may have another of."""

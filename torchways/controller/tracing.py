@@ -19,7 +19,6 @@ from torchways.capture.objects import may_open, open_objects
 from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
-from torchways.capture.python_state.functions import unread_parameters
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
@@ -54,6 +53,7 @@ from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
 from torchways.passes.lower import lower
 from torchways.passes.sequential import sequential, whole
+from torchways.signals import uninterrupted
 
 #: Traces change classes and modes of the whole process while they run: there is one at a time.
 _one_trace = threading.RLock()
@@ -172,8 +172,9 @@ class _Tracing:
                         reads_positions=reads_positions,
                     )
             finally:
-                self._gradients.put_back()
-                self._watcher.put_back()
+                with uninterrupted():
+                    self._gradients.put_back()
+                    self._watcher.put_back()
             self._traced = traced
             self._cut_up(traced, rewrite)
         except BaseException as error:
@@ -229,9 +230,8 @@ class _Tracing:
         leaves = list(signature.leaves)
         for position, fake in zip(signature.tensor_positions, fakes, strict=True):
             leaves[position] = self._argument(position, fake)
-        unread = unread_parameters(self._function)
         for position, leaf in enumerate(signature.leaves):
-            if not isinstance(leaf, torch.Tensor) and signature.parameter_of(position) not in unread:
+            if not isinstance(leaf, torch.Tensor):
                 leaves[position] = self._note_argument(position, leaf)
         args, kwargs = pytree.tree_unflatten(leaves, signature.spec)
         if self._mesh is not None:

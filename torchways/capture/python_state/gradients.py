@@ -18,6 +18,7 @@ from torchways.array import Array
 from torchways.capture.python_state.places import Call, Gradient, Place
 from torchways.capture.python_state.tokens import Exactly, OneOf, TensorSource, Token
 from torchways.capture.python_state.watcher import Watcher, Write, active_watcher
+from torchways.signals import uninterrupted
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,11 +81,12 @@ class Gradients:
                 setattr(cls, name, new)
             yield
         finally:
-            for (cls, name, _), old in zip(patches, saved, strict=True):
-                if old is missing:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, old)
+            with uninterrupted():
+                for (cls, name, _), old in zip(patches, saved, strict=True):
+                    if old is missing:
+                        delattr(cls, name)
+                    else:
+                        setattr(cls, name, old)
 
     def note(self, owner: torch.Tensor, place: Place | None = None, *, is_condition: bool = True) -> _Gradient:
         """Notes a tensor whose gradient may be read or written from here on."""

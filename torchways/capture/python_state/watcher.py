@@ -57,6 +57,7 @@ from torchways.capture.python_state.tokens import (
     keys_of,
     source_of,
 )
+from torchways.signals import uninterrupted
 
 #: Attributes of an optimizer: of groups, numbers are inputs; state that its own step reads is noted after the trace.
 _OF_OPTIMIZERS = {"param_groups", "state", "defaults"}
@@ -134,13 +135,14 @@ class Watcher:
             self._patch_function(torch.nn.Module, "__delattr__", _quietly)
             yield
         finally:
-            _active = saved
-            for cls, name, old in reversed(self._patches):
-                if old is _MISSING_OBJECT:
-                    delattr(cls, name)
-                else:
-                    setattr(cls, name, old)
-            self._patches.clear()
+            with uninterrupted():
+                _active = saved
+                for cls, name, old in reversed(self._patches):
+                    if old is _MISSING_OBJECT:
+                        delattr(cls, name)
+                    else:
+                        setattr(cls, name, old)
+                self._patches.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:

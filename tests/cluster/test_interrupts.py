@@ -1,0 +1,98 @@
+"""Ctrl-C in a training loop: a call has happened, or it has not. Afterwards the model is there and goes on learning."""
+
+import random
+import signal
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchways as tw
+
+
+@pytest.fixture(scope="module")
+def trainer():
+    with tw.init(islands=2, devices_per_island=1):
+        meshes = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in range(2)]
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 4))
+        model = tw.pipeline(model, split_spec={"2": tw.SplitPoint.BEGINNING}, meshes=meshes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+        counted = []
+
+        @tw.program
+        def step(x, y):
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            counted.append(loss.detach())
+            return loss
+
+        x, y = torch.randn(8, 8), torch.randint(0, 4, (8,))
+        step(x, y).item()
+        yield lambda: step(x, y), model, optimizer, counted
+
+
+def _interrupt_often(trainer, tries):
+    step, model, optimizer, counted = trainer
+    generator = random.Random(0)
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    saved = signal.signal(signal.SIGALRM, interrupt)
+    num_interrupted = 0
+    try:
+        for number in range(tries):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-4, 4e-3))
+                while True:
+                    step()
+            except KeyboardInterrupt:
+                num_interrupted += 1
+            if number % 10 == 0 or number == tries - 1:
+                state = model.state_dict()
+                assert all(value.isfinite().all() for value in state.values())
+                # Each call that happened has left all it leaves: the loss, and one step of each parameter.
+                steps = {int(value["step"].item()) for value in optimizer.state.values()}
+                assert steps == {len(counted)}
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, saved)
+    assert num_interrupted == tries
+
+
+def test_interrupts_lose_nothing(trainer):
+    _interrupt_often(trainer, 60)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_thousand_interrupts_lose_nothing(trainer):
+    _interrupt_often(trainer, 1000)
+
+
+def test_state_is_read_beside_training_by_another_thread(trainer):
+    step, model, *_ = trainer
+    errors, done = [], threading.Event()
+
+    def train():
+        try:
+            for _ in range(100):
+                step()
+        except BaseException as error:
+            errors.append(error)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    num_reads = 0
+    while not done.is_set() or not num_reads:
+        assert all(value.isfinite().all() for value in model.state_dict().values())
+        num_reads += 1
+    thread.join(60)
+    assert not errors
