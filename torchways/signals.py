@@ -1,13 +1,21 @@
-"""Defers Python's signal handlers, so that an exception of one (Ctrl-C) comes before or after a step, never within."""
+"""Python's signal handlers, whose exceptions (Ctrl-C) may arrive between any two steps of the main thread.
+
+`uninterrupted` makes several steps one to them. And whoever waits does so without a lock written in Python: an
+exception that arrives just after such a lock is taken leaves it held for ever, and other threads waiting for it.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import queue
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 #: Signals whose handlers often raise: Ctrl-C, `kill`, time limits.
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
@@ -24,15 +32,62 @@ def uninterrupted() -> Iterator[None]:
         return
     came: list[tuple[int, FrameType | None]] = []
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
-    for signal_number in _SIGNALS:
-        handler = signal.getsignal(signal_number)
-        if callable(handler):
-            handlers[signal_number] = handler
-            signal.signal(signal_number, lambda *arrived: came.append(arrived))
     try:
+        for signal_number in _SIGNALS:
+            handler = signal.getsignal(signal_number)
+            if callable(handler):
+                handlers[signal_number] = handler
+                signal.signal(signal_number, lambda *arrived: came.append(arrived))
         yield
     finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
         for arrived, frame in came:
             handlers[arrived](arrived, frame)
+
+
+class Waiting:
+    """Threads that wait until something holds, and others that tell them to look again."""
+
+    def __init__(self) -> None:
+        self._waiting: list[queue.SimpleQueue[None]] = []
+
+    def until(self, holds: Callable[[], bool], timeout: float) -> bool:
+        """Waits until `holds()`, which is asked again at each `look_again`, for `timeout` seconds at most.
+
+        Returns:
+            whether it holds.
+        """
+        told: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._waiting.append(told)
+        try:
+            while not holds():
+                try:
+                    told.get(timeout=timeout)
+                except queue.Empty:
+                    return holds()
+            return True
+        finally:
+            self._waiting.remove(told)
+
+    def look_again(self) -> None:
+        """Tells all that wait to look again."""
+        for told in tuple(self._waiting):
+            told.put(None)
+
+
+def result_of(future: concurrent.futures.Future[T], timeout: float | None) -> T:
+    """Waits for a future's result, as its own method does.
+
+    Raises:
+        TimeoutError: `timeout` seconds passed.
+    """
+    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    with uninterrupted():
+        future.add_done_callback(arrived.put)
+    try:
+        arrived.get(timeout=timeout)
+    except queue.Empty:
+        raise concurrent.futures.TimeoutError from None
+    with uninterrupted():
+        return future.result(0)

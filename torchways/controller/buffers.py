@@ -25,6 +25,7 @@ from torchways.errors import DeadlineExceeded, SessionClosed, UserError
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc.programs import InlineValue
+from torchways.signals import result_of, uninterrupted
 
 
 class BufferHome(Protocol):
@@ -260,7 +261,7 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
             if position in reads:
                 left = None if deadline is None else max(0.0, deadline - time.monotonic())
                 try:
-                    found[position] = reads[position].result(left)
+                    found[position] = result_of(reads[position], left)
                 except concurrent.futures.TimeoutError as error:
                     if reads[position].done():
                         raise  # the read itself raised it
@@ -268,8 +269,9 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
             elif isinstance(leaf, Array):
                 found[position] = leaf.cpu()
     finally:
-        for read in reads.values():
-            read.cancel()
+        with uninterrupted():
+            for read in reads.values():
+                read.cancel()
     return found
 
 

@@ -15,6 +15,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from torchways.errors import DeadlineExceeded
+from torchways.signals import result_of, uninterrupted
 
 T = TypeVar("T")
 
@@ -38,13 +39,14 @@ class LoopThread:
         """
         future = self.start(coroutine)
         try:
-            return future.result(None if timeout is None else timeout.total_seconds())
+            return result_of(future, None if timeout is None else timeout.total_seconds())
         except concurrent.futures.TimeoutError as error:
             if future.done() and not future.cancelled():
                 raise  # the coroutine itself raised it
             raise DeadlineExceeded(f"waited {timeout} for {what or 'an answer'} in vain") from error
         finally:
-            future.cancel()
+            with uninterrupted():
+                future.cancel()
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Runs a coroutine on the loop without waiting.
@@ -70,7 +72,7 @@ class LoopThread:
         """Ends all that was started, and waits for it. Idempotent."""
         if not self._closed:
             self._closed = True
-            asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop).result(5)
+            result_of(asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop), 5)
 
     def _check(self) -> None:
         if self._closed:

@@ -51,6 +51,7 @@ from torchways.rpc.programs import (
     release_message,
     run_message,
 )
+from torchways.signals import Waiting, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -114,7 +115,7 @@ class Session:
     #: Messages that the loop has not sent yet, in order, and whether it was told of them.
     _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
     _sending: bool = False
-    _room: threading.Condition = field(default_factory=threading.Condition)
+    _room: Waiting = field(default_factory=Waiting)
     _lost_executors: dict[str, str] = field(default_factory=dict)
     #: Islands that have not said yet that a program is compiled, and the failures of those that could not.
     _compiling: dict[ProgramId, int] = field(default_factory=dict)
@@ -148,8 +149,7 @@ class Session:
         self.closed = True
         if os.getpid() != self.pid:  # forked: what it would end is the other process's
             return
-        with self._room:
-            self._room.notify_all()
+        self._room.look_again()
         try:
             self.loop.run(self._close(), timedelta(seconds=5), "connections to close")
         except Exception:  # the cluster may be gone already; what matters is that it ends
@@ -212,7 +212,7 @@ class Session:
         return self._wait_slice(entry)
 
     def _wait_slice(self, entry: _Slice) -> SliceAddress:
-        entry.ready.result(self.start_timeout.total_seconds() + 5)
+        result_of(entry.ready, self.start_timeout.total_seconds() + 5)
         assert entry.address is not None
         return entry.address
 
@@ -224,7 +224,7 @@ class Session:
         held = [item for item in gc.get_objects() if type(item) is RemoteBuffer and item.mesh is mesh]
         buffers = [item for item in held if item.session is self and not item.consumed]
         reads = [(buffer, self.start_fetch(buffer)) for buffer in buffers]
-        values = [(buffer, read.result(_MOVE_SECONDS)) for buffer, read in reads]
+        values = [(buffer, result_of(read, _MOVE_SECONDS)) for buffer, read in reads]
         reserving = self.manager.reserve_slice(mesh.shape, mesh.mesh_dim_names, island)
         mesh.slice_id, mesh.island = self.loop.run(reserving, _CALL, "a slice")
         self._add_slice(mesh)
@@ -502,11 +502,8 @@ class Session:
 
     def wait_for_room(self, name: str) -> None:
         """Waits while too many runs are in flight."""
-        with self._room:
-            while len(self._runs) >= self.max_runs_in_flight:
-                self.check()
-                if not self._room.wait(timeout=10):
-                    logger.info("dispatch of %s waits: %d runs are in flight", name, len(self._runs))
+        if len(self._runs) >= self.max_runs_in_flight:
+            self._wait(lambda: len(self._runs) < self.max_runs_in_flight, f"dispatch of {name}")
         self.check()
 
     def wait_for_program(self, program_id: ProgramId, name: str) -> None:
@@ -515,13 +512,10 @@ class Session:
         Raises:
             CaptureError: it cannot be compiled.
         """
-        with self._room:
-            while program_id in self._compiling:
-                self.check()
-                if not self._room.wait(timeout=10):
-                    logger.info("%s waits for its program %d to be compiled", name, program_id)
-            failure = self._not_compiled.get(program_id)
+        if program_id in self._compiling:
+            self._wait(lambda: program_id not in self._compiling, f"{name}, whose program is compiled,")
         self.check()
+        failure = self._not_compiled.get(program_id)
         if failure is not None:
             raise CaptureError(
                 f"{name} cannot be compiled: {failure.message}\n"
@@ -530,26 +524,24 @@ class Session:
 
     def wait_for_run(self, run_id: RunId) -> None:
         """Waits until a run is over, well or not."""
-        with self._room:
-            self._awaited = run_id
-            while run_id in self._runs:
-                self.check()
-                if not self._room.wait(timeout=10):
-                    logger.info("waiting for run %d of %s", run_id, self._runs[run_id].name)
-            self._awaited = None
+        self._awaited = run_id
+        self._wait(lambda: run_id not in self._runs, f"run {run_id}")
+        self._awaited = None
         self.check()
 
     def wait_for_runs(self, timeout: timedelta) -> None:
         """Waits until no run is in flight."""
-        deadline = time.monotonic() + timeout.total_seconds()
-        with self._room:
-            while self._runs and not self.closed and self.broken is None:
-                left = deadline - time.monotonic()
-                if left <= 0 or not self._room.wait(timeout=min(left, 10)):
-                    logger.info("waiting for %d runs in flight", len(self._runs))
-                if left <= 0:
-                    break
+        self._wait(lambda: not self._runs, "the session", time.monotonic() + timeout.total_seconds())
         self.check()
+
+    def _wait(self, holds: Callable[[], bool], who: str, deadline: float = float("inf")) -> None:
+        """Waits until something holds, the session is over, or the deadline has passed."""
+
+        def is_over() -> bool:
+            return holds() or self.closed or self.broken is not None
+
+        while (left := deadline - time.monotonic()) > 0 and not self._room.until(is_over, min(left, 10)):
+            logger.info("%s waits: %d runs are in flight", who, len(self._runs))
 
     def num_messages(self) -> dict[IslandId, dict[str, int]]:
         """Returns how many messages of each kind went to each island's scheduler."""
@@ -565,27 +557,25 @@ class Session:
     def _on_program_ready(self, program_id: ProgramId, failure: Failure | None) -> None:
         if failure is not None:
             logger.warning("program %d could not be compiled: %s", program_id, failure.message)
-        with self._room:
-            if program_id not in self._compiling:
-                return
-            if failure is not None:
-                self._not_compiled.setdefault(program_id, failure)
-            self._compiling[program_id] -= 1
-            if not self._compiling[program_id]:
-                del self._compiling[program_id]
-                self._room.notify_all()
+        if program_id not in self._compiling:
+            return
+        if failure is not None:
+            self._not_compiled.setdefault(program_id, failure)
+        self._compiling[program_id] -= 1
+        if not self._compiling[program_id]:
+            del self._compiling[program_id]
+            self._room.look_again()
 
     def _on_run_finished(self, run_id: RunId, failure: Failure | None) -> None:
-        with self._room:
-            run = self._runs.get(run_id)
-            if run is None:
-                return
-            run.islands_left -= 1
-            if run.islands_left == 0:
-                del self._runs[run_id]
-                # Who waits is not woken for every single run.
-                if not self._runs or run_id == self._awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
-                    self._room.notify_all()
+        run = self._runs.get(run_id)
+        if run is None:
+            return
+        run.islands_left -= 1
+        if run.islands_left == 0:
+            del self._runs[run_id]
+            # Who waits is not woken for every single run.
+            if not self._runs or run_id == self._awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
+                self._room.look_again()
         if failure is not None:
             logger.info("run %d of %s failed: %s", run_id, run.name, failure.message)
 
@@ -600,8 +590,7 @@ class Session:
         self.broken = ClusterLost(f"{reason}; the session's arrays are gone. Start again with tw.init()")
         assert self._lost_event is not None
         self._lost_event.set()
-        with self._room:
-            self._room.notify_all()
+        self._room.look_again()
 
 
 def _forget_result(task: asyncio.Future[Any]) -> None:
