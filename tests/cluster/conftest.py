@@ -14,7 +14,8 @@ def cluster_processes():
     found = []
     for process in psutil.Process().children(recursive=True):
         try:
-            if process.status() != psutil.STATUS_ZOMBIE:
+            is_pythons = "multiprocessing.resource_tracker" in " ".join(process.cmdline())  # it stays once it is there
+            if process.status() != psutil.STATUS_ZOMBIE and not is_pythons:
                 found.append(process)
         except psutil.NoSuchProcess:
             pass

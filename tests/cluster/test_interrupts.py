@@ -48,10 +48,12 @@ def _interrupt_often(trainer, tries):
     try:
         for number in range(tries):
             try:
-                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-4, 4e-3))
+                # Python drops an exception that arrives within a `__del__`: it comes again.
+                signal.setitimer(signal.ITIMER_REAL, generator.uniform(1e-4, 4e-3), 0.05)
                 while True:
                     step()
             except KeyboardInterrupt:
+                signal.setitimer(signal.ITIMER_REAL, 0)
                 num_interrupted += 1
             if number % 10 == 0 or number == tries - 1:
                 state = model.state_dict()

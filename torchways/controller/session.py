@@ -499,6 +499,8 @@ class Session:
         while self._unsent:
             scheduler, message = self._unsent.popleft()
             scheduler.send(message)
+        if self._releases:  # also those whose own flush an interrupt kept from being asked for
+            self._flush_releases()
 
     def wait_for_room(self, name: str) -> None:
         """Waits while too many runs are in flight."""

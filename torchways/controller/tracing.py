@@ -214,7 +214,10 @@ class _Tracing:
             _adopted,
             [effect.place for effect in self._effects],
         )
-        return variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch)
+        variant = variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch)
+        self._watcher.forget()  # the call's arrays are not to wait for the garbage collector
+        vars(self).clear()
+        return variant
 
     # ---- the call
 

@@ -476,6 +476,10 @@ class Watcher:
                 if now is not before and not _is_same_method(now, before):
                     place.set(self.call, before)
 
+    def forget(self) -> None:
+        """Lets go of the call and of all that was reached."""
+        vars(self).clear()
+
     def free_containers_that_are_only_added_to(self, writes: list[Write]) -> None:
         """Takes back the condition on what a container holds where the code only ever adds to it."""
         for write in writes:
