@@ -1,6 +1,7 @@
 """How often programs are traced, and the switch that traces them at every call."""
 
 import threading
+from itertools import pairwise
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ class Placed:
 
     def model(self, *widths):
         torch.manual_seed(0)
-        layers = [nn.Linear(first, second) for first, second in zip(widths[:-1], widths[1:], strict=True)]
+        layers = [nn.Linear(first, second) for first, second in pairwise(widths)]
         return make_parallel(nn.Sequential(*layers), self.mesh, None, lambda: self.session)
 
     def program(self, function):
