@@ -119,6 +119,11 @@ class StateTracker:
                 group.update({name: value for name, value in _TRACED_OPTIONS.items() if name in group})
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
+        if isinstance(optimizer, torch.optim.Adafactor):
+            raise CaptureError(
+                f"Adafactor reads norms of its parameters on the host in each step, at {user_line()}: a program cannot "
+                "contain it; use AdamW, or RMSprop with a schedule"
+            )
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if not isinstance(parameter, Array) and self.replaced_by(parameter) is not None:

@@ -469,6 +469,8 @@ class Session:
     ) -> RunId:
         """Sends a run: one message to each island that takes part; see `wait_for_room`."""
         started_ns = time.time_ns()
+        if any(slice_id not in self._slices for slice_id in arguments):
+            raise PlacementError(f"{name} runs on a mesh that is closed: its devices and arrays were given back")
         run_id = RunId(self.new_ids(1))
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
         for slice_id, bindings in arguments.items():

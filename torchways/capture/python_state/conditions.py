@@ -72,12 +72,14 @@ class Conditions:
         #: Places that are compared at each call.
         self._direct: list[tuple[Place, Token]] = []
         self._groups: list[_Group] = []
+        #: Gradients: where one comes or goes, that is counted.
+        self._gradients: list[tuple[Place, Token]] = []
+        #: Dictionaries that were empty (hooks, mostly): they must stay so.
+        self._empty: list[dict[Any, Any]] = []
         self._reads = reads
         self._written = {id(item) for place in written for item in (dicts_behind(place, call) or ())[-1:]}
         self._path_sources = [
-            source
-            for source in sources
-            if any(not place.is_fixed or self._is_written(place, call) for place in source.places)
+            source for source in sources if any(self._may_move(place, call) for place in source.places)
         ]
         self._classes: list[dict[Any, Any]] = []
         self._sort(call)
@@ -88,7 +90,7 @@ class Conditions:
     def hold(self, call: Call) -> bool:
         """Whether all hold for a call; the tensors of `sources` are then those that are at their places."""
         is_same = self._guard.check(self._all_dicts) and Array.num_changes == self._num_changes
-        if is_same and not self._lists_changed() and not self._variables_changed():
+        if is_same and not any(self._empty) and not self._lists_changed() and not self._variables_changed():
             if not self._direct and not self._path_sources:
                 return True
             return self._compare(self._direct, call) and self._bind(self._path_sources, call)
@@ -140,8 +142,9 @@ class Conditions:
                 moved.append(group)
             if (is_moved or flags_changed or classes_changed) and not self._compare(group.reads, call):
                 return False
-        if not self._compare(self._variables, call) or not self._compare(self._direct, call):
-            return False
+        for reads in (self._variables, self._direct, self._gradients):
+            if not self._compare(reads, call):
+                return False
         if not self._bind(self._sources, call):
             return False
         for group in moved:
@@ -207,7 +210,8 @@ class Conditions:
                 self._variables.append((place, token))
                 self._globals.append((place.namespace, place.name))
             elif isinstance(place, Gradient):
-                self._direct.append((place, token))
+                self._gradients.append((place, token))
+                continue
             value = place.get(call)
             inner, lists = list(token.dicts(value)), list(token.lists(value))
             behind = dicts_behind(place, call) if place.is_fixed else None
@@ -216,8 +220,7 @@ class Conditions:
             if isinstance(place, Attribute) and place.is_fixed:
                 classes.update(dict.fromkeys(type(place.parent.get(call)).__mro__))
             if behind is None or not place.is_fixed or any(id(item) in self._written for item in (*behind, *inner)):
-                if not isinstance(place, Gradient):
-                    self._direct.append((place, token))
+                self._direct.append((place, token))
                 continue
             if inner or lists or behind:  # a container's group is of its own: it may hold lists
                 key = (id(behind[0]) if behind else id(token), bool(inner or lists))
@@ -225,7 +228,10 @@ class Conditions:
         self._groups = list(groups.values())
         self._classes = [_dict_of_class(cls) for cls in classes if cls is not object]
 
-    def _is_written(self, place: Place, call: Call) -> bool:
+    def _may_move(self, place: Place, call: Call) -> bool:
+        """Whether another tensor may be at a place although no version says so."""
+        if isinstance(place, Gradient) or not place.is_fixed:
+            return True
         return any(id(item) in self._written for item in dicts_behind(place, call) or ())
 
     def _refresh(self, call: Call) -> None:
@@ -238,6 +244,8 @@ class Conditions:
             group.versions = [_version(found) for found in group.dicts]
         self._class_versions = [_version(found) for found in self._classes]
         unique = {id(found): found for group in self._groups for found in group.dicts}
+        self._empty = [found for found in unique.values() if not found]
+        unique = {key: found for key, found in unique.items() if found}
         unique.update({id(found): found for found in self._classes})
         self._all_dicts = list(unique.values())
         self._guard = _version_guard(self._all_dicts)
