@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import torchways as tw
-from torchways.errors import CaptureError
+from torchways.errors import CaptureError, PlacementError
 
 OPTIMIZERS = {
     "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.5, weight_decay=0.1),
@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.1, lr_decay=0.1, initial_accumulator_value=0.1),
     "Adadelta": lambda p: torch.optim.Adadelta(p, lr=1.0, weight_decay=0.1),
     "ASGD": lambda p: torch.optim.ASGD(p, lr=0.1, t0=1, weight_decay=0.1),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=0.01, centered=True, momentum=0.9),
 }
 
@@ -83,3 +84,53 @@ def test_lbfgs_is_refused_by_name(cluster, meshes):
 
     with pytest.raises(CaptureError, match=r"LBFGS.step at test_optimizers.*use another optimizer"):
         step(torch.randn(2, 5))
+
+
+def test_adafactor_is_refused_by_name(cluster, meshes):
+    model = tw.function(model_of(), mesh=meshes[0])
+    optimizer = torch.optim.Adafactor(model.parameters())
+
+    @tw.program
+    def step(x):
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    with pytest.raises(CaptureError, match=r"Adafactor reads norms .* at test_optimizers.* use AdamW"):
+        step(torch.randn(2, 5))
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class DecoupledSGD(torch.optim.Optimizer):
+    """Computes with its hyperparameters in Python, as optimizers of users do."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr, "decay": 0.1})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.mul_(1 - group["lr"] * group["decay"])
+                parameter.add_(parameter.grad, alpha=-group["lr"])
+
+
+def test_an_optimizer_of_the_users_own(cluster, meshes):
+    def update(loss, optimizer):
+        loss.backward()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] *= 0.9
+
+    results = [
+        train(model, wrap, lambda p: DecoupledSGD(p, 0.1), update)
+        for model, wrap in ((tw.function(model_of(), mesh=meshes[0]), tw.program), (model_of(), lambda f: f))
+    ]
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-5)
+
+
+def test_a_program_of_a_closed_mesh_says_so(cluster):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    double = tw.function(lambda x: x * 2, mesh=mesh)
+    double(torch.ones(2)).cpu()
+    mesh.close()
+    with pytest.raises(PlacementError, match="runs on a mesh that is closed"):
+        double(torch.ones(2))
