@@ -116,9 +116,7 @@ class Conditions:
         return {key for place, token in self._reads for key in _changed_numbers(place, token, call)}
 
     def _lists_changed(self) -> bool:
-        return any(
-            len(now) != len(was) or any(map(is_not, now, was)) for group in self._groups for now, was in group.lists
-        )
+        return any(list(map(id, now)) != was for now, was in self._list_items)
 
     def _variables_changed(self) -> bool:
         now = self._variable_values()
@@ -250,6 +248,7 @@ class Conditions:
         self._all_dicts = list(unique.values())
         self._guard = _version_guard(self._all_dicts)
         self._values = self._variable_values()
+        self._list_items = [(now, list(map(id, was))) for group in self._groups for now, was in group.lists]
 
 
 def _changed_numbers(place: Place, token: Token, call: Call) -> Iterator[Any]:
