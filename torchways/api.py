@@ -235,8 +235,8 @@ def program(
 
     It is traced once for each combination of argument shapes, then dispatched whole; calls return at once. Host
     tensors among the arguments are split on dimension 0 over the mesh axis named "dp". What it reads of Python's state
-    is a condition of the trace: where that changed, a call traces again. Hyperparameters of optimizers, and numbers that
-    change, are inputs. What it writes to Python's state, each run writes.
+    is a condition of the trace: where that changed, a call traces again. Hyperparameters of optimizers, and numbers
+    that change, are inputs. What it writes to Python's state, each run writes.
 
     Args:
         target: the function.
