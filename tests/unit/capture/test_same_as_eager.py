@@ -316,7 +316,7 @@ def test_many_sequences_of_actions():
     run_state_machine_as_test(
         SameAsEager,
         settings=settings(
-            max_examples=60, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+            max_examples=25, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
 
