@@ -39,7 +39,6 @@ class Signature:
             array is shape, dtype, identity of its mesh and sharding; that of a host tensor shape and dtype; that of a
             number or an object its type, since a trace has conditions on those; that of another constant its type and
             value.
-        numbers: that the call computes on the host, for the variant that was found.
         function: that is called: it names the arguments.
     """
 
@@ -50,7 +49,6 @@ class Signature:
     opened: list[bool] = field(default_factory=list)
     tensor_positions: list[int] = field(default_factory=list)
     key: Any = None
-    numbers: list[Any] = field(default_factory=list)
     function: Callable[..., Any] | None = None
     _names: list[str] | None = None
 

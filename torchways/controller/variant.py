@@ -229,10 +229,9 @@ class Variant:
         numbers = self.captured.numbers
         if numbers.steps:
             try:
-                signature.numbers = numbers.evaluate(signature)
+                if numbers.changed(numbers.evaluate(signature)) is not None:
+                    return False
             except (ArithmeticError, TypeError, ValueError):
-                return False
-            if numbers.changed(signature.numbers) is not None:
                 return False
         return all(read.is_same(signature.tensors) for read in self.reads)
 
