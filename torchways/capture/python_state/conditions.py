@@ -182,10 +182,8 @@ class Conditions:
 
     def _unbound(self, sources: list[TensorSource], call: Call) -> TensorSource | None:
         """Returns a source whose places have not one tensor, or that of another source."""
-        owner_of: dict[int, TensorSource] = {}
-        for source in self._sources:
-            if source not in sources:
-                owner_of[id(source.tensor)] = source
+        asked = set(map(id, sources))
+        owner_of = {id(source.tensor): source for source in self._sources if id(source) not in asked}
         for source in sources:
             tensors = [place.get(call) for place in source.places] or [source.tensor]
             if any(tensor is not tensors[0] for tensor in tensors):
