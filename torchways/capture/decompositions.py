@@ -415,11 +415,7 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.repeat_interleave.Tensor: _repeat_interleave,
     torch.ops.aten.replication_pad1d_backward.default: _replication_pad_backward,
     torch.ops.aten.replication_pad2d_backward.default: _replication_pad_backward,
-}
-
-
-#: Of views: only for graphs in which nothing is written any more.
-_OF_VIEWS: dict[Any, Any] = {
+    # What their results share memory with is kept by the recorder.
     torch.ops.aten.as_strided.default: _as_strided,
     torch.ops.aten.as_strided_copy.default: _as_strided,
     torch.ops.aten.diagonal.default: _diagonal,
@@ -429,16 +425,16 @@ _OF_VIEWS: dict[Any, Any] = {
 
 
 @cache
-def pure_decomposition_table() -> dict[Any, Any]:
-    """Returns the table for graphs without in-place operators, in which a view may be a copy."""
-    return {**decomposition_table(), **_OF_VIEWS, **extreme_decompositions()}
+def taken_apart() -> dict[Any, Any]:
+    """Returns PyTorch's decompositions into its core operators."""
+    return core_aten_decompositions()
 
 
 @cache
 def decomposition_table() -> dict[Any, Any]:
-    """Returns the table that make_fx applies: PyTorch's core ATen set and what torch-xla lacks beyond it."""
+    """Returns what takes operators apart at capture: PyTorch's core ATen set and what torch-xla lacks beyond it."""
     return {
-        **core_aten_decompositions(),
+        **taken_apart(),
         **get_decompositions(_NOT_LOWERED),
         **resizing_decompositions(),
         **linear_algebra_decompositions(),
@@ -446,6 +442,7 @@ def decomposition_table() -> dict[Any, Any]:
         **neighbour_decompositions(),
         **gamma_decompositions(),
         **scaler_decompositions(),
+        **extreme_decompositions(),
         **_OURS,
     }
 

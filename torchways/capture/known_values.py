@@ -62,44 +62,38 @@ class ArgumentRead:
 
 
 class KnownValues:
-    """Computes the nodes of a growing graph that depend on no array, when somebody asks for one of them.
-
-    The graph has in-place operators: nodes are run in its order, on real tensors, so what shares memory there does
-    here. An in-place operator with something unknown makes all that shares its target's memory unknown.
+    """Computes nodes of a graph under construction that depend on no array, when somebody asks for one of them.
 
     Args:
-        root: holds the tensors that the graph has as attributes.
-        graph: the graph under construction.
         start_of: returns what a placeholder stands for (None: it is the same in each run), and its value if that may
             be read.
     """
 
-    def __init__(
-        self,
-        root: torch.nn.Module,
-        graph: torch.fx.Graph,
-        start_of: Callable[[torch.fx.Node], tuple[Any, torch.Tensor | None]],
-    ) -> None:
-        self._root = root
-        self._graph = graph
+    def __init__(self, start_of: Callable[[torch.fx.Node], tuple[Any, torch.Tensor | None]]) -> None:
         self._placeholder = start_of
         #: Nodes that stand for what may be another value at the next call.
         self._arguments: dict[torch.fx.Node, int | TensorSource] = {}
+        #: What nodes are; None: not known.
         self._values: dict[torch.fx.Node, Any] = {}
-        self._uniform: set[torch.fx.Node] = set()
-        self._last: torch.fx.Node = graph._root
-        #: All nodes that were computed, in order, and what they were (which keeps its memory from being used again).
-        self._computed: dict[torch.fx.Node, Any] = {}
-        #: What nodes without known inputs were at first.
+        #: What nodes without known inputs are.
         self._initial: dict[torch.fx.Node, torch.Tensor] = {}
 
     def value_of(self, node: torch.fx.Node) -> torch.Tensor | None:
-        """Returns the value of a node as it is after all operators so far, or None if it is not known."""
+        """Returns the value of a node, or None if it is not known."""
         with _disable_current_modes(), torch.no_grad():
-            while self._last.next is not self._graph._root:
-                self._last = self._last.next
-                self._run(self._last)
-        value = self._values.get(node)
+            waiting = [node]
+            while waiting:
+                last = waiting[-1]
+                missing = [item for item in last.all_input_nodes if item not in self._values]
+                if last in self._values or not missing:
+                    waiting.pop()
+                    if last not in self._values:
+                        self._values[last] = self._run(last)
+                elif any(self._values.get(item, ...) is None for item in last.all_input_nodes):
+                    self._values[waiting.pop()] = None
+                else:
+                    waiting.append(missing[0])
+        value = self._values[node]
         return value if isinstance(value, torch.Tensor) else None
 
     def read(
@@ -123,19 +117,16 @@ class KnownValues:
             line: of the user.
         """
         steps = self._steps_to(nodes.values())
-        if not any(step in self._arguments for step in steps):
+        arguments = [step for step in steps if step in self._arguments]
+        if not arguments:
             return None
         graph, root = torch.fx.Graph(), torch.nn.Module()
-        arguments = [step for step in steps if step in self._arguments]
         made = {step: graph.placeholder(f"argument_{number}") for number, step in enumerate(arguments)}
         for number, step in enumerate(steps):
             if step in self._initial:
                 root.register_buffer(f"value_{number}", self._initial[step])
                 made[step] = graph.get_attr(f"value_{number}")
-        if any(map(_is_mutable, steps)):  # they write to copies
-            made = {step: graph.call_function(torch.ops.aten.clone.default, (start,)) for step, start in made.items()}
-        for step in steps:
-            if step not in made:
+            elif step not in made:
                 made[step] = graph.node_copy(step, made.__getitem__)
                 made[step].meta.clear()
         for key, value in values.items():
@@ -148,86 +139,53 @@ class KnownValues:
         return ArgumentRead(torch.fx.GraphModule(root, graph), sources, result, line)
 
     def _steps_to(self, nodes: Iterable[torch.fx.Node]) -> list[torch.fx.Node]:
-        """Returns the computed nodes that these depend on, with what wrote to memory that they share, in order."""
-        needed = set(nodes)
-        shared = {storage for node in needed for storage in _storages(self._computed[node])}
-        steps = []
-        for node, value in reversed(self._computed.items()):
-            if node in needed or (_is_mutable(node) and not shared.isdisjoint(_storages(value))):
-                steps.append(node)
-                if node not in self._initial:
-                    needed.update(node.all_input_nodes)
-                for item in (node, *(node.all_input_nodes if node not in self._initial else ())):
-                    shared.update(_storages(self._computed[item]))
-        return steps[::-1]
+        """Returns the nodes that these depend on, in an order in which they can run."""
+        steps: dict[torch.fx.Node, None] = {}
+        waiting = list(nodes)
+        while waiting:
+            node = waiting[-1]
+            inputs = [] if node in self._initial else [item for item in node.all_input_nodes if item not in steps]
+            if inputs:
+                waiting.extend(inputs)
+            else:
+                steps[waiting.pop()] = None
+        return list(steps)
 
-    def _run(self, node: torch.fx.Node) -> None:
-        if node.op in ("get_attr", "placeholder"):
-            value = self._start_of(node)
-            if isinstance(value, torch.Tensor) and value.numel() <= _MAX_ELEMENTS:
-                self._note(node, value.detach().clone())
-                if node not in self._arguments:
-                    self._initial[node] = value.detach().clone()
-            return
-        if node.op != "call_function":
-            return
+    def _run(self, node: torch.fx.Node) -> Any:
+        """Returns what a node whose inputs were asked for is."""
+        if node.op == "placeholder":
+            source, value = self._placeholder(node)
+            if value is None or value.numel() > _MAX_ELEMENTS:
+                return None
+            if source is not None:
+                self._arguments[node] = source
+            else:
+                self._initial[node] = value.detach().clone()
+            return value.detach().clone()
         target: Any = node.target
-        if target is torch.ops.aten.rand.default:
-            self._uniform.add(node)
-        if target in _COMPARISONS and node.args[0] in self._uniform:
-            self._compare(node)
-        elif all(argument in self._values for argument in node.all_input_nodes) and _is_deterministic(node):
-            args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda argument: self._values[argument])
-            try:
-                self._note(node, target(*args, **kwargs))
-            except Exception:  # an operator that only tracing knows
-                self._forget_written(node)
-        else:
-            self._forget_written(node)
+        if target in _COMPARISONS and getattr(node.args[0], "target", None) is torch.ops.aten.rand.default:
+            return self._compare(node)
+        inputs = node.all_input_nodes
+        if node.op != "call_function" or not _is_deterministic(node):
+            return None
+        if any(self._values[item] is None for item in inputs):
+            return None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
+        try:
+            return target(*args, **kwargs)
+        except Exception:  # an operator that only tracing knows
+            return None
 
-    def _compare(self, node: torch.fx.Node) -> None:
+    def _compare(self, node: torch.fx.Node) -> torch.Tensor | None:
         """A comparison of a random number with one that is out of its range is known."""
         target: Any = node.target
         number: Any = node.args[1]
         holds = {_COMPARISONS[target](bound, number) for bound in (0.0, _BELOW_ONE)}
-        if len(holds) == 1:
-            value = torch.full(node.meta["val"].shape, holds.pop())
-            self._note(node, value)
-            self._initial[node] = value.clone()
-
-    def _start_of(self, node: torch.fx.Node) -> Any:
-        """Returns what a node without inputs is."""
-        if node.op == "get_attr":
-            return getattr(self._root, str(node.target))
-        source, value = self._placeholder(node)
-        if source is not None and value is not None:
-            self._arguments[node] = source
+        if len(holds) > 1:
+            return None
+        value = torch.full(node.meta["val"].shape, holds.pop())
+        self._initial[node] = value.clone()
         return value
-
-    def _note(self, node: torch.fx.Node, value: Any) -> None:
-        self._values[node] = self._computed[node] = value
-
-    def _forget_written(self, node: torch.fx.Node) -> None:
-        if not _is_mutable(node):
-            return
-        for argument in node.all_input_nodes:
-            value = self._values.get(argument)
-            if isinstance(value, torch.Tensor):
-                storage = value.untyped_storage()._cdata
-                self._values = {
-                    other: kept
-                    for other, kept in self._values.items()
-                    if not (isinstance(kept, torch.Tensor) and kept.untyped_storage()._cdata == storage)
-                }
-
-
-def _is_mutable(node: torch.fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
-
-
-def _storages(value: Any) -> set[int]:
-    return {item.untyped_storage()._cdata for item in pytree.tree_leaves(value) if isinstance(item, torch.Tensor)}
 
 
 def _is_deterministic(node: torch.fx.Node) -> bool:

@@ -104,8 +104,17 @@ class _Group:
     nodes: list[torch.fx.Node] = field(default_factory=list)
 
 
+def meshes_of(
+    graph: torch.fx.Graph, inputs: list[PlaceholderSpec], default_mesh: VirtualSlice | None
+) -> list[VirtualSlice]:
+    """Returns the slices that a graph may run on."""
+    regions = {id(region): region for node in graph.nodes if (region := node.meta.get(REGION_KEY)) is not None}
+    found = [default_mesh, *(spec.mesh for spec in inputs), *(region.mesh for region in regions.values())]
+    return list({id(mesh.root): mesh.root for mesh in found if mesh is not None}.values())
+
+
 def partition(
-    graph_module: torch.fx.GraphModule,
+    graph: torch.fx.Graph,
     inputs: list[PlaceholderSpec],
     *,
     name: str,
@@ -115,7 +124,7 @@ def partition(
     """Returns the dataflow program of a pure graph.
 
     Args:
-        graph_module: from `make_pure`: outputs end with the new values of the `written` inputs.
+        graph: pure; its outputs end with the new values of the `written` inputs.
         inputs: one for each placeholder.
         name: the program's.
         written: positions of the inputs whose new values are the last outputs.
@@ -124,19 +133,19 @@ def partition(
     Raises:
         PlacementError: nothing says where the program runs, or a host argument cannot be split.
     """
-    return _Partitioner(graph_module, inputs, name, written, default_mesh).run()
+    return _Partitioner(graph, inputs, name, written, default_mesh).run()
 
 
 class _Partitioner:
     def __init__(
         self,
-        graph_module: torch.fx.GraphModule,
+        graph: torch.fx.Graph,
         inputs: list[PlaceholderSpec],
         name: str,
         written: list[int],
         default_mesh: VirtualSlice | None,
     ) -> None:
-        self.graph = graph_module.graph
+        self.graph = graph
         self.inputs = inputs
         self.name = name
         self.written = written

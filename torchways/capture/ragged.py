@@ -549,6 +549,11 @@ class RaggedRows:
         """Makes a tensor one whose rows all mean something."""
         self._rows.pop(self.node_of(tensor), None)  # type: ignore[arg-type]
 
+    def follow(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        """A tensor that was written to is ragged as before."""
+        if old in self._rows:
+            self._rows.setdefault(new, self._rows[old])
+
     # ---- loops over rows
 
     def iterate(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -587,6 +592,17 @@ class RaggedRows:
             by_rows = (func in _INDEX_ADDS or func in _INDEXED_WRITES) and self.concerns(func, args, kwargs)
             if not by_rows and not _has_mask(func, args):
                 refuse(f"{func}, which writes to a tensor from within a loop over rows,")
+
+    def check_results(self, results: Sequence[torch.Tensor]) -> None:
+        """Refuses what a trace may not end with.
+
+        Raises:
+            DataDependentError: a result is ragged, or a loop ended early.
+        """
+        if self._left_early:
+            refuse("a loop over rows that ends early")
+        if any(self.rows_of(tensor) is not None for tensor in results):
+            refuse("a result")
 
     def note_result(self, func: Any, result: Any) -> None:
         """Remembers what a loop body made."""

@@ -1,12 +1,10 @@
 """Traces a Python function of tensors, whole: forward, autograd's backward, the optimizer.
 
-The trace runs under make_fx with fake tensors. `_TraceMode` sits above it and sees every operator first. It turns
-what the function reads but was not passed (parameters and optimizer state as arrays, tensors of the closure) into
-graph inputs the moment they are first touched, so nothing must be declared; and it notes with each node which
-compiled function, mesh and user line it belongs to. Backward nodes inherit these from the forward node whose
-gradient they compute, through autograd's sequence numbers.
-
-The result still has in-place operators; capture/functionalize.py removes them.
+`_TraceMode` records operators on fake tensors (recorder.py), as a graph without side effects. It turns what the
+function reads but was not passed (parameters and optimizer state as arrays, tensors of the closure) into graph inputs
+the moment they are first touched, so nothing must be declared; and it notes with each node which compiled function,
+mesh and user line it belongs to. Backward nodes inherit these from the forward node whose gradient they compute,
+through autograd's sequence numbers.
 """
 
 from __future__ import annotations
@@ -27,16 +25,10 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     UnsupportedOperatorException,
 )
-from torch.fx.experimental.proxy_tensor import (
-    get_proxy_mode,
-    get_proxy_slot,
-    make_fx,
-    track_tensor_tree,
-)
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
-from torchways.capture.decompositions import decomposition_table
+from torchways.capture.decompositions import decomposition_table, taken_apart
 from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.known_values import ArgumentRead, KnownValues
 from torchways.capture.library_modes import library_modes
@@ -44,8 +36,9 @@ from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
-from torchways.capture.ragged import RaggedRows, RowsInPython, refuse
+from torchways.capture.ragged import RaggedRows, RowsInPython
 from torchways.capture.random_numbers import RandomNumbers
+from torchways.capture.recorder import Recorder, returned
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
 from torchways.capture.windows import Windows
@@ -132,11 +125,13 @@ class NumberInput:
 class Trace:
     """What tracing a function found."""
 
-    graph_module: torch.fx.GraphModule
+    #: Pure; its outputs are those that the function returned, `escaped`, and the new values of `written`.
+    graph: torch.fx.Graph
     inputs: list[GraphInput]
-    #: Number of leading graph outputs that the function returned; the rest are `escaped`, in order.
     num_outputs: int
     out_spec: pytree.TreeSpec
+    #: Positions of the inputs that the function changed in place.
+    written: list[int] = field(default_factory=list)
     #: Positions in the flattened result, and the values there, that are not tensors.
     constants: dict[int, Any] = field(default_factory=dict)
     #: What it read of values of tensors: the trace holds for calls where these are the same.
@@ -153,8 +148,18 @@ def current_trace() -> _TraceMode | None:
     return _active.get()
 
 
-class _TraceMode(TorchDispatchMode):
-    """Sees every operator of the traced function before make_fx does; see the module's docstring."""
+@dataclass(frozen=True, slots=True)
+class _Label:
+    """What an operator is part of."""
+
+    region: Region | None
+    line: str
+    is_recomputed: bool
+    is_update: bool
+
+
+class _TraceMode(Recorder):
+    """Sees every operator of the traced function; see the module's docstring."""
 
     def __init__(
         self,
@@ -164,7 +169,7 @@ class _TraceMode(TorchDispatchMode):
         host_arguments: Sequence[torch.Tensor | None],
         reads_positions: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(fake_mode, decomposition_table())
         self.watcher = watcher
         self.gradients = gradients
         #: The call's tensors whose values it may read, by position.
@@ -172,8 +177,8 @@ class _TraceMode(TorchDispatchMode):
         self._reads_positions = reads_positions
         #: What it read of them.
         self.reads: list[ArgumentRead] = []
-        self.fake_mode = fake_mode
         self.inputs: list[GraphInput] = []
+        self._label = _Label(None, "", False, False)
         self.region: Region | None = None
         self._scalars: dict[NumberInput, torch.Tensor] = {}
         #: Whether an optimizer's step is running: its operators are labelled, and constants made there may be its
@@ -187,9 +192,9 @@ class _TraceMode(TorchDispatchMode):
         self._calls = 0
         #: Region and line of the forward operator that made an autograd node, by its sequence number.
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
-        self._known: KnownValues | None = None
+        self._known = KnownValues(self._start_of)
         self.random = RandomNumbers()
-        self.ragged = RaggedRows(_node_of, self._positions_of)
+        self.ragged = RaggedRows(self.node_of, self._positions_of)
 
     # ---- regions
 
@@ -234,62 +239,87 @@ class _TraceMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if has_numbers(args, kwargs) and not func._schema.name.startswith("aten::_foreach_"):
+        if self._depth:  # part of an operator that was seen
+            return self.record(func, args, kwargs)
+        is_foreach = func._schema.name.startswith("aten::_foreach_")
+        if not is_foreach and has_numbers(args, kwargs):
             return call_with_numbers(func, args, kwargs, self.scalar, self._again)
         if func in _HOST_READS and not all(map(_is_known_constant, _tensors(args))):
             return self._on_known(func, args, kwargs)
-        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code: make_fx keeps it whole
-            return func(*args)
+        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code
+            return self.record(func, args, kwargs)
         _check_dtypes(func, args)
         new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
-        before = _last_node(tracer.graph)
         self.ragged.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
+        outer, self._label = self._label, self._label_now()
         try:
-            if self.ragged.concerns(func, new_args, new_kwargs) or self.ragged.writes_by_mask(func, new_args):
-                result = self._on_rows(func, new_args, new_kwargs)
-            elif func.namespace == "aten" and func._schema.name.startswith("aten::_foreach_"):
-                with self:  # its C++ kernel calls the operators one by one: see these
-                    result = func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *new_args, **new_kwargs)
-            else:
-                result = self.random.call(func, new_args, new_kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException):
-            _erase_after(before, tracer.graph)
-            try:
-                result = self._on_known(func, new_args, new_kwargs)
-            except DataDependentError:
-                if not self.ragged.selects(func, new_args):
-                    raise
-                result = self.ragged.call(func, new_args, new_kwargs)
+            result = self._run(func, new_args, new_kwargs, is_foreach)
         except UnsupportedOperatorException as error:
             raise CaptureError(
                 f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
                 "with operators that have one, or register one with torch.library.register_fake"
             ) from error
-        self._label(before, tracer.graph)
+        finally:
+            self._label = outer
         self.ragged.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
-            self._constants[_storage_of(result)] = (result, _last_node(tracer.graph), _CONSTANT_VALUE[func](args))
-        return _returned(func, args, kwargs, result)
+            node = self.node_of(result)
+            assert node is not None
+            self._constants[_storage_of(result)] = (result, node, _CONSTANT_VALUE[func](args))
+        return returned(func, args, kwargs, result)
+
+    def _run(self, func: Any, args: Any, kwargs: Any, is_foreach: bool) -> Any:
+        try:
+            if self.ragged.concerns(func, args, kwargs) or self.ragged.writes_by_mask(func, args):
+                return self._on_rows(func, args, kwargs)
+            if is_foreach:
+                return self.record_foreach(func, args, kwargs, lambda *call: self._one_by_one(func, *call))
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                with self.inside():
+                    return self.random.call(func, args, kwargs)
+            return self.record(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            try:
+                return self._on_known(func, args, kwargs)
+            except DataDependentError:
+                if not self.ragged.selects(func, args):
+                    raise
+                with self.inside():
+                    return self.ragged.call(func, args, kwargs)
+
+    @contextmanager
+    def _anew(self) -> Iterator[None]:
+        """What is called inside is seen as what the traced function calls itself."""
+        depth, self._depth = self._depth, 0
+        try:
+            with self:
+                yield
+        finally:
+            self._depth = depth
+
+    def _one_by_one(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with self._anew():  # its C++ kernel calls the operators for each tensor
+            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
 
     def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator as part of the trace."""
-        with self:
+        with self._anew():
             return func(*args, **kwargs)
 
     def scalar(self, node: Node, dtype: torch.dtype) -> torch.Tensor:
         """Returns the graph's input for a number that is computed on the host at each call."""
         number = NumberInput(node.step, dtype)
         if number not in self._scalars:
-            self._scalars[number] = self.add_input(number, (), dtype).fake
+            self._scalars[number] = self.add_graph_input(number, (), dtype).fake
         return self._scalars[number]
 
     def _on_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator on rows that a mask selects."""
         if self.ragged.has_rule(func):
-            return self.ragged.call(func, args, kwargs)
-        with self:
-            return decomposition_table()[func](*args, **kwargs)
+            with self.inside():
+                return self.ragged.call(func, args, kwargs)
+        with self._anew():
+            return taken_apart()[func](*args, **kwargs)
 
     def _on_known(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator whose result, or its shape, depends on values: possible where these are known.
@@ -297,16 +327,11 @@ class _TraceMode(TorchDispatchMode):
         Raises:
             DataDependentError: they are not.
         """
-        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
-        if self._known is None:
-            self._known = KnownValues(tracer.root, tracer.graph, self._start_of)
         values: dict[int, torch.Tensor] = {}
         nodes: dict[int, torch.fx.Node] = {}
         for tensor in _tensors((args, kwargs)):
-            proxy: Any = get_proxy_slot(self._as_traced(tensor), tracer, None)
             value = tensor.constant if _is_known_constant(tensor) else None  # type: ignore[attr-defined]
-            if value is None and proxy is not None:
-                node = proxy.proxy.node
+            if value is None and (node := self.node_of(self._as_traced(tensor))) is not None:
                 value = self._known.value_of(node)
                 nodes[id(tensor)] = node
             if value is None:
@@ -385,25 +410,27 @@ class _TraceMode(TorchDispatchMode):
             source = self.watcher.source(tensor)
             if tensor.requires_grad:
                 self.gradients.note(tensor)
-        lifted = self.add_input(source, tuple(tensor.shape), tensor.dtype)
+        lifted = self.add_graph_input(source, tuple(tensor.shape), tensor.dtype)
         self._by_identity[_identity(tensor)] = lifted
         self._alive.append(tensor)
         return lifted.fake
 
-    def add_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
+    def add_graph_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
         """Adds a placeholder for `source` to the graph; callable in the midst of a trace."""
-        tracer = get_proxy_mode().tracer  # type: ignore[union-attr]
-        with _disable_current_modes(), self.fake_mode:
-            fake = torch.empty(shape, dtype=dtype)
-        proxy = tracer.create_proxy("placeholder", f"input_{len(self.inputs)}", (), {})
-        track_tensor_tree(fake, proxy, constant=None, tracer=tracer)
-        graph_input = GraphInput(proxy.node, source, fake)
+        fake = self.add_input(f"input_{len(self.inputs)}", shape, dtype)
+        node = self.node_of(fake)
+        assert node is not None
+        graph_input = GraphInput(node, source, fake)
         self.inputs.append(graph_input)
         return graph_input
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a host tensor that is the same in each run."""
-        return self._lift(tensor)
+        if tensor.numel() == 1 and not tensor.is_complex():
+            return super().constant(tensor)
+        fake = self.fake_constant(tensor)
+        self.bind(fake, self.add_graph_input(tensor, tuple(tensor.shape), tensor.dtype).node)
+        return fake
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a tensor of Python's state."""
@@ -414,13 +441,13 @@ class _TraceMode(TorchDispatchMode):
         known = self._constants.get(_storage_of(tensor))
         return known[2] if known is not None else None
 
-    def make_input_of(self, tensor: torch.Tensor, array: Array) -> None:
+    def make_input_of(self, tensor: Any, array: Array) -> None:
         """Makes the constant that became `tensor` a graph input that stands for `array`."""
         _, node, _ = self._constants.pop(_storage_of(tensor))
-        graph_input = self.add_input(self.watcher.source(array), tuple(tensor.shape), tensor.dtype)
-        node.prepend(graph_input.node)
-        node.replace_all_uses_with(graph_input.node)
-        self._by_identity[_identity(array)] = GraphInput(graph_input.node, graph_input.source, tensor)
+        node.op, node.target, node.args, node.kwargs = "placeholder", f"input_{len(self.inputs)}", (), {}
+        source = self.watcher.source(array)
+        self.inputs.append(GraphInput(node, source, tensor))
+        self._by_identity[_identity(array)] = self.inputs[-1]
         self._alive.append(array)
 
     def constants_before(self, first: int) -> dict[int, torch.Tensor]:
@@ -429,7 +456,6 @@ class _TraceMode(TorchDispatchMode):
         Args:
             first: number of the first of these inputs.
         """
-        tracer: Any = get_proxy_mode().tracer  # type: ignore[union-attr]
         found = {}
         for item in self.inputs[first:]:
             if not isinstance(item.source, TensorSource):
@@ -437,15 +463,13 @@ class _TraceMode(TorchDispatchMode):
             if (after := self._by_identity.get(_identity(item.source.tensor))) is not None:
                 with _disable_current_modes(), self.fake_mode:
                     value = torch.empty(item.fake.shape, dtype=item.fake.dtype)
-                with tracer.graph.inserting_after(item.node):
-                    proxy = tracer.create_proxy(
-                        "call_function", torch.ops.aten.clone.default, (tracer.proxy(item.node),), {}
-                    )
-                track_tensor_tree(value, proxy, constant=None, tracer=tracer)
+                self.bind(value, item.node)
                 found[id(after.fake)] = value
         return found
 
-    def _label(self, before: torch.fx.Node, graph: torch.fx.Graph) -> None:
+    # ---- labels
+
+    def _label_now(self) -> _Label:
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
             region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
@@ -460,17 +484,20 @@ class _TraceMode(TorchDispatchMode):
         self._of_sequence.setdefault(sequence, (region, line))
         # Backward's own formulas run without gradients, the forward of a checkpoint with.
         is_recomputed = autograd_node is not None and torch.is_grad_enabled()
-        node = before.next
-        while node is not graph._root:
-            if node.op != "placeholder":
-                if is_recomputed:
-                    node.meta[RECOMPUTED_KEY] = True
-                if self.in_optimizer:
-                    node.meta[UPDATE_KEY] = True
-                if region is not None:
-                    node.meta[REGION_KEY] = region
-                node.meta[SOURCE_KEY] = line
-            node = node.next
+        return _Label(region, line, is_recomputed, self.in_optimizer)
+
+    def label(self, node: torch.fx.Node) -> None:
+        label, meta = self._label, node.meta
+        if label.is_recomputed:
+            meta[RECOMPUTED_KEY] = True
+        if label.is_update:
+            meta[UPDATE_KEY] = True
+        if label.region is not None:
+            meta[REGION_KEY] = label.region
+        meta[SOURCE_KEY] = label.line
+
+    def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        self.ragged.follow(old, new)
 
 
 def trace(
@@ -497,89 +524,66 @@ def trace(
     Raises:
         CaptureError: the function cannot be captured.
     """
-    fake_mode = FakeTensorMode()
-    mode = _TraceMode(fake_mode, watcher, gradients, host_arguments, reads_positions)
-    result = Trace(graph_module=None, inputs=[], num_outputs=0, out_spec=None)  # type: ignore[arg-type]
-
-    def flat_function() -> list[torch.Tensor]:
-        with mode:
-            fakes = []
-            for position, tensor in enumerate(example_args):
-                fakes.append(mode.add_input(position, tuple(tensor.shape), tensor.dtype).fake)
-            flat, result.out_spec = pytree.tree_flatten(function(fakes))
-            outputs = []
-            for position, value in enumerate(flat):
-                if isinstance(value, torch.Tensor):
-                    outputs.append(value)
-                else:
-                    result.constants[position] = value
-            result.num_outputs = len(outputs)
-            results = [*outputs, *escaped()]
-            if any(mode.ragged.rows_of(tensor) is not None for tensor in results):
-                refuse("a result")
-            return [mode._as_traced(tensor.detach()) for tensor in results]
-
+    mode = _TraceMode(FakeTensorMode(), watcher, gradients, host_arguments, reads_positions)
     token = _active.set(mode)
     # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
     _FAKE_TENSOR_LOGGER.disabled = True
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
-    saved_random = torch.get_rng_state()
+    saved_random, saved_cache = torch.get_rng_state(), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
     try:
         with (
-            fake_mode,
+            mode.fake_mode,
             RowsInPython(mode.ragged),
             Windows(mode.ragged),
             Rewrites(),
             library_modes(mode.ragged),
             NumbersAsTensors(mode.scalar),
             mode.random.seeding(),
+            mode,
         ):
-            result.graph_module = make_fx(flat_function, decomposition_table=decomposition_table())()
+            return _traced(mode, function, example_args, escaped)
     finally:
+        torch.set_autocast_cache_enabled(saved_cache)
         torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
         _active.reset(token)
-    result.inputs, result.reads, result.seed = mode.inputs, mode.reads, mode.random.seed
-    _lift_constants(result.graph_module, mode)
-    _move_inputs_first(result.graph_module, mode.inputs)
-    return result
 
 
-def _lift_constants(graph_module: torch.fx.GraphModule, mode: _TraceMode) -> None:
-    """Makes tensors that the user's code built from Python numbers graph inputs like any other tensor."""
-    for node in list(graph_module.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        tensor = getattr(graph_module, str(node.target))
-        with graph_module.graph.inserting_before(node):
-            placeholder = graph_module.graph.placeholder(f"input_{len(mode.inputs)}")
-        placeholder.meta["val"] = mode.fake_mode.from_tensor(tensor)
-        node.replace_all_uses_with(placeholder)
-        graph_module.graph.erase_node(node)
-        mode.inputs.append(GraphInput(placeholder, tensor, placeholder.meta["val"]))
-
-
-def _move_inputs_first(graph_module: torch.fx.GraphModule, inputs: list[GraphInput]) -> None:
-    """Orders placeholders as in `inputs`, before all other nodes (GraphModule copied the nodes: match by name)."""
-    by_name = {node.name: node for node in graph_module.graph.nodes if node.op == "placeholder"}
-    for graph_input in reversed(inputs):
-        graph_input.node = by_name[graph_input.node.name]
-        first = next(iter(graph_module.graph.nodes))
-        if first is not graph_input.node:
-            first.prepend(graph_input.node)
-    graph_module.recompile()
-
-
-def _returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-    """An operator that writes to an argument returns that very argument, also where it was replaced."""
-    returns = func._schema.returns
-    if len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                return value
-        return kwargs.get("out", result)
-    return result
+def _traced(
+    mode: _TraceMode,
+    function: Callable[..., Any],
+    example_args: list[torch.Tensor],
+    escaped: Callable[[], list[torch.Tensor]],
+) -> Trace:
+    fakes = [
+        mode.add_graph_input(position, tuple(tensor.shape), tensor.dtype).fake
+        for position, tensor in enumerate(example_args)
+    ]
+    flat, out_spec = pytree.tree_flatten(function(fakes))
+    outputs = [value for value in flat if isinstance(value, torch.Tensor)]
+    results = [*outputs, *escaped()]
+    mode.ragged.check_results(results)
+    nodes: list[Any] = [mode.node_of(mode.stand_in(tensor)) for tensor in results]
+    values = [mode.node_of(item.fake) for item in mode.inputs]
+    written = [position for position, item in enumerate(mode.inputs) if values[position] is not item.node]
+    graph = mode.graph
+    graph.output((*nodes, *(values[position] for position in written)))
+    for item in reversed(mode.inputs):
+        first = next(iter(graph.nodes))
+        if first is not item.node:
+            first.prepend(item.node)
+    return Trace(
+        graph=graph,
+        inputs=mode.inputs,
+        num_outputs=len(outputs),
+        out_spec=out_spec,
+        written=written,
+        constants={position: value for position, value in enumerate(flat) if not isinstance(value, torch.Tensor)},
+        reads=mode.reads,
+        seed=mode.random.seed,
+    )
 
 
 def _tensors(tree: Any) -> list[torch.Tensor]:
@@ -597,23 +601,6 @@ def _storage_of(tensor: torch.Tensor) -> int:
 
 def _is_known_constant(value: Any) -> bool:
     return isinstance(value, FakeTensor) and value.constant is not None
-
-
-def _node_of(tensor: torch.Tensor) -> torch.fx.Node | None:
-    """Returns the graph node of a tensor that is being traced."""
-    mode = get_proxy_mode()
-    slot: Any = get_proxy_slot(tensor, mode.tracer, None) if mode is not None else None
-    return slot.proxy.node if slot is not None else None
-
-
-def _last_node(graph: torch.fx.Graph) -> torch.fx.Node:
-    return graph._root.prev
-
-
-def _erase_after(before: torch.fx.Node, graph: torch.fx.Graph) -> None:
-    """Takes back what an operator that failed left in the graph."""
-    while (node := _last_node(graph)) is not before and not node.users:
-        graph.erase_node(node)
 
 
 def _check_dtypes(func: Any, args: Any) -> None:

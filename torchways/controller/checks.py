@@ -16,32 +16,32 @@ _NO_TYPES_OF_XLA = {torch.complex32}
 
 
 def not_lowered(
-    graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]
+    graph: torch.fx.Graph, session: Session, meshes: list[VirtualSlice]
 ) -> dict[torch._ops.OpOverload, list[str]]:
     """Returns the operators that the executors would run on the host, with the user's lines."""
     supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
+    targets = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)} - {ALL_REDUCE}
+    lacking = {item for item in targets if not all(_is_lowered(item, operators) for operators in supported)}
     missing: dict[torch._ops.OpOverload, list[str]] = {}
-    for node in graph_module.graph.nodes:
-        if not isinstance(node.target, torch._ops.OpOverload) or node.target is ALL_REDUCE:
-            continue
-        if not all(_is_lowered(node.target, operators) for operators in supported):
+    for node in graph.nodes if lacking else ():
+        if node.target in lacking:
             lines = missing.setdefault(node.target, [])
             if (line := node.meta.get(SOURCE_KEY, "")) not in lines:
                 lines.append(line)
     return missing
 
 
-def check_lowered(graph_module: torch.fx.GraphModule, session: Session, meshes: list[VirtualSlice]) -> None:
+def check_lowered(graph: torch.fx.Graph, session: Session, meshes: list[VirtualSlice]) -> None:
     """Refuses operators that the executors would run on the host, and types that XLA does not have.
 
     Raises:
         CaptureError: names every such operator with the user's lines.
     """
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in _NO_TYPES_OF_XLA:
             raise CaptureError(f"{value.dtype} is no type of XLA's; used at {node.meta.get(SOURCE_KEY, '')}")
-    if missing := not_lowered(graph_module, session, meshes):
+    if missing := not_lowered(graph, session, meshes):
         listing = "\n".join(f"  {operator_name(target)} at {', '.join(lines)}" for target, lines in missing.items())
         raise CaptureError(
             f"these operators have no lowering to XLA:\n{listing}\n"

@@ -14,9 +14,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.array import Array
 from torchways.capture.decompositions import decompositions_of
-from torchways.capture.functionalize import PureGraph, make_pure
 from torchways.capture.objects import may_open, open_objects
-from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, partition
+from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
+from torchways.capture.pure_graph import tidy
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
@@ -183,16 +183,20 @@ class _Tracing:
             raise _capture_error(self._name, error) from error
 
     def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
-        pure, cut = self._cut(traced, {})
-        if missing := not_lowered(pure.graph_module, self._session, cut.meshes):
-            pure, cut = self._cut(traced, decompositions_of(missing))
-        check_lowered(pure.graph_module, self._session, cut.meshes)
+        self._check_written(traced)
+        specs = _placeholder_specs(traced, self._signature.tensors)
+        graph = tidy(traced.graph)
+        meshes = meshes_of(graph, specs, self._mesh)
+        if missing := not_lowered(graph, self._session, meshes):
+            graph = tidy(graph, decompositions_of(missing))
+        check_lowered(graph, self._session, meshes)
+        cut = partition(graph, specs, name=self._name, written=traced.written, default_mesh=self._mesh)
         self._meshes = cut.meshes
         self.captured = rewrite(
             Captured(
                 program=cut.program,
                 sources=_sources(traced, cut.program),
-                targets=self._targets(cut, traced, pure.written),
+                targets=self._targets(cut, traced),
                 num_returned=traced.num_outputs,
                 out_spec=traced.out_spec,
                 constants={index: _constant(value) for index, value in traced.constants.items()},
@@ -331,15 +335,8 @@ class _Tracing:
             return SourceResult(self._watcher.sources[id(leaf)])
         return _constant(leaf)
 
-    def _cut(self, traced: Trace, decompositions: dict[Any, Any]) -> tuple[PureGraph, PartitionedProgram]:
-        """Makes a pure graph of the trace, and a program of that."""
-        pure = make_pure(traced.graph_module, decompositions)
-        specs = _placeholder_specs(traced, self._signature.tensors)
-        self._check_written(traced, pure.written)
-        return pure, partition(pure.graph_module, specs, name=self._name, written=pure.written, default_mesh=self._mesh)
-
-    def _check_written(self, traced: Trace, written: list[int]) -> None:
-        for position in written:
+    def _check_written(self, traced: Trace) -> None:
+        for position in traced.written:
             item = traced.inputs[position]
             if isinstance(item.source, TensorSource) and item.source.is_array:
                 continue
@@ -351,11 +348,11 @@ class _Tracing:
                 "see: return the new value, or keep it in a module as a buffer"
             )
 
-    def _targets(self, cut: PartitionedProgram, traced: Trace, written: list[int]) -> list[Any]:
+    def _targets(self, cut: PartitionedProgram, traced: Trace) -> list[Any]:
         targets = [
             *range(traced.num_outputs),
             *self._written,
-            *(traced.inputs[position].source for position in written),
+            *(traced.inputs[position].source for position in traced.written),
         ]
         values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
         return [target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
