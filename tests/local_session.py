@@ -16,7 +16,7 @@ import torch
 
 from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
 from torchways.errors import UserError
-from torchways.graphs import deserialize_graph
+from torchways.graphs import deserialize_graph, run_graph
 from torchways.ids import SliceId
 from torchways.mesh import VirtualSlice
 from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep
@@ -100,7 +100,7 @@ class LocalSession:
     def num_operators(self, name):
         """Returns how many operators of this name (without "aten" and overload) the registered programs have."""
         graphs = [graph for _, _, parts in self.programs.values() for part in parts for graph in part]
-        targets = [str(node.target).split(".") for graph in graphs for node in graph.graph.nodes]
+        targets = [str(node.target).split(".") for graph in graphs for node in graph.nodes]
         return sum(target[1:2] == [name] for target in targets)
 
     def forget_program(self, program_id):
@@ -143,7 +143,7 @@ class LocalSession:
             match step:
                 case ComputeStep():
                     with torch.random.fork_rng(devices=[]):  # a graph may seed it
-                        results = graphs[step.function_index](*(slots[slot] for slot in step.inputs))
+                        results = run_graph(graphs[step.function_index], *(slots[slot] for slot in step.inputs))
                     for slot, result in zip(step.outputs, results, strict=True):
                         expected = part.slots[slot]
                         assert tuple(result.shape) == expected.shape

@@ -24,7 +24,7 @@ import torch
 from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.tracer import REGION_KEY, UPDATE_KEY, Region
 from torchways.errors import InternalError, PlacementError
-from torchways.graphs import SOURCE_KEY, serialize_graph
+from torchways.graphs import SOURCE_KEY, computation_of, serialize
 from torchways.ir.program import (
     UNPLACED,
     AllReduce,
@@ -547,11 +547,12 @@ class _Partitioner:
             if not isinstance(node.meta["val"], (list, tuple))
             and (node in self.outputs or any(self._read_outside(user, members) for user in node.users))
         ]
-        graph, external = self._extract(group, needed_outside)
+        external, body = self._extract(group)
+        needed_outside = list(dict.fromkeys(needed_outside))
         inputs = tuple(self._value(node, group.key.slice_index) for node in external)
-        outputs = tuple(self._value(node, group.key.slice_index) for node in dict.fromkeys(needed_outside))
-        module = torch.fx.GraphModule({}, graph)
-        return Compute(function_index=self._function(module, group, inputs, outputs), inputs=inputs, outputs=outputs)
+        outputs = tuple(self._value(node, group.key.slice_index) for node in needed_outside)
+        graph = serialize(external, body, needed_outside)
+        return Compute(function_index=self._function(graph, group, inputs, outputs), inputs=inputs, outputs=outputs)
 
     def _make_sum(self, node: torch.fx.Node) -> AllReduce:
         inputs: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
@@ -584,38 +585,30 @@ class _Partitioner:
                 stack.extend(readers)
         return False
 
-    def _extract(self, group: _Group, outputs: list[torch.fx.Node]) -> tuple[torch.fx.Graph, list[torch.fx.Node]]:
-        """Copies a group, with the floating nodes that it needs, to a graph of its own."""
+    def _extract(self, group: _Group) -> tuple[list[torch.fx.Node], list[torch.fx.Node]]:
+        """Returns what a group reads from outside, and its operators with the floating ones that it needs, in order."""
         members = set(group.nodes)
-        graph = torch.fx.Graph()
-        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        seen: set[torch.fx.Node] = set()
         external: list[torch.fx.Node] = []
         body: list[torch.fx.Node] = []
-
-        def need(node: torch.fx.Node) -> None:
-            floating = node not in self.slice_of and node.op == "call_function"
-            if node in copies:
-                return
-            if node in members or floating:
-                for argument in node.all_input_nodes:
-                    need(argument)
-                copies[node] = node  # marks it; the copy is made when all placeholders stand
-                body.append(node)
-            else:
-                copies[node] = graph.placeholder(f"arg_{len(external)}")
-                copies[node].meta = {"val": node.meta["val"]}
-                external.append(node)
-
-        for node in group.nodes:
-            need(node)
-        for node in body:
-            copies[node] = graph.node_copy(node, lambda argument: copies[argument])
-        graph.output(tuple(copies[node] for node in dict.fromkeys(outputs)))
-        return graph, external
+        for member in group.nodes:
+            waiting = [member]
+            while waiting:
+                node = waiting[-1]
+                is_inside = node in members or (node not in self.slice_of and node.op == "call_function")
+                missing = [item for item in node.all_input_nodes if item not in seen] if is_inside else []
+                if missing:
+                    waiting.extend(reversed(missing))
+                    continue
+                waiting.pop()
+                if node not in seen:
+                    seen.add(node)
+                    (body if is_inside else external).append(node)
+        return external, body
 
     def _function(
         self,
-        module: torch.fx.GraphModule,
+        graph: bytes,
         group: _Group,
         inputs: tuple[ValueIndex, ...],
         outputs: tuple[ValueIndex, ...],
@@ -623,7 +616,7 @@ class _Partitioner:
         """Returns the index of the compiled function for a graph; equal graphs share one."""
         # Not placements: executors compile a function for those of each call.
         kinds = tuple((value.dtype, value.shape) for value in (self.values[i] for i in (*inputs, *outputs)))
-        key = (group.key.slice_index, _structure(module.graph), kinds)
+        key = (group.key.slice_index, computation_of(graph), kinds)
         if key not in self._function_of:
             regions = [node.meta[REGION_KEY] for node in group.nodes if REGION_KEY in node.meta]
             named = next((region.name for region in regions if region.name), "")
@@ -631,7 +624,7 @@ class _Partitioner:
             name = f"{self.name}/{len(self.functions)}" + (f":{named}" if named else "")
             self._function_of[key] = len(self.functions)
             self.functions.append(
-                Function(name=name, source=source, graph=serialize_graph(module), num_operators=len(group.nodes))
+                Function(name=name, source=source, graph=graph, num_operators=len(group.nodes))
             )
         return self._function_of[key]
 
@@ -679,17 +672,6 @@ def _call_of(node: torch.fx.Node) -> int:
     """Returns the function call that a forward operator belongs to, or -1."""
     region: Region | None = node.meta.get(REGION_KEY)
     return -1 if region is None or region.backward else region.call
-
-
-def _structure(graph: torch.fx.Graph) -> str:
-    """Returns a graph as text that two graphs share if they compute the same, whatever their nodes are called."""
-    number = {node: index for index, node in enumerate(graph.nodes)}
-    lines = []
-    for node in graph.nodes:
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda argument: f"%{number[argument]}")
-        target = "" if node.op == "placeholder" else str(node.target)
-        lines.append(f"{node.op} {target} {args} {kwargs}")
-    return "\n".join(lines)
 
 
 def _nbytes(node: torch.fx.Node) -> int:

@@ -93,7 +93,7 @@ def _number(index: int, numbers: HostNumbers) -> str:
 def _values(captured: Captured) -> dict[int, str]:
     """Returns how each value of a program is computed, as a hash."""
     program = captured.program
-    graphs = [deserialize_graph(function.graph).graph for function in program.functions]
+    graphs = [deserialize_graph(function.graph) for function in program.functions]
     values: dict[int, str] = {}
     for node in program.nodes:
         if isinstance(node, Arg):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from torchways.errors import InternalError
-from torchways.graphs import deserialize_graph
+from torchways.graphs import deserialize_graph, run_graph
 from torchways.runtime.base import BufferSpec, OnDevice
 
 #: How long each simulated computation takes, seconds.
@@ -95,12 +95,12 @@ class SimulatedRuntime:
         outputs: Sequence[BufferSpec],
         donated: Sequence[int],
         on_device: OnDevice,
-    ) -> torch.fx.GraphModule:
+    ) -> torch.fx.Graph:
         """See `Runtime.compile`."""
         return deserialize_graph(graph)
 
     def execute(
-        self, executable: torch.fx.GraphModule, inputs: Sequence[_Buffer], gang_key: str
+        self, executable: torch.fx.Graph, inputs: Sequence[_Buffer], gang_key: str
     ) -> tuple[list[_Buffer], Sequence[_Buffer]]:
         """Puts a computation into the device queues; see `Runtime.execute`.
 
@@ -113,7 +113,7 @@ class SimulatedRuntime:
             self._computations[key] = computation
         message = {"enqueue": key, "devices": self._devices, "parts": self._num_hosts, "seconds": self._seconds}
         self._socket.sendall(json.dumps(message).encode() + b"\n")
-        values = executable(*(buffer.value for buffer in inputs))
+        values = run_graph(executable, *(buffer.value for buffer in inputs))
         try:
             self._acknowledged.get(timeout=_ENQUEUE_SECONDS)
         except queue.Empty:

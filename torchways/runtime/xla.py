@@ -31,7 +31,7 @@ import torch_xla.runtime as xr
 from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
-from torchways.graphs import SOURCE_KEY, deserialize_graph
+from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph
 from torchways.operators import BARRIER, CONSTRAIN, MANUAL_SEED, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 
@@ -241,21 +241,20 @@ class XlaRuntime:
         to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
         """
         source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
-        key = hashlib.sha256(graph + repr((source.inputs, source.outputs, source.donated)).encode()).digest()
+        key = hashlib.sha256(computation_of(graph) + repr((source.inputs, source.outputs, source.donated)).encode()).digest()
         executable = self._compiled.get(key)
         if executable is None:
             executable = self._compiled[key] = self._compile(source, on_device)
         return executable
 
     def _compile(self, source: _Source, on_device: OnDevice) -> _Executable:
-        with self._compiling:
-            module = deserialize_graph(source.graph)
-        _move_to_device(module, self._device)
-        seed = _take_seed(module)
+        graph = deserialize_graph(source.graph)
+        _move_to_device(graph, self._device)
+        seed = _take_seed(graph)
         for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier), (QR, _qr), (SVD, _svd)):
-            for node in module.graph.find_nodes(op="call_function", target=operator):
+            for node in graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
-        executable, pending = on_device(lambda: self._trace(module, seed, source))
+        executable, pending = on_device(lambda: self._trace(graph, seed, source))
         if pending:
             try:
                 with self._compiling:
@@ -280,7 +279,7 @@ class XlaRuntime:
             raise InternalError("torch-xla traced a compiled function to another graph than before")
 
     def _trace(
-        self, module: torch.fx.GraphModule, seed: int | None, source: _Source
+        self, graph: torch.fx.Graph, seed: int | None, source: _Source
     ) -> tuple[_Executable, list[torch.Tensor]]:
         """Traces a graph lazily; returns the executable to be, and the tensors whose pending graph it is."""
         arguments = [self.fill(spec, 0) for spec in source.inputs]
@@ -289,8 +288,8 @@ class XlaRuntime:
         for position in source.donated:
             _XLAC._set_buffer_donation(arguments[position], True)  # no public call marks a donor
         before = self.fallback_counters()
-        results = list(_ExactTypes(module).run(*arguments))
-        self._refuse_fallbacks(before, module)
+        results = list(_ExactTypes(graph).run(*arguments))
+        self._refuse_fallbacks(before, graph)
         argument_of = {id(argument): position for position, argument in enumerate(arguments)}
         computed: list[torch.Tensor] = []
         sources: list[int] = []
@@ -329,12 +328,12 @@ class XlaRuntime:
             xs.annotate_custom_sharding(copy, self._mesh, self._sharding(placements.split(), value.dim()))
         return copy
 
-    def _refuse_fallbacks(self, before: dict[str, int], module: torch.fx.GraphModule) -> None:
+    def _refuse_fallbacks(self, before: dict[str, int], graph: torch.fx.Graph) -> None:
         fallen = [name for name, count in self.fallback_counters().items() if count > before.get(name, 0)]
         if fallen:
             lines = {
                 str(node.meta.get(SOURCE_KEY, ""))
-                for node in module.graph.nodes
+                for node in graph.nodes
                 if any(str(node.target).split(".")[1:2] == [_base_name(name)] for name in fallen)
             }
             raise CaptureError(
@@ -492,6 +491,9 @@ class _ExactTypes(torch.fx.Interpreter):
     and buffers have other sizes than computations that take them expect.
     """
 
+    def __init__(self, graph: torch.fx.Graph) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
         if isinstance(result, (tuple, list)):
@@ -540,9 +542,8 @@ def _is_shared(tensor: torch.Tensor) -> bool:
     return tensor._use_count() > 1  # no public call tells whether C++ holds a tensor
 
 
-def _take_seed(module: torch.fx.GraphModule) -> int | None:
+def _take_seed(graph: torch.fx.Graph) -> int | None:
     """Returns the position of the argument that seeds a graph's random operators, if it has any, and forgets it."""
-    graph = module.graph
     placeholders = graph.find_nodes(op="placeholder")
     for node in graph.find_nodes(op="call_function", target=MANUAL_SEED):
         seed = placeholders.index(node.args[0])
@@ -551,9 +552,9 @@ def _take_seed(module: torch.fx.GraphModule) -> int | None:
     return None
 
 
-def _move_to_device(module: torch.fx.GraphModule, device: torch.device) -> None:
+def _move_to_device(graph: torch.fx.Graph, device: torch.device) -> None:
     """Makes operators that create tensors create them on `device`."""
-    for node in module.graph.nodes:
+    for node in graph.nodes:
         if "device" in node.kwargs:
             node.update_kwarg("device", device)
         node.args = torch.fx.node.map_aggregate(

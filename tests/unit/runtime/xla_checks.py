@@ -22,7 +22,7 @@ def spec(dtype, *shape, placement="R"):
 
 
 def graph(function, *arguments):
-    return serialize_graph(make_fx(function, tracing_mode="fake")(*arguments))
+    return serialize_graph(make_fx(function, tracing_mode="fake")(*arguments).graph)
 
 
 def read(runtime, buffer):

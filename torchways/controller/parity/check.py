@@ -142,15 +142,15 @@ class ParityCheck:
 
     def _check_compute(self, node: Compute) -> None:
         function = self.program.functions[node.function_index]
-        module = _graph_of(function.graph)
+        graph = _graph_of(function.graph)
         inputs = [self._values[value] for value in node.inputs]
         actual = [self._values[value] for value in node.outputs]
-        drawn = {item: value for item, value in zip(outputs_of(module.graph), actual, strict=True) if is_drawn(item)}
-        expected = replay(module, inputs, drawn)
+        drawn = {item: value for item, value in zip(outputs_of(graph), actual, strict=True) if is_drawn(item)}
+        expected = replay(graph, inputs, drawn)
         differences = [compare(*pair, self.tolerance) for pair in zip(actual, expected, strict=True)]
         beyond = {position for position, difference in enumerate(differences) if difference.num_different}
         diverging = beyond
-        if beyond and (reference := _in_float64(lambda: replay(module, inputs, drawn, in_float64=True))):
+        if beyond and (reference := _in_float64(lambda: replay(graph, inputs, drawn, in_float64=True))):
             diverging = {
                 position
                 for position in beyond
@@ -158,7 +158,7 @@ class ParityCheck:
             }
         if diverging:
             first = min(diverging)
-            finding = self._find_operator(node, module, inputs, [(item, actual[item]) for item in sorted(diverging)])
+            finding = self._find_operator(node, graph, inputs, [(item, actual[item]) for item in sorted(diverging)])
             if finding is not None:
                 raise self._error(
                     function.name,
@@ -177,7 +177,7 @@ class ParityCheck:
     def _find_operator(
         self,
         node: Compute,
-        module: torch.fx.GraphModule,
+        graph: torch.fx.Graph,
         inputs: Sequence[torch.Tensor],
         diverging: Sequence[tuple[int, torch.Tensor]],
     ) -> _Finding | None:
@@ -186,12 +186,12 @@ class ParityCheck:
         None: all agree, and give together what the node gave, so that only rounding can have grown.
         """
         try:
-            outputs, values = self._run_exposed(node, module, inputs)
+            outputs, values = self._run_exposed(node, graph, inputs)
         except TorchwaysError as error:
             return _Finding(f"which operator it is cannot be told: {error}")
         operators = [
             item
-            for item in module.graph.nodes
+            for item in graph.nodes
             if item.op == "call_function" and _tensors_of(item) and not is_drawn(item)
         ]
         for item in operators:
@@ -224,7 +224,7 @@ class ParityCheck:
                     yield tensor, difference
 
     def _run_exposed(
-        self, node: Compute, module: torch.fx.GraphModule, inputs: Sequence[torch.Tensor]
+        self, node: Compute, graph: torch.fx.Graph, inputs: Sequence[torch.Tensor]
     ) -> tuple[list[torch.Tensor], dict[torch.fx.Node, torch.Tensor]]:
         """Runs a computation with what each operator computes as an output.
 
@@ -233,7 +233,7 @@ class ParityCheck:
         program, session = self.program, self.session
         home = compute_slice(program, node)
         mesh = self.meshes[home]
-        exposed = operator_values(module.graph)
+        exposed = operator_values(graph)
         values = [
             replace(value, slice_index=0)
             for value in (
@@ -244,14 +244,14 @@ class ParityCheck:
         read, made = range(len(inputs)), range(len(inputs), len(values))
         function = program.functions[node.function_index]
         name = f"{function.name} operator by operator"
-        graph = with_outputs(module, exposed)
+        data = with_outputs(graph, exposed)
         lowered = lower(
             Program(
                 name=name,
                 slices=(program.slices[home],),
                 values=tuple(values),
                 functions=(
-                    Function(name=name, source=function.source, graph=graph, num_operators=function.num_operators),
+                    Function(name=name, source=function.source, graph=data, num_operators=function.num_operators),
                 ),
                 nodes=(
                     *(Arg(output=value, label="input", source=value) for value in read),
@@ -274,7 +274,7 @@ class ParityCheck:
         results = [read.result() for read in [session.start_fetch(buffer) for buffer in buffers]]
         session.forget_program(program_id)
         own = len(node.outputs)
-        placeholders = module.graph.find_nodes(op="placeholder")
+        placeholders = graph.find_nodes(op="placeholder")
         return results[:own], dict(zip((*placeholders, *exposed), (*inputs, *results[own:]), strict=True))
 
     # ---- messages
@@ -310,7 +310,7 @@ class ParityCheck:
 
 
 @functools.lru_cache(maxsize=64)
-def _graph_of(data: bytes) -> torch.fx.GraphModule:
+def _graph_of(data: bytes) -> torch.fx.Graph:
     return deserialize_graph(data)
 
 

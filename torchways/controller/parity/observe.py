@@ -33,12 +33,12 @@ def _with_random_values(program: Program) -> Program:
     """Makes what random operators draw outputs of their compiled functions."""
     functions, values, nodes = list(program.functions), list(program.values), list(program.nodes)
     for index, function in enumerate(functions):
-        module = deserialize_graph(function.graph)
-        outputs = outputs_of(module.graph)
-        drawn = [node for node in operator_values(module.graph) if is_drawn(node) and node not in outputs]
+        graph = deserialize_graph(function.graph)
+        outputs = outputs_of(graph)
+        drawn = [node for node in operator_values(graph) if is_drawn(node) and node not in outputs]
         if not drawn:
             continue
-        functions[index] = replace(function, graph=with_outputs(module, drawn))
+        functions[index] = replace(function, graph=with_outputs(graph, drawn))
         for position, node in enumerate(nodes):
             if isinstance(node, Compute) and node.function_index == index:
                 first = len(values)

@@ -37,18 +37,18 @@ def outputs_of(graph: torch.fx.Graph) -> list[torch.fx.Node]:
     return list(graph.output_node().args[0])  # type: ignore[arg-type]
 
 
-def with_outputs(module: torch.fx.GraphModule, more: Iterable[torch.fx.Node]) -> bytes:
+def with_outputs(graph: torch.fx.Graph, more: Iterable[torch.fx.Node]) -> bytes:
     """Returns a graph, serialized, with more of its nodes as outputs, behind its own."""
-    output = module.graph.output_node()
+    output = graph.output_node()
     old = output.args
-    output.args = ((*outputs_of(module.graph), *more),)
-    data = serialize_graph(module)
+    output.args = ((*outputs_of(graph), *more),)
+    data = serialize_graph(graph)
     output.args = old
     return data
 
 
 def replay(
-    module: torch.fx.GraphModule,
+    graph: torch.fx.Graph,
     inputs: Sequence[torch.Tensor],
     given: Mapping[torch.fx.Node, torch.Tensor],
     *,
@@ -57,12 +57,12 @@ def replay(
     """Runs a graph.
 
     Args:
-        module: of core ATen, flat.
+        graph: of core ATen, flat.
         inputs: of its placeholders, on the CPU.
         given: values of nodes that are not computed.
         in_float64: computes in float64 whatever the graph computes in a narrower floating-point dtype.
     """
-    return list(_Replay(module, given, in_float64).run(*inputs, enable_io_processing=False))
+    return list(_Replay(graph, given, in_float64).run(*inputs, enable_io_processing=False))
 
 
 def call_operator(target: Any, args: Any, kwargs: Any, *, in_float64: bool = False) -> Any:
@@ -75,9 +75,9 @@ def call_operator(target: Any, args: Any, kwargs: Any, *, in_float64: bool = Fal
 
 class _Replay(torch.fx.Interpreter):
     def __init__(
-        self, module: torch.fx.GraphModule, given: Mapping[torch.fx.Node, torch.Tensor], in_float64: bool
+        self, graph: torch.fx.Graph, given: Mapping[torch.fx.Node, torch.Tensor], in_float64: bool
     ) -> None:
-        super().__init__(module)
+        super().__init__(torch.nn.Module(), graph=graph)
         self._given = given
         self._in_float64 = in_float64
 
