@@ -541,11 +541,12 @@ class _Partitioner:
 
     def _make_compute(self, group: _Group) -> Compute:
         members = set(group.nodes)
+        returned = set(self.outputs)
         needed_outside = [
             node
             for node in group.nodes
             if not isinstance(node.meta["val"], (list, tuple))
-            and (node in self.outputs or any(self._read_outside(user, members) for user in node.users))
+            and (node in returned or any(self._read_outside(user, members) for user in node.users))
         ]
         external, body = self._extract(group)
         needed_outside = list(dict.fromkeys(needed_outside))
@@ -623,9 +624,7 @@ class _Partitioner:
             source = next((node.meta[SOURCE_KEY] for node in group.nodes if node.meta.get(SOURCE_KEY)), "")
             name = f"{self.name}/{len(self.functions)}" + (f":{named}" if named else "")
             self._function_of[key] = len(self.functions)
-            self.functions.append(
-                Function(name=name, source=source, graph=graph, num_operators=len(group.nodes))
-            )
+            self.functions.append(Function(name=name, source=source, graph=graph, num_operators=len(group.nodes)))
         return self._function_of[key]
 
 

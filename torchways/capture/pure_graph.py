@@ -75,7 +75,7 @@ def _recorded_again(graph: torch.fx.Graph, decompositions: Mapping[Any, Any], *,
         inputs.append(recorder.add_input(str(node.target), value.shape, value.dtype))
     with recorder.fake_mode, recorder:
         results = _Rerun(graph, recorder, in_pairs=in_pairs).run(*inputs, enable_io_processing=False)
-    recorder.graph.output(tuple(recorder.node_of(result) for result in results))  # type: ignore[arg-type]
+    recorder.graph.output(tuple(recorder.node_of(result) for result in results))
     return recorder.graph
 
 
@@ -132,5 +132,3 @@ def _fill_empty(graph: torch.fx.Graph) -> None:
         empty.meta = dict(node.meta)
         node.replace_all_uses_with(empty)
         graph.erase_node(node)
-
-

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from torchways.errors import CaptureError
@@ -100,6 +100,8 @@ class Recorder(TorchDispatchMode):
         self._decompositions = decompositions
         #: One fake tensor for each shape and dtype.
         self._values: dict[tuple[Any, ...], FakeTensor] = {}
+        #: What operators give, by their arguments' geometry: shapes, strides and dtypes.
+        self._shapes: dict[Any, tuple[Any, ...]] = {}
         #: Operators within operators: those that one is taken apart into.
         self._depth = 0
 
@@ -192,10 +194,9 @@ class Recorder(TorchDispatchMode):
 
     def _fake(self, shape: Any, strides: Any, dtype: torch.dtype, node: torch.fx.Node) -> FakeTensor:
         """Returns a tensor of its own memory, whose value is a node's."""
-        with _disable_current_modes(), self.fake_mode:
-            fake = torch.empty_strided(shape, strides, dtype=dtype)
+        fake = self._new((shape, strides, dtype))
         self.bind(fake, node)
-        return fake  # type: ignore[return-value]
+        return fake
 
     # ---- operators
 
@@ -228,7 +229,7 @@ class Recorder(TorchDispatchMode):
             return self._as_view(func, args, kwargs, decomposed) if traits.is_view else decomposed
         if traits.has_dim and isinstance(args[0], torch.Tensor) and args[0].dim() == 0:
             return self._along_dim_of_scalar(func, args, kwargs)
-        result = func(*args, **kwargs)
+        result = self._shaped(func, traits, args, kwargs)
         if not traits.returns_tensors and traits.returns_something:
             return result  # it asks for a tensor's device, layout or size
         node = self._node(func, args, kwargs)
@@ -251,6 +252,41 @@ class Recorder(TorchDispatchMode):
             node.meta["val"] = None
         return result
 
+    def _shaped(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+        """Runs an operator on fake tensors; what it gives for these shapes, dtypes and numbers is computed once."""
+        if traits.is_view:
+            return self._view(func, args, kwargs)
+        try:
+            key = (func, *map(_geometry, args), *((name, _geometry(item)) for name, item in kwargs.items()))
+            known = self._shapes.get(key)
+        except TypeError:  # an argument of which nothing is known
+            return func(*args, **kwargs)
+        if known is not None:
+            return self._new(known[0]) if len(known) == 1 else tuple(map(self._new, known))
+        result = func(*args, **kwargs)
+        items = (result,) if isinstance(result, torch.Tensor) else result
+        is_plain = type(items) in (tuple, list) and len(items) > (0 if items is not result else 1)
+        if is_plain and all(type(item) is FakeTensor and item.constant is None for item in items):
+            self._shapes[key] = tuple((item.shape, item.stride(), item.dtype) for item in items)
+        return result
+
+    def _new(self, geometry: tuple[torch.Size, tuple[int, ...], torch.dtype]) -> FakeTensor:
+        shape, strides, dtype = geometry
+        with torch._C._DisableTorchDispatch():
+            content = torch.empty_strided(shape, strides, dtype=dtype, device="meta")
+        return FakeTensor(self.fake_mode, content, _CPU)
+
+    def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Runs an operator that makes a view, without what the fake mode does for all others."""
+        if not isinstance(args[0], FakeTensor):  # a number, as autograd's formulas conjugate it
+            with _disable_current_modes():
+                return func(*args, **kwargs).resolve_conj().resolve_neg()
+        with in_kernel_invocation_manager(self.fake_mode):
+            views = func(*args, **kwargs)
+        if isinstance(views, (tuple, list)):
+            return [FakeTensor(self.fake_mode, item, _CPU) for item in views]
+        return FakeTensor(self.fake_mode, views, _CPU) if views is not args[0] else views
+
     def _node(self, func: Any, args: Any, kwargs: Any) -> torch.fx.Node:
         arguments = tuple([self._argument(item) for item in args])
         options = {name: self._argument(item) for name, item in kwargs.items()}
@@ -261,9 +297,7 @@ class Recorder(TorchDispatchMode):
     def _argument(self, value: Any) -> Any:
         if isinstance(value, torch.Tensor):
             node = self.node_of(value)
-            if node is None:
-                raise RuntimeError(f"a tensor of shape {tuple(value.shape)} from elsewhere is used in a trace")
-            return node
+            return self.node_of(self.constant(value)) if node is None else node
         if isinstance(value, (list, tuple)):
             return [self._argument(item) for item in value]
         return value
@@ -271,8 +305,8 @@ class Recorder(TorchDispatchMode):
     def _bind_result(
         self, result: Any, node: torch.fx.Node, traits: _Traits, args: Any, kwargs: Any, index: int | None
     ) -> None:
-        if traits.is_view and isinstance(args[0], torch.Tensor) and result is not args[0]:
-            place: _Place = args[0]._tw_place  # type: ignore[attr-defined]
+        if traits.is_view and isinstance(args[0], FakeTensor) and result is not args[0]:
+            place: _Place = args[0]._tw_place
             step = _Step(traits.func, tuple(args[1:]), kwargs, index)
             result._tw_place = _Place(place.memory, (*place.steps, step), node, place.memory.version)
         elif all(result is not item for item in args):
@@ -281,7 +315,7 @@ class Recorder(TorchDispatchMode):
     def _alias(self, func: Any, tensor: Any) -> Any:
         if not isinstance(tensor, FakeTensor):
             return self.constant(tensor)
-        result = func(tensor)
+        result = self._view(func, (tensor,), {}) if tensor.constant is None else func(tensor)
         if result is not tensor and (node := self.node_of(tensor)) is not None:
             place: _Place = tensor._tw_place
             result._tw_place = _Place(place.memory, place.steps, node, place.memory.version)
@@ -309,7 +343,7 @@ class Recorder(TorchDispatchMode):
         items = result if isinstance(result, (list, tuple)) else [result]
         if all(getattr(item, "_tw_place").memory is memory for item in items):  # noqa: B009
             return result
-        views = func(*args, **kwargs)
+        views = self._view(func, args, kwargs)
         traits = _traits(func)
         several = isinstance(views, (list, tuple))
         for index, (view, item) in enumerate(zip(views if several else [views], items, strict=True)):
@@ -366,7 +400,8 @@ class Recorder(TorchDispatchMode):
                     target = tensors[0]
                     self._write_memory(target._tw_place, made)  # type: ignore[attr-defined]
                 else:
-                    target = aten.empty_like.default(template.result)
+                    like = template.result
+                    target = self._new((like.shape, like.stride(), like.dtype))
                     self.bind(target, made)
             results.append(target)
         return results if func._schema.returns else None
@@ -477,7 +512,7 @@ class Recorder(TorchDispatchMode):
             try:
                 result = function(*wrapped)
                 for item in (*wrapped, *_tensors(result)):
-                    torch._sync(item)
+                    torch._sync(item)  # type: ignore[attr-defined]
             finally:
                 torch._functionalize_enable_reapply_views(before)  # type: ignore[attr-defined]
         for tensor, item in zip(tensors, wrapped, strict=True):
@@ -485,6 +520,28 @@ class Recorder(TorchDispatchMode):
             if value is not tensor:
                 self.write(tensor, value)
         return pytree.tree_map_only(torch.Tensor, torch._from_functional_tensor, result)
+
+
+def _geometry(value: Any) -> Any:
+    """Returns what of an argument decides the shape of an operator's result.
+
+    Raises:
+        TypeError: its value may.
+    """
+    if type(value) is FakeTensor:
+        if value.constant is not None:
+            raise TypeError
+        return value.shape, value.stride(), value.dtype
+    kind = type(value)
+    if kind in (list, tuple):
+        return tuple(map(_geometry, value))
+    if kind not in _PLAIN:
+        raise TypeError
+    return kind, value
+
+
+#: Types of arguments that are compared by value.
+_PLAIN = {int, float, bool, type(None), str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format}
 
 
 def _kind(item: Any) -> Any:
@@ -525,7 +582,7 @@ def _traits(func: Any) -> _Traits:
     returns = [str(item.type) for item in schema.returns]
     return _Traits(
         func,
-        is_view=func.is_view,
+        is_view=func.is_view and not _is_composite(func),  # which return a view or a copy, as the case may be
         is_mutable=schema.is_mutable,
         functional=_functional(func) if schema.is_mutable else None,
         has_dim=any(argument.name == "dim" for argument in schema.arguments),
@@ -547,13 +604,16 @@ def _functional(func: Any) -> Any:
     if not name.endswith("_") or name.endswith("__") or writes != [first]:
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    wanted = [(item.name, str(item.type)) for item in schema.arguments]
+    wanted = _signature(schema)
     overloads = [] if packet is None else sorted(packet.overloads(), key=lambda item: item != func._overloadname)
     for other in (getattr(packet, overload) for overload in overloads):
-        has_same = [(item.name, str(item.type)) for item in other._schema.arguments] == wanted
-        if has_same and not other._schema.is_mutable and len(other._schema.returns) == 1:
+        if _signature(other._schema) == wanted and not other._schema.is_mutable and len(other._schema.returns) == 1:
             return other
     return None
+
+
+def _signature(schema: Any) -> list[tuple[Any, ...]]:
+    return [(item.name, str(item.type), item.has_default_value(), item.default_value) for item in schema.arguments]
 
 
 def returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:

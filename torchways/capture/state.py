@@ -56,6 +56,9 @@ class StateTracker:
     _saved_options: list[dict[str, Any]] = field(default_factory=list)
     #: State that a step made as a constant: its parameter's state, key, array, and what stood for it in the trace.
     _created: list[tuple[torch.optim.Optimizer, Any, str, Array, Any]] = field(default_factory=list)
+    #: Identities of what stood for it, and of the state that it is in; `_created` and optimizers keep both.
+    _stand_ins: set[int] = field(default_factory=set)
+    _new_states: set[int] = field(default_factory=set)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -73,19 +76,16 @@ class StateTracker:
 
     def is_created(self, write: Write) -> bool:
         """Whether a write is that of state which became an input of the trace."""
-        if any(write.value is stand_in for *_, stand_in in self._created):
+        if id(write.value) in self._stand_ins:
             return True
         # A new parameter's state: all that is in it became inputs.
-        return isinstance(write.value, dict) and any(
-            write.value is optimizer.state.get(parameter) for optimizer, parameter, *_ in self._created
-        )
+        return isinstance(write.value, dict) and id(write.value) in self._new_states
 
     def writes_to_new_state(self, write: Write) -> Iterator[Write]:
         """Returns what a write that `is_created` leaves besides: state that is no constant."""
-        stand_ins = {id(stand_in) for *_, stand_in in self._created}
         if isinstance(write.value, dict):
             for key, value in write.value.items():
-                if id(value) not in stand_ins:
+                if id(value) not in self._stand_ins:
                     yield Write("set", Entry(write.place, key), value)
 
     def commit(self) -> None:
@@ -170,6 +170,8 @@ class StateTracker:
                         array = self.make_array(HostContent(tuple(value.shape), value.dtype, constant), parameter)
                         mode.make_input_of(value, array)
                         self._created.append((optimizer, parameter, key, array, value))
+                        self._stand_ins.add(id(value))
+                        self._new_states.add(id(parameter_state))
 
 
 def _has_gradient(parameter: torch.Tensor) -> bool:

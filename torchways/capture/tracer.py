@@ -67,6 +67,7 @@ _HOST_READS = {
     torch.ops.aten.is_nonzero.default,
     torch.ops.aten.equal.default,
 }
+_DEVICE = torch.ops.prim.device.default
 _ONE_DTYPE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
@@ -238,6 +239,8 @@ class _TraceMode(Recorder):
     # ---- operators
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
         if self._depth:  # part of an operator that was seen
             return self.record(func, args, kwargs)

@@ -40,7 +40,9 @@ def serialize_graph(graph: torch.fx.Graph) -> bytes:
     return serialize(inputs, body, list(graph.output_node().args[0]))  # type: ignore[arg-type]
 
 
-def serialize(inputs: Sequence[torch.fx.Node], body: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node]) -> bytes:
+def serialize(
+    inputs: Sequence[torch.fx.Node], body: Sequence[torch.fx.Node], outputs: Sequence[torch.fx.Node]
+) -> bytes:
     """Returns a part of a graph as bytes.
 
     Args:

@@ -241,7 +241,8 @@ class XlaRuntime:
         to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
         """
         source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
-        key = hashlib.sha256(computation_of(graph) + repr((source.inputs, source.outputs, source.donated)).encode()).digest()
+        kinds = repr((source.inputs, source.outputs, source.donated))
+        key = hashlib.sha256(computation_of(graph) + kinds.encode()).digest()
         executable = self._compiled.get(key)
         if executable is None:
             executable = self._compiled[key] = self._compile(source, on_device)

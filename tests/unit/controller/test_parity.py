@@ -24,14 +24,13 @@ class WrongSession(LocalSession):
     def register_program(self, name, parts, meshes):
         program_id = super().register_program(name, parts, meshes)
         for graph in [graph for graphs in self.programs[program_id][2] for graph in graphs]:
-            if self._only_fused and len(graph.graph.output_node().args[0]) > 1:
+            if self._only_fused and len(graph.output_node().args[0]) > 1:
                 continue
-            for node in graph.graph.nodes:
+            for node in graph.nodes:
                 if str(node.target).startswith(f"aten.{self._name}."):
-                    with graph.graph.inserting_after(node):
-                        wrong = graph.graph.call_function(torch.ops.aten.add.Tensor, (node, self._error))
+                    with graph.inserting_after(node):
+                        wrong = graph.call_function(torch.ops.aten.add.Tensor, (node, self._error))
                     node.replace_all_uses_with(wrong, lambda user, wrong=wrong: user is not wrong)
-            graph.recompile()
         return program_id
 
 

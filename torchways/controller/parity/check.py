@@ -190,9 +190,7 @@ class ParityCheck:
         except TorchwaysError as error:
             return _Finding(f"which operator it is cannot be told: {error}")
         operators = [
-            item
-            for item in graph.nodes
-            if item.op == "call_function" and _tensors_of(item) and not is_drawn(item)
+            item for item in graph.nodes if item.op == "call_function" and _tensors_of(item) and not is_drawn(item)
         ]
         for item in operators:
             for tensor, difference in self._differences_of(item, values):

@@ -74,9 +74,7 @@ def call_operator(target: Any, args: Any, kwargs: Any, *, in_float64: bool = Fal
 
 
 class _Replay(torch.fx.Interpreter):
-    def __init__(
-        self, graph: torch.fx.Graph, given: Mapping[torch.fx.Node, torch.Tensor], in_float64: bool
-    ) -> None:
+    def __init__(self, graph: torch.fx.Graph, given: Mapping[torch.fx.Node, torch.Tensor], in_float64: bool) -> None:
         super().__init__(torch.nn.Module(), graph=graph)
         self._given = given
         self._in_float64 = in_float64
