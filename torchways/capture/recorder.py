@@ -64,6 +64,11 @@ class _Place:
     version: int
 
 
+def _place_of(tensor: Any) -> _Place:
+    place: _Place = tensor._tw_place
+    return place
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Template:
     """The nodes that an operator on a list made for one of its tensors.
@@ -119,7 +124,7 @@ class Recorder(TorchDispatchMode):
         Raises:
             CaptureError: it has more than one element.
         """
-        if tensor.numel() != 1 or tensor.is_complex():
+        if tensor.numel() != 1:
             raise CaptureError(f"a decomposition builds a tensor of shape {list(tensor.shape)} on the host")
         fake = self.fake_constant(tensor)
         with _disable_current_modes():
@@ -229,6 +234,10 @@ class Recorder(TorchDispatchMode):
             return self._as_view(func, args, kwargs, decomposed) if traits.is_view else decomposed
         if traits.has_dim and isinstance(args[0], torch.Tensor) and args[0].dim() == 0:
             return self._along_dim_of_scalar(func, args, kwargs)
+        if traits.is_view and isinstance(args[0], (int, float, complex)):  # as autograd's formulas conjugate numbers
+            with _disable_current_modes():
+                number = func(*args, **kwargs).resolve_conj().resolve_neg()
+            return self.constant(number)
         result = self._shaped(func, traits, args, kwargs)
         if not traits.returns_tensors and traits.returns_something:
             return result  # it asks for a tensor's device, layout or size
@@ -278,9 +287,6 @@ class Recorder(TorchDispatchMode):
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operator that makes a view, without what the fake mode does for all others."""
-        if not isinstance(args[0], FakeTensor):  # a number, as autograd's formulas conjugate it
-            with _disable_current_modes():
-                return func(*args, **kwargs).resolve_conj().resolve_neg()
         with in_kernel_invocation_manager(self.fake_mode):
             views = func(*args, **kwargs)
         if isinstance(views, (tuple, list)):
@@ -305,8 +311,8 @@ class Recorder(TorchDispatchMode):
     def _bind_result(
         self, result: Any, node: torch.fx.Node, traits: _Traits, args: Any, kwargs: Any, index: int | None
     ) -> None:
-        if traits.is_view and isinstance(args[0], FakeTensor) and result is not args[0]:
-            place: _Place = args[0]._tw_place
+        if traits.is_view and result is not args[0]:
+            place = _place_of(args[0])
             step = _Step(traits.func, tuple(args[1:]), kwargs, index)
             result._tw_place = _Place(place.memory, (*place.steps, step), node, place.memory.version)
         elif all(result is not item for item in args):
@@ -317,7 +323,7 @@ class Recorder(TorchDispatchMode):
             return self.constant(tensor)
         result = self._view(func, (tensor,), {}) if tensor.constant is None else func(tensor)
         if result is not tensor and (node := self.node_of(tensor)) is not None:
-            place: _Place = tensor._tw_place
+            place = _place_of(tensor)
             result._tw_place = _Place(place.memory, place.steps, node, place.memory.version)
         return result
 
@@ -339,9 +345,9 @@ class Recorder(TorchDispatchMode):
         first = args[0]
         if not isinstance(first, torch.Tensor):
             return result
-        memory = first._tw_place.memory  # type: ignore[attr-defined]
+        memory = _place_of(first).memory
         items = result if isinstance(result, (list, tuple)) else [result]
-        if all(getattr(item, "_tw_place").memory is memory for item in items):  # noqa: B009
+        if all(_place_of(item).memory is memory for item in items):
             return result
         views = self._view(func, args, kwargs)
         traits = _traits(func)
@@ -383,7 +389,7 @@ class Recorder(TorchDispatchMode):
             operands = [mine[position][0] for position in lists]
             tensors = [item for item in operands if isinstance(item, torch.Tensor)]
             nodes = [self.node_of(item) for item in tensors]
-            is_whole = not any(item._tw_place.steps for item in tensors)  # type: ignore[attr-defined]
+            is_whole = not any(_place_of(item).steps for item in tensors)
             key = (tuple(map(_kind, operands)), tuple(nodes.index(node) for node in nodes))
             template = templates.get(key) if is_whole else None
             if template is None:
@@ -398,7 +404,7 @@ class Recorder(TorchDispatchMode):
                 made = self._copy_nodes(template, nodes)
                 if func._schema.is_mutable:
                     target = tensors[0]
-                    self._write_memory(target._tw_place, made)  # type: ignore[attr-defined]
+                    self._write_memory(_place_of(target), made)
                 else:
                     like = template.result
                     target = self._new((like.shape, like.stride(), like.dtype))
@@ -453,7 +459,7 @@ class Recorder(TorchDispatchMode):
     def write(self, target: Any, value: Any) -> None:
         """Gives a tensor the value of another of its shape and dtype, and what shares its memory along with it."""
         node = self.node_of(value)
-        place: _Place = target._tw_place
+        place = _place_of(target)
         assert node is not None
         if target.constant is not None:
             target.constant = None

@@ -401,7 +401,9 @@ class _TraceMode(Recorder):
         if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
             return tensor
         known = self._by_identity.get(_identity(tensor))
-        return known.fake if known is not None else self._lift(tensor)
+        if known is not None:
+            return known.fake
+        return self._lift(tensor)
 
     def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, Array) and (isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad):
@@ -429,7 +431,7 @@ class _TraceMode(Recorder):
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a host tensor that is the same in each run."""
-        if tensor.numel() == 1 and not tensor.is_complex():
+        if tensor.numel() == 1:
             return super().constant(tensor)
         fake = self.fake_constant(tensor)
         self.bind(fake, self.add_graph_input(tensor, tuple(tensor.shape), tensor.dtype).node)
