@@ -180,8 +180,12 @@ def _constant(make: Callable[..., torch.Tensor]) -> Callable[..., Any]:
             return make(source, *args, dtype=dtype, **kwargs)
         if dtype is None and not isinstance(like, Pair):
             return make(source, *args, **kwargs)
-        value = make(source, *args, dtype=_real_dtype(dtype), **kwargs)
-        return Pair(value, torch.zeros_like(value))
+        parts = []
+        for part in ("real", "imag"):
+            found = [getattr(item, part) if isinstance(item, complex) else item for item in (source, *args)]
+            parts.append(make(*found, dtype=_real_dtype(dtype), **kwargs))
+        has_number = any(isinstance(item, complex) for item in (source, *args))
+        return Pair(parts[0], parts[1] if has_number else torch.zeros_like(parts[0]))
 
     return rule
 
