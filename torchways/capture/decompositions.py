@@ -11,6 +11,7 @@ import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
 from torchways.capture.gamma import gamma_decompositions
+from torchways.capture.kept_whole import kept_whole
 from torchways.capture.linear_algebra import linear_algebra_decompositions
 from torchways.capture.neighbours import neighbour_decompositions
 from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
@@ -435,6 +436,7 @@ def decomposition_table() -> dict[Any, Any]:
     """Returns what takes operators apart at capture: PyTorch's core ATen set and what torch-xla lacks beyond it."""
     return {
         **taken_apart(),
+        **kept_whole(taken_apart),
         **get_decompositions(_NOT_LOWERED),
         **resizing_decompositions(),
         **linear_algebra_decompositions(),

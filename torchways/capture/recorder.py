@@ -389,7 +389,7 @@ class Recorder(TorchDispatchMode):
             operands = [mine[position][0] for position in lists]
             tensors = [item for item in operands if isinstance(item, torch.Tensor)]
             nodes = [self.node_of(item) for item in tensors]
-            is_whole = not any(_place_of(item).steps for item in tensors)
+            is_whole = not (func._schema.is_mutable and _place_of(tensors[0]).steps)
             key = (tuple(map(_kind, operands)), tuple(nodes.index(node) for node in nodes))
             template = templates.get(key) if is_whole else None
             if template is None:
