@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from torchways.array import Array
+from torchways.capture.decompositions import decomposition_table
 from torchways.config import ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
@@ -121,6 +123,7 @@ def init(
         return _Scope()
     os.environ.setdefault("TORCHWAYS_LOG_LEVEL", log_level)
     setup_logging("controller")
+    threading.Thread(target=decomposition_table, name="torchways-prepare", daemon=True).start()  # seconds, at first
     address = address or os.environ.get(ADDRESS_VARIABLE)
     end_cluster: Callable[[], None] | None = None
     token = os.environ.get(TOKEN_VARIABLE, "")

@@ -1,4 +1,6 @@
-"""Compiles programs on a thread of its own, while the engine goes on with other runs.
+"""Compiles programs on threads of its own, while the engine goes on with other runs.
+
+Programs are compiled in order, the computations of one at the same time, as cores allow.
 
 What must not happen beside computations (torch-xla's lazy trace, a few milliseconds) is given to the engine's thread.
 The rest is most of the time: to read a graph is Python and shares the GIL with the engine; XLA's compilation takes
@@ -9,6 +11,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,6 +65,8 @@ class Compiler:
         self._on_device = on_device
         self._failure = failure
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler")
+        self._workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compiler-worker")
+        self._counting = threading.Lock()
         self.num_compiled = 0
         self.seconds = 0.0
 
@@ -81,19 +87,26 @@ class Compiler:
         Returns:
             for the number of each unit that computes, its calls; or the first failure.
         """
+        computing = [[step for step in unit.instructions if isinstance(step, ComputeInstruction)] for unit in units]
+        compiled: dict[Any, concurrent.futures.Future[Any]] = {}
+        for step in (step for steps in computing for step in steps):
+            if (key := _key(step, slots)) not in compiled:
+                function = functions[step.function_index]
+                compiled[key] = self._workers.submit(self._compile, name, function, slots, step)
+        results = {key: future.result() for key, future in compiled.items()}
+        failure = next((result for result in results.values() if isinstance(result, Failure)), None)
+        if failure is not None:
+            return failure
         calls: dict[int, list[Call]] = {}
-        for number, unit in enumerate(units):
-            steps = [step for step in unit.instructions if isinstance(step, ComputeInstruction)]
+        for number, (unit, steps) in enumerate(zip(units, computing, strict=True)):
             last_use: dict[int, int] = {}
             for index, step in enumerate(steps):
                 last_use.update((slot, index) for slot in (*step.inputs, *step.outputs))
             read_inside = {slot for step in steps for slot in step.inputs}
             for index, step in enumerate(steps):
-                executable = self._compile(name, functions[step.function_index], slots, step)
-                if isinstance(executable, Failure):
-                    return executable
                 dead = [slot for slot, last in last_use.items() if last == index and slot not in unit.writes]
                 is_leaf = not any(slot in read_inside for slot in step.outputs)
+                executable = results[_key(step, slots)]
                 calls.setdefault(number, []).append(
                     Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index, is_leaf)
                 )
@@ -116,7 +129,14 @@ class Compiler:
             message = f"compiled function {function.name} could not be compiled: {error}"
             return self._failure("RemoteError", message, error, function.name, function.source)
         seconds = time.monotonic() - started
-        self.num_compiled += 1
-        self.seconds += seconds
+        with self._counting:
+            self.num_compiled += 1
+            self.seconds += seconds
         logger.info("compiled %s of program %s in %.2f s", function.name, name, seconds)
         return executable
+
+
+def _key(step: ComputeInstruction, slots: Sequence[BufferSpec]) -> Any:
+    """Returns what computations that are compiled once have in common."""
+    kinds = (tuple(slots[slot] for slot in side) for side in (step.inputs, step.outputs))
+    return (step.function_index, *kinds, tuple(step.donated))
