@@ -91,7 +91,7 @@ class LocalSession:
         self.released.append(buffer_id)
         del self.buffers[slice_id][buffer_id]
 
-    def register_program(self, name, parts, meshes):
+    def register_program(self, name, parts, meshes, traced_seconds=0.0):
         program_id = self.new_ids(1)
         graphs = [[deserialize_graph(function.graph) for function in part.functions] for part in parts]
         self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)

@@ -32,6 +32,7 @@ from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
 from torchways.mesh import Placements, VirtualSlice, check_mesh
+from torchways.observability.progress import progress
 from torchways.passes.split import SlicePart
 from torchways.rpc.clients import (
     ClusterInfo,
@@ -79,10 +80,32 @@ class _Slice:
 
 
 @dataclass(slots=True)
+class _FirstRun:
+    """A program's first run, for the log."""
+
+    name: str
+    num_functions: int
+    traced_seconds: float
+    #: When the program was sent, and when all executors had compiled it.
+    sent: float
+    compiled: float | None = None
+
+    def __str__(self) -> str:
+        now = time.monotonic()
+        compiled = self.sent if self.compiled is None else self.compiled
+        functions = "1 function" if self.num_functions == 1 else f"{self.num_functions} functions"
+        traced = f"traced {self.traced_seconds:.1f} s, " if self.traced_seconds else ""
+        compiling = f"compiled {compiled - self.sent:.1f} s ({functions})"
+        return f"{self.name}: {traced}{compiling}, first run {now - compiled:.1f} s"
+
+
+@dataclass(slots=True)
 class _Run:
     name: str
     islands_left: int
     sent_ns: int
+    #: Of a program's first run.
+    first: _FirstRun | None
 
 
 @dataclass(slots=True)
@@ -120,6 +143,9 @@ class Session:
     #: Islands that have not said yet that a program is compiled, and the failures of those that could not.
     _compiling: dict[ProgramId, int] = field(default_factory=dict)
     _not_compiled: dict[ProgramId, Failure] = field(default_factory=dict)
+    #: Of programs that no run was sent of yet, and of those that are not compiled yet.
+    _first_runs: dict[ProgramId, _FirstRun] = field(default_factory=dict)
+    _waited_for: dict[ProgramId, _FirstRun] = field(default_factory=dict)
     _lost_event: asyncio.Event | None = None
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
@@ -426,8 +452,14 @@ class Session:
 
     # ---- programs
 
-    def register_program(self, name: str, parts: Sequence[SlicePart], meshes: Sequence[VirtualSlice]) -> ProgramId:
-        """Sends a program's parts to their islands; executors compile in the background."""
+    def register_program(
+        self, name: str, parts: Sequence[SlicePart], meshes: Sequence[VirtualSlice], traced_seconds: float = 0.0
+    ) -> ProgramId:
+        """Sends a program's parts to their islands; executors compile in the background.
+
+        Args:
+            traced_seconds: what it took to trace it, for the log.
+        """
         program_id = ProgramId(self.new_ids(1))
         addresses = [self.slice_address(mesh) for mesh in meshes]
         peers: Mapping[int, PeerAddress] = {
@@ -442,6 +474,9 @@ class Session:
             address = addresses[part.slice_index]
             by_island[address.island_id].append((address.slice_id, part))
         self._compiling[program_id] = len(by_island)
+        num_functions = sum(len(part.functions) for part in parts)
+        first = _FirstRun(name, num_functions, traced_seconds, time.monotonic())
+        self._first_runs[program_id] = self._waited_for[program_id] = first
         for island, island_parts in by_island.items():
             self._post(self._schedulers[island], register_message(program_id, name, island_parts, peers))
         self._islands_of[program_id] = tuple(by_island)
@@ -452,6 +487,8 @@ class Session:
         islands = self._islands_of.pop(program_id, ())
         self._compiling.pop(program_id, None)
         self._not_compiled.pop(program_id, None)
+        self._first_runs.pop(program_id, None)
+        self._waited_for.pop(program_id, None)
         if not self._is_usable():
             return
         try:
@@ -475,7 +512,7 @@ class Session:
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
         for slice_id, bindings in arguments.items():
             by_island[self._slices[slice_id].island].append((slice_id, bindings))
-        self._runs[run_id] = _Run(name, len(by_island), started_ns)
+        self._runs[run_id] = _Run(name, len(by_island), started_ns, self._first_runs.pop(program_id, None))
         for island, slices in by_island.items():
             self._post(self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))
         self._note(
@@ -517,7 +554,8 @@ class Session:
             CaptureError: it cannot be compiled.
         """
         if program_id in self._compiling:
-            self._wait(lambda: program_id not in self._compiling, f"{name}, whose program is compiled,")
+            with progress(f"{name}: compiling"):
+                self._wait(lambda: program_id not in self._compiling, f"{name}, whose program is compiled,")
         self.check()
         failure = self._not_compiled.get(program_id)
         if failure is not None:
@@ -568,6 +606,8 @@ class Session:
         self._compiling[program_id] -= 1
         if not self._compiling[program_id]:
             del self._compiling[program_id]
+            if (first := self._waited_for.pop(program_id, None)) is not None:
+                first.compiled = time.monotonic()
             self._room.look_again()
 
     def _on_run_finished(self, run_id: RunId, failure: Failure | None) -> None:
@@ -577,6 +617,8 @@ class Session:
         run.islands_left -= 1
         if run.islands_left == 0:
             del self._runs[run_id]
+            if run.first is not None and failure is None:
+                logger.info("%s", run.first)
             # Who waits is not woken for every single run.
             if not self._runs or run_id == self._awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
                 self._room.look_again()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,7 @@ from torchways.controller.variant import (
 from torchways.errors import CaptureError, DataDependentError, TorchwaysError
 from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
+from torchways.observability.progress import progress
 from torchways.passes.lower import lower
 from torchways.passes.sequential import sequential, whole
 from torchways.signals import uninterrupted
@@ -80,8 +82,10 @@ def trace_variant(
         symbolic: keys of places whose numbers are inputs.
     """
 
-    tracing = _traced(function, name, signature, mesh, session, symbolic, rewrite, may_read=may_read)
-    return tracing.variant(dispatch)
+    started = time.monotonic()
+    with progress(f"{name}: tracing"):
+        tracing = _traced(function, name, signature, mesh, session, symbolic, rewrite, may_read=may_read)
+    return tracing.variant(dispatch, started)
 
 
 def capture_again(
@@ -131,6 +135,7 @@ class _Tracing:
     captured: Captured
     _traced: Trace
     _meshes: list[VirtualSlice]
+    _waited_seconds: float
 
     def __init__(
         self,
@@ -187,6 +192,10 @@ class _Tracing:
         specs = _placeholder_specs(traced, self._signature.tensors)
         graph = tidy(traced.graph)
         meshes = meshes_of(graph, specs, self._mesh)
+        started = time.monotonic()
+        for mesh in meshes:
+            self._session.slice_address(mesh)  # a new slice is made ready while a program is traced
+        self._waited_seconds = time.monotonic() - started
         if missing := not_lowered(graph, self._session, meshes):
             graph = tidy(graph, decompositions_of(missing))
         check_lowered(graph, self._session, meshes)
@@ -206,8 +215,8 @@ class _Tracing:
             )
         )
 
-    def variant(self, dispatch: Dispatch) -> Variant:
-        """Returns the variant of what was traced, registered."""
+    def variant(self, dispatch: Dispatch, started: float) -> Variant:
+        """Returns the variant of what was traced since a moment, registered."""
         traced = self._traced
         self._watcher.free_containers_that_are_only_added_to(self._writes)
         self._tracker.commit()
@@ -218,7 +227,8 @@ class _Tracing:
             _adopted,
             [effect.place for effect in self._effects],
         )
-        variant = variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch)
+        seconds = time.monotonic() - started - self._waited_seconds
+        variant = variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch, seconds)
         self._watcher.forget()  # the call's arrays are not to wait for the garbage collector
         vars(self).clear()
         return variant
@@ -365,6 +375,7 @@ def variant_of(
     state: Conditions,
     reads: list[Any],
     dispatch: Dispatch = "parallel",
+    traced_seconds: float = 0.0,
 ) -> Variant:
     """Lowers and registers what was captured."""
     program = captured.program
@@ -377,6 +388,7 @@ def variant_of(
         session=session,
         state=state,
         reads=reads,
+        traced_seconds=traced_seconds,
     )
     for piece in variant.pieces:
         for slice_index, items in piece.arguments.items():

@@ -171,6 +171,7 @@ class Variant:
         session: where it is registered.
         state: conditions on Python's state under which the trace holds.
         reads: conditions on values of tensors.
+        traced_seconds: what tracing it took.
     """
 
     captured: Captured
@@ -180,6 +181,7 @@ class Variant:
     session: Session
     state: Conditions
     reads: list[ArgumentRead]
+    traced_seconds: float = 0.0
     _observed: BoundPiece | None = None
 
     @functools.cached_property
@@ -212,7 +214,7 @@ class Variant:
                 if piece.bound_to:
                     self.session.forget_program(piece.program_id)
                 piece.program_id = self.session.register_program(
-                    self.captured.program.name, piece.lowered.parts, self.meshes
+                    self.captured.program.name, piece.lowered.parts, self.meshes, self.traced_seconds
                 )
                 piece.bound_to = here
 
