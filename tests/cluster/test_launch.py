@@ -64,7 +64,7 @@ def cluster_processes(agent_pid):
     """Waits for the manager and the scheduler of a cluster of one island; returns these and the agent."""
     named(agent_pid, "scheduler i0")
     named(agent_pid, "resource manager")
-    return wait_for(lambda: len(found := family(agent_pid)) == 3 and found, "three processes")
+    return wait_for(lambda: len(found := family(agent_pid)) == 4 and found, "four processes")
 
 
 @pytest.fixture
@@ -196,7 +196,7 @@ def test_ctrl_c_does_not_reach_the_cluster(cluster):
     for process in family(cluster.agent_pid):
         assert os.getsid(process.pid) == cluster.agent_pid
         process.send_signal(signal.SIGINT)
-    assert len(cluster_processes(cluster.agent_pid)) == 3
+    assert len(cluster_processes(cluster.agent_pid)) == 4
     assert asyncio.run(anext(_attach(cluster.address, cluster.token))).attached.client_id == 1
 
 
@@ -235,7 +235,7 @@ def test_another_node_joins_with_islands_of_its_own(cluster):
     try:
         wait_for(lambda: asyncio.run(islands()) == [1, 3], "the second island")
         processes = family(node.pid)
-        assert len(processes) == 2  # the agent and its scheduler
+        assert len(processes) == 3  # the agent, its scheduler and the template of executors
     finally:
         node.stdin.close()
         node.wait(10)
@@ -295,7 +295,7 @@ def start_waiting(tmp_path, text=_WAITING):
     """Returns twrun in a session of its own, with its script running, and all its processes."""
     process = twrun(write_script(tmp_path, text), start_new_session=True)
     assert process.stdout.readline() == "running\n"
-    return process, wait_for(lambda: len(found := family(process.pid)) == 5 and found, "five processes")
+    return process, wait_for(lambda: len(found := family(process.pid)) == 6 and found, "six processes")
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["SIGINT", "SIGTERM"])

@@ -14,10 +14,12 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 from torchways.launch.script import bound_command
+from torchways.launch.template import Forked
 
 logger = logging.getLogger(__name__)
 
@@ -29,6 +31,26 @@ _TERM_SECONDS = 2.0
 _DRAIN_SECONDS = 0.5
 
 
+Process: TypeAlias = subprocess.Popen[bytes] | Forked
+Launch: TypeAlias = Callable[[int, int], Awaitable[Process]]
+
+
+def launch_command(command: list[str], environment: dict[str, str]) -> Launch:
+    """Returns what starts `command`, which gets the flags ``--ready-fd`` and ``--parent-pid`` as well."""
+
+    async def launch(ready_fd: int, output_fd: int) -> Process:
+        return subprocess.Popen(  # noqa: ASYNC220 - asyncio's own would start it on another thread, with which it died
+            bound_command([*command, "--ready-fd", str(ready_fd), "--parent-pid", str(os.getpid())]),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,  # gloo and others chat there; logs and errors go to stderr
+            stderr=output_fd,
+            pass_fds=(ready_fd,),
+            env=environment,
+        )
+
+    return launch
+
+
 class Child:
     """A running process.
 
@@ -37,29 +59,36 @@ class Child:
         asked: it was told to end.
     """
 
-    def __init__(self, name: str, command: list[str], environment: dict[str, str], log_dir: str | None) -> None:
-        """Starts `command`, which gets the flags ``--ready-fd`` and ``--parent-pid`` as well."""
+    def __init__(self, name: str, process: Process, ready_fd: int, output_fd: int, log_dir: str | None) -> None:
         self.name = name
         self.asked = False
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._log: IO[str] | None = _log_file(log_dir, name) if log_dir is not None else None
+        self._process = process
+        self._ready = asyncio.create_task(_read_line(ready_fd), name=f"ready line of {name}")
+        self._output = asyncio.create_task(self._pass_on(output_fd), name=f"output of {name}")
+        self._exited = asyncio.create_task(_wait_exit(self._process), name=f"exit of {name}")
+
+    @classmethod
+    async def start(cls, name: str, launch: Launch, log_dir: str | None) -> Child:
+        """Starts a process.
+
+        Args:
+            launch: starts it, given the file descriptors for its ready line and for what it writes to stderr.
+            log_dir: where that goes; None: to our stderr.
+        """
         ready_read, ready_write = os.pipe()
         output_read, output_write = os.pipe()
         try:
-            self._process = subprocess.Popen(
-                bound_command([*command, "--ready-fd", str(ready_write), "--parent-pid", str(os.getpid())]),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # gloo and others chat there; logs and errors go to stderr
-                stderr=output_write,
-                pass_fds=(ready_write,),
-                env=environment,
-            )
+            process = await launch(ready_write, output_write)
+        except BaseException:
+            os.close(ready_read)
+            os.close(output_read)
+            raise
         finally:
             os.close(ready_write)
             os.close(output_write)
-        self._ready = asyncio.create_task(_read_line(ready_read), name=f"ready line of {name}")
-        self._output = asyncio.create_task(self._pass_on(output_read), name=f"output of {name}")
-        self._exited = asyncio.create_task(_wait_exit(self._process), name=f"exit of {name}")
+        return cls(name, process, ready_read, output_read, log_dir)
 
     @property
     def pid(self) -> int:
@@ -112,7 +141,7 @@ class Child:
             self._log.close()
 
 
-async def _wait_exit(process: subprocess.Popen[bytes]) -> int:
+async def _wait_exit(process: Process) -> int:
     if not hasattr(os, "pidfd_open"):
         while process.poll() is None:  # noqa: ASYNC110 - no event to wait for on this platform
             await asyncio.sleep(0.05)

@@ -23,8 +23,9 @@ import grpc
 import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
-from torchways.launch.child import Child
+from torchways.launch.child import Child, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
+from torchways.launch.template import Forked, Template, can_fork
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -43,11 +44,15 @@ class NodeAgent:
         self._arguments = arguments
         self._children: dict[str, Child] = {}
         self._outgoing: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
+        #: Names of children that are not there yet.
+        self._starting: set[str] = set()
         self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
         #: Address of each island's simulated devices, once they are there.
         self._simulators: dict[int, asyncio.Future[str]] = {}
+        #: Forks executors, where the system can.
+        self._template: Template | None = None
         #: Libraries make folders for temporary files when they are imported, and leave them where a process is killed.
         self._folder = tempfile.mkdtemp(prefix="torchways-")
 
@@ -63,9 +68,14 @@ class NodeAgent:
         self._start(self._watch_owner(), "watching the owner")
         if self._arguments.owner_pid is not None:
             self._watch_owner_pid(self._arguments.owner_pid)
+        if self._arguments.platform != "simulated" and can_fork():
+            environment = executor_environment(self._arguments.platform, [0], os.environ)
+            self._template = Template({**environment, "TMPDIR": tempfile.mkdtemp(dir=self._folder)})
         self._start(self._join(), "joining the cluster")
         await self._over.wait()
         self._answer({"error": "the node agent was told to end"})
+        if self._template is not None:
+            self._template.end()
         await asyncio.gather(*(child.end() for child in self._children.values()))
 
     def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
@@ -172,6 +182,7 @@ class NodeAgent:
                 self._start(self._start_executor(command.start_executor), command.start_executor.name)
             case "end_process":
                 child = self._children.get(command.end_process.name)
+                self._starting.discard(command.end_process.name)
                 if child is not None:
                     self._start(child.end(), f"ending {child.name}")
 
@@ -216,7 +227,7 @@ class NodeAgent:
             host_number=list(order.gang).index(order.executor_id),
             addresses=tpu_addresses(self._arguments.host, order.slice_id, len(order.gang)),
         )
-        ready = await self._spawn(order.name, "torchways.executor", flags, environment)
+        ready = await self._spawn(order.name, "torchways.executor", flags, environment, self._template)
         if ready is not None:
             self._report_ready(order.name, pb.ProcessReady(executor=pb.ExecutorInfo(**ready)))
 
@@ -227,16 +238,28 @@ class NodeAgent:
             self._outgoing.put_nowait(pb.NodeEvent(ready=ready))
 
     async def _spawn(
-        self, name: str, module: str, flags: list[str], environment: dict[str, str]
+        self, name: str, module: str, flags: list[str], environment: dict[str, str], template: Template | None = None
     ) -> dict[str, Any] | None:
         """Starts a child and waits for its ready line; returns None if it ended, or was ended, before."""
         if self._over.is_set():
             return None
-        command = [sys.executable, "-m", module, "--host", self._arguments.host, *flags]
+        flags = ["--host", self._arguments.host, *flags]
         environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
-        child = self._children[name] = Child(name, command, environment, self._arguments.log_dir)
+        launch = launch_command([sys.executable, "-m", module, *flags], environment)
+        if template is not None:
+            logger.info("waiting for the template to fork %s", name)
+
+            async def launch(ready_fd: int, output_fd: int) -> Forked:
+                return await template.fork(flags, environment, [ready_fd, output_fd])
+
+        self._starting.add(name)
+        child = self._children[name] = await Child.start(name, launch, self._arguments.log_dir)
         self._start(self._clean_up_after(child, environment["TMPDIR"]), f"cleaning up after {name}")
         self._start(self._watch(child), f"watching {name}")
+        if self._over.is_set() or name not in self._starting:  # told to end meanwhile
+            await child.end()
+            return None
+        self._starting.discard(name)
         logger.info("waiting for %s (pid %d)", name, child.pid)
         try:
             return await child.wait_ready(_READY_SECONDS)

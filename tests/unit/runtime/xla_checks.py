@@ -8,6 +8,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from torchways.capture.decompositions import taken_apart
+from torchways.capture.kept_whole import KEPT, TAKEN_APART
+from torchways.controller.checks import operator_name
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import serialize_graph
 from torchways.runtime.base import BufferSpec
@@ -127,6 +130,21 @@ def check_operators(runtime):
         runtime.compile(data, [spec("float32", 4, 4)], [spec("float32")], [])
 
 
+def check_kept_operators(runtime):
+    """Each core decomposition of an operator that torch-xla has a kernel for is left out, or has a reason."""
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    lowered = set()
+    for operator in taken_apart():
+        if isinstance(operator, torch._ops.OpOverload) and not operator._schema.is_mutable:
+            name = operator_name(operator)
+            if has_kernel(name, "XLA") and not operator._can_decompose():
+                lowered.add(name.removeprefix("aten::"))
+    reasoned = [name for names in TAKEN_APART.values() for name in names]
+    assert len(reasoned) == len(set(reasoned))
+    assert KEPT.isdisjoint(reasoned)
+    assert lowered == KEPT | set(reasoned)
+
+
 def check_failed_launch(runtime):
     """A launch that torch-xla fails to make raises its reason, where what waits for it would wait for ever."""
     data = graph(lambda x: (x * 2,), torch.empty(4))
@@ -145,6 +163,7 @@ def main():
     check_independent_chains(runtime)
     check_ends_of_donated(runtime)
     check_operators(runtime)
+    check_kept_operators(runtime)
     check_failed_launch(runtime)  # the last: nothing can be launched after it
     print("all right")
 
