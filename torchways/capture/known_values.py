@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.python_state.tokens import TensorSource
+from torchways.graphs import run_operator
 
 #: Comparisons of a tensor with a number, and what they say of one element.
 _COMPARISONS = {
@@ -53,12 +54,18 @@ class ArgumentRead:
         """Returns the value for the tensors of another call; waits for arrays."""
         found = [tensors[source] if isinstance(source, int) else source.tensor for source in self.sources]
         with torch.no_grad():
-            return self.compute(*(item._buffer.read() if isinstance(item, Array) else item.detach() for item in found))
+            values = [item._buffer.read() if isinstance(item, Array) else item.detach() for item in found]
+            return _Compute(self.compute).run(*values)
 
     def is_same(self, tensors: Sequence[torch.Tensor]) -> bool:
         """Whether the tensors of another call give the same value."""
         pairs = zip(pytree.tree_leaves(self.again(tensors)), pytree.tree_leaves(self.value), strict=True)
         return all(torch.equal(now, was) if isinstance(was, torch.Tensor) else now == was for now, was in pairs)
+
+
+class _Compute(torch.fx.Interpreter):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return run_operator(target, args, kwargs)
 
 
 class KnownValues:
@@ -172,7 +179,7 @@ class KnownValues:
             return None
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), self._values.__getitem__)
         try:
-            return target(*args, **kwargs)
+            return run_operator(target, args, kwargs)
         except Exception:  # an operator that only tracing knows
             return None
 

@@ -607,7 +607,8 @@ def _functional(func: Any) -> Any:
     namespace, name = schema.name.split("::")
     first = schema.arguments[0] if schema.arguments else None
     writes = [item for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write]
-    if not name.endswith("_") or name.endswith("__") or writes != [first]:
+    is_in_place = name.endswith("_") and not name.endswith("__") and writes == [first]
+    if not is_in_place or str(schema.arguments[0].type) != "Tensor":
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
     wanted = _signature(schema)

@@ -10,7 +10,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways import operators
-from torchways.graphs import serialize_graph
+from torchways.graphs import run_operator, serialize_graph
 
 _WIDE = {
     torch.float32: torch.float64,
@@ -68,9 +68,9 @@ def replay(
 def call_operator(target: Any, args: Any, kwargs: Any, *, in_float64: bool = False) -> Any:
     """Calls an operator; in float64: as `replay` says."""
     if not in_float64:
-        return target(*args, **kwargs)
+        return run_operator(target, args, kwargs)
     args, kwargs = pytree.tree_map(_widened, (args, kwargs))
-    return pytree.tree_map(_widened, target(*args, **kwargs))
+    return pytree.tree_map(_widened, run_operator(target, args, kwargs))
 
 
 class _Replay(torch.fx.Interpreter):
