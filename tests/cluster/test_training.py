@@ -3,6 +3,8 @@
 import asyncio
 import copy
 import gc
+import logging
+import re
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -88,6 +90,44 @@ def test_fifty_steps_agree_with_eager(cluster, meshes):
     text = str(step)
     assert " transfer @0 -> @1" in text
     assert " transfer @1 -> @0" in text
+
+
+def test_what_was_compiled_once_serves_other_programs(cluster, meshes):
+    torch.manual_seed(0)
+    compiled = []
+    for _ in range(2):
+        model = tw.function(nn.Sequential(nn.Linear(6, 7), nn.GELU(), nn.Linear(7, 1)), mesh=meshes[0])
+        optimizer = torch.optim.AdamW(model.parameters())
+
+        @tw.program
+        def step(x, model=model, optimizer=optimizer):
+            loss = model(x).square().mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            return loss
+
+        step(torch.ones(4, 6)).item()
+        del step, model, optimizer
+        gc.collect()
+        compiled.append(sum(status.num_compiled for status in tw.executor_status()))
+    assert compiled[1] == compiled[0]
+
+
+def test_a_first_run_says_what_it_took(cluster, meshes, caplog):
+    logger = logging.getLogger("torchways")
+    propagates, level = logger.propagate, logger.level
+    logger.propagate = True
+    logger.setLevel(logging.INFO)
+    try:
+        tw.function(lambda x: x * 3, mesh=meshes[0])(torch.ones(4)).cpu()
+        deadline = time.monotonic() + 10
+        while "first run" not in caplog.text and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        logger.propagate = propagates
+        logger.setLevel(level)
+    assert re.search(r"<lambda>: traced \d+\.\d s, compiled \d+\.\d s \(1 function\), first run \d+\.\d s", caplog.text)
 
 
 def test_memory_is_flat(cluster, meshes):

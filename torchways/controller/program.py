@@ -189,7 +189,9 @@ class ProgramFunction:
         self._times_traced += 1
         if self._variants:
             kept, most = len(self._variants), self._variants.max_variants
-            logger.warning(
+            is_ours = str(getattr(self._function, "__module__", "")).startswith("torchways.")  # tw.generate's, say
+            logger.log(
+                logging.INFO if is_ours else logging.WARNING,
                 "tracing %s anew at %s, for the %s time (%d of at most %d traces kept%s): %s",
                 self._name,
                 user_line(),

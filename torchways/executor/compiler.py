@@ -14,6 +14,7 @@ import logging
 import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,7 +57,7 @@ class Compiler:
         failure: makes a failure of this process.
 
     Attributes:
-        num_compiled: compiled functions since the start; equal ones that a program still has are compiled once.
+        num_compiled: functions that were compiled since the start; equal ones are compiled once.
         seconds: what compiling took since the start.
     """
 
@@ -67,6 +68,7 @@ class Compiler:
         self._thread = concurrent.futures.ThreadPoolExecutor(max_workers=1, thread_name_prefix="compiler")
         self._workers = concurrent.futures.ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="compiler-worker")
         self._counting = threading.Lock()
+        self._known: weakref.WeakSet[Any] = weakref.WeakSet()
         self.num_compiled = 0
         self.seconds = 0.0
 
@@ -130,6 +132,9 @@ class Compiler:
             return self._failure("RemoteError", message, error, function.name, function.source)
         seconds = time.monotonic() - started
         with self._counting:
+            if executable in self._known:
+                return executable
+            self._known.add(executable)
             self.num_compiled += 1
             self.seconds += seconds
         logger.info("compiled %s of program %s in %.2f s", function.name, name, seconds)

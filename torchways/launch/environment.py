@@ -42,10 +42,12 @@ def executor_environment(
     environment.setdefault("OMP_NUM_THREADS", "1")
     # XLA's C++ log: errors only.
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Size of XLA's thread pool. With the default, one thread a core, collectives of several executions in flight may
-    # take all threads, wait for each other, and XLA aborts the process after ten seconds. But each kernel is spread
-    # over all threads: with 32 for four devices, a training step on two cores took a third more time.
-    environment.setdefault("NPROC", str(max(8, 2 * len(device_indices))))
+    # Size of XLA's thread pool, over which each kernel is spread: more threads than cores cost time (a third of a step
+    # with 32 for four devices on two cores). One device has no collectives, and needs no more. With several, and one
+    # thread a core, collectives of several executions in flight may take all threads, wait for each other, and XLA
+    # aborts the process after ten seconds.
+    num_devices = len(device_indices)
+    environment.setdefault("NPROC", str(max(8, 2 * num_devices) if num_devices > 1 else max(2, os.cpu_count() or 1)))
     # Threads that launch computations; idle ones of a large pool wake each other and spin.
     environment.setdefault("XLA_THREAD_POOL_SIZE", "4")
     # torch-xla cannot be told to forget a compiled function: a smaller cache than its own, of 2,048, bounds the memory

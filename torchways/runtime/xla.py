@@ -49,6 +49,9 @@ _MARKER_EVERY = 8
 #: Of glibc's malloc.h, and as many as XLA has threads.
 _M_ARENA_MAX, _ARENAS = -8, 8
 
+#: Executables that are kept although no program has them; torch-xla's own cache keeps what is compiled in any case.
+_MAX_RECENT = 128
+
 #: A launch that takes longer may have failed, of which torch-xla says nothing by itself.
 _LAUNCH_SECONDS = 2.0
 
@@ -171,6 +174,9 @@ class XlaRuntime:
         self._large_loans: list[torch.Tensor] = []
         #: Executables that a program still has, to be shared by equal functions; by a digest of their source.
         self._compiled: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
+        #: Those that were asked for last: a program that comes again, from whichever client, finds them.
+        self._recent: collections.OrderedDict[bytes, _Executable] = collections.OrderedDict()
+        self._remembering = threading.Lock()
         _let_compilers_allocate()
         # Compiled graphs reuse what is donated. It is a setting of the process, not of a thread: on once and for all.
         _XLAC._xla_set_enable_alias_with_buffer_donor_config(True)
@@ -249,6 +255,11 @@ class XlaRuntime:
         executable = self._compiled.get(key)
         if executable is None:
             executable = self._compiled[key] = self._compile(source, on_device)
+        with self._remembering:
+            self._recent[key] = executable
+            self._recent.move_to_end(key)
+            if len(self._recent) > _MAX_RECENT:
+                self._recent.popitem(last=False)
         return executable
 
     def _compile(self, source: _Source, on_device: OnDevice) -> _Executable:

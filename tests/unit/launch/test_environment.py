@@ -1,6 +1,7 @@
 """Which devices an executor sees."""
 
 import importlib.metadata
+import os
 
 from torchways.launch.environment import executor_environment, tpu_addresses
 
@@ -14,6 +15,8 @@ def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
     assert environment["PATH"] == "/bin"
     assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false"
     assert executor_environment("cpu", range(16), {})["NPROC"] == "32"  # two threads a device
+    # Without collectives, a thread a core is enough.
+    assert executor_environment("cpu", [0], {})["NPROC"] == str(max(2, os.cpu_count()))
 
 
 def test_tpu_executors_see_the_chips_of_their_slice():
