@@ -2,6 +2,7 @@
 PYTHON ?= python3.11
 VENV ?= .venv
 BIN := $(VENV)/bin
+TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
 .PHONY: train test test-all test-architectures check proto clean
@@ -10,7 +11,7 @@ train: $(STAMP)
 	$(BIN)/twrun --islands 2 --devices-per-island 2 recipes/train_lm.py model=tiny train.steps=200
 
 test: check
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: check
 	$(BIN)/pytest --ignore tests/architectures

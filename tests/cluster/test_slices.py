@@ -64,7 +64,7 @@ def test_a_slice_starts_is_lost_with_its_executor_and_is_released_with_its_clien
 
             others = set(family(cluster.agent_pid)) - {process}
             await client.reserve_slice((1,), ("dp",), None)
-            (second,) = set(await _members(cluster, 4)) - others
+            (second,) = set(await _members(cluster, 5)) - others
         assert_gone([second], 5)  # its client is gone
 
     asyncio.run(call())
@@ -84,10 +84,10 @@ def test_executors_that_still_start_die_with_a_killed_agent():
             named(running.agent_pid, "scheduler i0")
             await client.reserve_slice((1,), ("dp",), None)
             await client.reserve_slice((1,), ("dp",), None)
-            await _members(running, 5)
-            await asyncio.sleep(0.3)  # in the middle of their imports
+            await _members(running, 4)  # with the template that is to fork them
+            await asyncio.sleep(0.3)  # in the middle of its imports
             processes = family(running.agent_pid)
-            assert len(processes) == 5
+            assert len(processes) == 4
             processes[0].kill()
             await asyncio.to_thread(assert_gone, processes, 2)
 

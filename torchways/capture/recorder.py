@@ -428,6 +428,10 @@ class Recorder(TorchDispatchMode):
         if func is aten.copy_.default:
             self.write(args[0], self._converted(args[1], args[0]))
             return args[0]
+        decomposition = self._decompositions.get(func)
+        if decomposition is not None and traits.functional not in self._decompositions:
+            with self.inside():  # it writes by operators that have a pure form
+                return returned(func, args, kwargs, decomposition(*args, **kwargs))
         if traits.functional is None:
             return self._functionalized(func, args, kwargs)
         target = args[0]

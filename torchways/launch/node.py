@@ -23,9 +23,9 @@ import grpc
 import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
-from torchways.launch.child import Child, launch_command
+from torchways.launch.child import Child, Process, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
-from torchways.launch.template import Forked, Template, can_fork
+from torchways.launch.template import Template, can_fork
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -245,12 +245,16 @@ class NodeAgent:
             return None
         flags = ["--host", self._arguments.host, *flags]
         environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
-        launch = launch_command([sys.executable, "-m", module, *flags], environment)
+        launch = launch_alone = launch_command([sys.executable, "-m", module, *flags], environment)
         if template is not None:
             logger.info("waiting for the template to fork %s", name)
 
-            async def launch(ready_fd: int, output_fd: int) -> Forked:
-                return await template.fork(flags, environment, [ready_fd, output_fd])
+            async def launch(ready_fd: int, output_fd: int) -> Process:
+                try:
+                    return await template.fork(flags, environment, [ready_fd, output_fd])
+                except OSError as error:  # the executor says itself what keeps it from starting
+                    logger.warning("%s; starting %s as any other process", error, name)
+                    return await launch_alone(ready_fd, output_fd)
 
         self._starting.add(name)
         child = self._children[name] = await Child.start(name, launch, self._arguments.log_dir)
