@@ -81,6 +81,7 @@ class Torchways:
         self.version = f"torchways {tw.__version__}"
         tw.init(islands=1, devices_per_island=1)
         self._tw, self._mesh = tw, tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        tw.function(lambda x: x + 1, mesh=self._mesh)(torch.ones(2)).cpu()  # the slice is ready
 
     def first_step(self, name: str, turns: int) -> list[float]:
         model, inputs, targets = model_and_batch(name)
