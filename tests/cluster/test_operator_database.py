@@ -16,10 +16,8 @@ from tests.operator_database import cases, check
 from torchways.errors import RemoteError, UserError
 
 _AROUND = "a tensor comes to a program as its elements; as_strided looks at the memory around them"
-_SPARSE = "sparse tensors are refused by PyTorch's tracer, with words of its own"
 _SCALAR_MASK = "what a scalar mask selects is refused with words of PyTorch's"
 _TIMES_BOOL = "the gradient of a NaN: XLA takes a product with a bool for a choice, so infinity times False is 0"
-_NOT_SERIALIZED = "torch.export's format does not know uint64"
 
 #: Cases in which eager PyTorch is not followed, and why; one that begins to agree fails the test.
 DEVIATIONS = {
@@ -29,14 +27,9 @@ DEVIATIONS = {
     "masked_select-float32": _SCALAR_MASK,
     "masked_select-int64": _SCALAR_MASK,
     "masked_select-gradient": _SCALAR_MASK,
-    "to_sparse-float32": _SPARSE,
-    "to_sparse-int64": _SPARSE,
-    "nn.functional.embedding-gradient": _SPARSE,
     "masked.amax-gradient": _TIMES_BOOL,
     "masked.amin-gradient": _TIMES_BOOL,
     "logcumsumexp-gradient": "eager PyTorch's is off by 1e-3 of what it is in float64; this one is not",
-    "hash_tensor-float32": _NOT_SERIALIZED,
-    "hash_tensor-int64": _NOT_SERIALIZED,
 }
 
 COMMON = {

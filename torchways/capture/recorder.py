@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 
 aten = torch.ops.aten
@@ -107,6 +108,8 @@ class Recorder(TorchDispatchMode):
         self._values: dict[tuple[Any, ...], FakeTensor] = {}
         #: What operators give, by their arguments' geometry: shapes, strides and dtypes.
         self._shapes: dict[Any, tuple[Any, ...]] = {}
+        #: The operator of which a pure form is sought.
+        self._functionalizing: Any = None
         #: Operators within operators: those that one is taken apart into.
         self._depth = 0
 
@@ -497,7 +500,13 @@ class Recorder(TorchDispatchMode):
         self.moved(old, node)
 
     def _functionalized(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Runs an operator that writes to some of its arguments through PyTorch's own functionalization."""
+        """Runs an operator that writes to some of its arguments through PyTorch's own functionalization.
+
+        Raises:
+            CaptureError: that makes the very same operator of it, as of `resize_`.
+        """
+        if func is self._functionalizing:
+            raise CaptureError(f"{func} has no form without side effects, at {user_line()}")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         positions = [index for index, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
 
@@ -508,7 +517,11 @@ class Recorder(TorchDispatchMode):
             new_args, new_kwargs = pytree.tree_unflatten(filled, spec)
             return func(*new_args, **new_kwargs)
 
-        result = self._functionalize(call, [leaves[position] for position in positions])
+        outer, self._functionalizing = self._functionalizing, func
+        try:
+            result = self._functionalize(call, [leaves[position] for position in positions])
+        finally:
+            self._functionalizing = outer
         return returned(func, args, kwargs, result)
 
     def _functionalize(self, function: Callable[..., Any], tensors: list[Any]) -> Any:
@@ -611,7 +624,7 @@ def _functional(func: Any) -> Any:
     namespace, name = schema.name.split("::")
     first = schema.arguments[0] if schema.arguments else None
     writes = [item for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write]
-    is_in_place = name.endswith("_") and not name.endswith("__") and writes == [first]
+    is_in_place = name.endswith("_") and not name.endswith("__") and name != "resize_" and writes == [first]
     if not is_in_place or str(schema.arguments[0].type) != "Tensor":
         return None
     packet = getattr(getattr(torch.ops, namespace), name[:-1], None)

@@ -135,6 +135,8 @@ class _Identity:
 def _constant_key(leaf: Any) -> Any:
     if type(leaf) in (int, float):
         return (type(leaf), _ANY_NUMBER)
+    if isinstance(leaf, slice):  # which has no hash before Python 3.12
+        return (slice, leaf.start, leaf.stop, leaf.step)
     if is_plain(leaf):
         return (type(leaf), leaf)
     is_conditional = is_container(leaf) or is_tracked_class(type(leaf))
