@@ -11,7 +11,6 @@ thread pool, collectives of executions in flight at the same time deadlock on CP
 from __future__ import annotations
 
 import collections
-import ctypes
 import hashlib
 import logging
 import math
@@ -45,9 +44,6 @@ _XLAC = torch_xla._XLAC
 #: `_run_cached_graph` waits for with the GIL held: a deadlock. The last marker's execution may still be about to end.
 _MAX_IN_FLIGHT = 24
 _MARKER_EVERY = 8
-
-#: Of glibc's malloc.h, and as many as XLA has threads.
-_M_ARENA_MAX, _ARENAS = -8, 8
 
 #: Executables that are kept although no program has them; torch-xla's own cache keeps what is compiled in any case.
 _MAX_RECENT = 128
@@ -177,7 +173,6 @@ class XlaRuntime:
         #: Those that were asked for last: a program that comes again, from whichever client, finds them.
         self._recent: collections.OrderedDict[bytes, _Executable] = collections.OrderedDict()
         self._remembering = threading.Lock()
-        _let_compilers_allocate()
         # Compiled graphs reuse what is donated. It is a setting of the process, not of a thread: on once and for all.
         _XLAC._xla_set_enable_alias_with_buffer_donor_config(True)
         #: A value that is there for ever.
@@ -523,17 +518,6 @@ class _ExactTypes(torch.fx.Interpreter):
         if value.dtype == torch.float32 and actual == "f64":
             return value.to(torch.float64).to(torch.float32)
         return value
-
-
-def _let_compilers_allocate() -> None:
-    """Lets threads that allocate from now on, XLA's compiler threads, do so beside each other.
-
-    The environment has one arena for all (launch/environment.py), for large blocks that threads of ours receive; these
-    are in it already. With one, compilation took a fifth longer.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, _ARENAS)
 
 
 def _base_name(operator: str) -> str:
