@@ -191,16 +191,16 @@ class Recorder(TorchDispatchMode):
         self.moved(old, node)
 
     def _copy_of_memory(self, memory: _Memory) -> FakeTensor:
-        return self._fake(memory.shape, memory.strides, memory.dtype, memory.node)
+        return self.stands_for(memory.node, memory.shape, memory.strides, memory.dtype)
 
     def _strided_as(self, target: Any, value: Any) -> Any:
         """Returns a tensor with the strides of another of its shape, by which it can be viewed in the same ways."""
         node = self.node_of(value)
         if node is None or value.stride() == target.stride():
             return value
-        return self._fake(target.shape, target.stride(), target.dtype, node)
+        return self.stands_for(node, target.shape, target.stride(), target.dtype)
 
-    def _fake(self, shape: Any, strides: Any, dtype: torch.dtype, node: torch.fx.Node) -> FakeTensor:
+    def stands_for(self, node: torch.fx.Node, shape: Any, strides: Any, dtype: torch.dtype) -> FakeTensor:
         """Returns a tensor of its own memory, whose value is a node's."""
         fake = self._new((shape, strides, dtype))
         self.bind(fake, node)
@@ -234,7 +234,7 @@ class Recorder(TorchDispatchMode):
             return self._record_write(func, traits, args, kwargs)
         decomposed = self._decomposed(func, args, kwargs)
         if decomposed is not NotImplemented:
-            return self._as_view(func, args, kwargs, decomposed) if traits.is_view else decomposed
+            return self._as_view(func, traits, args, kwargs, decomposed) if traits.is_view else decomposed
         if traits.has_dim and isinstance(args[0], torch.Tensor) and args[0].dim() == 0:
             return self._along_dim_of_scalar(func, args, kwargs)
         if traits.is_view and isinstance(args[0], (int, float, complex)):  # as autograd's formulas conjugate numbers
@@ -343,7 +343,7 @@ class Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         return NotImplemented
 
-    def _as_view(self, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
+    def _as_view(self, func: Any, traits: _Traits, args: Any, kwargs: Any, result: Any) -> Any:
         """Returns the view that an operator makes, with the value that its decomposition computed."""
         first = args[0]
         if not isinstance(first, torch.Tensor):
@@ -353,7 +353,6 @@ class Recorder(TorchDispatchMode):
         if all(_place_of(item).memory is memory for item in items):
             return result
         views = self._view(func, args, kwargs)
-        traits = _traits(func)
         several = isinstance(views, (list, tuple))
         for index, (view, item) in enumerate(zip(views if several else [views], items, strict=True)):
             node = self.node_of(item)
@@ -410,8 +409,7 @@ class Recorder(TorchDispatchMode):
                     self._write_memory(_place_of(target), made)
                 else:
                     like = template.result
-                    target = self._new((like.shape, like.stride(), like.dtype))
-                    self.bind(target, made)
+                    target = self.stands_for(made, like.shape, like.stride(), like.dtype)
             results.append(target)
         return results if func._schema.returns else None
 

@@ -401,9 +401,7 @@ class _TraceMode(Recorder):
         if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
             return tensor
         known = self._by_identity.get(_identity(tensor))
-        if known is not None:
-            return known.fake
-        return self._lift(tensor)
+        return known.fake if known is not None else self._lift(tensor)
 
     def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, Array) and (isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad):
@@ -461,15 +459,13 @@ class _TraceMode(Recorder):
         Args:
             first: number of the first of these inputs.
         """
-        found = {}
+        found: dict[int, torch.Tensor] = {}
         for item in self.inputs[first:]:
             if not isinstance(item.source, TensorSource):
                 continue
             if (after := self._by_identity.get(_identity(item.source.tensor))) is not None:
-                with _disable_current_modes(), self.fake_mode:
-                    value = torch.empty(item.fake.shape, dtype=item.fake.dtype)
-                self.bind(value, item.node)
-                found[id(after.fake)] = value
+                fake = item.fake
+                found[id(after.fake)] = self.stands_for(item.node, fake.shape, fake.stride(), fake.dtype)
         return found
 
     # ---- labels

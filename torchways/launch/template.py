@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -17,8 +16,10 @@ import subprocess
 import sys
 
 from torchways.launch.script import bound_command
+from torchways.observability.process import adopt_orphans
 
-_PR_SET_CHILD_SUBREAPER = 36
+#: Longest wait for a fork, with the imports before the first.
+_FORK_SECONDS = 120.0
 
 
 class Forked:
@@ -56,7 +57,7 @@ class Template:
     """
 
     def __init__(self, environment: dict[str, str]) -> None:
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        adopt_orphans()
         self._environment = environment
         self._one_at_a_time = asyncio.Lock()
         self._start()
@@ -84,7 +85,7 @@ class Template:
             fds: for its ready line, and for what it writes to stderr.
 
         Raises:
-            OSError: the template has died.
+            OSError: the template has died, or does not answer.
         """
         async with self._one_at_a_time:
             if self._process.poll() is not None:
@@ -92,7 +93,12 @@ class Template:
                 self._start()
             message = json.dumps({"flags": flags, "environment": environment}).encode()
             socket.send_fds(self._socket, [message], fds)
-            answer = await asyncio.get_running_loop().sock_recv(self._socket, 1 << 16)
+            try:
+                receiving = asyncio.get_running_loop().sock_recv(self._socket, 1 << 16)
+                answer = await asyncio.wait_for(receiving, _FORK_SECONDS)
+            except TimeoutError:
+                self._process.kill()
+                raise TimeoutError(f"the executor template did not answer in {_FORK_SECONDS:g} s") from None
             if not answer:
                 raise ConnectionResetError(f"the executor template ended with code {self._process.wait()}")
             return Forked(int(json.loads(answer)["pid"]))

@@ -16,6 +16,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_TIMERSLACK = 29
+_PR_SET_CHILD_SUBREAPER = 36
 _TIMER_SLACK_NS = 1_000
 
 
@@ -51,6 +52,11 @@ def die_with_parent(parent_pid: int) -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         os._exit(1)
+
+
+def adopt_orphans() -> None:
+    """Makes this process the parent of what its descendants leave behind when they end (Linux only)."""
+    ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 def precise_timers() -> None:

@@ -117,5 +117,4 @@ def test_lists_of_tensors_are_recorded_once_for_each_kind():
     recorder.graph.output(tuple(map(recorder.node_of, first)))
     inputs = [torch.randn(shape) for shape in shapes * 2]
     expected = [a + 2.0 * b * b for a, b in zip(inputs[:5], inputs[5:], strict=True)]
-    ordered = [value for pair in [inputs] for value in pair]
-    torch.testing.assert_close(list(run_graph(recorder.graph, *ordered)), expected)
+    torch.testing.assert_close(list(run_graph(recorder.graph, *inputs)), expected)
