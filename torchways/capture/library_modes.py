@@ -9,9 +9,8 @@ form that gives the same numbers, or are refused by name.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torchways.capture.ctc import ctc_loss
 from torchways.capture.ragged import RaggedRows
 from torchways.capture.recurrent import PackedSequences
+from torchways.capture.replacement import Replacement, replaced
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError
 
@@ -35,36 +35,11 @@ def library_modes(ragged: RaggedRows) -> Iterator[None]:
         enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None
     )
     with ExitStack() as stack:
-        for context in (sdpa_kernel(SDPBackend.MATH), without_onednn, *map(_replaced, _REPLACED)):
+        for context in (sdpa_kernel(SDPBackend.MATH), without_onednn, *map(replaced, _REPLACED)):
             stack.enter_context(context)
         for mode in (ArgumentChecks(), LibraryFunctions(), PackedSequences(ragged)):
             stack.enter_context(mode)
         yield
-
-
-@dataclass(frozen=True, slots=True)
-class _Replacement:
-    """A function of PyTorch's library that is another one within a trace.
-
-    Attributes:
-        owner: the class or module that has it.
-        name: its name there.
-        make: makes the other one of it.
-    """
-
-    owner: Any
-    name: str
-    make: Callable[[Any], Any]
-
-
-@contextmanager
-def _replaced(item: _Replacement) -> Iterator[None]:
-    original = getattr(item.owner, item.name)
-    setattr(item.owner, item.name, item.make(original))
-    try:
-        yield
-    finally:
-        setattr(item.owner, item.name, original)
 
 
 class LibraryFunctions(TorchFunctionMode):
@@ -203,10 +178,10 @@ def _refuse_lbfgs(original: Any) -> Any:
 
 
 _REPLACED = (
-    _Replacement(torch.optim.LBFGS, "step", _refuse_lbfgs),
-    _Replacement(torch.nn.modules.batchnorm._BatchNorm, "forward", _batch_norm_forward),
-    _Replacement(torch.nn.utils.clip_grad, "_get_total_norm", _total_norm),
-    _Replacement(torch.autograd, "_engine_run_backward", _run_backward),
+    Replacement(torch.optim.LBFGS, "step", _refuse_lbfgs),
+    Replacement(torch.nn.modules.batchnorm._BatchNorm, "forward", _batch_norm_forward),
+    Replacement(torch.nn.utils.clip_grad, "_get_total_norm", _total_norm),
+    Replacement(torch.autograd, "_engine_run_backward", _run_backward),
 )
 
 

@@ -8,7 +8,8 @@ used, and a buffer each where they are kept.
 Cutting: each call of a user's compiled function is a node of its own. Of all else, operators of one slice form as few
 computations as the transfers between slices allow, and what other slices wait for is cut from what they do not (an
 optimizer's update never delays the gradient that the stage before needs). An optimizer's update is one of its own,
-which works in place.
+which works in place. A region that is compiled once is a node for each call, so is its backward, and so is the update
+of the parameters that one call alone reads: equal ones share a function.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ from torchways.ir.program import (
 )
 from torchways.mesh import DATA_AXIS, MAX_SPLIT_DIMS, Placements, VirtualSlice
 from torchways.operators import CONSTRAIN, MANUAL_SEED, is_random
+
+#: In place of a call's number, for what comes after the updates of single calls' parameters.
+_AFTER_OWNERS = -2
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -203,7 +207,7 @@ class _Partitioner:
                 self.slice_of[node] = self._index(spec.mesh)
         for node in self.operators:
             region: Region | None = node.meta.get(REGION_KEY)
-            if region is not None:
+            if region is not None and region.mesh is not None:
                 self.slice_of[node] = self._index(region.mesh)
         for node, spec in zip(self.placeholders, self.inputs, strict=True):
             if spec.is_state and node not in self.slice_of:
@@ -313,6 +317,7 @@ class _Partitioner:
     # ---- cutting
 
     def _cut(self) -> list[_Group]:
+        self._dissolve_calls_of_several_slices()
         awaited = self._awaited_elsewhere()
         updates = self._updates()
         phase_of: dict[torch.fx.Node, int] = {}
@@ -321,6 +326,7 @@ class _Partitioner:
         last_phase: dict[int, int] = {}
         for node, phase in phase_of.items():
             last_phase[self.slice_of[node]] = max(last_phase.get(self.slice_of[node], 0), phase)
+        owners = self._owners(awaited)
         groups: dict[_GroupKey, _Group] = {}
         group_of: dict[Any, _Group] = {}
         for node in self.operators:
@@ -336,10 +342,21 @@ class _Partitioner:
             phase = call_phase[call] if call >= 0 else phase_of[node]
             if late:
                 phase = last_phase[self.slice_of[node]]
-            key = _GroupKey(phase, late, late and node in updates, self.slice_of[node], call)
+                call = owners.get(node, call)
+            key = _GroupKey(phase, late, late and (node in updates or node in owners), self.slice_of[node], call)
             group_of[node] = groups.setdefault(key, _Group(key))
             group_of[node].nodes.append(node)
         return [groups[key] for key in sorted(groups)]
+
+    def _dissolve_calls_of_several_slices(self) -> None:
+        """A repeated region whose operators are on several slices is cut as what is in no region."""
+        slices: dict[int, set[int]] = {}
+        for node in self.operators:
+            if _call_of(node) >= 0 and node in self.slice_of:
+                slices.setdefault(_call_of(node), set()).add(self.slice_of[node])
+        for node in self.operators:
+            if len(slices.get(_call_of(node), ())) > 1:
+                del node.meta[REGION_KEY]
 
     def _call_phases(self, phase_of: dict[torch.fx.Node, int]) -> dict[int, int]:
         """Fills in the phase of every placed operator; returns that of each function call.
@@ -347,6 +364,7 @@ class _Partitioner:
         The phase of a node is above that of every node that it needs from another slice or call.
         """
         call_phase: dict[int, int] = {}
+        members: dict[int, list[torch.fx.Node]] = {}
         for node in self.operators:
             if node not in self.slice_of:
                 continue
@@ -361,13 +379,58 @@ class _Partitioner:
                 crosses = crosses or node in self._of_sums
                 phase = max(phase, phase_of[argument] + crosses)
             if call >= 0:
-                call_phase[call] = max(call_phase.get(call, 0), phase)
-                for member in self.operators:
-                    if member in phase_of and _call_of(member) == call:
-                        phase_of[member] = call_phase[call]
+                if phase > call_phase.get(call, -1):
+                    call_phase[call] = phase
+                    phase_of.update(dict.fromkeys(members.get(call, ()), phase))
+                members.setdefault(call, []).append(node)
                 phase = call_phase[call]
             phase_of[node] = phase
         return call_phase
+
+    def _owners(self, awaited: set[torch.fx.Node]) -> dict[torch.fx.Node, int]:
+        """Returns the call of a repeated region whose parameters alone an operator of the last phase serves.
+
+        What serves several comes before these computations, and has no owner; what depends on them comes after all,
+        and has the number `_AFTER_OWNERS`.
+        """
+        owner_of = {
+            node: calls.pop()
+            for node, spec in zip(self.placeholders, self.inputs, strict=True)
+            if spec.is_state and len(calls := self._repeated_calls(node)) == 1
+        }
+        first_written = len(self.outputs) - len(self.written)
+        written_by: dict[torch.fx.Node, set[int]] = {}
+        for number, position in enumerate(self.written, start=first_written):
+            if (owner := owner_of.get(self.placeholders[position])) is not None:
+                written_by.setdefault(self.outputs[number], set()).add(owner)
+        if not written_by:
+            return {}
+        served: dict[torch.fx.Node, set[int]] = {}
+        for node in reversed(self.operators):
+            served[node] = written_by.get(node, set()).union(*(served.get(user, ()) for user in node.users))
+        owners: dict[torch.fx.Node, int] = {}
+        for node in self.operators:
+            if node in awaited or _call_of(node) >= 0 or node not in self.slice_of:
+                continue
+            if len(served[node]) == 1:
+                owners[node] = next(iter(served[node]))
+            elif any(argument in owners for argument in self._placed_inputs(node)):
+                owners[node] = _AFTER_OWNERS
+        return owners
+
+    def _repeated_calls(self, node: torch.fx.Node) -> set[int]:
+        """Returns the calls of repeated regions, forward, that read a node, as it is or through what floats."""
+        calls: set[int] = set()
+        seen, waiting = {node}, [node]
+        while waiting:
+            for user in waiting.pop().users:
+                region: Region | None = user.meta.get(REGION_KEY)
+                if user not in self.slice_of and user not in seen:
+                    seen.add(user)
+                    waiting.append(user)
+                elif region is not None and region.is_repeated and not region.backward:
+                    calls.add(region.call)
+        return calls
 
     def _placed_inputs(self, node: torch.fx.Node) -> list[torch.fx.Node]:
         """Returns the placed nodes that `node` needs, seeing through what floats."""
@@ -668,9 +731,9 @@ def _constraint(node: torch.fx.Node) -> Placements:
 
 
 def _call_of(node: torch.fx.Node) -> int:
-    """Returns the function call that a forward operator belongs to, or -1."""
+    """Returns the function call that an operator belongs to, or -1."""
     region: Region | None = node.meta.get(REGION_KEY)
-    return -1 if region is None or region.backward else region.call
+    return -1 if region is None or (region.backward and not region.is_repeated) else region.call
 
 
 def _nbytes(node: torch.fx.Node) -> int:

@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
+from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.decompositions import decomposition_table, taken_apart
 from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.known_values import ArgumentRead, KnownValues
@@ -39,6 +40,7 @@ from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.ragged import RaggedRows, RowsInPython
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.recorder import Recorder, returned
+from torchways.capture.repeated_layers import repeated_layers
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
 from torchways.capture.windows import Windows
@@ -91,16 +93,20 @@ class Region:
     """Where and as part of what an operator runs.
 
     Attributes:
-        mesh: slice that it runs on.
-        call: number of the compiled-function call that it belongs to, or -1 for what runs between calls.
+        mesh: slice that it runs on; None: to be inferred.
+        call: number of the compiled-function call that it belongs to, or -1 for what runs between calls. Operators of
+            one call are next to each other in the order of the trace.
         name: that function's name.
         backward: whether autograd made it.
+        is_repeated: whether the call is of a region that is compiled once (`torch.compiler.nested_compile_region`);
+            its backward is a call of its own then.
     """
 
-    mesh: VirtualSlice
+    mesh: VirtualSlice | None
     call: int
     name: str
     backward: bool = False
+    is_repeated: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -191,6 +197,8 @@ class _TraceMode(Recorder):
         #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
         self._alive: list[torch.Tensor] = []
         self._calls = 0
+        #: The repeated region whose backward runs, and the region that its operators get.
+        self._backward: tuple[Region, Region] | None = None
         #: Region and line of the forward operator that made an autograd node, by its sequence number.
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known = KnownValues(self._start_of)
@@ -202,20 +210,61 @@ class _TraceMode(Recorder):
     @contextmanager
     def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
         """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
-        if self.region is not None and self.region.call >= 0:
+        outer = self.region
+        if outer is not None and outer.call >= 0 and outer.mesh is not None:
             yield  # a function called by a function is part of it
             return
-        saved, self.region = self.region, Region(mesh, self._calls, name)
-        self._calls += 1
+        with self._call_of(Region(mesh, self._next_call(), name)):
+            yield
+
+    @contextmanager
+    def repeated_region(self, name: str) -> Iterator[None]:
+        """Everything that runs inside, and its backward, is a compiled function each; equal ones are compiled once."""
+        mesh = self.region.mesh if self.region is not None else None
+        with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True)):
+            yield
+
+    @contextmanager
+    def _call_of(self, region: Region) -> Iterator[None]:
+        outer, self.region = self.region, region
         try:
             yield
         finally:
-            self.region = saved
+            inner = self.region
+            if (outer is None or outer.call < 0) and inner.mesh is not region.mesh:  # another stage began
+                outer = Region(inner.mesh, -1, inner.name) if inner.mesh is not None else None
+            self.region = self._another_call(outer)
+
+    def _another_call(self, region: Region | None) -> Region | None:
+        """Returns the region of what is left of a call after something that is no part of it."""
+        return replace(region, call=self._next_call()) if region is not None and region.call >= 0 else region
+
+    def _next_call(self) -> int:
+        self._calls += 1
+        return self._calls - 1
+
+    @contextmanager
+    def stage(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
+        """What runs inside is placed on `mesh`, until other stages begin within it."""
+        outer = self.region
+        self.enter_stage(mesh, name)
+        try:
+            yield
+        finally:
+            self.region = self._another_call(outer)
+
+    def is_alone(self) -> bool:
+        """Whether what is called now is training on one device, outside a repeated region."""
+        region = self.region
+        is_one_device = region is not None and region.mesh is not None and region.mesh.root.size() == 1
+        return is_one_device and not region.is_repeated and torch.is_grad_enabled()  # type: ignore[union-attr]
 
     def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
         """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""
         if self.region is None or self.region.call < 0:
             self.region = Region(mesh, -1, name) if mesh is not None else None
+        elif self.region.mesh is not mesh and (self.region.is_repeated or self.region.mesh is None):
+            self.region = replace(self.region, mesh=mesh, call=self._next_call())
 
     def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
         """Returns the tensor, on `mesh` and sharded so.
@@ -226,6 +275,8 @@ class _TraceMode(Recorder):
         saved = self.region
         if saved is None or saved.call < 0:
             self.region = Region(mesh, -1, "" if saved is None else saved.name)
+        elif saved.mesh is None:
+            self.region = replace(saved, mesh=mesh)
         elif saved.mesh.root is not mesh.root:
             raise PlacementError(
                 f"{saved.name} runs on mesh {saved.mesh} as a whole, and cannot place a tensor on another slice, mesh "
@@ -264,6 +315,8 @@ class _TraceMode(Recorder):
             ) from error
         finally:
             self._label = outer
+        if func is ALL_REDUCE:  # no part of a call
+            self.region, self._backward = self._another_call(self.region), None
         self.ragged.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
             node = self.node_of(result)
@@ -474,10 +527,12 @@ class _TraceMode(Recorder):
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
             region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
-            if region is not None and not region.backward:
-                region = Region(region.mesh, region.call, region.name, backward=True)
+            region = self._backward_region(region)
+        elif self._backward is not None and torch._C._current_graph_task_id() != -1:  # it adds up gradients
+            region, line = self._backward[1], ""
         else:
             region, line = self.region, user_line()
+            self._backward = None
         # The sequence number was raised when the operator's autograd node was made, just before this dispatch. An
         # operator that needs no gradient makes none, and finds the number of the one before. Within backward, nodes
         # are made where a checkpoint computes its forward again.
@@ -486,6 +541,17 @@ class _TraceMode(Recorder):
         # Backward's own formulas run without gradients, the forward of a checkpoint with.
         is_recomputed = autograd_node is not None and torch.is_grad_enabled()
         return _Label(region, line, is_recomputed, self.in_optimizer)
+
+    def _backward_region(self, forward: Region | None) -> Region | None:
+        """Returns the region of an operator that autograd made for one of a region."""
+        if forward is None and self._backward is not None:  # it adds up gradients
+            return self._backward[1]
+        if forward is None or not forward.is_repeated:
+            self._backward = None
+            return replace(forward, backward=True) if forward is not None and not forward.backward else forward
+        if self._backward is None or forward not in self._backward:
+            self._backward = forward, replace(forward, backward=True, call=self._next_call())
+        return self._backward[1]
 
     def label(self, node: torch.fx.Node) -> None:
         label, meta = self._label, node.meta
@@ -539,6 +605,7 @@ def trace(
             Windows(mode.ragged),
             Rewrites(),
             library_modes(mode.ragged),
+            repeated_layers(mode.repeated_region, mode.is_alone),
             NumbersAsTensors(mode.scalar),
             mode.random.seeding(),
             mode,

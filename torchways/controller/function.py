@@ -113,7 +113,7 @@ def _place_host_state(module: torch.nn.Module, homes: Mapping[str, tuple[Virtual
 def _constrain_here(tensor: torch.Tensor, placements: Sequence[Any]) -> torch.Tensor:
     """Constrains a tensor on the slice of the module that is being called."""
     mode = current_trace()
-    if mode is None or mode.region is None:
+    if mode is None or mode.region is None or mode.region.mesh is None:
         return tensor
     mesh = mode.region.mesh
     return mode.constrain(tensor, mesh, normalize_placements(placements, mesh, tensor.shape))

@@ -54,12 +54,8 @@ def stage_call(mesh: VirtualSlice, name: str) -> Callable[..., Any]:
     def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         mode = current_trace()
         assert mode is not None
-        saved = mode.region
-        mode.enter_stage(mesh, name)
-        try:
+        with mode.stage(mesh, name):
             return plain_call(*args, **kwargs)
-        finally:
-            mode.region = saved
 
     return call
 

@@ -1,0 +1,34 @@
+"""Functions and methods of PyTorch that are others while a trace runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A function of PyTorch's library that is another one within a trace.
+
+    Attributes:
+        owner: the class or module that has it.
+        name: its name there.
+        make: makes the other one of it.
+    """
+
+    owner: Any
+    name: str
+    make: Callable[[Any], Any]
+
+
+@contextmanager
+def replaced(item: Replacement) -> Iterator[None]:
+    """Puts the other function in place, and the first one back at the end."""
+    original = getattr(item.owner, item.name)
+    setattr(item.owner, item.name, item.make(original))
+    try:
+        yield
+    finally:
+        setattr(item.owner, item.name, original)
