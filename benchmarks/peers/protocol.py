@@ -176,7 +176,15 @@ def free_port() -> int:
 def argument_parser(description: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("--hosts", type=int, default=1, help="number of hosts, one process each")
+    parser.add_argument("--devices", type=int, default=1, help="CPU devices of each, or processes of one thread")
     return parser
+
+
+def num_devices() -> int:
+    """Returns the argument `--devices`, which some workers need before they import anything else."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--devices", type=int, default=1)
+    return int(parser.parse_known_args()[0].devices)
 
 
 def converse(open_peer: Callable[[], AbstractContextManager[Any]], reply: Callable[[Any, dict[str, Any]], Any]) -> None:

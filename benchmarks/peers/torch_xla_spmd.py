@@ -1,7 +1,7 @@
-"""Plain torch-xla SPMD, one process with four CPU devices: the training steps of training.py.
+"""Plain torch-xla SPMD, one process with several CPU devices: the training steps of training.py.
 
 As torch-xla's SPMD guide has it: parameters and inputs are marked with how they are split over a mesh, the step is
-traced lazily, and `torch_xla.sync()` compiles and launches it, without waiting.
+traced lazily, and `torch_xla.sync()` compiles and launches it, without waiting. On one device nothing is marked.
 
 With `--compiled`, forward and backward, and the optimizer's step, are compiled by `torch.compile(backend="openxla")`:
 nothing is traced anew at each step, which is three computations. (The first step is lazy: where the compiled update
@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import protocol
+
 from torchways.launch.environment import executor_environment
 
 # Of the process as our executors have it; read when torch_xla is imported.
-os.environ.update(executor_environment("cpu", range(4), os.environ))
+os.environ.update(executor_environment("cpu", range(protocol.num_devices()), os.environ))
 
 import numpy as np
-import protocol
 import torch
 import torch_xla
 import torch_xla.debug.metrics as metrics
@@ -30,18 +31,20 @@ import training
 from torchways.mesh import VirtualSlice
 from torchways.parallel.plans import placements_of
 
+_DEVICES = protocol.num_devices()
+
 
 class SpmdTrainer:
-    """A model on the four devices."""
+    """A model on the devices."""
 
     def __init__(self, workload: training.Workload, model: Any, is_compiled: bool) -> None:
-        self._mesh = xs.Mesh(np.arange(4), workload.mesh, training.AXES)
+        self._mesh = xs.Mesh(np.arange(_DEVICES), workload.mesh, training.AXES) if _DEVICES > 1 else None
         mesh = VirtualSlice(shape=workload.mesh, mesh_dim_names=training.AXES)
         placements = placements_of(model, mesh, training.plan_of(model, workload, mesh))
         self._model = model.to(torch_xla.device())
         self._model.tie_weights()  # `.to` makes several parameters of one that is shared
         for name, parameter in self._model.named_parameters():
-            xs.mark_sharding(parameter, self._mesh, _partition_spec(placements[name], parameter.dim()))
+            self._mark(parameter, _partition_spec(placements[name], parameter.dim()))
         # The step count on the device, so that no Python number of a step has to be sent there.
         self._optimizer = torch.optim.AdamW(self._model.parameters(), lr=training.LEARNING_RATE, capturable=True)
         self._forward = torch.compile(self._model, backend="openxla") if is_compiled else self._model
@@ -64,12 +67,16 @@ class SpmdTrainer:
     def _step(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         placed = {name: tensor.to(torch_xla.device()) for name, tensor in batch.items()}
         for tensor in placed.values():
-            xs.mark_sharding(tensor, self._mesh, ("dp", None))
+            self._mark(tensor, ("dp", None))
         loss = self._forward(**placed).loss
         loss.backward()
         self._update()
         self._optimizer.zero_grad()
         return loss.detach()
+
+    def _mark(self, tensor: torch.Tensor, spec: tuple[Any, ...]) -> None:
+        if self._mesh is not None:
+            xs.mark_sharding(tensor, self._mesh, spec)
 
     def about(self) -> dict[str, Any]:
         return {"compilations": self._compilations}
@@ -106,7 +113,8 @@ class TorchXla:
 
 @contextmanager
 def open_system(is_compiled: bool) -> Iterator[TorchXla]:
-    xr.use_spmd()
+    if _DEVICES > 1:
+        xr.use_spmd()
     yield TorchXla(is_compiled)
     os._exit(0)  # at its usual end, torch-xla may hang
 

@@ -1,4 +1,4 @@
-"""torchways: the training steps of training.py, on one slice of four CPU devices.
+"""torchways: the training steps of training.py, on one slice of CPU devices.
 
 The model is placed by `tw.parallelize_module`, and a step is one call of a `tw.program`. Calls are not waited for.
 """
@@ -55,11 +55,11 @@ class Torchways:
 
 
 @contextmanager
-def open_system() -> Iterator[Torchways]:
-    with tw.init(islands=1, devices_per_island=4):
+def open_system(devices: int) -> Iterator[Torchways]:
+    with tw.init(islands=1, devices_per_island=devices):
         yield Torchways()
 
 
 if __name__ == "__main__":
-    protocol.argument_parser(__doc__).parse_args()
-    training.serve(open_system)
+    arguments = protocol.argument_parser(__doc__).parse_args()
+    training.serve(lambda: open_system(arguments.devices))
