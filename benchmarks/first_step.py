@@ -21,6 +21,7 @@ SPECS = {name: systems.SystemSpec(name, "first_step.py", flags=("--system", name
 PLAIN = ("lazy", "compiled")
 MODELS = ("4", "12", "24", "resnet18")
 WANTED = 1.2
+_PHASES = ("traced", "compiled", "first run")
 _TURNS = 4
 
 
@@ -29,6 +30,7 @@ def run(names: Sequence[str], models: Sequence[str], repeats: int) -> dict[str, 
     rows: list[dict[str, Any]] = []
     for model in models:
         seconds: dict[str, list[list[float]]] = {name: [] for name in names}
+        phases: list[dict[str, float]] = []
         for _ in range(repeats):
             for name in names:
                 with contextlib.closing(systems.System(SPECS[name], hosts=1)) as system:
@@ -37,13 +39,15 @@ def run(names: Sequence[str], models: Sequence[str], repeats: int) -> dict[str, 
                     print(f"{name}, {model}: {answer['error']}", file=sys.stderr)
                     continue
                 seconds[name].append(answer["seconds"])
-        rows.append(_row(model, {name: found for name, found in seconds.items() if found}))
+                phases.extend([answer["phases"]] if "phases" in answer else [])
+        rows.append(_row(model, {name: found for name, found in seconds.items() if found}, phases))
         print(rows[-1], file=sys.stderr, flush=True)
     return {"machine": machine(), "rows": rows}
 
 
-def _row(model: str, seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
+def _row(model: str, seconds: dict[str, list[list[float]]], phases: list[dict[str, float]]) -> dict[str, Any]:
     first = {name: [turns[0] for turns in found] for name, found in seconds.items()}
+    all_turns = {name: [sum(turns) for turns in found] for name, found in seconds.items()}
     later = {name: median([turns[-1] for turns in found]) for name, found in seconds.items()}
     peers = [name for name in PLAIN if name in first]
     fastest = min(peers, key=lambda name: median(first[name])) if peers else ""
@@ -51,16 +55,28 @@ def _row(model: str, seconds: dict[str, list[list[float]]]) -> dict[str, Any]:
         "model": f"decoder, {model} layers" if model.isdecimal() else model,
         "first_s": {name: median(found) for name, found in first.items()},
         "later_s": later,
+        "all_s": {name: median(found) for name, found in all_turns.items()},
+        "phases_s": {name: median([found[name] for found in phases]) for name in (phases[0] if phases else ())},
         "plain": fastest,
         "ours_over_plain": paired_ratio(first["torchways"], first[fastest]) if fastest else float("nan"),
+        "all_over_plain": (
+            max(paired_ratio(all_turns["torchways"], all_turns[name]) for name in peers) if peers else float("nan")
+        ),
     }
 
 
 def table(rows: Sequence[dict[str, Any]], names: Sequence[str]) -> tuple[list[str], list[list[Any]]]:
     """Returns the header and the cells of what is printed."""
-    header = ["model", *(f"{name}, s" for name in names), "ours/faster torch-xla"]
+    header = ["model", *(f"{name}, s" for name in names), "ours/faster torch-xla", f"of {_TURNS} steps"]
+    header += [f"ours: {name}" for name in _PHASES]
     return header, [
-        [row["model"], *(row["first_s"].get(name, "-") for name in names), row["ours_over_plain"]] for row in rows
+        [
+            row["model"],
+            *(row["first_s"].get(name, "-") for name in names),
+            *(row["ours_over_plain"], row["all_over_plain"]),
+            *(row["phases_s"].get(name, "-") for name in _PHASES),
+        ]
+        for row in rows
     ]
 
 

@@ -4,7 +4,9 @@ Systems: torchways (a slice of one device that is ready), lazy and compiled (pla
 inductor (torch.compile), eager. A model is used once: what a process has compiled of one size serves no other.
 """
 
+import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -74,12 +76,26 @@ def make_step(model: nn.Module, optimizer: Any, forward: Callable[..., Any], upd
     return train_step
 
 
+class _Phases(logging.Handler):
+    """Reads what a session says of a program's first run."""
+
+    seconds: dict[str, float]
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if found := dict(re.findall(r"(traced|compiled|first run) ([0-9.]+) s", record.getMessage())):
+            self.seconds = {name: float(text) for name, text in found.items()}
+
+
 class Torchways:
     def __init__(self) -> None:
         import torchways as tw
 
         self.version = f"torchways {tw.__version__}"
         tw.init(islands=1, devices_per_island=1)
+        log = logging.getLogger("torchways.controller.session")
+        log.setLevel(logging.INFO)
+        log.addHandler(phases := _Phases())
+        self.phases = phases
         self._tw, self._mesh = tw, tw.init_device_mesh((1,), mesh_dim_names=("dp",))
         tw.function(lambda x: x + 1, mesh=self._mesh)(torch.ones(2)).cpu()  # the slice is ready
 
@@ -156,13 +172,17 @@ def opened(name: str) -> Iterator[Any]:
     os._exit(0)  # at its usual end, torch-xla may hang
 
 
+def answer(system: Any, ask: dict[str, Any]) -> dict[str, Any]:
+    seconds = system.first_step(ask["model"], ask["turns"])
+    phases = getattr(system, "phases", None)
+    return {"seconds": seconds, **({"phases": phases.seconds} if phases is not None else {})}
+
+
 def main() -> None:
     parser = protocol.argument_parser(__doc__)
     parser.add_argument("--system", choices=SYSTEMS, required=True)
     name = parser.parse_args().system
-    protocol.converse(
-        lambda: opened(name), lambda system, ask: {"seconds": system.first_step(ask["model"], ask["turns"])}
-    )
+    protocol.converse(lambda: opened(name), answer)
 
 
 if __name__ == "__main__":
