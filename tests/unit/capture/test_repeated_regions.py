@@ -168,12 +168,19 @@ def test_one_layer_called_several_times():
     assert sorted(Counter(calls_of(program)).values())[-2:] == [LAYERS - 1, LAYERS]
 
 
-def test_checkpointed_layers():
+@pytest.mark.parametrize("is_checkpointed", [False, True])
+def test_a_checkpointed_layer_keeps_nothing_but_its_input(is_checkpointed):
     torch.manual_seed(0)
-    model = Model()
-    model.is_checkpointed = True
-    times = train_like_twin(model, LocalSession())
-    assert list(times.values()).count(LAYERS) == 3, times
+    model, session = Model(), LocalSession()
+    twin = copy.deepcopy(model)
+    model.is_checkpointed = is_checkpointed
+    make_parallel(model, mesh := session.mesh(), None, lambda: session)
+    optimizers = [torch.optim.AdamW(item.parameters(), 0.01) for item in (model, twin)]
+    program = ProgramFunction(make_step(model, optimizers[0]), mesh, lambda: session)
+    compare(model, twin, program, make_step(twin, optimizers[1]))
+    assert list(Counter(calls_of(program)).values()).count(LAYERS) == 3
+    forward = next(line for line in str(program).splitlines() if "Block(" in line)
+    assert (forward.partition(" = ")[0].count("%") == 1) == is_checkpointed, forward
 
 
 @pytest.mark.parametrize("marked", [mark, compile_layers, unmarked])
