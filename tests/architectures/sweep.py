@@ -39,13 +39,15 @@ class Outcome:
         kind: "agree", "differ", "refused", "crash", "slow", "random" (runs, but has no one result to compare with) or
             "not eager" (eager PyTorch does not run the small configuration).
         detail: the error.
-        seconds: what it took on the slice.
+        seconds: what all took, eager PyTorch as well.
+        first_seconds: what the first training step took on the slice, with its loss.
     """
 
     name: str
     kind: str
     detail: str = ""
     seconds: float = 0.0
+    first_seconds: float = 0.0
 
 
 class NotEager(Exception):
@@ -108,7 +110,7 @@ def loss_of(out):
     return sum(leaf.square().mean() for leaf in leaves if leaf.is_floating_point() and leaf.requires_grad)
 
 
-def train(model, batches, wrap, eps=1e-4):
+def train(model, batches, wrap, eps=1e-4, on_first=None):
     # Some gradients are zero but for rounding (biases of keys, what comes before a batch norm); with its usual epsilon,
     # Adam makes steps of that noise.
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=eps)
@@ -121,7 +123,11 @@ def train(model, batches, wrap, eps=1e-4):
         return loss
 
     step = wrap(train_step)
-    return torch.tensor([loss.item() for loss in [step(**batch) for batch in batches]])
+    first = step(**batches[0])
+    if on_first is not None:
+        first.item()
+        on_first()
+    return torch.tensor([loss.item() for loss in [first, *(step(**batch) for batch in batches[1:])]])
 
 
 def eager_forward(model, batch, seed):
@@ -157,7 +163,7 @@ def run_eager(model, data):
 
 
 def compare(model, data, mesh):
-    """Raises if the model on a slice and in eager PyTorch do not agree."""
+    """Returns the seconds to the first loss; raises if the model on a slice and in eager PyTorch do not agree."""
     random = False
     try:
         forward, losses, trained = run_eager(model, data)
@@ -173,7 +179,9 @@ def compare(model, data, mesh):
             else:
                 assert leaf == other
     ours = tw.function(copy.deepcopy(model).train(), mesh=mesh)
-    our_losses = train(ours, [data(seed) for seed in range(NUM_STEPS)], tw.program)
+    started, first = time.monotonic(), []
+    batches = [data(seed) for seed in range(NUM_STEPS)]
+    our_losses = train(ours, batches, tw.program, on_first=lambda: first.append(time.monotonic() - started))
     state = ours.state_dict()
     if random:
         raise Random
@@ -182,6 +190,7 @@ def compare(model, data, mesh):
         torch.testing.assert_close(state[key], value, rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
     for status in tw.executor_status():
         assert status.fallback_counters == {}, f"fallback: {status.fallback_counters}"
+    return first[0]
 
 
 @contextmanager
@@ -201,18 +210,27 @@ def time_limit(seconds):
 
 
 def outcome_of(name, task, model_type, mesh, seconds=SECONDS):
-    """Runs a model and returns how that went."""
-    start = time.monotonic()
+    """Runs a model of `transformers` and returns how that went."""
+    return outcome_of_model(name, lambda: build(name, task, model_type), mesh, seconds)
+
+
+def outcome_of_model(name, make, mesh, seconds=SECONDS):
+    """Runs a model and returns how that went.
+
+    Args:
+        make: returns it and a function that makes its batches.
+    """
+    start, first = time.monotonic(), 0.0
     kind, detail = "agree", ""
     try:
         with time_limit(seconds):
             try:
-                model, data = build(name, task, model_type)
+                model, data = make()
             except TimeoutError:
                 raise
             except Exception as error:
                 raise NotEager(f"{type(error).__name__}: {error}") from error
-            compare(model, data, mesh)
+            first = compare(model, data, mesh)
     except NotEager as error:
         kind, detail = "not eager", str(error)
     except Random:
@@ -227,7 +245,7 @@ def outcome_of(name, task, model_type, mesh, seconds=SECONDS):
         kind, detail = "differ", str(error) or traceback.format_exc()[-800:]
     except Exception as error:
         kind, detail = "crash", f"{type(error).__name__}: {error}\n{traceback.format_exc()[-1500:]}"
-    return Outcome(name, kind, detail, round(time.monotonic() - start, 1))
+    return Outcome(name, kind, detail, round(time.monotonic() - start, 1), round(first, 1))
 
 
 def main():

@@ -43,9 +43,9 @@ def executor_environment(
     # XLA's C++ log: errors only.
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # Size of XLA's thread pool, over which each kernel is spread: more threads than cores cost time (a third of a step
-    # with 32 for four devices on two cores). One device has no collectives, and needs no more than a thread a core. With
-    # several, collectives of several executions in flight may take all threads of a smaller pool, wait for each other,
-    # and XLA aborts the process after ten seconds: two threads a device ran all soaks.
+    # with 32 for four devices on two cores). One device has no collectives, and a thread a core is enough. With more,
+    # collectives of several executions in flight may take all threads of a smaller pool, wait for each other, and XLA
+    # aborts the process after ten seconds: two threads a device ran all soaks.
     num_devices = len(device_indices)
     environment.setdefault("NPROC", str(max(2 * num_devices if num_devices > 1 else 2, os.cpu_count() or 1)))
     # Threads that launch computations; idle ones of a large pool wake each other and spin.
