@@ -101,7 +101,9 @@ def _index_reduce(
 def _masked_scatter(value: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Each selected element takes the next of the source: its position is a count of those before."""
     value, mask = torch.broadcast_tensors(value, mask)
-    position = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0, max=max(0, source.numel() - 1))
+    if not source.numel():  # nothing is selected
+        return value.clone()
+    position = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0, max=source.numel() - 1)
     return torch.where(mask, source.reshape(-1)[position].reshape(value.shape), value)
 
 
@@ -220,7 +222,9 @@ def _as_strided(
     """
     order = _order_in_memory(stride)
     index = _memory_index(value, [size[dim] for dim in order], [stride[dim] for dim in order], storage_offset)
-    return _permute_back(_in_memory(value).reshape(-1)[index], order)
+    # Not flat[index]: of an index without dimensions, Python asks for its value.
+    taken = torch.ops.aten.index.Tensor(_in_memory(value).reshape(-1), [index])
+    return _permute_back(taken, order)
 
 
 def _as_strided_scatter(
