@@ -474,7 +474,9 @@ class _TraceMode(Recorder):
         autograd_node = torch._C._current_autograd_node()
         if autograd_node is not None:
             region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
-            if region is not None and not region.backward:
+            # A function that computes gradients itself, and goes on with them, is one node.
+            is_within = self.region is not None and self.region.call >= 0 and self.region == region
+            if region is not None and not region.backward and not is_within:
                 region = Region(region.mesh, region.call, region.name, backward=True)
         else:
             region, line = self.region, user_line()
