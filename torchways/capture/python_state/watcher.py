@@ -404,6 +404,14 @@ class Watcher:
             self.reads[place.key] = place, self._contents(place, value, free_numbers)
             self._is_over = False
 
+    def set_before(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute as if it had had that value when its owner was reached: it stays after the trace."""
+        with self.pause():
+            attributes = vars(owner)
+            attributes[name] = value
+            if (kept := self._kept.get(id(attributes))) is not None:
+                kept.content[name] = value
+
     def is_known(self, value: Any) -> bool:
         """Whether an object was there before the trace, as far as that reached it."""
         return id(value) in self._owners
@@ -418,7 +426,8 @@ class Watcher:
         """Returns what differs from what was there when it was reached."""
         found: list[Write] = []
         with self.pause():
-            for kept in list(self._kept.values()):
+            # What was reached later is inside what was reached before, and written to before that has another there.
+            for kept in reversed(list(self._kept.values())):
                 found.extend(self._writes_to(kept))
             for place, before in self._singles.values():
                 now = place.get(self.call)
