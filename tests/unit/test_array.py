@@ -537,3 +537,52 @@ def test_a_buffer_has_the_arrays_shape_and_dtype_whatever_was_done():
     for array in (*model.parameters(), *model.buffers()):
         value = array._buffer.read()
         assert (value.shape, value.dtype) == (array.shape, array.dtype)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0).view(2, 3))
+
+    def forward(self, x):
+        return x + self.table
+
+
+def test_a_view_and_what_it_is_a_view_of_are_refused_where_a_program_writes_to_one():
+    session = LocalSession()
+    model = make_function(Table(), session.mesh(), lambda: session)
+    model(torch.ones(2, 3))
+    row, other = model.table[0], model.table[:, 1:]
+
+    def run(function, *args):
+        return ProgramFunction(function, session.mesh(), lambda: session)(*args)
+
+    text = r"changes {} in place and also uses .* of the same memory, called at test_array.py:\d+ in run: take the view"
+    with pytest.raises(UserError, match=text.format("model.table")):
+        run(lambda: model.table.add_(1) * row.sum())
+    with pytest.raises(UserError, match=text.format("row")):
+        run(lambda: row.add_(1) * model.table.sum())
+    with pytest.raises(UserError, match=text.format("row")):
+        run(lambda: row.add_(1) * other.sum())
+    with pytest.raises(UserError, match=text.format("model.table")):
+        run(lambda x: model.table.add_(1) * x.sum(), row)
+    before = torch.arange(6.0).view(2, 3)
+    assert torch.equal(model.table.cpu(), before)
+    assert torch.equal(run(lambda: model.table + row).cpu(), before + before[0])
+    run(lambda: row.add_(1).sum())
+    assert torch.equal(model.table.cpu(), before + torch.tensor([[1.0], [0.0]]))
+
+
+def test_a_view_that_takes_the_place_of_another_array_is_refused_as_well():
+    session = LocalSession()
+    model = make_function(Table(), session.mesh(), lambda: session)
+    model(torch.ones(2, 3))
+    step = ProgramFunction(lambda x: (model.table.add_(1), x.sum())[1], session.mesh(), lambda: session)
+    found = step(session_array(session, torch.ones(3)))
+    assert found.item() == 3.0
+    with pytest.raises(UserError, match=r"changes model.table in place"):
+        step(model.table[0])
+
+
+def session_array(session, value):
+    return ProgramFunction(lambda x: x.clone(), session.mesh(), lambda: session)(value)

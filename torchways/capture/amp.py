@@ -52,13 +52,14 @@ def scalers(start: Callable[[Any, str, torch.Tensor], None]) -> Iterator[None]:
                 state["_step_supports_amp_scaling"] = True
 
     try:
-        for function in (scale, step, _maybe_opt_step):
+        replacements: tuple[Any, ...] = (scale, step, _maybe_opt_step)
+        for function in replacements:
             setattr(scaler, function.__name__, function)
-            function.unpatched = plain[function.__name__]  # type: ignore[attr-defined]  # the watcher looks for it
+            vars(function)["unpatched"] = plain[function.__name__]  # the watcher looks for it
         yield
     finally:
-        for name, function in plain.items():
-            setattr(scaler, name, function)
+        for name, original in plain.items():
+            setattr(scaler, name, original)
 
 
 def _maybe_opt_step(

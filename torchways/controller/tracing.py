@@ -50,6 +50,7 @@ from torchways.controller.variant import (
     target_of,
 )
 from torchways.errors import CaptureError, DataDependentError, TorchwaysError
+from torchways.graphs import SOURCE_KEY
 from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
 from torchways.observability.progress import progress
@@ -346,7 +347,9 @@ class _Tracing:
         return _constant(leaf)
 
     def _check_written(self, traced: Trace) -> None:
-        for position in traced.written:
+        results: Any = traced.graph.output_node().args[0]
+        values = results[len(results) - len(traced.written) :]
+        for position, value in zip(traced.written, values, strict=True):
             item = traced.inputs[position]
             if isinstance(item.source, TensorSource) and item.source.is_array:
                 continue
@@ -354,8 +357,9 @@ class _Tracing:
             if isinstance(item.source, TensorSource) and item.source.places:
                 what = f"{item.source.name}, a tensor on the host"
             raise CaptureError(
-                f"{self._name} changes {what} (shape {tuple(item.fake.shape)}) in place, which its caller would not "
-                "see: return the new value, or keep it in a module as a buffer"
+                f"{self._name} changes {what} (shape {tuple(item.fake.shape)}) in place at "
+                f"{value.meta.get(SOURCE_KEY) or user_line()}, which its caller would not see: return the new value, "
+                "or keep it in a module as a buffer"
             )
 
     def _targets(self, cut: PartitionedProgram, traced: Trace) -> list[Any]:
