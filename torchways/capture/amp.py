@@ -77,7 +77,7 @@ def _maybe_opt_step(
         before = {id(tensor): tensor.clone() for tensor in _held(optimizer)}
     num_inputs = len(mode.inputs)
     result = optimizer.step(*args, **kwargs)
-    before.update(mode.constants_before(num_inputs))
+    before.update({key: value.clone() for key, value in mode.constants_before(num_inputs).items()})
     with torch.no_grad():
         for tensor in _held(optimizer):
             is_good = (~is_bad).to(tensor.dtype)
