@@ -23,7 +23,7 @@ from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
-from torchways.capture.python_state.tokens import TensorSource, is_container, is_function, is_plain
+from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.state import HostContent, StateTracker
@@ -135,6 +135,7 @@ class _Tracing:
 
     captured: Captured
     _traced: Trace
+    _gradients_read: list[tuple[Place, Token]]
     _meshes: list[VirtualSlice]
     _waited_seconds: float
 
@@ -189,6 +190,7 @@ class _Tracing:
             raise _capture_error(self._name, error) from error
 
     def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
+        self._gradients_read = list(self._gradients.reads())
         self._check_written(traced)
         specs = _placeholder_specs(traced, self._signature.tensors)
         graph = tidy(traced.graph)
@@ -222,7 +224,7 @@ class _Tracing:
         self._watcher.free_containers_that_are_only_added_to(self._writes)
         self._tracker.commit()
         state = Conditions(
-            [*self._watcher.reads.values(), *self._gradients.reads()],
+            [*self._watcher.reads.values(), *self._gradients_read],
             [item.source for item in traced.inputs if isinstance(item.source, TensorSource)],
             self._signature,
             _adopted,
