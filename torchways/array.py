@@ -41,6 +41,10 @@ def _no_trace() -> bool:
     return False
 
 
+def _nothing(array: Array, dtype: torch.dtype) -> None:
+    pass
+
+
 class Array(torch.Tensor):
     """A future of a sharded tensor on a virtual slice; reads like a tensor.
 
@@ -57,6 +61,8 @@ class Array(torch.Tensor):
     _storage: Storage
     #: Set by the controller, which knows programs.
     _redistribute: ClassVar[Callable[[Any, VirtualSlice, Sequence[Any] | None], Any]]
+    #: Casts an array on its slice; returns None where its value is on the host. Set by the controller.
+    _cast_on_slice: ClassVar[Callable[[Any, torch.dtype], Any]] = staticmethod(_nothing)
     #: Whether a trace is under way; set by the controller.
     _is_tracing: ClassVar[Callable[[], bool]] = staticmethod(_no_trace)
 
@@ -372,8 +378,17 @@ def _is_cast(tensor: Any, kwargs: dict[str, Any]) -> bool:
 
 
 def _cast(array: Array, dtype: torch.dtype | None) -> Array:
-    value = array.cpu().to(dtype or array.dtype).contiguous()
+    dtype = dtype or array.dtype
+    if _is_same_on_slices(array.dtype, dtype) and (found := Array._cast_on_slice(array, dtype)) is not None:
+        return found
+    value = array.cpu().to(dtype).contiguous()
     return Array(array._buffer.with_value(value), tuple(value.shape), value.dtype)
+
+
+def _is_same_on_slices(now: torch.dtype, new: torch.dtype) -> bool:
+    """Whether a slice casts as the host does: there, complex numbers are pairs and large floats other integers."""
+    is_to_integer = not (new.is_floating_point or new is torch.bool)
+    return not (now.is_complex or new.is_complex or (now.is_floating_point and is_to_integer))
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Array]:

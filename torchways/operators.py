@@ -75,6 +75,57 @@ def _(value: torch.Tensor, full: bool) -> tuple[torch.Tensor, torch.Tensor, torc
     return u, value.new_empty(*batch, size), value.new_empty(*batch, num_columns, num_columns if full else size)
 
 
+@torch.library.custom_op("torchways::alignments", mutates_args=())
+def _alignments(emitted: torch.Tensor, skipping: torch.Tensor) -> torch.Tensor:
+    states = [emitted[0]]
+    for step in emitted[1:]:
+        states.append(torch.stack(_sources_of(states[-1], skipping)).logsumexp(0) + step)
+    return torch.stack(states)
+
+
+def _sources_of(state: torch.Tensor, skipping: torch.Tensor) -> list[torch.Tensor]:
+    """Returns what each state of the next step may come from: itself, the one before, and the one before that."""
+    shifted = [torch.nn.functional.pad(state, (count, -count), value=NEVER) for count in (1, 2)]
+    return [state, shifted[0], shifted[1] + skipping]
+
+
+@_alignments.register_fake
+def _(emitted: torch.Tensor, skipping: torch.Tensor) -> torch.Tensor:
+    return emitted.new_empty(emitted.shape)
+
+
+@torch.library.custom_op("torchways::alignments_backward", mutates_args=())
+def _alignments_gradient(gradient: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    totals = [gradient[-1]]
+    for step in reversed(range(len(gradient) - 1)):
+        back = [
+            torch.nn.functional.pad(share * totals[-1], (-count, count)) for count, share in enumerate(shares[:, step])
+        ]
+        totals.append(gradient[step] + back[0] + back[1] + back[2])
+    return torch.stack(totals[::-1])
+
+
+@_alignments_gradient.register_fake
+def _(gradient: torch.Tensor, shares: torch.Tensor) -> torch.Tensor:
+    return gradient.new_empty(gradient.shape)
+
+
+def _save_states(ctx: Any, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(output, inputs[1])
+
+
+def _alignments_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+    states, skipping = ctx.saved_tensors
+    shares = torch.stack(_sources_of(states[:-1], skipping)).softmax(0)
+    return _alignments_gradient(gradient, shares), None
+
+
+_alignments.register_autograd(_alignments_backward, setup_context=_save_states)
+
+
+#: The logarithm of zero in `ALIGNMENTS`: finite, so that gradients are.
+NEVER = -1e30
+
 #: ``manual_seed(seed)``: the random operators of a compiled function draw from `seed`, int64[]. Its first operator.
 MANUAL_SEED = torch.ops.torchways.manual_seed.default
 
@@ -90,6 +141,15 @@ QR = torch.ops.torchways.qr.default
 
 #: ``svd(value, full)``: U, S and V (not its transpose) of matrices; as with `QR`.
 SVD = torch.ops.torchways.svd.default
+
+#: ``alignments(emitted, skipping)``: logarithms of the probabilities of all ways to a state, at each step; step 0 is
+#: `emitted[0]`. From a step [batch, states] to the next, a state stays, goes to the next one, or to the one after that
+#: if `skipping` has 0 there, and not `NEVER`. It is a loop of XLA's: unrolled, many steps take minutes to compile.
+ALIGNMENTS = torch.ops.torchways.alignments.default
+
+#: ``alignments_backward(gradient, shares)``: the gradient of `emitted`. `shares`: of each of the three ways, at each
+#: step but the first.
+ALIGNMENTS_BACKWARD = torch.ops.torchways.alignments_backward.default
 
 
 def is_random(node: torch.fx.Node) -> bool:

@@ -86,6 +86,21 @@ def test_a_cast_model_goes_on_and_its_copy_is_its_own(mesh):
     torch.testing.assert_close(model(x).cpu(), plain.float()(x).detach())
 
 
+def test_a_placed_model_is_cast_on_its_slice(mesh, monkeypatch):
+    plain = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)).eval()
+    model = place(mesh, copy.deepcopy(plain))
+    x = torch.linspace(-3, 3, 32).view(8, 4)
+    torch.testing.assert_close(model(x).cpu(), plain(x).detach())
+    for cast in (nn.Module.double, nn.Module.half, nn.Module.float, lambda module: module.to(torch.bfloat16)):
+        with monkeypatch.context() as patch:
+            patch.setattr(type(_current()), "_fetch", None)  # whatever reads a value of a slice comes here
+            cast(model)
+        cast(plain)
+        assert (model[0].weight.mesh, model[0].weight.sharding) == (mesh, ("S(0)",))
+        for name, value in plain.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+
+
 def test_an_array_whose_buffer_does_not_fit_fails_its_run_and_no_more(mesh):
     array = host_array(torch.ones(4))
     double = tw.program(lambda: array * 2, mesh=mesh)

@@ -144,3 +144,56 @@ def test_rows_in_the_order_of_a_sorted_key(cluster, meshes):
     select = tw.function(lambda x, key: x.index_select(0, key.argsort()), mesh=meshes[0])
     x, key = torch.randn(4, 2), torch.tensor([3, 1, 2, 0])
     torch.testing.assert_close(select(x, key).cpu(), x[key.argsort()])
+
+
+def gradient_of(function):
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        result = function(x)
+        weights = (torch.arange(result.numel()) % 7 + 1).reshape(result.shape).to(x.dtype)
+        return torch.autograd.grad((result * weights).sum(), x)[0]
+
+    return gradient
+
+
+def parameters_of_normalization(x):
+    weight, bias = (torch.ones(512, dtype=x.dtype, requires_grad=True) for _ in range(2))
+    return torch.cat(torch.autograd.grad((F.layer_norm(x, (512,), weight, bias) * x).sum(), [weight, bias]))
+
+
+def bias_of_convolution(x):
+    bias = torch.zeros(8, dtype=x.dtype, requires_grad=True)
+    return torch.autograd.grad(F.conv2d(x.reshape(2, 1, 128, 128), x[:8, :9].reshape(8, 1, 3, 3), bias).sum(), bias)[0]
+
+
+#: Functions that add up many elements.
+SUMS = {
+    "sum": torch.sum,
+    "mean": lambda x: x.mean(0),
+    "norm": torch.Tensor.norm,
+    "std": torch.std,
+    "cumsum": lambda x: x.cumsum(1),
+    "average": lambda x: F.avg_pool1d(x.unsqueeze(0), 256),
+    "index_add": lambda x: torch.zeros(2, 512, dtype=x.dtype).index_add(0, torch.arange(64) % 2, x),
+    "index_put": lambda x: torch.zeros(2, 512, dtype=x.dtype).index_put((torch.arange(64) % 2,), x, accumulate=True),
+    "softmax": lambda x: x.reshape(-1).softmax(0),
+    "mean square": lambda x: F.mse_loss(x, torch.zeros_like(x)),
+    "cross entropy": lambda x: F.cross_entropy(x, torch.zeros(64, dtype=torch.int64)),
+    "normalization": lambda x: F.layer_norm(x, (512,)),
+    "products": lambda x: torch.addmm(x @ x.T, x, x.T, beta=0.3, alpha=0.7),
+    "gradient of softmax": gradient_of(lambda x: x.softmax(1)),
+    "gradient of normalization": gradient_of(lambda x: F.group_norm(x.reshape(1, 64, 512), 2)),
+    "parameters of normalization": parameters_of_normalization,
+    "bias of convolution": bias_of_convolution,
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sums_in_16_bits_are_as_near_to_float64_as_eager(cluster, meshes, dtype):
+    """XLA on CPU rounds each partial sum to 16 bits: a sum of 32,768 numbers was half of what it should be."""
+    x = (torch.rand(64, 512, generator=torch.Generator().manual_seed(0)) + 0.5).to(dtype)
+    for name, function in SUMS.items():
+        found = tw.program(tw.function(function, mesh=meshes[0]), mesh=meshes[0])(x).cpu()
+        eager, exact = function(x), function(x.double())
+        assert found.dtype == dtype
+        assert (found - exact).norm() <= 1.5 * (eager - exact).norm() + torch.finfo(dtype).eps * exact.norm(), name

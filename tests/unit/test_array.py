@@ -12,10 +12,11 @@ from torch import nn
 
 from tests.local_session import LocalSession
 from torchways.array import Array, set_grad_quietly
-from torchways.controller.buffers import HostBuffer, RemoteBuffer
+from torchways.controller.buffers import RemoteBuffer
 from torchways.controller.function import make_function, make_pipeline
 from torchways.controller.modules import replaced_by
 from torchways.controller.program import ProgramFunction
+from torchways.controller.redistribute import cast_on_slice
 from torchways.errors import UserError
 from torchways.parallel.pipeline import SplitPoint
 
@@ -298,6 +299,20 @@ def test_a_cast_keeps_parameters_and_their_place(cast, part):
     assert model.scale.dtype == plain.scale.dtype
 
 
+def test_a_cast_reads_nothing_from_the_slice(monkeypatch):
+    model, plain = placed_and_used(), build()
+    with monkeypatch.context() as patch:
+        patch.setattr(Array, "_cast_on_slice", cast_on_slice)
+        patch.setattr(LocalSession, "fetch", None)
+        model.double()
+        halves = [model.inner.weight.half(), model.scale.to(torch.bfloat16), model.scale.bool().int()]
+        model.to(torch.float16)
+    expected = [plain.double().inner.weight.half(), plain.scale.to(torch.bfloat16), plain.scale.bool().int()]
+    for ours, theirs in zip(halves, expected, strict=True):
+        assert torch.equal(ours.cpu(), theirs.detach())
+    same(model, plain.half())
+
+
 def test_data_takes_values_of_any_shape_and_dtype_and_copies_them():
     model = placed_and_used()
     weight, mesh = model.inner.weight, model.inner.weight.mesh
@@ -520,6 +535,54 @@ def test_a_buffer_has_the_arrays_shape_and_dtype_whatever_was_done():
     model.half()
     model.inner.weight.data = torch.ones(5)
     for array in (*model.parameters(), *model.buffers()):
-        assert isinstance(array._buffer, HostBuffer)
-        assert array._buffer.value.shape == tuple(array.shape)
-        assert array._buffer.value.dtype == array.dtype == array._buffer.read().dtype
+        value = array._buffer.read()
+        assert (value.shape, value.dtype) == (array.shape, array.dtype)
+
+
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.arange(6.0).view(2, 3))
+
+    def forward(self, x):
+        return x + self.table
+
+
+def test_a_view_and_what_it_is_a_view_of_are_refused_where_a_program_writes_to_one():
+    session = LocalSession()
+    model = make_function(Table(), session.mesh(), lambda: session)
+    model(torch.ones(2, 3))
+    row, other = model.table[0], model.table[:, 1:]
+
+    def run(function, *args):
+        return ProgramFunction(function, session.mesh(), lambda: session)(*args)
+
+    text = r"changes {} in place and also uses .* of the same memory, called at test_array.py:\d+ in run: take the view"
+    with pytest.raises(UserError, match=text.format("model.table")):
+        run(lambda: model.table.add_(1) * row.sum())
+    with pytest.raises(UserError, match=text.format("row")):
+        run(lambda: row.add_(1) * model.table.sum())
+    with pytest.raises(UserError, match=text.format("row")):
+        run(lambda: row.add_(1) * other.sum())
+    with pytest.raises(UserError, match=text.format("model.table")):
+        run(lambda x: model.table.add_(1) * x.sum(), row)
+    before = torch.arange(6.0).view(2, 3)
+    assert torch.equal(model.table.cpu(), before)
+    assert torch.equal(run(lambda: model.table + row).cpu(), before + before[0])
+    run(lambda: row.add_(1).sum())
+    assert torch.equal(model.table.cpu(), before + torch.tensor([[1.0], [0.0]]))
+
+
+def test_a_view_that_takes_the_place_of_another_array_is_refused_as_well():
+    session = LocalSession()
+    model = make_function(Table(), session.mesh(), lambda: session)
+    model(torch.ones(2, 3))
+    step = ProgramFunction(lambda x: (model.table.add_(1), x.sum())[1], session.mesh(), lambda: session)
+    found = step(session_array(session, torch.ones(3)))
+    assert found.item() == 3.0
+    with pytest.raises(UserError, match=r"changes model.table in place"):
+        step(model.table[0])
+
+
+def session_array(session, value):
+    return ProgramFunction(lambda x: x.clone(), session.mesh(), lambda: session)(value)

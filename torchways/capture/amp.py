@@ -20,28 +20,51 @@ from torchways.capture.tracer import current_trace
 
 
 @contextmanager
-def scalers(make_array: Callable[[torch.Tensor], Any]) -> Iterator[None]:
+def scalers(start: Callable[[Any, str, torch.Tensor], None]) -> Iterator[None]:
     """While it is open, scalers select, and the state of one that is used for the first time is made of arrays.
 
     Args:
-        make_array: makes an array of a host value.
+        start: called with a scaler, the name of an attribute, and the value that it begins with.
     """
-
-    def init(self: Any, device: torch.device) -> None:
-        with _disable_current_modes():
-            self._scale = make_array(torch.full((), self._init_scale, dtype=torch.float32))
-            self._growth_tracker = make_array(torch.full((), self._init_growth_tracker, dtype=torch.int32))
-
     scaler: Any = GradScaler
-    saved = scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step
-    scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step = init, _maybe_step
+    plain = {name: getattr(scaler, name) for name in ("scale", "step", "_maybe_opt_step")}
+
+    def scale(self: Any, outputs: Any) -> Any:
+        # Before the scaler looks whether it has begun, which would be a condition.
+        state = vars(self)
+        if state["_enabled"] and state["_scale"] is None:
+            with _disable_current_modes():
+                first = torch.full((), state["_init_scale"], dtype=torch.float32)
+                count = torch.full((), state["_init_growth_tracker"], dtype=torch.int32)
+            start(self, "_scale", first)
+            start(self, "_growth_tracker", count)
+        return plain["scale"](self, outputs)
+
+    def step(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
+        state = vars(optimizer)
+        is_fused = state.get("_step_supports_amp_scaling", False)  # it would unscale, and look for infinities, itself
+        if is_fused:
+            state["_step_supports_amp_scaling"] = False
+        try:
+            return plain["step"](self, optimizer, *args, **kwargs)
+        finally:
+            if is_fused:
+                state["_step_supports_amp_scaling"] = True
+
     try:
+        replacements: tuple[Any, ...] = (scale, step, _maybe_opt_step)
+        for function in replacements:
+            setattr(scaler, function.__name__, function)
+            vars(function)["unpatched"] = plain[function.__name__]  # the watcher looks for it
         yield
     finally:
-        scaler._lazy_init_scale_growth_tracker, scaler._maybe_opt_step = saved
+        for name, original in plain.items():
+            setattr(scaler, name, original)
 
 
-def _maybe_step(self: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+def _maybe_opt_step(
+    self: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any
+) -> Any:
     """Does what `GradScaler._maybe_opt_step` does; it selects instead of asking."""
     mode = current_trace()
     assert mode is not None
@@ -54,7 +77,7 @@ def _maybe_step(self: Any, optimizer: torch.optim.Optimizer, state: dict[str, An
         before = {id(tensor): tensor.clone() for tensor in _held(optimizer)}
     num_inputs = len(mode.inputs)
     result = optimizer.step(*args, **kwargs)
-    before.update(mode.constants_before(num_inputs))
+    before.update({key: value.clone() for key, value in mode.constants_before(num_inputs).items()})
     with torch.no_grad():
         for tensor in _held(optimizer):
             is_good = (~is_bad).to(tensor.dtype)

@@ -1,7 +1,7 @@
 """The loss of connectionist temporal classification, as a recursion that autograd can differentiate.
 
-PyTorch's kernels look at the lengths and have no lowering. Here sequences of all lengths go through the same steps, and
-keep their state where they are over.
+PyTorch's kernels look at the lengths and have no lowering. Here sequences of all lengths go through the same steps
+(`ALIGNMENTS` in operators.py), and the state of each is taken where it is over.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from typing import TypeAlias
 import torch
 import torch.nn.functional as F
 
+from torchways.operators import ALIGNMENTS, NEVER
+
 #: Lengths of the sequences of a batch: a tensor, or numbers.
 Lengths: TypeAlias = torch.Tensor | Sequence[int]
-
-#: The logarithm of zero: finite, so that gradients are.
-_NEVER = -1e30
 
 
 def ctc_loss(
@@ -43,23 +42,21 @@ def ctc_loss(
     log_probs = normalised + (log_probs - normalised).detach()
     emitted = log_probs.gather(2, labels.expand(num_steps, *labels.shape))
     may_skip = (labels[:, 2:] != blank) & (labels[:, 2:] != labels[:, :-2])
-    skipping = F.pad(torch.where(may_skip, 0.0, _NEVER), (2, 0), value=_NEVER)
-    never = log_probs.new_full((batch_size, 2), _NEVER)
-    state = torch.where(torch.arange(labels.shape[1]) < 2, emitted[0], _NEVER)
-    for step in range(1, num_steps):
-        longer = torch.cat([never, state], 1)
-        new = torch.stack([state, longer[:, 1:-1], longer[:, :-2] + skipping]).logsumexp(0) + emitted[step]
-        state = torch.where((step < input_lengths).unsqueeze(1), new, state)
+    skipping = F.pad(torch.where(may_skip, 0.0, NEVER), (2, 0), value=NEVER)
+    first = torch.where(torch.arange(labels.shape[1]) < 2, emitted[:1], NEVER)
+    states = ALIGNMENTS(torch.cat([first, emitted[1:]]), skipping)
+    last = (input_lengths - 1).clamp(0, num_steps - 1).reshape(1, -1, 1)
+    state = states.gather(0, last.expand(1, *states.shape[1:])).squeeze(0)
     return _reduced(_loss(state, input_lengths, target_lengths), target_lengths, reduction, zero_infinity, is_batch)
 
 
 def _loss(state: torch.Tensor, input_lengths: torch.Tensor, target_lengths: torch.Tensor) -> torch.Tensor:
     last = state.gather(1, 2 * target_lengths.unsqueeze(1)).squeeze(1)
     before = state.gather(1, (2 * target_lengths - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
-    before = torch.where(target_lengths > 0, before, _NEVER)
+    before = torch.where(target_lengths > 0, before, NEVER)
     loss = -torch.stack([last, before]).logsumexp(0)
     loss = torch.where((input_lengths == 0) & (target_lengths == 0), 0.0, loss)
-    is_possible = (loss < -_NEVER / 2) & ((input_lengths > 0) | (target_lengths == 0))
+    is_possible = (loss < -NEVER / 2) & ((input_lengths > 0) | (target_lengths == 0))
     return loss * torch.where(is_possible, 1.0, torch.inf)
 
 

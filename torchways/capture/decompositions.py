@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
+from torchways.capture.accumulation import HALVES
 from torchways.capture.gamma import gamma_decompositions
 from torchways.capture.kept_whole import kept_whole
 from torchways.capture.linear_algebra import linear_algebra_decompositions
@@ -101,7 +102,9 @@ def _index_reduce(
 def _masked_scatter(value: torch.Tensor, mask: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """Each selected element takes the next of the source: its position is a count of those before."""
     value, mask = torch.broadcast_tensors(value, mask)
-    position = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0, max=max(0, source.numel() - 1))
+    if not source.numel():  # nothing is selected
+        return value.clone()
+    position = (mask.reshape(-1).to(torch.int64).cumsum(0) - 1).clamp(min=0, max=source.numel() - 1)
     return torch.where(mask, source.reshape(-1)[position].reshape(value.shape), value)
 
 
@@ -118,8 +121,11 @@ def _addmm(added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta
     """torch-xla lowers it without factors only."""
     if (beta, alpha) == (1, 1):
         return NotImplemented
-    product = left @ right if alpha == 1 else alpha * (left @ right)
-    return product if beta == 0 else added * beta + product
+    product, dtype = left @ right, added.dtype
+    if dtype in HALVES:  # rounded once, as in PyTorch
+        added, product = added.float(), product.float()
+    product = product if alpha == 1 else alpha * product
+    return (product if beta == 0 else added * beta + product).to(dtype)
 
 
 def _diagonal(value: torch.Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> torch.Tensor:
@@ -220,7 +226,9 @@ def _as_strided(
     """
     order = _order_in_memory(stride)
     index = _memory_index(value, [size[dim] for dim in order], [stride[dim] for dim in order], storage_offset)
-    return _permute_back(_in_memory(value).reshape(-1)[index], order)
+    # Not flat[index]: of an index without dimensions, Python asks for its value.
+    taken = torch.ops.aten.index.Tensor(_in_memory(value).reshape(-1), [index])
+    return _permute_back(taken, order)
 
 
 def _as_strided_scatter(
@@ -382,6 +390,16 @@ def _replication_pad_backward(grad: torch.Tensor, value: torch.Tensor, padding: 
     return grad
 
 
+def _convolution_backward(grad: torch.Tensor, *args: Any) -> Any:
+    """torch-xla adds up the gradient of the bias in the dtype of `grad`; as an operator of its own, it is widened."""
+    *others, bias_sizes, stride, padding, dilation, transposed, output_padding, groups, mask = args
+    if grad.dtype not in HALVES or not mask[2]:
+        return NotImplemented
+    rest = (bias_sizes, stride, padding, dilation, transposed, output_padding, groups, [*mask[:2], False])
+    of_value, of_weight, _ = torch.ops.aten.convolution_backward.default(grad, *others, *rest)
+    return of_value, of_weight, grad.sum([dim for dim in range(grad.dim()) if dim != 1])
+
+
 #: Where PyTorch has no decomposition, or one into what torch-xla does not lower either.
 _OURS: dict[Any, Any] = {
     torch.ops.aten._weight_norm_interface_backward.default: _weight_norm_backward,
@@ -391,6 +409,7 @@ _OURS: dict[Any, Any] = {
     torch.ops.aten.copysign.Scalar: _copysign_number,
     torch.ops.aten.signbit.default: _signbit,
     torch.ops.aten.cumsum.default: _cumsum,
+    torch.ops.aten.convolution_backward.default: _convolution_backward,
     torch.ops.aten.addmm.default: _addmm,
     torch.ops.aten.masked_scatter.default: _masked_scatter,
     torch.ops.aten.masked_scatter_backward.default: _masked_scatter_backward,

@@ -51,8 +51,8 @@ class LibraryFunctions(TorchFunctionMode):
             return ctc_loss(*args, **kwargs)
         if func is F.grid_sample and args[0].dim() == 4:
             return _grid_sample(*args, **kwargs)
-        if func is torch.grid_sampler and args[0].dim() == 4:
-            return _grid_sampler_2d(*args, **kwargs)
+        if func in (torch.grid_sampler, torch.grid_sampler_2d) and args[0].dim() == 4:
+            return _grid_sampler(*args, **kwargs)
         if func in _MAX_POOLS:
             return _max_pool(func, *args, **kwargs)
         if func in (F.embedding, F.embedding_bag):
@@ -70,7 +70,17 @@ def _grid_sample(
     """The gradient of PyTorch's operator has no lowering; those of what it is made of have."""
     F.grid_sample(value, grid, mode, padding_mode, bool(align_corners))  # it checks; nobody uses its result
     modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
-    return _grid_sampler_2d(value, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
+    return _grid_sampler(value, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
+
+
+def _grid_sampler(
+    value: torch.Tensor, grid: torch.Tensor, interpolation_mode: int, padding_mode: int, align_corners: bool
+) -> torch.Tensor:
+    sampled = _grid_sampler_2d(value, grid, interpolation_mode, padding_mode, align_corners)
+    if interpolation_mode != 1:
+        return sampled
+    # What is nearest depends on the grid by integers alone: as in PyTorch, the grid's gradient is zeros, and not None.
+    return sampled + torch.where(torch.zeros_like(grid, dtype=torch.bool), grid, 0.0).sum()
 
 
 def _max_pool(

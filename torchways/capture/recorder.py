@@ -21,6 +21,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from torchways.capture.accumulation import HALVES, adds_up
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 
@@ -232,6 +233,8 @@ class Recorder(TorchDispatchMode):
         traits = _traits(func)
         if traits.is_mutable:
             return self._record_write(func, traits, args, kwargs)
+        if adds_up(func, args, kwargs) and any(_is_half(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
+            return self._in_float32(func, traits, args, kwargs)
         decomposed = self._decomposed(func, args, kwargs)
         if decomposed is not NotImplemented:
             return self._as_view(func, traits, args, kwargs, decomposed) if traits.is_view else decomposed
@@ -359,6 +362,17 @@ class Recorder(TorchDispatchMode):
             assert node is not None
             self._bind_result(view, node, traits, args, kwargs, index if several else None)
         return views
+
+    def _in_float32(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+        """Runs an operator on float32 in place of 16 bits, and rounds its results."""
+        shapes = self._shaped(func, traits, args, kwargs)
+        with self.inside():
+            args, kwargs = pytree.tree_map(_widened, (args, kwargs))
+            return pytree.tree_map(
+                lambda value, like: value.to(like.dtype) if isinstance(like, torch.Tensor) else value,
+                func(*args, **kwargs),
+                shapes,
+            )
 
     def _along_dim_of_scalar(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Runs an operator along the dimension that a scalar does not have, which torch-xla refuses, on vectors."""
@@ -563,6 +577,16 @@ def _geometry(value: Any) -> Any:
 
 #: Types of arguments that are compared by value.
 _PLAIN = {int, float, bool, type(None), str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format}
+
+
+def _is_half(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype in HALVES
+
+
+def _widened(value: Any) -> Any:
+    if isinstance(value, torch.dtype):
+        return torch.float32 if value in HALVES else value
+    return value.to(torch.float32) if _is_half(value) else value
 
 
 def _kind(item: Any) -> Any:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.amp import scalers
@@ -68,11 +69,16 @@ class StateTracker:
             register_optimizer_step_post_hook(self._after_step),
         ]
         try:
-            with scalers(lambda value: self.make_array(HostContent((), value.dtype, value), None)):
+            with scalers(self._start_scaler):
                 yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _start_scaler(self, scaler: Any, name: str, value: torch.Tensor) -> None:
+        """Makes an array of what a scaler begins with, so that the first call's trace serves all."""
+        with _disable_current_modes():
+            self.watcher.set_before(scaler, name, self.make_array(HostContent((), value.dtype, value), None))
 
     def is_created(self, write: Write) -> bool:
         """Whether a write is that of state which became an input of the trace."""

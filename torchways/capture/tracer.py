@@ -546,10 +546,13 @@ class _TraceMode(Recorder):
         """Returns the region of an operator that autograd made for one of a region."""
         if forward is None and self._backward is not None:  # it adds up gradients
             return self._backward[1]
+        if forward is not None and forward.call >= 0 and forward == self.region:
+            return forward  # a function that computes gradients itself, and goes on with them, is one node
         if forward is None or not forward.is_repeated:
             self._backward = None
             return replace(forward, backward=True) if forward is not None and not forward.backward else forward
         if self._backward is None or forward not in self._backward:
+            self.region = self._another_call(self.region)
             self._backward = forward, replace(forward, backward=True, call=self._next_call())
         return self._backward[1]
 

@@ -115,7 +115,7 @@ class ProgramFunction:
     def _check(self, variant: Variant, signature: Signature, session: Session) -> None:
         symbolic = frozenset(self._symbolic)
         new = capture_again(self._function, self._name, signature, self.mesh, session, symbolic)
-        check_trace(self._name, variant.captured, new)
+        check_trace(self._name, variant.captured, new, signature)
 
     def _run_untraced(self, args: Any, kwargs: Any, reason: DataDependentError | None = None) -> Any:
         """Runs the Python function itself: each compiled function that it calls is dispatched when it is called.

@@ -1,4 +1,4 @@
-"""`tw.redistribute`: a tensor with another sharding, or on another slice."""
+"""Arrays made of arrays on slices, outside programs: `tw.redistribute`, and casts."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torchways.array import Array
 from torchways.capture.state import HostContent
 from torchways.capture.tracer import current_trace
-from torchways.controller.buffers import HostBuffer
+from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.mesh import VirtualSlice, normalize_placements
@@ -34,3 +34,23 @@ def distribute(
         return ProgramFunction(redistribute, mesh, get_session)(tensor)
     content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
     return Array(get_session().put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
+
+
+def cast_on_slice(array: Array, dtype: torch.dtype) -> Array | None:
+    """Returns an array in another dtype, on the same slice and sharded the same; None: its value is on the host."""
+    buffer = array._buffer
+    if not isinstance(buffer, RemoteBuffer):
+        return None
+    mesh, placements = buffer.mesh, buffer.placements
+    session: Any = buffer.session
+
+    def cast(value: torch.Tensor) -> torch.Tensor:
+        mode = current_trace()
+        assert mode is not None
+        return mode.constrain(torch.ops.aten._to_copy.default(value, dtype=dtype), mesh, placements)
+
+    found: Array = ProgramFunction(cast, mesh, lambda: session)(array.detach())
+    return found
+
+
+Array._cast_on_slice = staticmethod(cast_on_slice)

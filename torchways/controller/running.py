@@ -12,6 +12,7 @@ from torchways.capture.objects import set_attributes
 from torchways.capture.python_state.host_numbers import number_bytes
 from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
+from torchways.capture.source import user_line
 from torchways.capture.state import HostContent
 from torchways.capture.tracer import NumberInput
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
@@ -33,12 +34,13 @@ from torchways.controller.variant import (
     Variant,
     WrittenValue,
 )
-from torchways.errors import InternalError, PlacementError
+from torchways.errors import InternalError, PlacementError, UserError
 from torchways.ids import BufferId, RunId, SliceId
 from torchways.ir.program import ValueIndex
 from torchways.mesh import VirtualSlice
 from torchways.rpc.programs import Binding, InlineValue
 from torchways.signals import uninterrupted
+from torchways.storage import ViewStorage
 
 
 def run_variant(variant: Variant, signature: Signature) -> Any:
@@ -68,6 +70,7 @@ class _Run:
 
     def result(self) -> Any:
         variant = self._variant
+        self._check_aliases()
         if (report := active_parity()) is not None:
             self._run_observed(report)
         else:
@@ -193,6 +196,30 @@ class _Run:
                 self._written[target] = Array(buffer, result.shape, result.dtype)
             else:
                 self._outputs[self._positions[target]] = Array(buffer, result.shape, result.dtype)
+
+    def _check_aliases(self) -> None:
+        """Refuses a view and what it is a view of, or two views of one array, where the program writes to one of them.
+
+        A program has a value of each; in eager PyTorch, a write to one is seen in the other.
+
+        Raises:
+            UserError: it is so.
+        """
+        captured = self._variant.captured
+        arrays = [tensor for tensor in map(self._tensor_of, captured.sources) if isinstance(tensor, Array)]
+        if not any(isinstance(tensor._storage, ViewStorage) for tensor in arrays):
+            return
+        targets = [item.target for item in captured.targets if isinstance(item.target, TensorSource)]
+        written = {id(target.tensor._storage): target for target in targets}  # type: ignore[attr-defined]
+        of_base: dict[int, Array] = {}
+        for tensor in arrays:
+            other = of_base.setdefault(id(tensor._storage.base), tensor)
+            target = written.get(id(tensor._storage)) or written.get(id(other._storage))
+            if other._storage is not tensor._storage and target is not None:
+                raise UserError(
+                    f"{captured.program.name} changes {target.name} in place and also uses another tensor of the same "
+                    f"memory, called at {user_line()}: take the view within the program, or give it a copy (.clone())"
+                )
 
     def _bind(self, item: Source, mesh: VirtualSlice, session: Session, consumed: list[RemoteBuffer]) -> Binding:
         source = item.source

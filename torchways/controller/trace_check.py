@@ -14,7 +14,8 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.capture.python_state.host_numbers import HostNumbers
-from torchways.capture.python_state.tokens import TensorSource, short
+from torchways.capture.python_state.places import Call
+from torchways.capture.python_state.tokens import TensorSource, is_plain, same_plain, short
 from torchways.capture.tracer import NumberInput
 from torchways.controller.variant import Captured, NumberResult, SourceResult, WrittenValue
 from torchways.errors import InternalError
@@ -29,13 +30,16 @@ def checks_traces() -> bool:
     return os.environ.get(CHECK_VARIABLE, "") not in ("", "0")
 
 
-def check_trace(name: str, cached: Captured, new: Captured) -> None:
+def check_trace(name: str, cached: Captured, new: Captured, call: Call) -> None:
     """Compares the trace that a call goes on with with a new one.
+
+    Args:
+        call: that call. Its trace may write what is there already, as a new one does not.
 
     Raises:
         InternalError: they differ; it names the first result or effect that does.
     """
-    was, now = _described(cached), _described(new)
+    was, now = _described(cached, call), _described(new, call)
     for what in [*was, *(key for key in now if key not in was)]:
         if was.get(what) != now.get(what):
             raise InternalError(
@@ -48,7 +52,7 @@ def _text(description: Any) -> str:
     return "missing" if description is None else str(description)
 
 
-def _described(captured: Captured) -> dict[str, str]:
+def _described(captured: Captured, call: Call) -> dict[str, str]:
     """Returns how each result and effect of a program comes about, by its name."""
     values = _values(captured)
     results = [values[index] for index in node_inputs(captured.program.nodes[-1])]
@@ -58,6 +62,9 @@ def _described(captured: Captured) -> dict[str, str]:
     for index, value in captured.constants.items():
         found[f"result leaf {index}"] = _constant(value, captured.numbers)
     for effect in captured.effects:
+        is_one_value = effect.kind == "set" and len(effect.leaves) == 1 and is_plain(effect.leaves[0])
+        if is_one_value and same_plain(effect.place.get(call), effect.leaves[0]):
+            continue
         kinds = [_constant(leaf, captured.numbers) for leaf in effect.leaves]
         found[f"what it writes to {effect.place}"] = f"{effect.kind} {effect.spec} {kinds}"
     found["the structure of its result"] = str(captured.out_spec)

@@ -23,7 +23,7 @@ from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
-from torchways.capture.python_state.tokens import TensorSource, is_container, is_function, is_plain
+from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.state import HostContent, StateTracker
@@ -50,6 +50,7 @@ from torchways.controller.variant import (
     target_of,
 )
 from torchways.errors import CaptureError, DataDependentError, TorchwaysError
+from torchways.graphs import SOURCE_KEY
 from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
 from torchways.observability.progress import progress
@@ -134,6 +135,7 @@ class _Tracing:
 
     captured: Captured
     _traced: Trace
+    _gradients_read: list[tuple[Place, Token]]
     _meshes: list[VirtualSlice]
     _waited_seconds: float
 
@@ -188,6 +190,7 @@ class _Tracing:
             raise _capture_error(self._name, error) from error
 
     def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
+        self._gradients_read = list(self._gradients.reads())
         self._check_written(traced)
         specs = _placeholder_specs(traced, self._signature.tensors)
         graph = tidy(traced.graph)
@@ -221,7 +224,7 @@ class _Tracing:
         self._watcher.free_containers_that_are_only_added_to(self._writes)
         self._tracker.commit()
         state = Conditions(
-            [*self._watcher.reads.values(), *self._gradients.reads()],
+            [*self._watcher.reads.values(), *self._gradients_read],
             [item.source for item in traced.inputs if isinstance(item.source, TensorSource)],
             self._signature,
             _adopted,
@@ -346,7 +349,9 @@ class _Tracing:
         return _constant(leaf)
 
     def _check_written(self, traced: Trace) -> None:
-        for position in traced.written:
+        results: Any = traced.graph.output_node().args[0]
+        values = results[len(results) - len(traced.written) :]
+        for position, value in zip(traced.written, values, strict=True):
             item = traced.inputs[position]
             if isinstance(item.source, TensorSource) and item.source.is_array:
                 continue
@@ -354,8 +359,9 @@ class _Tracing:
             if isinstance(item.source, TensorSource) and item.source.places:
                 what = f"{item.source.name}, a tensor on the host"
             raise CaptureError(
-                f"{self._name} changes {what} (shape {tuple(item.fake.shape)}) in place, which its caller would not "
-                "see: return the new value, or keep it in a module as a buffer"
+                f"{self._name} changes {what} (shape {tuple(item.fake.shape)}) in place at "
+                f"{value.meta.get(SOURCE_KEY) or user_line()}, which its caller would not see: return the new value, "
+                "or keep it in a module as a buffer"
             )
 
     def _targets(self, cut: PartitionedProgram, traced: Trace) -> list[Any]:

@@ -24,7 +24,9 @@ from typing import Any
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.core.xla_builder as xla_builder
 import torch_xla.core.xla_model as xm
+import torch_xla.core.xla_op_registry as xla_op_registry
 import torch_xla.debug.metrics as xla_metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -32,7 +34,7 @@ from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph
-from torchways.operators import BARRIER, CONSTRAIN, MANUAL_SEED, QR, SVD
+from torchways.operators import ALIGNMENTS, ALIGNMENTS_BACKWARD, BARRIER, CONSTRAIN, MANUAL_SEED, NEVER, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 
 logger = logging.getLogger(__name__)
@@ -261,7 +263,7 @@ class XlaRuntime:
         graph = deserialize_graph(source.graph)
         _move_to_device(graph, self._device)
         seed = _take_seed(graph)
-        for operator, ours in ((CONSTRAIN, self._constrain), (BARRIER, _barrier), (QR, _qr), (SVD, _svd)):
+        for operator, ours in ((CONSTRAIN, self._constrain), *_OURS.items()):
             for node in graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
         executable, pending = on_device(lambda: self._trace(graph, seed, source))
@@ -540,6 +542,86 @@ def _svd(value: torch.Tensor, full: bool) -> tuple[torch.Tensor, torch.Tensor, t
     u, _, v = _on_xla(torch.ops.aten.svd.default, value, not full)
     size = min(value.shape[-2:])
     return u, (u[..., :size] * (value @ v[..., :size])).sum(-2), v
+
+
+def _loop(num_steps: int, start: list[Any], step: Callable[..., list[Any]]) -> list[Any]:
+    """Calls `step` so many times with a counter and values, which it returns anew; as one loop of XLA's."""
+    zero = xla_builder.Op.scalar(start[0].builder(), 0, dtype=xla_builder.Type.S32)
+
+    def body(counter: Any, *values: Any) -> list[Any]:
+        return [counter + counter.scalar_like(1), *step(counter, *values)]
+
+    found = xla_builder.Op.mkwhile([zero, *start], lambda counter, *_: counter < counter.scalar_like(num_steps), body)
+    return [found.get_tuple_element(index + 1) for index in range(len(start))]
+
+
+def _step_of(values: Any, counter: Any, dim: int = 0) -> Any:
+    """Returns the values of one step: without dimension `dim`, which counts steps."""
+    sizes = list(values.shape().sizes)
+    places = [counter if index == dim else counter.zeros_like() for index in range(len(sizes))]
+    sizes[dim] = 1
+    found = values.dynamic_slice(places, sizes)
+    return found.reshape([size for index, size in enumerate(sizes) if index != dim])
+
+
+def _with_step(values: Any, counter: Any, value: Any) -> Any:
+    sizes = value.shape().sizes
+    places = [counter, *(counter.zeros_like() for _ in sizes)]
+    return values.dynamic_update_slice(value.reshape([1, *sizes]), places)
+
+
+def _shifted(value: Any, count: int, filler: float) -> Any:
+    scalar = xla_builder.Op.scalar(value.builder(), filler, dtype=value.shape().dtype)
+    return value.pad(scalar, ((0, 0, 0), (count, -count, 0)))
+
+
+def _alignments(emitted: Any, skipping: Any) -> Any:
+    def step(counter: Any, states: Any, emitted: Any, skipping: Any) -> list[Any]:
+        state = _step_of(states, counter)
+        one, two = _shifted(state, 1, NEVER), _shifted(state, 2, NEVER) + skipping
+        largest = state.max(one).max(two)
+        total = (state - largest).exp() + (one - largest).exp() + (two - largest).exp()
+        following = counter + counter.scalar_like(1)
+        new = largest + total.log() + _step_of(emitted, following)
+        return [_with_step(states, following, new), emitted, skipping]
+
+    return _loop(emitted.shape().sizes[0] - 1, [emitted, emitted, skipping], step)[0]
+
+
+def _alignments_backward(gradient: Any, shares: Any) -> Any:
+    last = gradient.shape().sizes[0] - 1
+
+    def step(counter: Any, totals: Any, shares: Any) -> list[Any]:
+        before = counter.scalar_like(last - 1) - counter
+        total = _step_of(totals, before + counter.scalar_like(1))
+        new = _step_of(totals, before)
+        parts = _step_of(shares, before, dim=1)
+        for way in range(3):
+            new = new + _shifted(_step_of(parts, counter.scalar_like(way)) * total, -way, 0.0)
+        return [_with_step(totals, before, new), shares]
+
+    return _loop(last, [gradient, shares], step)[0]
+
+
+def _built(name: str, build: Callable[..., Any]) -> Callable[..., torch.Tensor]:
+    """Returns a function of tensors for one that builds XLA's operators."""
+    registered = xla_op_registry.register(name, build)
+
+    def call(*tensors: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = registered(*tensors)
+        return found
+
+    return call
+
+
+#: Our operators, and what they are on XLA.
+_OURS = {
+    BARRIER: _barrier,
+    QR: _qr,
+    SVD: _svd,
+    ALIGNMENTS: _built("torchways::alignments", _alignments),
+    ALIGNMENTS_BACKWARD: _built("torchways::alignments_backward", _alignments_backward),
+}
 
 
 def _on_xla(operator: Any, *args: Any) -> Any:

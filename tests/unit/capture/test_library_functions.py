@@ -134,6 +134,51 @@ def test_ctc_loss_of_what_cannot_be_is_infinite(session):
     assert loss(log_probs, targets).isinf().item()
 
 
+def test_the_graph_of_ctc_loss_does_not_grow_with_its_steps():
+    def gradient(x):
+        x = x.detach().requires_grad_()
+        loss = F.ctc_loss(x.log_softmax(-1), torch.tensor([[1, 2, 2, 1]]), (len(x),), (4,))
+        return torch.autograd.grad(loss, x)[0]
+
+    sizes = []
+    for num_steps in (8, 200):
+        x, own = torch.randn(num_steps, 1, 3, dtype=torch.float64), LocalSession()
+        captured = ProgramFunction(gradient, own.mesh(), lambda own=own: own)
+        torch.testing.assert_close(captured(x).cpu(), gradient(x))
+        [(_, _, [[graph]])] = own.programs.values()
+        sizes.append(len(graph.nodes))
+    assert sizes[0] == sizes[1]
+
+
+@pytest.mark.parametrize("mode", ["nearest", "bilinear"])
+def test_a_grid_has_a_gradient_in_every_mode(session, mode):
+    def gradients(x, grid):
+        x, grid = x.detach().requires_grad_(), grid.detach().requires_grad_()
+        weights = torch.arange(8.0).reshape(1, 1, 2, 4)
+        sampled = F.grid_sample(x, grid, mode=mode, align_corners=False)
+        direct = torch.grid_sampler_2d(x, grid, 1 if mode == "nearest" else 0, 0, False)
+        return torch.autograd.grad(((sampled + direct.square()) * weights).sum(), [x, grid])
+
+    given = torch.randn(1, 1, 3, 3), torch.rand(1, 2, 4, 2) * 2 - 1
+    found = ProgramFunction(gradients, session.mesh(), lambda: session)(*given)
+    torch.testing.assert_close([value.cpu() for value in found], list(gradients(*given)))
+
+
+def test_views_of_one_element_and_selections_of_none_have_gradients(session):
+    def gradients(x, mask):
+        x = x.detach().requires_grad_()
+        strided = torch.as_strided(x, (1,), (1,), 0), torch.as_strided(x, (), (), 2)
+        written = torch.as_strided_scatter(x, strided[1] * 3, (), (), 1)
+        none = torch.combinations(x[:1], r=4)
+        scattered = torch.masked_scatter(x, mask, x[:0])
+        total = strided[0].sum() * 2 + strided[1] * 5 + (written * torch.arange(3)).sum() + none.sum()
+        return torch.autograd.grad(total + scattered.square().sum(), x)[0]
+
+    given = torch.randn(3), torch.zeros(3, dtype=torch.bool)
+    found = ProgramFunction(gradients, session.mesh(), lambda: session)(*given)
+    torch.testing.assert_close(found.cpu(), gradients(*given))
+
+
 def test_running_statistics_without_momentum_are_means_of_all_batches(session):
     batches = [(torch.randn(6, 5) * scale,) for scale in (1.0, 2.0, 3.0)]
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4, momentum=None))

@@ -490,3 +490,17 @@ def test_state_can_be_loaded_and_is_used_next():
     model(x)
     model.load_state_dict({"weight": torch.eye(2) * 5})
     assert model(x).tolist() == [[5, 5]]
+
+
+def test_a_function_that_computes_gradients_itself_and_goes_on_with_them_is_one_node():
+    session = LocalSession()
+
+    def penalty(x):
+        x = x.detach().requires_grad_()
+        [gradient] = torch.autograd.grad(x.tanh().sum(), x)
+        return (gradient.norm() - 1).square() + x.sum()
+
+    step = ProgramFunction(make_function(penalty, session.mesh(), lambda: session), None, lambda: session)
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(step(x).cpu(), penalty(x).detach())
+    assert len(step._last.captured.program.functions) == 1

@@ -326,3 +326,27 @@ def test_inference_without_a_mark_is_one_computation():
     program = ProgramFunction(torch.no_grad()(lambda x: model(x)), session.mesh(), lambda: session)
     program(batch()[0])
     assert len(calls_of(program)) == 1
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_region_that_computes_gradients_itself(inner):
+    torch.manual_seed(0)
+    session = LocalSession()
+    weight = torch.randn(3, 3)
+
+    def square(x):
+        return (x @ weight).square()
+
+    if inner:
+        square = torch.compiler.nested_compile_region(square)
+
+    @torch.compiler.nested_compile_region
+    def region(x):
+        x = x.detach().requires_grad_()
+        first = square(x)
+        (grad,) = torch.autograd.grad(first.sum(), x)
+        return first.detach() + grad * x.detach()
+
+    program = ProgramFunction(lambda x: region(region(x)).sum(), session.mesh(), lambda: session)
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(program(x).cpu(), region(region(x)).sum())

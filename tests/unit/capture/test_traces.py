@@ -104,6 +104,38 @@ def test_two_optimizers_of_a_gan(placed):
     assert (critic_step._times_traced, generator_step._times_traced) == (1, 1)
 
 
+def test_gradients_that_others_replace_are_added_to(placed):
+    """A step leaves gradients of the critic, which another step's program made anew since its first call."""
+
+    def run(generator, critic, wrap):
+        optimizer = torch.optim.SGD(critic.parameters(), lr=0.01)
+
+        def critic_step(real):
+            optimizer.zero_grad()
+            critic(real).mean().backward()
+            optimizer.step()
+
+        def generator_step(noise):
+            critic(generator(noise)).square().mean().backward()
+
+        critic_step, generator_step = wrap(critic_step), wrap(generator_step)
+        found = []
+        for number in range(CALLS):
+            critic_step(X * number)
+            generator_step(X - number)
+            found += [parameter.grad.cpu().clone() for parameter in critic.parameters()]
+        return found, generator_step
+
+    def plain(*widths):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(*widths))
+
+    expected, _ = run(plain(3, 3), plain(3, 1), lambda function: function)
+    found, step = run(placed.model(3, 3), placed.model(3, 1), placed.program)
+    torch.testing.assert_close(found, expected)
+    assert step._times_traced == 2  # without gradients of the generator, and with them
+
+
 @pytest.mark.parametrize("name", ["one cycle, betas", "cyclic, momentum", "weight decay"])
 def test_schedules_of_hyperparameters(placed, name):
     def losses(model, wrap):

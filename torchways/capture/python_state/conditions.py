@@ -23,6 +23,7 @@ from torchways.capture.python_state.places import (
     Call,
     Cell,
     Entry,
+    Fixed,
     Gradient,
     Place,
     Variable,
@@ -211,7 +212,7 @@ class Conditions:
             value = place.get(call)
             inner, lists = list(token.dicts(value)), list(token.lists(value))
             behind = dicts_behind(place, call) if place.is_fixed else None
-            if isinstance(place, (Cell, Variable)):
+            if isinstance(place, (Cell, Fixed, Variable)):
                 behind = []
             if isinstance(place, Attribute) and place.is_fixed:
                 classes.update(dict.fromkeys(type(place.parent.get(call)).__mro__))
@@ -228,7 +229,10 @@ class Conditions:
         """Whether another tensor may be at a place although no version says so."""
         if isinstance(place, Gradient) or not place.is_fixed:
             return True
-        return any(id(item) in self._written for item in dicts_behind(place, call) or ())
+        behind = dicts_behind(place, call)
+        if behind is None:
+            return isinstance(place, Attribute)  # a slot, which no dictionary holds
+        return any(id(item) in self._written for item in behind)
 
     def _refresh(self, call: Call) -> None:
         self._num_changes = Array.num_changes

@@ -25,6 +25,14 @@ _LIBRARIES |= {"einops", "hydra", "omegaconf", "accelerate", "tokenizers", "safe
 _INSTALLED = tuple({_PATHS[name] + os.sep for name in ("purelib", "platlib")})
 _STDLIB = tuple({_PATHS[name] + os.sep for name in ("stdlib", "platstdlib")})
 
+#: Classes of PyTorch's whose objects have state of the user's.
+_OF_TORCH = (
+    torch.nn.Module,
+    torch.optim.Optimizer,
+    torch.optim.lr_scheduler.LRScheduler,
+    torch.amp.grad_scaler.GradScaler,
+)
+
 #: Methods that add to a container and read nothing of it.
 ADDING_METHODS = {"append", "extend", "add", "appendleft", "extendleft"}
 
@@ -123,7 +131,7 @@ def is_tracked_class(cls: type) -> bool:
     """Whether reads of an instance's attributes can be, and are worth being, watched."""
     if not cls.__flags__ & (1 << 9) or issubclass(cls, (torch.Tensor, BaseException, type)):  # a class made in C
         return False
-    if issubclass(cls, (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)):
+    if issubclass(cls, _OF_TORCH):
         return True
     package = cls.__module__.split(".")[0]
     if package in ("torch", "torchways", "torch_xla", "numpy", "grpc", "google"):

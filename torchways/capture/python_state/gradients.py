@@ -135,7 +135,9 @@ class Gradients:
     def reads(self) -> Iterator[tuple[Place, Token]]:
         """Returns the gradients that are conditions, with what they were."""
         for item in self._found.values():
-            if item.is_read and item.is_condition:
+            # Autograd adds to one that is there in place: the trace reads it, and nothing above sees it.
+            is_added_to = item.initial is not None and id(item.initial) in self._watcher.sources
+            if (item.is_read or is_added_to) and item.is_condition:
                 if item.initial is None:
                     yield item.place, Exactly(None)
                 else:

@@ -340,7 +340,7 @@ class Watcher:
             self.note_object_or_function(Fixed(function.__self__, "self"), function.__self__)
             function = function.__func__
         if isinstance(function, functools.partial):
-            for item in (function.func, *function.args, *function.keywords.values()):
+            for item in (function.func, *function.args, function.keywords):
                 self.note_object_or_function(Fixed(item, "an argument of functools.partial"), item)
             return
         function = getattr(function, "traced_function", function)
@@ -364,14 +364,16 @@ class Watcher:
                 place_of_global = Variable(function.__globals__, name)
                 if name in function.__globals__ or name in reads.assigned:
                     self._note_variable(place_of_global, place_of_global.get(self.call), reads)
-            for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
-                self.note_object_or_function(Fixed(default, "a default argument"), default)
+            for name, default in _defaults_of(function):
+                self.note_object_or_function(Fixed(default, f"{name}, a default of {function.__name__}"), default)
 
     def note_object_or_function(self, place: Place, value: Any) -> None:
-        """Notes a value that is always the same, but may have attributes that are not."""
+        """Notes a value that is always the same, but may have attributes, or hold items, that are not."""
         if is_function(value):
             self.note_function(value)
-        elif not is_plain(value) and not is_container(value) and not isinstance(value, torch.Tensor):
+        elif is_container(value) and not is_plain(value):
+            self.note(place, value)
+        elif not is_plain(value) and not isinstance(value, torch.Tensor):
             self.note_object(place, value)
 
     def _note_variable(self, place: Place, value: Any, reads: CodeReads) -> None:
@@ -404,6 +406,14 @@ class Watcher:
             self.reads[place.key] = place, self._contents(place, value, free_numbers)
             self._is_over = False
 
+    def set_before(self, owner: Any, name: str, value: Any) -> None:
+        """Sets an attribute as if it had had that value when its owner was reached: it stays after the trace."""
+        with self.pause():
+            attributes = vars(owner)
+            attributes[name] = value
+            if (kept := self._kept.get(id(attributes))) is not None:
+                kept.content[name] = value
+
     def is_known(self, value: Any) -> bool:
         """Whether an object was there before the trace, as far as that reached it."""
         return id(value) in self._owners
@@ -418,7 +428,8 @@ class Watcher:
         """Returns what differs from what was there when it was reached."""
         found: list[Write] = []
         with self.pause():
-            for kept in list(self._kept.values()):
+            # What was reached later is inside what was reached before, and written to before that has another there.
+            for kept in reversed(list(self._kept.values())):
                 found.extend(self._writes_to(kept))
             for place, before in self._singles.values():
                 now = place.get(self.call)
@@ -571,6 +582,12 @@ def _kind_of_attribute(cls: type, name: str) -> Any:
                 return found
             return None
     return None
+
+
+def _defaults_of(function: types.FunctionType) -> list[tuple[str, Any]]:
+    code, defaults = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return [*zip(names, defaults, strict=True), *(function.__kwdefaults__ or {}).items()]
 
 
 def _copy_of(container: Any) -> Any:
