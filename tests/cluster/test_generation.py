@@ -1,5 +1,6 @@
 """Generation with real processes: tokens, messages, memory, on one device and on several."""
 
+import copy
 import time
 
 import pytest
@@ -73,12 +74,21 @@ def test_tokens_can_be_read_as_they_come(cluster):
     eos = model.generate(**named_prompts(), **options)[:, 10].tolist()
     expected = model.generate(**named_prompts(), **options, eos_token_id=eos)
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=1)
-    ours = tw.function(model, mesh=mesh)
+    ours = tw.function(copy.deepcopy(model), mesh=mesh)
     streamer = Streamer()
     result = tw.generate(ours, **named_prompts(), **options, eos_token_id=eos, streamer=streamer)
     streamed = torch.cat([streamer.values[0], *(value[:, None] for value in streamer.values[1:-1])], dim=1)
     assert torch.equal(streamed, result)
     assert torch.equal(result, expected)
+
+    class Ends(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == 5
+
+    options |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_length": 12, "eos_token_id": eos}
+    options["stopping_criteria"] = [Ends()]
+    expected = model.generate(**named_prompts(), **options)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **options, streamer=Streamer()), expected)
 
 
 def test_sampling_is_seeded(cluster):
