@@ -438,7 +438,8 @@ def generate(
         eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
         pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
             `eos_token_id`.
-        num_return_sequences: continuations of each prompt, one behind the other; more than one only for sampling.
+        num_return_sequences: continuations of each prompt, one behind the other; more than one for sampling and beam
+            search only.
         generation_config: of transformers: the options where the call does not name them. What neither names is taken
             from `model.generation_config`, as in transformers.
         generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
@@ -450,10 +451,10 @@ def generate(
         options: further ones of transformers' `generate`. Taken, and computed by its own processors: `min_new_tokens`,
             `min_length`, `repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`, `sequence_bias`,
             `suppress_tokens`, `begin_suppress_tokens`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`,
-            `remove_invalid_values`, `logits_processor` and `stopping_criteria`. All others are refused by name, unless
-            they have no effect. Processors and criteria of your own are traced once: they compute with tensors, and
-            see `input_ids[:, -n:]` and `input_ids[:, -n]` only. Pass the same objects to each call: new ones are
-            traced and compiled anew.
+            `remove_invalid_values`, `logits_processor`, `stopping_criteria`, and for beam search `num_beams`,
+            `length_penalty` and `early_stopping`. All others are refused by name, unless they have no effect.
+            Processors and criteria of your own are traced once: they compute with tensors, and see `input_ids[:, -n:]`
+            and `input_ids[:, -n]` only. Pass the same objects to each call: new ones are traced and compiled anew.
 
     Returns:
         Prompts and new tokens, int64[batch, length + new], on the host.
@@ -481,7 +482,8 @@ def generate(
     )
     choice = token_choice(given, streams=streamer is not None)
     num_tokens = num_new_tokens(given["max_new_tokens"], given["max_length"], input_ids.shape[-1])
-    input_ids, attention_mask = repeated(input_ids, attention_mask, given["num_return_sequences"], choice.do_sample)
+    num_rows = given["num_return_sequences"] if choice.beams is None else choice.beams.num_beams
+    input_ids, attention_mask = repeated(input_ids, attention_mask, num_rows, choice.do_sample or bool(choice.beams))
     return run_generate(
         model,
         input_ids,

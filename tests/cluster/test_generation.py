@@ -55,6 +55,8 @@ def test_greedy_tokens_are_those_of_transformers(cluster, config):
     expected = model.generate(
         **named_prompts(), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=-1
     )
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "pad_token_id": 1, "eos_token_id": [5, 9]}
+    expected_beams = model.generate(**named_prompts(), **beams, do_sample=False)
     mesh = tw.init_device_mesh((2,), mesh_dim_names=("tp",), island=0)
     ours = tw.parallelize_module(model, mesh, tw.tensor_parallel(model, mesh))
     options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": -1, "pad_token_id": 0, "tokens_per_dispatch": CHUNK}
@@ -66,6 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(cluster, config):
     assert num_runs()[mesh.island] - before == 1 + 4
     # The model is left, and neither caches nor tokens.
     assert num_buffers(mesh, until=len(used)) == len(used)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **beams), expected_beams)
 
 
 def test_tokens_can_be_read_as_they_come(cluster):

@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
+from torchways.controller.beams import Beams, beam_results, next_beams
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.function import make_function
 from torchways.controller.logits import Processors, TokenChoice, Tokens
@@ -48,6 +49,7 @@ class _Prompt(NamedTuple):
     uniform: torch.Tensor | None
     first: torch.Tensor | None
     too_short: torch.Tensor | None
+    beams: Beams | None
 
 
 class _State(NamedTuple):
@@ -63,6 +65,7 @@ class _State(NamedTuple):
         length: how many tokens were added until all rows had ended, [1].
         first: where in the cache the prompt begins, [1]; None where nothing asks.
         too_short: how many tokens are to be added before a row may end, [1]; None where there is no such limit.
+        beams: of a beam search, whose rows are the running beams.
     """
 
     ids: torch.Tensor
@@ -74,6 +77,7 @@ class _State(NamedTuple):
     length: torch.Tensor
     first: torch.Tensor | None
     too_short: torch.Tensor | None
+    beams: Beams | None
 
 
 class _Decoder:
@@ -112,15 +116,16 @@ class _Decoder:
             length=torch.zeros(1, dtype=torch.int64),
             first=None if prompt.first is None else prompt.first.clone(),
             too_short=None if prompt.too_short is None else prompt.too_short.clone(),
+            beams=None if prompt.beams is None else Beams(*(part.clone() for part in prompt.beams)),
         )
         state, y = self._next(state, scores, prompt.uniform, is_first=True)
-        return cache, (state, y)
+        return _reordered(cache, state), (state, y)
 
     def _decode(self, carry: tuple[_State, _Cache], uniform: torch.Tensor | None) -> tuple[tuple[_State, _Cache], Any]:
         state, cache = carry
         scores, cache = self._forward(state.token[:, None], state.mask, state.position_ids, state.cache_position, cache)
         state, y = self._next(state, scores, uniform)
-        return (state, cache), y
+        return (state, _reordered(cache, state)), y
 
     def _forward(
         self,
@@ -149,26 +154,43 @@ class _Decoder:
     ) -> tuple[_State, Any]:
         choice, processors = self._choice, self.processors
         seen = Tokens(state.ids, state.cache_position, state.first)
+        if choice.beams is not None:
+            scores = scores.log_softmax(-1)
         scores = processors.scores(seen, scores, state.too_short, is_first=is_first)
+        cache_position = state.cache_position + 1
+        state = state._replace(
+            position_ids=state.position_ids + 1,
+            too_short=None if state.too_short is None else state.too_short - 1,
+        )
+        if choice.beams is not None:
+            assert state.beams is not None
+            beams, ids = next_beams(choice.beams, processors, state.beams, seen, scores, len(choice.eos_token_ids))
+            token = ids.index_select(1, cache_position)[:, 0]
+            return state._replace(ids=ids, token=token, cache_position=cache_position, beams=beams), beams.is_over.all()
         token = scores.argmax(-1) if uniform is None else draw(scores, uniform)
         if processors.pads:
             token = torch.where(state.finished, choice.pad_token_id, token)
-        cache_position = state.cache_position + 1
         ids = state.ids.index_copy(1, cache_position, token[:, None])
         finished = processors.finished(Tokens(ids, cache_position, state.first), token, state.finished)
         state = state._replace(
             ids=ids,
             token=token,
             finished=finished,
-            position_ids=state.position_ids + 1,
             cache_position=cache_position,
             length=state.length + (~state.finished.all()).to(torch.int64),
-            too_short=None if state.too_short is None else state.too_short - 1,
         )
         has_ended = finished.all() if processors.ends else None
         if choice.streams:
             return state, token if has_ended is None else torch.cat([token, has_ended[None].to(torch.int64)])
         return state, has_ended
+
+
+def _reordered(cache: _Cache, state: _State) -> _Cache:
+    """Returns the rows of a cache that the next step's beams go on from."""
+    if state.beams is None:
+        return cache
+    origin = state.beams.origin
+    return [(keys.index_select(0, origin), values.index_select(0, origin)) for keys, values in cache]
 
 
 def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -213,13 +235,16 @@ def run_generate(
     cache_length = math.ceil((prompt_length + max_new_tokens) / _CACHE_STEP) * _CACHE_STEP
     room = (0, cache_length - prompt_length)
     uniforms = torch.rand(max_new_tokens, batch, generator=generator) if choice.do_sample else None
+    filled = torch.nn.functional.pad(ids, room, value=choice.fill)
+    search = choice.beams
     prompt = _Prompt(
-        ids=torch.nn.functional.pad(ids, room, value=choice.pad_token_id),
+        ids=filled,
         mask=torch.nn.functional.pad(mask, room, value=1),
         position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1),
         uniform=uniforms[0] if uniforms is not None else None,
         first=torch.tensor([padding]) if processors.read_tokens else None,
         too_short=torch.tensor([min_new_tokens]) if choice.eos_token_ids and choice.has_min_length else None,
+        beams=None if search is None else Beams.first(filled, search.num_beams, max_new_tokens),
     )
     run = _Generation(decoder, get_session)
     run.start(_empty_cache(model, batch, cache_length, mesh, is_eager=get_session is None), prompt)
@@ -231,6 +256,9 @@ def run_generate(
             break
     if streamer is not None:
         streamer.end()
+    if search is not None:
+        assert run.state.beams is not None
+        return beam_results(search, run.state.beams, padding, given_length)
     num_new = int(run.state.length.cpu()) if processors.ends else max_new_tokens
     return run.state.ids.cpu()[:, padding : padding + given_length + num_new]
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from torchways.controller.logits import TokenChoice
+from torchways.controller.logits import BeamSearch, TokenChoice
 from torchways.errors import UserError
 
 #: Of a `generation_config`: they say nothing about tokens.
@@ -22,6 +22,9 @@ _OWN = (
     "num_return_sequences",
     "eos_token_id",
     "pad_token_id",
+    "num_beams",
+    "length_penalty",
+    "early_stopping",
 )
 #: Of these, transformers makes logits processors.
 _OF_PROCESSORS = (
@@ -71,7 +74,11 @@ def merged(
 
 
 def token_choice(options: Mapping[str, Any], *, streams: bool) -> TokenChoice:
-    """Returns how tokens are chosen, by the options that `merged` gave."""
+    """Returns how tokens are chosen, by the options that `merged` gave.
+
+    Raises:
+        UserError: they do not go together.
+    """
     eos, pad = options["eos_token_id"], options["pad_token_id"]
     eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
     return TokenChoice(
@@ -85,6 +92,28 @@ def token_choice(options: Mapping[str, Any], *, streams: bool) -> TokenChoice:
         others={name: options[name] for name in _OF_PROCESSORS if options.get(name) is not None},
         logits_processor=tuple(options.get("logits_processor") or ()),
         stopping_criteria=tuple(options.get("stopping_criteria") or ()),
+        beams=_beam_search(options, streams=streams),
+    )
+
+
+def _beam_search(options: Mapping[str, Any], *, streams: bool) -> BeamSearch | None:
+    num_beams = options.get("num_beams") or 1
+    if num_beams == 1:
+        return None
+    num_returned = options.get("num_return_sequences") or 1
+    if num_returned > num_beams:
+        raise UserError(
+            f"tw.generate: num_return_sequences={num_returned} is more than num_beams={num_beams}; search with as many"
+        )
+    if options.get("do_sample") or streams:
+        name = "do_sample" if options.get("do_sample") else "streamer"
+        raise UserError(f"tw.generate: num_beams={num_beams} and {name} do not go together; leave one of them out")
+    penalty = options.get("length_penalty")
+    return BeamSearch(
+        num_beams=num_beams,
+        length_penalty=1.0 if penalty is None else penalty,
+        early_stopping=options.get("early_stopping") or False,
+        num_return_sequences=num_returned,
     )
 
 

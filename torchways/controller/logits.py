@@ -16,6 +16,17 @@ import torch
 
 from torchways.errors import UserError
 
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BeamSearch:
+    """Transformers' options of these names."""
+
+    num_beams: int
+    length_penalty: float
+    early_stopping: bool | str
+    num_return_sequences: int = field(compare=False)
+
+
 #: No token: what stands before the prompt, where it must not be taken for one.
 _NONE = -1
 
@@ -32,6 +43,7 @@ class TokenChoice:
         streams: each token is read when it is there.
         others: further options of a `GenerationConfig` that processors are made of.
         logits_processor, stopping_criteria: the user's.
+        beams: search with beams; None: each row goes on by itself.
     """
 
     do_sample: bool
@@ -44,6 +56,7 @@ class TokenChoice:
     others: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), compare=False)
     logits_processor: tuple[Any, ...] = ()
     stopping_criteria: tuple[Any, ...] = ()
+    beams: BeamSearch | None = None
     #: Stands for `others` where choices are compared; `min_length` is no part of what is traced.
     _key: str = field(init=False)
 
@@ -58,6 +71,13 @@ class TokenChoice:
     def min_new_tokens(self, prompt_length: int) -> int:
         """Returns before how many new tokens rows may not end."""
         return max(self.others.get("min_new_tokens") or 0, (self.others.get("min_length") or 0) - prompt_length)
+
+    @property
+    def fill(self) -> int:
+        """What stands behind the tokens; with beams, as in transformers, which takes 0 for no padding token."""
+        if self.beams is None:
+            return self.pad_token_id
+        return (self.pad_token_id or self.eos_token_ids[0]) if self.eos_token_ids else -1
 
     def processors(self, model: Any) -> list[Any]:
         """Returns what changes the scores before a token is chosen, as transformers makes and orders it."""
@@ -150,7 +170,7 @@ class Processors:
         self.read_tokens = any(not isinstance(item, scores_only) for item in self._processors) or any(
             not isinstance(item, criteria.EosTokenCriteria) for item in choice.stopping_criteria
         )
-        self.ends = bool(choice.eos_token_ids or choice.stopping_criteria)
+        self.ends = bool(choice.eos_token_ids or choice.stopping_criteria or choice.beams)
         self.pads = bool(choice.eos_token_ids) or any(
             hasattr(item, "eos_token_id") for item in choice.stopping_criteria
         )

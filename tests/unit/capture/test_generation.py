@@ -201,7 +201,10 @@ def with_options(session, model, **options):
     given = dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"))
     options = merged(given, None, None, {**PLAIN, **options})
     chosen = token_choice(options, streams=False)
-    return run_generate(model, *prompts(), options["max_new_tokens"], chosen, None, None, 4, lambda: session)
+    rows = prompts()
+    if chosen.beams is not None:
+        rows = [item.repeat_interleave(chosen.beams.num_beams, 0) for item in rows]
+    return run_generate(model, *rows, options["max_new_tokens"], chosen, None, None, 4, lambda: session)
 
 
 def test_options_of_processors_give_the_tokens_of_transformers(session, llama, placed):
@@ -254,6 +257,23 @@ def test_rows_end_by_strings_as_in_transformers(session, llama, placed):
         )
         assert theirs.shape[1] == 12
         assert torch.equal(with_options(session, placed, stopping_criteria=criteria), theirs)
+
+
+def test_beams_are_those_of_transformers(session, llama, placed):
+    ids, mask = prompts()
+    eos = int(expected(llama, 14)[0, 12])
+    ends = EndsAfter(expected(llama, 14)[1, 10:12].tolist())
+    cases = [
+        {"num_beams": 3, "eos_token_id": None},
+        {"num_beams": 3, "eos_token_id": [eos, 7], "num_return_sequences": 2, "length_penalty": 0.0},
+        {"num_beams": 2, "eos_token_id": eos, "early_stopping": True, "length_penalty": -3.0},
+        {"num_beams": 2, "eos_token_id": eos, "early_stopping": "never", "repetition_penalty": 1.5},
+        {"num_beams": 2, "eos_token_id": [eos, 9, 11, 20, 31, 40, 50, 60], "min_new_tokens": 3, "pad_token_id": 1},
+        {"num_beams": 2, "eos_token_id": None, "stopping_criteria": [ends], "no_repeat_ngram_size": 2},
+    ]
+    for options in cases:
+        theirs = llama.generate(ids, attention_mask=mask, do_sample=False, **{**PLAIN, **options})
+        assert torch.equal(with_options(session, placed, **options), theirs), options
 
 
 def test_warpers_of_scores_can_be_traced(session, llama, placed):
