@@ -25,8 +25,8 @@ from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.function import make_function, make_parallel, make_pipeline
-from torchways.controller.generation import TokenChoice, run_generate
-from torchways.controller.generation_options import merged, num_new_tokens, repeated
+from torchways.controller.generation import run_generate
+from torchways.controller.generation_options import merged, num_new_tokens, repeated, token_choice
 from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
@@ -438,15 +438,23 @@ def generate(
         eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
         pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
             `eos_token_id`.
-        num_return_sequences: continuations of each prompt, one behind the other; more than one only for sampling.
-        generation_config: of transformers: the options above where the call does not name them.
+        num_return_sequences: continuations of each prompt, one behind the other; more than one for sampling and beam
+            search only.
+        generation_config: of transformers: the options where the call does not name them. What neither names is taken
+            from `model.generation_config`, as in transformers.
         generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
             The same state gives the same tokens, whatever `tokens_per_dispatch` is.
         streamer: gets the prompt, then the tokens of each step [batch] as soon as they are there, by `put`, and a call
             of `end`: any of transformers' streamers.
         tokens_per_dispatch: tokens in one message to the island. One message is ahead of the tokens that are looked at:
             up to as many steps are computed in vain after all rows have ended.
-        options: further ones of transformers' `generate`: refused by name, unless they have no effect.
+        options: further ones of transformers' `generate`. Taken, and computed by its own processors: `min_new_tokens`,
+            `min_length`, `repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`, `sequence_bias`,
+            `suppress_tokens`, `begin_suppress_tokens`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`,
+            `remove_invalid_values`, `logits_processor`, `stopping_criteria`, and for beam search `num_beams`,
+            `length_penalty` and `early_stopping`. All others are refused by name, unless they have no effect.
+            Processors and criteria of your own are traced once: they compute with tensors, and see `input_ids[:, -n:]`
+            and `input_ids[:, -n]` only. Pass the same objects to each call: new ones are traced and compiled anew.
 
     Returns:
         Prompts and new tokens, int64[batch, length + new], on the host.
@@ -469,24 +477,13 @@ def generate(
             "pad_token_id": pad_token_id,
         },
         generation_config,
+        getattr(model, "generation_config", None),
         options,
     )
-    eos_token_id, pad_token_id = given["eos_token_id"], given["pad_token_id"]
-    config = getattr(model, "generation_config", None)
-    eos = eos_token_id if eos_token_id is not None else getattr(config, "eos_token_id", None)
-    eos_ids = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-    pad = pad_token_id if pad_token_id is not None else getattr(config, "pad_token_id", None)
-    choice = TokenChoice(
-        do_sample=bool(given["do_sample"]),
-        temperature=given["temperature"],
-        top_k=given["top_k"],
-        top_p=given["top_p"],
-        eos_token_ids=eos_ids,
-        pad_token_id=pad if pad is not None else eos_ids[0] if eos_ids else 0,
-        streams=streamer is not None,
-    )
+    choice = token_choice(given, streams=streamer is not None)
     num_tokens = num_new_tokens(given["max_new_tokens"], given["max_length"], input_ids.shape[-1])
-    input_ids, attention_mask = repeated(input_ids, attention_mask, given["num_return_sequences"], choice.do_sample)
+    num_rows = given["num_return_sequences"] if choice.beams is None else choice.beams.num_beams
+    input_ids, attention_mask = repeated(input_ids, attention_mask, num_rows, choice.do_sample or bool(choice.beams))
     return run_generate(
         model,
         input_ids,

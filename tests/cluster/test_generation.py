@@ -1,5 +1,6 @@
 """Generation with real processes: tokens, messages, memory, on one device and on several."""
 
+import copy
 import time
 
 import pytest
@@ -54,6 +55,8 @@ def test_greedy_tokens_are_those_of_transformers(cluster, config):
     expected = model.generate(
         **named_prompts(), max_new_tokens=NUM_TOKENS, do_sample=False, pad_token_id=0, eos_token_id=-1
     )
+    beams = {"num_beams": 2, "num_return_sequences": 2, "max_new_tokens": 6, "pad_token_id": 1, "eos_token_id": [5, 9]}
+    expected_beams = model.generate(**named_prompts(), **beams, do_sample=False)
     mesh = tw.init_device_mesh((2,), mesh_dim_names=("tp",), island=0)
     ours = tw.parallelize_module(model, mesh, tw.tensor_parallel(model, mesh))
     options = {"max_new_tokens": NUM_TOKENS, "eos_token_id": -1, "pad_token_id": 0, "tokens_per_dispatch": CHUNK}
@@ -65,6 +68,7 @@ def test_greedy_tokens_are_those_of_transformers(cluster, config):
     assert num_runs()[mesh.island] - before == 1 + 4
     # The model is left, and neither caches nor tokens.
     assert num_buffers(mesh, until=len(used)) == len(used)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **beams), expected_beams)
 
 
 def test_tokens_can_be_read_as_they_come(cluster):
@@ -73,12 +77,21 @@ def test_tokens_can_be_read_as_they_come(cluster):
     eos = model.generate(**named_prompts(), **options)[:, 10].tolist()
     expected = model.generate(**named_prompts(), **options, eos_token_id=eos)
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=1)
-    ours = tw.function(model, mesh=mesh)
+    ours = tw.function(copy.deepcopy(model), mesh=mesh)
     streamer = Streamer()
     result = tw.generate(ours, **named_prompts(), **options, eos_token_id=eos, streamer=streamer)
     streamed = torch.cat([streamer.values[0], *(value[:, None] for value in streamer.values[1:-1])], dim=1)
     assert torch.equal(streamed, result)
     assert torch.equal(result, expected)
+
+    class Ends(transformers.StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return input_ids[:, -1] == 5
+
+    options |= {"repetition_penalty": 1.5, "no_repeat_ngram_size": 2, "min_length": 12, "eos_token_id": eos}
+    options["stopping_criteria"] = [Ends()]
+    expected = model.generate(**named_prompts(), **options)
+    assert torch.equal(tw.generate(ours, **named_prompts(), **options, streamer=Streamer()), expected)
 
 
 def test_sampling_is_seeded(cluster):

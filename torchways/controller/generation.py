@@ -11,7 +11,6 @@ import inspect
 import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +18,10 @@ import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.state import HostContent
+from torchways.controller.beams import Beams, beam_results, next_beams
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.function import make_function
+from torchways.controller.logits import Processors, TokenChoice, Tokens
 from torchways.controller.modules import ENTRY
 from torchways.controller.scan import loop_in_python, run_scan
 from torchways.controller.session import Session
@@ -39,41 +40,6 @@ _DECODERS = "_torchways_decoders"
 _Cache = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TokenChoice:
-    """How the next token is chosen.
-
-    Attributes:
-        do_sample: draw it; else take the likeliest.
-        temperature, top_k, top_p: of transformers' logits warpers of these names; None: left out.
-        eos_token_ids: tokens that end a row.
-        pad_token_id: what follows in a row that has ended.
-        streams: each token is read when it is there.
-    """
-
-    do_sample: bool
-    temperature: float | None
-    top_k: int | None
-    top_p: float | None
-    eos_token_ids: tuple[int, ...]
-    pad_token_id: int
-    streams: bool
-
-    def warpers(self) -> list[Callable[[Any, torch.Tensor], torch.Tensor]]:
-        """Returns what changes the scores before a token is drawn, in transformers' order."""
-        from transformers.generation import logits_process
-
-        warpers: list[Any] = []
-        if self.do_sample:
-            if self.temperature is not None and self.temperature != 1.0:
-                warpers.append(logits_process.TemperatureLogitsWarper(self.temperature))
-            if self.top_k:
-                warpers.append(logits_process.TopKLogitsWarper(self.top_k))
-            if self.top_p is not None and self.top_p < 1.0:
-                warpers.append(logits_process.TopPLogitsWarper(self.top_p))
-        return warpers
-
-
 class _Prompt(NamedTuple):
     """What the prefill gets: token ids and mask as long as the cache, and the prompt's positions."""
 
@@ -81,6 +47,9 @@ class _Prompt(NamedTuple):
     mask: torch.Tensor
     position_ids: torch.Tensor
     uniform: torch.Tensor | None
+    first: torch.Tensor | None
+    too_short: torch.Tensor | None
+    beams: Beams | None
 
 
 class _State(NamedTuple):
@@ -93,6 +62,10 @@ class _State(NamedTuple):
         finished: which rows have ended, [batch].
         position_ids: position of `token` in its row, [batch, 1].
         cache_position: where in the cache it goes, [1].
+        length: how many tokens were added until all rows had ended, [1].
+        first: where in the cache the prompt begins, [1]; None where nothing asks.
+        too_short: how many tokens are to be added before a row may end, [1]; None where there is no such limit.
+        beams: of a beam search, whose rows are the running beams.
     """
 
     ids: torch.Tensor
@@ -101,6 +74,10 @@ class _State(NamedTuple):
     finished: torch.Tensor
     position_ids: torch.Tensor
     cache_position: torch.Tensor
+    length: torch.Tensor
+    first: torch.Tensor | None
+    too_short: torch.Tensor | None
+    beams: Beams | None
 
 
 class _Decoder:
@@ -115,7 +92,7 @@ class _Decoder:
     ) -> None:
         self._model = model
         self._choice = choice
-        self._warpers = choice.warpers()
+        self.processors = Processors(choice, model)
         self.parameters = inspect.signature(type(model).forward).parameters
         self.prefill: Callable[..., Any] = self._prefill
         self.decode: Callable[..., Any] = self._decode
@@ -136,15 +113,19 @@ class _Decoder:
             finished=torch.zeros(batch, dtype=torch.bool),
             position_ids=prompt.position_ids[:, -1:],
             cache_position=positions[-1:],
+            length=torch.zeros(1, dtype=torch.int64),
+            first=None if prompt.first is None else prompt.first.clone(),
+            too_short=None if prompt.too_short is None else prompt.too_short.clone(),
+            beams=None if prompt.beams is None else Beams(*(part.clone() for part in prompt.beams)),
         )
-        state, y = self._next(state, scores, prompt.uniform)
-        return cache, (state, y)
+        state, y = self._next(state, scores, prompt.uniform, is_first=True)
+        return _reordered(cache, state), (state, y)
 
     def _decode(self, carry: tuple[_State, _Cache], uniform: torch.Tensor | None) -> tuple[tuple[_State, _Cache], Any]:
         state, cache = carry
         scores, cache = self._forward(state.token[:, None], state.mask, state.position_ids, state.cache_position, cache)
         state, y = self._next(state, scores, uniform)
-        return (state, cache), y
+        return (state, _reordered(cache, state)), y
 
     def _forward(
         self,
@@ -168,26 +149,48 @@ class _Decoder:
         output = self._model(**{name: value for name, value in given.items() if name in self.parameters})
         return output.logits[:, -1].float(), [(layer.keys, layer.values) for layer in held.layers]
 
-    def _next(self, state: _State, scores: torch.Tensor, uniform: torch.Tensor | None) -> tuple[_State, Any]:
-        for warper in self._warpers:
-            scores = warper(None, scores)
-        token = scores.argmax(-1) if uniform is None else draw(scores, uniform)
-        finished = state.finished
-        if self._choice.eos_token_ids:
-            token = torch.where(finished, self._choice.pad_token_id, token)
-            for eos in self._choice.eos_token_ids:
-                finished = finished | (token == eos)
+    def _next(
+        self, state: _State, scores: torch.Tensor, uniform: torch.Tensor | None, *, is_first: bool = False
+    ) -> tuple[_State, Any]:
+        choice, processors = self._choice, self.processors
+        seen = Tokens(state.ids, state.cache_position, state.first)
+        if choice.beams is not None:
+            scores = scores.log_softmax(-1)
+        scores = processors.scores(seen, scores, state.too_short, is_first=is_first)
         cache_position = state.cache_position + 1
         state = state._replace(
-            ids=state.ids.index_copy(1, cache_position, token[:, None]),
+            position_ids=state.position_ids + 1,
+            too_short=None if state.too_short is None else state.too_short - 1,
+        )
+        if choice.beams is not None:
+            assert state.beams is not None
+            beams, ids = next_beams(choice.beams, processors, state.beams, seen, scores, len(choice.eos_token_ids))
+            token = ids.index_select(1, cache_position)[:, 0]
+            return state._replace(ids=ids, token=token, cache_position=cache_position, beams=beams), beams.is_over.all()
+        token = scores.argmax(-1) if uniform is None else draw(scores, uniform)
+        if processors.pads:
+            token = torch.where(state.finished, choice.pad_token_id, token)
+        ids = state.ids.index_copy(1, cache_position, token[:, None])
+        finished = processors.finished(Tokens(ids, cache_position, state.first), token, state.finished)
+        state = state._replace(
+            ids=ids,
             token=token,
             finished=finished,
-            position_ids=state.position_ids + 1,
             cache_position=cache_position,
+            length=state.length + (~state.finished.all()).to(torch.int64),
         )
-        if self._choice.streams:
-            return state, token
-        return state, finished.all() if self._choice.eos_token_ids else None
+        has_ended = finished.all() if processors.ends else None
+        if choice.streams:
+            return state, token if has_ended is None else torch.cat([token, has_ended[None].to(torch.int64)])
+        return state, has_ended
+
+
+def _reordered(cache: _Cache, state: _State) -> _Cache:
+    """Returns the rows of a cache that the next step's beams go on from."""
+    if state.beams is None:
+        return cache
+    origin = state.beams.origin
+    return [(keys.index_select(0, origin), values.index_select(0, origin)) for keys, values in cache]
 
 
 def draw(scores: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
@@ -224,30 +227,40 @@ def run_generate(
     # A model that is not told the positions of tokens would count what is padded.
     padding = _padding(model, given_length, max_new_tokens) if "position_ids" in decoder.parameters else 0
     given = ids
+    processors = decoder.processors
+    min_new_tokens = choice.min_new_tokens(given_length)
     ids = torch.nn.functional.pad(ids, (padding, 0), value=choice.pad_token_id)
     mask = torch.nn.functional.pad(mask, (padding, 0))
     prompt_length = given_length + padding
     cache_length = math.ceil((prompt_length + max_new_tokens) / _CACHE_STEP) * _CACHE_STEP
     room = (0, cache_length - prompt_length)
     uniforms = torch.rand(max_new_tokens, batch, generator=generator) if choice.do_sample else None
+    filled = torch.nn.functional.pad(ids, room, value=choice.fill)
+    search = choice.beams
     prompt = _Prompt(
-        ids=torch.nn.functional.pad(ids, room, value=choice.pad_token_id),
+        ids=filled,
         mask=torch.nn.functional.pad(mask, room, value=1),
         position_ids=(mask.cumsum(-1) - 1).masked_fill(mask == 0, 1),
         uniform=uniforms[0] if uniforms is not None else None,
+        first=torch.tensor([padding]) if processors.read_tokens else None,
+        too_short=torch.tensor([min_new_tokens]) if choice.eos_token_ids and choice.has_min_length else None,
+        beams=None if search is None else Beams.first(filled, search.num_beams, max_new_tokens),
     )
     run = _Generation(decoder, get_session)
     run.start(_empty_cache(model, batch, cache_length, mesh, is_eager=get_session is None), prompt)
+    processors.check_prompt(given_length)
     if streamer is not None:
         streamer.put(given)
-    watch = _Watch(choice, streamer, batch)
     for ys in run.chunks(uniforms, max_new_tokens, tokens_per_dispatch):
-        if watch.has_ended(ys):
+        if _has_ended(ys, streamer, batch, ends=processors.ends):
             break
     if streamer is not None:
         streamer.end()
-    result = run.state.ids.cpu()[:, padding:]
-    return result[:, : given_length + _num_new(result[:, given_length:], max_new_tokens, choice)]
+    if search is not None:
+        assert run.state.beams is not None
+        return beam_results(search, run.state.beams, padding, given_length)
+    num_new = int(run.state.length.cpu()) if processors.ends else max_new_tokens
+    return run.state.ids.cpu()[:, padding : padding + given_length + num_new]
 
 
 def _padding(model: Any, length: int, max_new_tokens: int) -> int:
@@ -302,33 +315,16 @@ class _Generation:
         return run_scan(body, init, xs, length, None, True, self._get_session)
 
 
-class _Watch:
-    """Looks at what the turns of a chunk gave: hands tokens on, and knows when all rows have ended."""
-
-    def __init__(self, choice: TokenChoice, streamer: Any, batch: int) -> None:
-        self._streamer = streamer
-        self._eos = torch.tensor(choice.eos_token_ids, dtype=torch.int64)
-        self._finished = torch.zeros(batch, dtype=torch.bool)
-
-    def has_ended(self, ys: Sequence[Any]) -> bool:
-        """Waits for a chunk."""
-        if self._streamer is None:
-            return len(self._eos) > 0 and bool(ys[-1])
-        for y in ys:
-            token = y.cpu()
-            self._streamer.put(token)
-            self._finished |= torch.isin(token, self._eos)
-            if self._finished.all():
-                return True
-        return False
-
-
-def _num_new(tokens: torch.Tensor, max_new_tokens: int, choice: TokenChoice) -> int:
-    """Returns how many tokens there are up to the one that ended the last row."""
-    is_end = torch.isin(tokens[:, :max_new_tokens], torch.tensor(choice.eos_token_ids, dtype=tokens.dtype))
-    if not is_end.any(-1).all():
-        return max_new_tokens
-    return int(is_end.int().argmax(-1).max()) + 1
+def _has_ended(ys: Sequence[Any], streamer: Any, batch: int, *, ends: bool) -> bool:
+    """Waits for what the turns of a chunk gave: hands tokens on, and returns whether all rows have ended."""
+    if streamer is None:
+        return ends and bool(ys[-1])
+    for y in ys:
+        read = y.cpu()
+        streamer.put(read[:batch])
+        if ends and read[batch]:
+            return True
+    return False
 
 
 def _decoder(

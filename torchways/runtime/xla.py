@@ -36,6 +36,7 @@ from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph
 from torchways.operators import ALIGNMENTS, ALIGNMENTS_BACKWARD, BARRIER, CONSTRAIN, MANUAL_SEED, NEVER, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
+from torchways.runtime.products import turn_products
 
 logger = logging.getLogger(__name__)
 
@@ -263,6 +264,8 @@ class XlaRuntime:
         graph = deserialize_graph(source.graph)
         _move_to_device(graph, self._device)
         seed = _take_seed(graph)
+        if xr.device_type() == "CPU":
+            turn_products(graph)
         for operator, ours in ((CONSTRAIN, self._constrain), *_OURS.items()):
             for node in graph.find_nodes(op="call_function", target=operator):
                 node.target = ours

@@ -3,12 +3,15 @@
 import copy
 
 import pytest
+import tokenizers
 import torch
 import transformers
 
 from tests.local_session import LocalSession
 from torchways.controller.function import make_function
-from torchways.controller.generation import TokenChoice, draw, run_generate
+from torchways.controller.generation import draw, run_generate
+from torchways.controller.generation_options import merged, token_choice
+from torchways.controller.logits import TokenChoice
 from torchways.errors import ShapeError, UserError
 
 LLAMA = {
@@ -151,7 +154,7 @@ def test_sampled_tokens_are_those_of_eager_pytorch_with_the_same_numbers(session
         with torch.no_grad():
             positions = (mask.cumsum(-1) - 1).masked_fill(mask == 0, 1)
             scores = llama(input_ids=ids, attention_mask=mask, position_ids=positions).logits[:, -1]
-        for warper in choice(**options).warpers():
+        for warper in choice(**options).processors(llama):
             scores = warper(None, scores)
         ids = torch.cat([ids, draw(scores, uniforms[number])[:, None]], dim=1)
         mask = torch.nn.functional.pad(mask, (0, 1), value=1)
@@ -170,6 +173,147 @@ def test_drawn_tokens_have_their_probabilities():
     assert chi_square < 16.3  # 3 degrees of freedom, one in a thousand
     assert draw(weights.log()[None], torch.tensor([0.0])).item() == 0
     assert draw(weights.log()[None], torch.tensor([1 - 2.0**-24])).item() == 4
+
+
+class Favours(transformers.LogitsProcessor):
+    """Makes token 5 likelier after even tokens."""
+
+    def __call__(self, input_ids, scores):
+        bonus = torch.zeros(scores.shape[-1]).index_fill(0, torch.tensor([5]), 3.0)
+        return torch.where((input_ids[:, -1] % 2 == 0)[:, None], scores + bonus, scores)
+
+
+class EndsAfter(transformers.StoppingCriteria):
+    """Ends rows whose last two tokens are these."""
+
+    def __init__(self, tokens):
+        self.tokens = torch.tensor(tokens)
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return (input_ids[:, -2:] == self.tokens).all(-1)
+
+
+PLAIN = {"max_new_tokens": 14, "pad_token_id": 0}
+
+
+def with_options(session, model, **options):
+    """What `tw.generate` makes of a call's options."""
+    given = dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"))
+    options = merged(given, None, None, {**PLAIN, **options})
+    chosen = token_choice(options, streams=False)
+    rows = prompts()
+    if chosen.beams is not None:
+        rows = [item.repeat_interleave(chosen.beams.num_beams, 0) for item in rows]
+    return run_generate(model, *rows, options["max_new_tokens"], chosen, None, None, 4, lambda: session)
+
+
+def test_options_of_processors_give_the_tokens_of_transformers(session, llama, placed):
+    ids, mask = prompts()
+    plain = expected(llama, 14)
+    eos = int(plain[0, 9])
+    likely = plain[:, 8:].unique().tolist()
+    cases = [
+        {"eos_token_id": eos, "min_new_tokens": 6, "repetition_penalty": 1.5},
+        {"eos_token_id": eos, "min_length": 12, "suppress_tokens": likely[:2], "begin_suppress_tokens": likely[2:3]},
+        {"no_repeat_ngram_size": 2, "eos_token_id": None},
+        {"no_repeat_ngram_size": 1, "eos_token_id": None},
+        {"bad_words_ids": [[likely[0]], plain[0, 9:11].tolist(), [*([1] * 40), 2]], "eos_token_id": None},
+        {"sequence_bias": {tuple(plain[1, 8:10].tolist()): -9.0}, "logits_processor": [Favours()]},
+    ]
+    for options in cases:
+        theirs = llama.generate(ids, attention_mask=mask, do_sample=False, **PLAIN, **options)
+        assert not torch.equal(theirs, plain)
+        assert torch.equal(with_options(session, placed, **options), theirs), options
+
+
+def test_rows_end_by_criteria_as_in_transformers(session, llama, placed):
+    ids, mask = prompts()
+    plain = expected(llama, 14)
+    first, second = (EndsAfter(plain[row, 10:12].tolist()) for row in (0, 1))
+    end = transformers.generation.EosTokenCriteria(int(plain[1, 9]))
+    for criteria in ([first], [first, second], [first, end]):
+        theirs = llama.generate(
+            ids, attention_mask=mask, do_sample=False, **PLAIN, eos_token_id=None, stopping_criteria=criteria
+        )
+        assert torch.equal(with_options(session, placed, stopping_criteria=criteria), theirs)
+
+
+def test_rows_end_by_strings_as_in_transformers(session, llama, placed):
+    ids, mask = prompts()
+    letters = [chr(ord("0") + token) for token in range(64)]
+    model = tokenizers.Tokenizer(
+        tokenizers.models.WordLevel({letter: token for token, letter in enumerate(letters)}, unk_token="0")
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("."), "isolated")
+    model.decoder = tokenizers.decoders.Fuse()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=model)
+    plain = expected(llama, 14)
+    strings = ["".join(letters[token] for token in plain[row, 9:12].tolist()) for row in (0, 1)]
+    longer = [letters[5] * 20, *strings]  # than any prompt
+    for texts in (strings, longer):
+        criteria = [transformers.StopStringCriteria(tokenizer, texts)]
+        theirs = llama.generate(
+            ids, attention_mask=mask, do_sample=False, **PLAIN, eos_token_id=None, stopping_criteria=criteria
+        )
+        assert theirs.shape[1] == 12
+        assert torch.equal(with_options(session, placed, stopping_criteria=criteria), theirs)
+
+
+def test_beams_are_those_of_transformers(session, llama, placed):
+    ids, mask = prompts()
+    eos = int(expected(llama, 14)[0, 12])
+    ends = EndsAfter(expected(llama, 14)[1, 10:12].tolist())
+    cases = [
+        {"num_beams": 3, "eos_token_id": None},
+        {"num_beams": 3, "eos_token_id": [eos, 7], "num_return_sequences": 2, "length_penalty": 0.0},
+        {"num_beams": 2, "eos_token_id": eos, "early_stopping": True, "length_penalty": -3.0},
+        {"num_beams": 2, "eos_token_id": eos, "early_stopping": "never", "repetition_penalty": 1.5},
+        {"num_beams": 2, "eos_token_id": [eos, 9, 11, 20, 31, 40, 50, 60], "min_new_tokens": 3, "pad_token_id": 1},
+        {"num_beams": 2, "eos_token_id": None, "stopping_criteria": [ends], "no_repeat_ngram_size": 2},
+    ]
+    for options in cases:
+        theirs = llama.generate(ids, attention_mask=mask, do_sample=False, **{**PLAIN, **options})
+        assert torch.equal(with_options(session, placed, **options), theirs), options
+
+
+def test_warpers_of_scores_can_be_traced(session, llama, placed):
+    options = {"do_sample": True, "min_p": 0.05, "typical_p": 0.9, "epsilon_cutoff": 0.001, "eta_cutoff": 0.001}
+    drawn = []
+    for model, get in ((placed, lambda: session), (copy.deepcopy(llama), None)):
+        chosen = choice(do_sample=True, others={name: value for name, value in options.items() if name != "do_sample"})
+        drawn.append(run_generate(model, *prompts(), 6, chosen, torch.Generator().manual_seed(1), None, 4, get))
+    assert torch.equal(drawn[0], drawn[1])
+
+
+def test_processors_and_criteria_that_need_the_length_are_refused(session, placed):
+    def processor(use):
+        def __call__(self, input_ids, scores):
+            return scores + use(input_ids)
+
+        return type("Mine", (transformers.LogitsProcessor,), {"__call__": __call__})()
+
+    generation = transformers.generation
+    for use, text in (
+        (lambda ids: ids.shape[1], r"input_ids\.shape"),
+        (lambda ids: ids[:, 0:1], r"input_ids\[.*0"),
+        (lambda ids: torch.sum(ids), "sum of input_ids"),
+    ):
+        with pytest.raises(UserError, match=rf"Mine uses {text}.*only input_ids\[:, -n\]"):
+            with_options(session, placed, logits_processor=[processor(use)])
+    with pytest.raises(UserError, match=r"the last 9 tokens, but the prompt has 7: pad it on the left to 9"):
+        with_options(session, placed, logits_processor=[processor(lambda ids: ids[:, -9:].sum(-1, keepdim=True))])
+    with pytest.raises(UserError, match="MaxTimeCriteria is decided by Python for each token"):
+        with_options(session, placed, stopping_criteria=[generation.MaxTimeCriteria(1.0)])
+    with pytest.raises(UserError, match="MinLengthLogitsProcessor depends on how many tokens there are"):
+        with_options(session, placed, logits_processor=[generation.MinLengthLogitsProcessor(3, 2)])
+    for result, text in (
+        (lambda ids: len(ids[:, -1:].shape) > 5, r"returned False of Python; it must return a tensor, bool\[batch\]"),
+        (lambda ids: torch.zeros(2, dtype=torch.bool), "looks at no token, so Python would decide once"),
+    ):
+        call = {"__call__": lambda self, ids, scores, result=result, **_: result(ids)}
+        ends = type("Ends", (transformers.StoppingCriteria,), call)()
+        with pytest.raises(UserError, match=f"Ends {text}"):
+            with_options(session, placed, stopping_criteria=[ends])
 
 
 def test_what_cannot_be_generated_is_refused(session, llama, placed):

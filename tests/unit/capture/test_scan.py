@@ -200,6 +200,7 @@ def test_bodies_and_arguments_that_make_no_loop_are_refused(session):
 
 
 def test_loops_go_with_their_bodies(session):
+    gc.collect()  # loops of other tests
     before = len(scan._loops)
 
     def body(carry, x):

@@ -5,28 +5,38 @@ import torch
 from transformers import GenerationConfig
 
 import torchways as tw
-from torchways.controller.generation_options import merged, num_new_tokens, repeated
+from torchways.controller.generation_options import merged, num_new_tokens, repeated, token_choice
 from torchways.errors import UserError
 
 
 def test_a_generation_config_fills_in_what_the_call_does_not_name():
     config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5, bos_token_id=1)
-    found = merged({"max_new_tokens": 7, "do_sample": None, "temperature": None}, config, {})
+    found = merged({"max_new_tokens": 7, "do_sample": None, "temperature": None}, config, None, {})
     assert found == {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5}
+
+
+def test_what_nobody_names_is_of_the_models_own_config():
+    own = GenerationConfig(repetition_penalty=1.3, eos_token_id=5, temperature=0.5)
+    found = merged({"eos_token_id": None, "temperature": None}, GenerationConfig(temperature=0.25), own, {})
+    assert found == {"repetition_penalty": 1.3, "eos_token_id": 5, "temperature": 0.25}
+    assert merged({}, None, own, {"repetition_penalty": 1.0})["repetition_penalty"] == 1.0
+    with pytest.raises(UserError, match="does not take num_beam_groups=2"):
+        merged({}, None, GenerationConfig(num_beam_groups=2), {})
+    merged({}, None, GenerationConfig(num_beam_groups=2), {"num_beam_groups": 1})
 
 
 @pytest.mark.parametrize(
     ("config", "options"),
     [
-        (None, {"repetition_penalty": 1.2}),
-        (None, {"num_beams": 4}),
-        (None, {"stopping_criteria": [len]}),
+        (None, {"forced_eos_token_id": 2}),
+        (None, {"num_beam_groups": 2}),
+        (None, {"stop_strings": ["."]}),
         (None, {"no_such_option": 1}),
-        (GenerationConfig(min_new_tokens=3), {}),
+        (GenerationConfig(penalty_alpha=0.5), {}),
     ],
 )
 def test_other_options_are_refused_by_name(config, options):
-    name = next(iter(options), "min_new_tokens")
+    name = next(iter(options), "penalty_alpha")
     with pytest.raises(UserError, match=f"does not take {name}=.*it takes max_new_tokens.*leave it out"):
         tw.generate(
             torch.nn.Linear(2, 2), torch.ones(1, 2).long(), max_new_tokens=1, generation_config=config, **options
@@ -34,7 +44,19 @@ def test_other_options_are_refused_by_name(config, options):
 
 
 def test_other_options_without_effect_are_taken():
-    assert merged({}, None, {"num_beams": 1, "repetition_penalty": 1.0, "use_cache": True, "min_length": None}) == {}
+    assert merged({}, None, None, {"num_beam_groups": 1, "use_cache": True, "stop_strings": None}) == {}
+
+
+def test_beams_do_not_go_with_everything():
+    given = dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"))
+    for options, text in (
+        ({"do_sample": True}, "num_beams=2 and do_sample do not go together"),
+        ({"num_return_sequences": 3}, "num_return_sequences=3 is more than num_beams=2"),
+    ):
+        with pytest.raises(UserError, match=text):
+            token_choice({**given, "num_beams": 2, **options}, streams=False)
+    with pytest.raises(UserError, match="num_beams=2 and streamer do not go together"):
+        token_choice({**given, "num_beams": 2}, streams=True)
 
 
 def test_max_length_counts_the_prompt():
