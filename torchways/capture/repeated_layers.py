@@ -39,7 +39,7 @@ def repeated_layers(region: Callable[[str], Any], is_automatic: Callable[[], boo
     """
     calls = _ModuleCalls(region, is_automatic)
     replacements = [
-        Replacement(_INVOKE_SUBGRAPH, "invoke_subgraph_placeholder", lambda _: calls.marked_function),
+        Replacement(_INVOKE_SUBGRAPH, "invoke_subgraph_placeholder", calls.of_marked_functions),
         Replacement(torch.nn.Module, "__call__", calls.of_modules),
     ]
     with ExitStack() as stack:
@@ -61,9 +61,12 @@ class _ModuleCalls:
         self._seen: set[int] = set()
         self._repeated: set[int] = set()
 
-    def marked_function(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        with self._region(getattr(function, "__qualname__", type(function).__name__)):
-            return function(*args, **kwargs)
+    def of_marked_functions(self, _: Any) -> Any:
+        def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+            with self._region(getattr(function, "__qualname__", type(function).__name__)):
+                return function(*args, **kwargs)
+
+        return call
 
     def of_compiled_modules(self, _: Any) -> Any:
         def call(module: Any, *args: Any, **kwargs: Any) -> Any:

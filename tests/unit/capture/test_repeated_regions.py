@@ -122,6 +122,7 @@ def train_like_twin(model, session, optimizer=lambda parameters: torch.optim.Ada
     make_parallel(model, mesh, None, lambda: session)
     program = ProgramFunction(make_step(model, optimizer(model.parameters()), **options), mesh, lambda: session)
     compare(model, twin, program, make_step(twin, optimizer(twin.parameters()), **options))
+    assert program.num_traces == 1
     return Counter(calls_of(program))
 
 

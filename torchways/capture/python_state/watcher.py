@@ -567,9 +567,11 @@ def _quietly(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unpatched(value: Any) -> Any:
-    """Returns the method that a patch of the trace stands for."""
-    original = getattr(value, "unpatched", None) if isinstance(value, types.MethodType) else None
-    return value if original is None else types.MethodType(original, value.__self__)
+    """Returns the function or method that a patch of the trace stands for."""
+    original = getattr(value, "unpatched", None) if isinstance(value, (types.FunctionType, types.MethodType)) else None
+    if original is None:
+        return value
+    return types.MethodType(original, value.__self__) if isinstance(value, types.MethodType) else original
 
 
 @functools.lru_cache(maxsize=65536)
