@@ -44,8 +44,8 @@ from torchways.ir.program import (
 from torchways.mesh import DATA_AXIS, MAX_SPLIT_DIMS, Placements, VirtualSlice
 from torchways.operators import CONSTRAIN, MANUAL_SEED, is_random
 
-#: In place of a call's number, for what comes after the updates of single calls' parameters.
-_AFTER_OWNERS = -2
+#: In place of a call's number: for what comes after the updates of single calls' parameters, and for several calls.
+_AFTER_OWNERS, _SEVERAL = -2, -3
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -399,21 +399,26 @@ class _Partitioner:
             if spec.is_state and len(calls := self._repeated_calls(node)) == 1
         }
         first_written = len(self.outputs) - len(self.written)
-        written_by: dict[torch.fx.Node, set[int]] = {}
+        served: dict[torch.fx.Node, int] = {}  # by what it is read for; what serves nobody is not there
+
+        def serve(node: torch.fx.Node, owner: int) -> None:
+            served[node] = owner if served.get(node, owner) == owner else _SEVERAL
+
         for number, position in enumerate(self.written, start=first_written):
             if (owner := owner_of.get(self.placeholders[position])) is not None:
-                written_by.setdefault(self.outputs[number], set()).add(owner)
-        if not written_by:
+                serve(self.outputs[number], owner)
+        if not served:
             return {}
-        served: dict[torch.fx.Node, set[int]] = {}
         for node in reversed(self.operators):
-            served[node] = written_by.get(node, set()).union(*(served.get(user, ()) for user in node.users))
+            for user in node.users:
+                if user in served:
+                    serve(node, served[user])
         owners: dict[torch.fx.Node, int] = {}
         for node in self.operators:
             if node in awaited or _call_of(node) >= 0 or node not in self.slice_of:
                 continue
-            if len(served[node]) == 1:
-                owners[node] = next(iter(served[node]))
+            if served.get(node, _SEVERAL) != _SEVERAL:
+                owners[node] = served[node]
             elif any(argument in owners for argument in self._placed_inputs(node)):
                 owners[node] = _AFTER_OWNERS
         return owners

@@ -33,6 +33,12 @@ _OF_TORCH = (
     torch.amp.grad_scaler.GradScaler,
 )
 
+
+def is_our_function(function: Any) -> bool:
+    """Whether a function is of torchways itself, whose containers are no state of the user's."""
+    return str(function.__module__).partition(".")[0] == "torchways"
+
+
 #: Methods that add to a container and read nothing of it.
 ADDING_METHODS = {"append", "extend", "add", "appendleft", "extendleft"}
 

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torchways.array import Array
 from torchways.capture.python_state.functions import (
     CodeReads,
+    is_our_function,
     is_tracked_class,
     is_user_code,
     is_user_module,
@@ -357,7 +358,7 @@ class Watcher:
             value = place.get(self.call)
             if is_users:
                 self._note_variable(place, value, reads)
-            elif value is not MISSING:
+            elif value is not MISSING and not (is_container(value) and is_our_function(function)):
                 self.note_object_or_function(Fixed(value, name), value)
         if is_users:
             for name in (*reads.variables, *reads.assigned):
