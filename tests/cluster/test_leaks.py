@@ -12,14 +12,16 @@ def quiet_entries(loss):
     """Reads the last result, waits for the releases to arrive, and returns what each executor's collections hold."""
     loss.item()
     deadline = time.monotonic() + 10
-    before = None
+    before, quiet = None, 0
     while time.monotonic() < deadline:
         entries = [(status.executor_id, status.num_entries) for status in tw.executor_status()]
         # Ids of dropped buffers are remembered, up to a number.
         entries = [(name, {key: n for key, n in each.items() if not key.startswith("gone")}) for name, each in entries]
-        if entries == before:
+        quiet += 1
+        if entries != before:
+            before, quiet = entries, 0
+        elif quiet == 5:  # releases are sent a moment after arrays are dropped
             return entries
-        before = entries
         time.sleep(0.1)
     raise AssertionError(before)
 

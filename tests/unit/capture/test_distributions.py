@@ -14,6 +14,13 @@ from torchways.controller.function import make_function
 from torchways.controller.program import ProgramFunction
 from torchways.errors import CaptureError
 
+
+@pytest.fixture(autouse=True)
+def validated(monkeypatch):
+    """torch.compile, which other tests of this process use, turns the checks off for good."""
+    monkeypatch.setattr(D.Distribution, "_validate_args", True)
+
+
 NOISE = torch.randn(4, 2, generator=torch.Generator().manual_seed(0))
 
 
