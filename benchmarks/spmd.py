@@ -177,7 +177,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Axes:
             axes.plot(*zip(*others, strict=True), "x", color=f"C{color}", label=f"{model}, other plans")
     axes.axhline(WANTED, color="gray", ls="--", lw=1)
     axes.set_xscale("log")
-    axes.legend()
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend()
     return axes
 
 
