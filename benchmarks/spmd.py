@@ -185,8 +185,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Axes:
 def main_job(steps: int, repeats: int) -> dict[str, Any]:
     """Returns milliseconds a step of the recipe, as `make train` runs it and as plain PyTorch in one process."""
     recipe = str(Path(__file__).parents[1] / "recipes" / "train_lm.py")
-    options = ["model=tiny", f"train.steps={steps}", "train.eval_every=0"]
-    launcher = [sys.executable, "-m", "torchways.launch", "--islands", "2", "--devices-per-island", "2"]
+    options = ["model=tiny", f"train.steps={steps}", f"train.eval_every={steps}"]
+    launcher = [sys.executable, "-m", "torchways.run", "--islands", "2", "--devices-per-island", "2"]
     eager = {**os.environ, "TORCHWAYS_EAGER": "1"}
     ways: dict[str, Any] = {
         TORCHWAYS: ([*launcher, recipe, *options], dict(os.environ)),
