@@ -8,7 +8,7 @@ parameters are.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ import torch.utils._pytree as pytree
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.capture.replacement import Replacement, replaced
 from torchways.capture.tracer import current_trace
 
 
@@ -26,9 +27,17 @@ def scalers(start: Callable[[Any, str, torch.Tensor], None]) -> Iterator[None]:
     Args:
         start: called with a scaler, the name of an attribute, and the value that it begins with.
     """
-    scaler: Any = GradScaler
-    plain = {name: getattr(scaler, name) for name in ("scale", "step", "_maybe_opt_step")}
+    with ExitStack() as stack:
+        for name, make in (
+            ("scale", lambda original: _scaling(original, start)),
+            ("step", _step_without_fused_scaling),
+            ("_maybe_opt_step", lambda original: _maybe_opt_step),
+        ):
+            stack.enter_context(replaced(Replacement(GradScaler, name, make)))
+        yield
 
+
+def _scaling(original: Any, start: Callable[[Any, str, torch.Tensor], None]) -> Any:
     def scale(self: Any, outputs: Any) -> Any:
         # Before the scaler looks whether it has begun, which would be a condition.
         state = vars(self)
@@ -38,28 +47,24 @@ def scalers(start: Callable[[Any, str, torch.Tensor], None]) -> Iterator[None]:
                 count = torch.full((), state["_init_growth_tracker"], dtype=torch.int32)
             start(self, "_scale", first)
             start(self, "_growth_tracker", count)
-        return plain["scale"](self, outputs)
+        return original(self, outputs)
 
+    return scale
+
+
+def _step_without_fused_scaling(original: Any) -> Any:
     def step(self: Any, optimizer: torch.optim.Optimizer, *args: Any, **kwargs: Any) -> Any:
         state = vars(optimizer)
         is_fused = state.get("_step_supports_amp_scaling", False)  # it would unscale, and look for infinities, itself
         if is_fused:
             state["_step_supports_amp_scaling"] = False
         try:
-            return plain["step"](self, optimizer, *args, **kwargs)
+            return original(self, optimizer, *args, **kwargs)
         finally:
             if is_fused:
                 state["_step_supports_amp_scaling"] = True
 
-    try:
-        replacements: tuple[Any, ...] = (scale, step, _maybe_opt_step)
-        for function in replacements:
-            setattr(scaler, function.__name__, function)
-            vars(function)["unpatched"] = plain[function.__name__]  # the watcher looks for it
-        yield
-    finally:
-        for name, original in plain.items():
-            setattr(scaler, name, original)
+    return step
 
 
 def _maybe_opt_step(

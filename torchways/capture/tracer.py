@@ -256,8 +256,9 @@ class _TraceMode(Recorder):
     def is_alone(self) -> bool:
         """Whether what is called now is training on one device, outside a repeated region."""
         region = self.region
-        is_one_device = region is not None and region.mesh is not None and region.mesh.root.size() == 1
-        return is_one_device and not region.is_repeated and torch.is_grad_enabled()  # type: ignore[union-attr]
+        if region is None or region.mesh is None or region.is_repeated:
+            return False
+        return region.mesh.root.size() == 1 and torch.is_grad_enabled()
 
     def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
         """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""

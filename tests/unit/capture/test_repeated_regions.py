@@ -94,36 +94,43 @@ def compile_each_by_itself(model):
     model.layers = nn.ModuleList(map(torch.compile, model.layers))
 
 
-@pytest.mark.parametrize("marked", [mark, compile_layers, compile_each_by_itself])
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("place", ["parallelize_module", "function"])
-def test_layers_share_functions(marked, clip, place):
-    torch.manual_seed(0)
-    model, session = Model(), LocalSession()
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, 0.01)
+
+
+def twin_of(model, marked, place):
+    """Marks and places a model; returns it with a twin on the host, which is neither."""
     twin = copy.deepcopy(model)
     marked(model)
-    mesh = session.mesh()
-    if place == "function":
-        model = make_function(model, mesh, lambda: session)
-    else:
-        make_parallel(model, mesh, None, lambda: session)
-    optimizer = torch.optim.AdamW(model.parameters(), 0.01)
-    program = ProgramFunction(make_step(model, optimizer, clip), mesh, lambda: session)
-    compare(model, twin, program, make_step(twin, torch.optim.AdamW(twin.parameters(), 0.01), clip))
-    times = Counter(calls_of(program))
-    assert list(times.values()).count(LAYERS) == 3, times  # the layers' forward, backward and update
+    return place(model), twin
 
 
-def train_like_twin(model, session, optimizer=lambda parameters: torch.optim.AdamW(parameters, 0.01), **options):
-    """Trains a marked model and an unmarked twin; returns how often each function is called."""
-    twin = copy.deepcopy(model)
-    mark(model)
-    mesh = session.mesh()
-    make_parallel(model, mesh, None, lambda: session)
+def train(model, twin, mesh, session, optimizer=adamw, **options):
+    """Trains a placed model and its twin; returns the program."""
     program = ProgramFunction(make_step(model, optimizer(model.parameters()), **options), mesh, lambda: session)
     compare(model, twin, program, make_step(twin, optimizer(twin.parameters()), **options))
     assert program.num_traces == 1
-    return Counter(calls_of(program))
+    return program
+
+
+def times_called(model, marked=mark, devices=2, **options):
+    """Trains a model on a slice; returns how often each function is called. On several devices marks alone count."""
+    session = LocalSession()
+    mesh = session.mesh(devices)
+    model, twin = twin_of(model, marked, lambda item: make_parallel(item, mesh, None, lambda: session))
+    return Counter(calls_of(train(model, twin, mesh, session, **options)))
+
+
+@pytest.mark.parametrize("marked", [mark, compile_layers, compile_each_by_itself])
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("place", [make_function, lambda item, mesh, get: make_parallel(item, mesh, None, get)])
+def test_layers_share_functions(marked, clip, place):
+    torch.manual_seed(0)
+    session = LocalSession()
+    mesh = session.mesh(2)
+    model, twin = twin_of(Model(), marked, lambda item: place(item, mesh, lambda: session))
+    times = Counter(calls_of(train(model, twin, mesh, session, clip=clip)))
+    assert list(times.values()).count(LAYERS) == 3, times  # the layers' forward, backward and update
 
 
 OPTIMIZERS = {
@@ -137,13 +144,13 @@ OPTIMIZERS = {
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers(name):
     torch.manual_seed(0)
-    times = train_like_twin(Model(), LocalSession(), OPTIMIZERS[name], clip=True)
+    times = times_called(Model(), optimizer=OPTIMIZERS[name], clip=True)
     assert list(times.values()).count(LAYERS) == 3, times
 
 
 def test_layers_with_batch_statistics():
     torch.manual_seed(0)
-    times = train_like_twin(Model(is_normalised_by_batch=True), LocalSession())
+    times = times_called(Model(is_normalised_by_batch=True))
     assert list(times.values()).count(LAYERS) >= 3, times
 
 
@@ -152,7 +159,7 @@ def test_tied_layers_are_updated_together():
     model = Model()
     for layer in model.layers[1:]:
         layer.up.weight = model.layers[0].up.weight
-    times = train_like_twin(model, LocalSession(), clip=True)
+    times = times_called(model, clip=True)
     assert sorted(times.values())[-3:] == [LAYERS - 1, LAYERS, LAYERS], times  # one backward begins a sum of gradients
 
 
@@ -160,25 +167,18 @@ def test_one_layer_called_several_times():
     torch.manual_seed(0)
     model = Model()
     model.layers = nn.ModuleList([model.layers[0]] * LAYERS)
-    twin, session = copy.deepcopy(model), LocalSession()
-    model.layers[0].forward = torch.compiler.nested_compile_region(model.layers[0].forward)
-    make_parallel(model, mesh := session.mesh(), None, lambda: session)
-    optimizers = [torch.optim.AdamW(item.parameters(), 0.01) for item in (model, twin)]
-    program = ProgramFunction(make_step(model, optimizers[0]), mesh, lambda: session)
-    compare(model, twin, program, make_step(twin, optimizers[1]))
-    assert sorted(Counter(calls_of(program)).values())[-2:] == [LAYERS - 1, LAYERS]
+    times = times_called(model, marked=lambda item: item.layers[0].compile())
+    assert sorted(times.values())[-2:] == [LAYERS - 1, LAYERS]
 
 
 @pytest.mark.parametrize("is_checkpointed", [False, True])
 def test_a_checkpointed_layer_keeps_nothing_but_its_input(is_checkpointed):
     torch.manual_seed(0)
-    model, session = Model(), LocalSession()
-    twin = copy.deepcopy(model)
+    session = LocalSession()
+    mesh = session.mesh()
+    model, twin = twin_of(Model(), unmarked, lambda item: make_parallel(item, mesh, None, lambda: session))
     model.is_checkpointed = is_checkpointed
-    make_parallel(model, mesh := session.mesh(), None, lambda: session)
-    optimizers = [torch.optim.AdamW(item.parameters(), 0.01) for item in (model, twin)]
-    program = ProgramFunction(make_step(model, optimizers[0]), mesh, lambda: session)
-    compare(model, twin, program, make_step(twin, optimizers[1]))
+    program = train(model, twin, mesh, session)
     assert list(Counter(calls_of(program)).values()).count(LAYERS) == 3
     forward = next(line for line in str(program).splitlines() if "Block(" in line)
     assert (forward.partition(" = ")[0].count("%") == 1) == is_checkpointed, forward
@@ -188,19 +188,11 @@ def test_a_checkpointed_layer_keeps_nothing_but_its_input(is_checkpointed):
 @pytest.mark.parametrize("devices", [1, 2])
 def test_layers_of_a_pipeline(marked, devices):
     torch.manual_seed(0)
-    model, session = Model(), LocalSession()
-    twin = copy.deepcopy(model)
-    marked(model)
-    model = make_pipeline(
-        model,
-        {"layers.2": SplitPoint.BEGINNING},
-        [session.mesh(devices), session.mesh(devices)],
-        None,
-        lambda: session,
-    )
-    optimizers = [torch.optim.AdamW(item.parameters(), 0.01) for item in (model, twin)]
-    program = ProgramFunction(make_step(model, optimizers[0], clip=True), None, lambda: session)
-    compare(model, twin, program, make_step(twin, optimizers[1], clip=True))
+    session = LocalSession()
+    meshes = [session.mesh(devices), session.mesh(devices)]
+    split = {"layers.2": SplitPoint.BEGINNING}
+    model, twin = twin_of(Model(), marked, lambda item: make_pipeline(item, split, meshes, None, lambda: session))
+    program = train(model, twin, None, session, clip=True)
     assert len({id(layer.up.weight.mesh) for layer in model.layers}) == 2
     is_repeated = marked is not unmarked or devices == 1
     assert ({2, 3} <= set(Counter(calls_of(program)).values())) == is_repeated
@@ -226,13 +218,20 @@ def test_a_region_of_several_slices_is_none():
     torch.testing.assert_close(program(x).cpu(), expected(expected(x)).sum())
 
 
+def compare_results(make, **tolerance):
+    """Compares what a marked model and its twin give, once, to the function that `make` makes of each."""
+    session = LocalSession()
+    mesh = session.mesh()
+    model, twin = twin_of(Model(), mark, lambda item: make_parallel(item, mesh, None, lambda: session))
+    results = [ProgramFunction(make(model), mesh, lambda: session), make(twin)]
+    arguments = batch()
+    for ours, theirs in zip(*(function(*arguments) for function in results), strict=True):
+        torch.testing.assert_close(ours.cpu(), theirs, **tolerance)
+
+
 def test_hooks_that_read_other_layers_gradients():
     """Operators of a hook, between two layers' backwards, belong to either; the order of the trace holds."""
     torch.manual_seed(0)
-    model, session = Model(), LocalSession()
-    twin = copy.deepcopy(model)
-    mark(model)
-    make_parallel(model, mesh := session.mesh(), None, lambda: session)
 
     def make(model):
         def step(x, y):
@@ -247,21 +246,14 @@ def test_hooks_that_read_other_layers_gradients():
 
         return step
 
-    program = ProgramFunction(make(model), mesh, lambda: session)
-    x, y = batch()
-    for ours, theirs in zip(program(x, y), make(twin)(x, y), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs)
+    compare_results(make)
 
 
 def test_gradients_of_gradients():
     torch.manual_seed(0)
-    model, session = Model(), LocalSession()
-    twin = copy.deepcopy(model)
-    mark(model)
-    make_parallel(model, mesh := session.mesh(), None, lambda: session)
 
     def make(model):
-        def penalty(x):
+        def penalty(x, y):
             h = model.embed(x)
             out = h
             for layer in model.layers:
@@ -273,10 +265,7 @@ def test_gradients_of_gradients():
 
         return penalty
 
-    program = ProgramFunction(make(model), mesh, lambda: session)
-    x, _ = batch()
-    for ours, theirs in zip(program(x), make(twin)(x), strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-3)
+    compare_results(make, rtol=1e-4, atol=1e-3)
 
 
 def test_a_compiled_function_is_called_as_it_is():
@@ -286,31 +275,21 @@ def test_a_compiled_function_is_called_as_it_is():
     torch.testing.assert_close(program(torch.ones(3)).cpu(), (torch.ones(3).sin() + 1) * 2)
 
 
-def train_unmarked(model, mesh, session, runs=2):
-    twin = copy.deepcopy(model)
-    make_parallel(model, mesh, None, lambda: session)
-    optimizers = [torch.optim.AdamW(item.parameters(), 0.01) for item in (model, twin)]
-    program = ProgramFunction(make_step(model, optimizers[0]), mesh, lambda: session)
-    compare(model, twin, program, make_step(twin, optimizers[1]), runs)
-    return Counter(calls_of(program)).values()
-
-
 def test_layers_alike_on_one_device_need_no_mark():
     torch.manual_seed(0)
-    session = LocalSession()
-    assert list(train_unmarked(Model(), session.mesh(), session)).count(LAYERS) == 3
+    times = times_called(Model(), unmarked, devices=1)
+    assert list(times.values()).count(LAYERS) == 3
 
 
 def test_without_a_mark_several_devices_have_one_computation():
     torch.manual_seed(0)
-    session = LocalSession()
-    assert sum(train_unmarked(Model(), session.mesh(2), session)) == 2
+    assert sum(times_called(Model(), unmarked).values()) == 2
 
 
 @pytest.mark.parametrize("change", ["few", "different", "small"])
 def test_without_a_mark_other_layers_are_no_regions(change):
     torch.manual_seed(0)
-    model, session = Model(), LocalSession()
+    model = Model()
     if change == "few":
         del model.layers[3:]
     elif change == "different":
@@ -318,7 +297,7 @@ def test_without_a_mark_other_layers_are_no_regions(change):
             layer.up, layer.down = nn.Linear(WIDTH, number + 1), nn.Linear(number + 1, WIDTH)
     else:
         model.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(LAYERS))
-    assert sum(train_unmarked(model, session.mesh(), session)) == 2
+    assert sum(times_called(model, unmarked, devices=1).values()) == 2
 
 
 def test_inference_without_a_mark_is_one_computation():
