@@ -41,6 +41,8 @@ class ClusterConfig:
     CPU an equal part of 80 % of the machine's memory, elsewhere no limit."""
     memory_wait: timedelta = timedelta(seconds=60)
     """How long a computation may wait for memory while nothing runs that could free some; then it fails."""
+    executor_idle: timedelta = timedelta(seconds=60)
+    """How long an executor stays when no slice has its devices any more. The next slice of these is ready at once."""
     start_timeout: timedelta = timedelta(seconds=120)
     """Longest wait for the cluster, or for a slice's executors, to be ready. Importing torch-xla takes seconds, on a
     loaded machine tens of seconds."""

@@ -135,7 +135,7 @@ class Failure:
         source: the user's line, or empty.
         traceback: remote Python traceback, or empty.
         run_id: the run that failed first.
-        process: process that reported it, e.g. ``executor i0.s1``.
+        process: process that reported it, e.g. ``executor i0.e1``.
     """
 
     kind: str

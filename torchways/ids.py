@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NewType
+from typing import NamedTuple, NewType
 
 IslandId = NewType("IslandId", int)
 SliceId = NewType("SliceId", int)
@@ -11,10 +11,24 @@ ClientId = NewType("ClientId", int)
 ProgramId = NewType("ProgramId", int)
 RunId = NewType("RunId", int)
 BufferId = NewType("BufferId", int)
-#: "i0.s1": island 0, slice 1; ".h2" is added for host 2 of a slice of several hosts.
+#: "i0.e1": the first executor that island 0 started; ".h2" is added for host 2 of a set of devices of several hosts.
 ExecutorId = NewType("ExecutorId", str)
 
 _CLIENT_SHIFT = 40
+
+
+class PartId(NamedTuple):
+    """A program's part on one slice. An executor has several of one program where slices share its devices."""
+
+    program_id: ProgramId
+    slice_id: SliceId
+
+
+class RunPart(NamedTuple):
+    """A run of a part."""
+
+    run_id: RunId
+    slice_id: SliceId
 
 
 def client_range(client_id: ClientId) -> tuple[int, int]:

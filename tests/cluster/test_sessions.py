@@ -60,7 +60,7 @@ def test_a_lost_executor_is_reported_once_and_in_our_words(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "never retrieved" not in done.stderr
     assert "Traceback" not in done.stderr
-    assert "executor i0.s1 is lost: process" in done.stderr
+    assert "executor i0.e1 is lost: process" in done.stderr
     assert files == []
 
 

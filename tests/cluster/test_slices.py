@@ -20,7 +20,7 @@ _START = timedelta(seconds=90)
 
 @pytest.fixture
 def cluster():
-    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=2))
+    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=2, executor_idle=timedelta(seconds=1)))
     yield running
     processes = family(running.agent_pid)
     running.close()
@@ -39,7 +39,7 @@ async def attached(cluster):
     await client.close()
 
 
-def test_a_slice_starts_is_lost_with_its_executor_and_is_released_with_its_client(cluster):
+def test_a_slice_starts_is_lost_with_its_executor_and_an_idle_executor_ends(cluster):
     async def call():
         async with attached(cluster) as (client, told):
             with pytest.raises(ResourceExhausted, match="needs 4 devices of one island; island 0 has 2"):
@@ -50,22 +50,37 @@ def test_a_slice_starts_is_lost_with_its_executor_and_is_released_with_its_clien
             assert (slice_id, island) == (1, 0)
             address = await client.wait_slice(slice_id, _START)
             (executor,) = address.executors
-            assert executor.executor_id == "i0.s1"
+            assert executor.executor_id == "i0.e1"
             assert "aten::mm" in {name.partition(".")[0] for name in executor.lowered_ops}
-            process = named(cluster.agent_pid, "executor i0.s1")
+            process = named(cluster.agent_pid, "executor i0.e1")
             assert process.pid == executor.pid
 
             process.kill()
             lost = (await asyncio.wait_for(told.read(), 10)).executor_lost
-            assert (lost.executor_id, lost.slice_id) == ("i0.s1", 1)
+            assert (lost.executor_id, lost.slice_id) == ("i0.e1", 1)
             assert lost.reason == f"process {process.pid} ended by signal 9 (SIGKILL)"
-            with pytest.raises(ExecutorLost, match=r"executor i0\.s1 is lost: process \d+ ended by signal 9"):
+            with pytest.raises(ExecutorLost, match=r"executor i0\.e1 is lost: process \d+ ended by signal 9"):
                 await client.wait_slice(slice_id, _START)
 
             others = set(family(cluster.agent_pid)) - {process}
             await client.reserve_slice((1,), ("dp",), None)
             (second,) = set(await _members(cluster, 5)) - others
-        assert_gone([second], 5)  # its client is gone
+        assert_gone([second], 10)  # its client is gone
+
+    asyncio.run(call())
+
+
+def test_a_lost_executor_is_reported_to_all_who_share_it(cluster):
+    async def call():
+        async with attached(cluster) as (one, told_one), attached(cluster) as (two, told_two):
+            slices = [await one.reserve_slice((2,), ("dp",), None), await two.reserve_slice((2, 1), ("x", "y"), None)]
+            found = [await client.wait_slice(s, _START) for client, (s, _) in zip((one, two), slices, strict=True)]
+            assert found[0].executors == found[1].executors
+            [executor] = found[0].executors
+            named(cluster.agent_pid, f"executor {executor.executor_id}").kill()
+            for told, (slice_id, _) in zip((told_one, told_two), slices, strict=True):
+                lost = (await asyncio.wait_for(told.read(), 10)).executor_lost
+                assert (lost.executor_id, lost.slice_id) == (executor.executor_id, slice_id)
 
     asyncio.run(call())
 

@@ -27,7 +27,7 @@ def test_every_error_crosses_processes_as_itself(cls):
 
 
 def test_an_unknown_error_is_our_bug():
-    failure = errors.failure_from(ZeroDivisionError("x"), process="executor i0.s1")
+    failure = errors.failure_from(ZeroDivisionError("x"), process="executor i0.e1")
     assert isinstance(failure.to_error(), errors.InternalError)
     assert "ZeroDivisionError: x" in str(failure.to_error())
 
@@ -78,8 +78,8 @@ def test_bad_cluster_settings(bad):
 
 def test_chrome_trace_has_named_rows():
     spans = [Span(name="f", track="device 0", start_ns=2_000, end_ns=5_000, run_id=1)]
-    events = chrome_trace({"i0.s1": spans})["traceEvents"]
-    assert [event["args"].get("name") for event in events] == ["i0.s1", "device 0", None]
+    events = chrome_trace({"i0.e1": spans})["traceEvents"]
+    assert [event["args"].get("name") for event in events] == ["i0.e1", "device 0", None]
     assert (events[2]["ts"], events[2]["dur"]) == (0, 3)
 
 

@@ -9,8 +9,8 @@ import logging
 import os
 import signal
 from collections import defaultdict
-from collections.abc import AsyncIterator, Coroutine
-from typing import assert_never
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, assert_never
 
 import grpc
 import grpc.aio
@@ -33,7 +33,8 @@ _CLOSING_SECONDS = 0.5
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, executor_idle: float) -> None:
+        self._executor_idle = executor_idle
         self.core = core.ClusterState()
         self._metadata = channel.metadata(token)
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -61,7 +62,11 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 case core.ConnectSlice():
                     self._start(self._connect(command), f"connect slice {command.slice.slice_id}")
                 case core.DisconnectSlice():
-                    self._start(self._disconnect(command), f"disconnect slice {command.slice.slice_id}")
+                    self._start(self._disconnect_slice(command), f"disconnect slice {command.slice.slice_id}")
+                case core.DisconnectExecutor():
+                    self._start(self._disconnect_executor(command), f"disconnect executor {command.executor_id}")
+                case core.WaitIdle():
+                    self._start(self._wait_idle(command.name), f"idle {command.name}")
                 case core.SettleSlice():
                     self._settled[command.slice_id].set()
                     if command.slice_id not in self.core.slices:
@@ -116,7 +121,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         item = command.slice
         request = pb.AddSliceRequest(
             slice_id=item.slice_id,
-            executors=[item.executors[key] for key in item.executor_ids],
+            client_id=item.client_id,
+            executors=[item.device_set.executors[key] for key in item.executor_ids],
             device_indices=item.device_indices,
         )
         try:
@@ -128,14 +134,24 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             name = core.process_name(item.executor_ids[0])
             self.handle(core.ProcessExited(name=name, reason="its scheduler cannot be reached"))
 
-    async def _disconnect(self, command: core.DisconnectSlice) -> None:
+    async def _disconnect_slice(self, command: core.DisconnectSlice) -> None:
         request = pb.RemoveSliceRequest(slice_id=command.slice.slice_id, reason=command.reason)
+        await self._tell_scheduler(self._scheduler(command.scheduler_address).RemoveSlice, request)
+
+    async def _disconnect_executor(self, command: core.DisconnectExecutor) -> None:
+        request = pb.RemoveExecutorRequest(executor_id=command.executor_id, reason=command.reason)
+        await self._tell_scheduler(self._scheduler(command.scheduler_address).RemoveExecutor, request)
+
+    async def _tell_scheduler(self, call: Callable[..., Awaitable[Any]], request: Any) -> None:
         try:
-            stub = self._scheduler(command.scheduler_address)
-            await stub.RemoveSlice(request, metadata=self._metadata, timeout=_CALL_SECONDS)
+            await call(request, metadata=self._metadata, timeout=_CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             # If it died, its node reports that; if the cluster is ending, this is how it should be.
-            logger.info("the scheduler of island %d cannot be reached: %s", command.slice.island_id, error.code())
+            logger.info("a scheduler cannot be reached: %s", error.code())
+
+    async def _wait_idle(self, name: str) -> None:
+        await asyncio.sleep(self._executor_idle)
+        self.handle(core.IdleOver(name=name))
 
     # ---- clients
 
@@ -143,7 +159,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self, request: pb.AttachRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClusterEvent]:
         """A client's lease: it lasts as long as this stream."""
-        client_id = self.core.attach()
+        client_id = self.core.attach(request.name)
         queue: asyncio.Queue[pb.ClusterEvent] = asyncio.Queue()
         self._clients[client_id] = queue
         logger.info("client %d attached: %s", client_id, request.name)
@@ -190,14 +206,15 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             slice_id=slice_id,
             island_id=item.island_id,
             scheduler_address=self.core.islands[item.island_id].scheduler_address,
-            executors=[item.executors[key] for key in item.executor_ids],
+            executors=[item.device_set.executors[key] for key in item.executor_ids],
         )
 
     async def ReleaseSlice(
         self, request: pb.ReleaseSliceRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReleaseSliceResponse:
         """Gives a slice back."""
-        self.handle(core.SliceReleased(slice_id=SliceId(request.slice_id)))
+        slice_id = SliceId(request.slice_id)
+        self.handle(core.SliceReleased(slice_id=slice_id, scheduler_knows=request.scheduler_knows))
         return pb.ReleaseSliceResponse()
 
     async def DescribeCluster(
@@ -218,7 +235,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             )
             name = f"scheduler i{island.island_id}"
             info.processes.add(name=name, pid=island.scheduler_pid, host=island.host)
-        for item in self.core.slices.values():
+        for item in self.core.device_sets.values():
             for executor_id, executor in item.executors.items():
                 info.processes.add(name=core.process_name(executor_id), pid=executor.pid, host=executor.host)
         return info
@@ -275,21 +292,23 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         if ready.HasField("executor"):
             self.handle(core.ExecutorReady(executor_id=ready.executor.executor_id, info=ready.executor))
         else:
-            island = next(i for i in self.core.islands.values() if f"scheduler i{i.island_id}" == ready.name)
+            named = [i for i in self.core.islands.values() if f"scheduler i{i.island_id}" == ready.name]
+            if not named:
+                logger.warning("a node says that %s is ready, which nobody asked for", ready.name)
+                return
+            [island] = named
             self.handle(core.SchedulerReady(island_id=island.island_id, address=ready.scheduler.address, pid=ready.pid))
 
 
 def _start_executor(command: core.StartExecutor) -> pb.StartExecutor:
-    item = command.slice
+    item = command.device_set
     return pb.StartExecutor(
         name=command.name,
         executor_id=command.executor_id,
         island_id=item.island_id,
-        slice_id=item.slice_id,
-        shape=item.shape,
-        axis_names=item.axis_names,
+        set_number=item.number,
         device_indices=command.device_indices,
-        gang=item.executor_ids,
+        gang=item.devices_of,
     )
 
 
@@ -304,11 +323,11 @@ def _summary(item: core.Slice) -> pb.SliceSummary:
     )
 
 
-async def serve(host: str, ready_fd: int) -> None:
+async def serve(host: str, ready_fd: int, executor_idle: float) -> None:
     """Runs the resource manager until it is told to end."""
     token = channel.cluster_token()
     server = channel.make_server(token)
-    manager = ResourceManagerServer(token)
+    manager = ResourceManagerServer(token, executor_idle)
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
@@ -327,9 +346,10 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--executor-idle", type=float, default=60.0, help="seconds that executors stay without a slice")
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process("resource manager")
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(serve(arguments.host, arguments.ready_fd))
+    asyncio.run(serve(arguments.host, arguments.ready_fd, arguments.executor_idle))

@@ -1,8 +1,13 @@
-"""The resource manager's core: islands, slices, clients.
+"""The resource manager's core: islands, device sets, slices, clients.
 
-Pure: events in, commands out; no clock, no socket. A slice is reserved on the least used devices of its island, its
-executor is started by the island's node, and it is ready when the island's scheduler knows the executor. An event
-that cannot follow what came before it raises `InternalError` with the slice's history.
+Pure: events in, commands out; no clock, no socket. A slice is reserved on the least used devices of its island. All
+slices of the same devices share one device set: the executors that own these devices, one on each host. They are
+started by the island's node with the first slice, and ended when none was left for a while. A slice is ready when the
+island's scheduler knows it and its executors.
+
+On CPU, sets may overlap: each has virtual devices of its own, and the scheduler lets one compute at a time. On
+platforms where a process owns its devices, a device belongs to one set at a time. An event that cannot follow what came
+before it raises `InternalError` with the slice's history.
 """
 
 from __future__ import annotations
@@ -11,7 +16,14 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
-from torchways.errors import ClusterLost, Failure, InternalError, PlacementError, ResourceExhausted
+from torchways.errors import (
+    ClusterLost,
+    Failure,
+    InternalError,
+    PlacementError,
+    ResourceExhausted,
+    SessionClosed,
+)
 from torchways.ids import ClientId, IslandId, SliceId
 from torchways.mesh import check_mesh, mesh_text
 
@@ -70,9 +82,17 @@ class ProcessExited:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceReleased:
-    """A client gives a slice back."""
+    """A client gives a slice back. `scheduler_knows` from the client, behind the slice's last run."""
 
     slice_id: SliceId
+    scheduler_knows: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdleOver:
+    """A device set that had no slice when its time began has waited long enough."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +103,15 @@ class ClientGone:
 
 
 Event: TypeAlias = (
-    NodeJoined | NodeLost | SchedulerReady | ExecutorReady | SliceConnected | ProcessExited | SliceReleased | ClientGone
+    NodeJoined
+    | NodeLost
+    | SchedulerReady
+    | ExecutorReady
+    | SliceConnected
+    | ProcessExited
+    | SliceReleased
+    | IdleOver
+    | ClientGone
 )
 
 
@@ -98,11 +126,11 @@ class StartScheduler:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StartExecutor:
-    """Have a node start an executor of a slice, with the given devices of the island."""
+    """Have a node start an executor of a device set, with the given devices of the island."""
 
     node_id: int
     name: str
-    slice: Slice
+    device_set: DeviceSet
     executor_id: str
     device_indices: tuple[int, ...]
 
@@ -117,7 +145,7 @@ class EndProcess:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectSlice:
-    """Have the island's scheduler connect to a slice's executor; answer with SliceConnected."""
+    """Tell the island's scheduler of a slice and its executors; answer with SliceConnected."""
 
     slice: Slice
     scheduler_address: str
@@ -130,6 +158,22 @@ class DisconnectSlice:
     slice: Slice
     scheduler_address: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DisconnectExecutor:
+    """Have the island's scheduler forget an executor, and its slices."""
+
+    executor_id: str
+    scheduler_address: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitIdle:
+    """A device set has no slice: answer with IdleOver after a while."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,7 +201,16 @@ class TellClosing:
 
 
 Command: TypeAlias = (
-    StartScheduler | StartExecutor | EndProcess | ConnectSlice | DisconnectSlice | SettleSlice | TellLost | TellClosing
+    StartScheduler
+    | StartExecutor
+    | EndProcess
+    | ConnectSlice
+    | DisconnectSlice
+    | DisconnectExecutor
+    | WaitIdle
+    | SettleSlice
+    | TellLost
+    | TellClosing
 )
 
 
@@ -174,6 +227,18 @@ class Island:
     num_hosts: int = 1
     scheduler_address: str = ""
     scheduler_pid: int = 0
+    #: Device sets that were started here so far.
+    num_sets: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether a device can belong to several sets at a time."""
+        return self.platform in _SHARING_PLATFORMS
+
+    @property
+    def num_free(self) -> int:
+        """Devices that no slice has."""
+        return self.load.count(0)
 
 
 #: What a slice can become, by what it is.
@@ -184,21 +249,44 @@ _SHARING_PLATFORMS = ("cpu", "simulated")
 
 
 @dataclass(slots=True)
+class DeviceSet:
+    """Devices and the executors that own them.
+
+    Attributes:
+        name: "i0.e1", the first that island 0 started.
+        number: of those that its island started.
+        devices_of: the devices of each host that has some, by executor id; the first leads the gang.
+        executors: what is known of those that are ready, by id.
+        slices: that have these devices.
+    """
+
+    name: str
+    number: int
+    island_id: IslandId
+    device_indices: tuple[int, ...]
+    devices_of: dict[str, tuple[int, ...]]
+    executors: dict[str, Any] = field(default_factory=dict)
+    slices: set[SliceId] = field(default_factory=set)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether all executors are ready."""
+        return len(self.executors) == len(self.devices_of)
+
+
+@dataclass(slots=True)
 class Slice:
     """A reserved virtual slice."""
 
     slice_id: SliceId
     client_id: ClientId
-    island_id: IslandId
+    device_set: DeviceSet
     shape: tuple[int, ...]
     axis_names: tuple[str, ...]
-    device_indices: tuple[int, ...]
-    #: The devices of each host that has some, by executor id.
-    devices_of: dict[str, tuple[int, ...]]
     #: "starting", "ready" or "failed".
     state: str = "starting"
-    #: What is known of the executors that are ready, by id.
-    executors: dict[str, Any] = field(default_factory=dict)
+    #: The scheduler was told of it.
+    is_connecting: bool = False
     failure: Failure | None = None
     #: The states that it went through, for error messages.
     history: list[str] = field(default_factory=lambda: ["starting"])
@@ -215,14 +303,19 @@ class Slice:
         self.history.append(state)
 
     @property
-    def executor_ids(self) -> tuple[str, ...]:
-        """Its executors, one for each host; the first leads the gang."""
-        return tuple(self.devices_of)
+    def island_id(self) -> IslandId:
+        """Its island."""
+        return self.device_set.island_id
 
     @property
-    def has_all(self) -> bool:
-        """Whether all executors are ready."""
-        return len(self.executors) == len(self.devices_of)
+    def device_indices(self) -> tuple[int, ...]:
+        """Its devices, by the island's numbers."""
+        return self.device_set.device_indices
+
+    @property
+    def executor_ids(self) -> tuple[str, ...]:
+        """Its executors, one for each host; the first leads the gang."""
+        return tuple(self.device_set.devices_of)
 
 
 def process_name(executor_id: str) -> str:
@@ -236,14 +329,18 @@ class ClusterState:
 
     islands: dict[IslandId, Island] = field(default_factory=dict)
     slices: dict[SliceId, Slice] = field(default_factory=dict)
+    device_sets: dict[str, DeviceSet] = field(default_factory=dict)
+    #: Names of the clients that are attached.
+    clients: dict[ClientId, str] = field(default_factory=dict)
     #: Why the cluster cannot go on; empty while it can. Then nothing can be reserved.
     closing: str = ""
     _next_slice: int = 1
     _next_client: int = 1
 
-    def attach(self) -> ClientId:
+    def attach(self, name: str) -> ClientId:
         """Returns the id of a new client."""
         client_id, self._next_client = ClientId(self._next_client), self._next_client + 1
+        self.clients[client_id] = name
         return client_id
 
     def reserve(
@@ -253,11 +350,14 @@ class ClusterState:
 
         Raises:
             PlacementError: shape, names or island make no sense.
-            ResourceExhausted: no island is large enough, or (TPU) none has that many free devices.
+            ResourceExhausted: no island is large enough, or (TPU) none has such a set of devices to give.
+            SessionClosed: the client is gone.
             ClusterLost: the cluster is closing.
         """
         if self.closing:
             raise ClusterLost(f"the cluster is closing: {self.closing}")
+        if client_id not in self.clients:
+            raise SessionClosed(f"client {client_id} is not attached")
         check_mesh(shape, axis_names)
         size = math.prod(shape)
         if island_id is not None and IslandId(island_id) not in self.islands:
@@ -266,38 +366,105 @@ class ClusterState:
         fitting = [island for island in candidates if len(island.load) >= size]
         if not fitting:
             have = ", ".join(
-                f"island {i.island_id} has {len(i.load)} ({i.load.count(0)} free)" for i in self.islands.values()
+                f"island {i.island_id} has {len(i.load)} ({i.num_free} free)" for i in self.islands.values()
             )
             raise ResourceExhausted(
                 f"a slice {mesh_text(shape, axis_names)} needs {size} devices of one island; {have}. Ask for a smaller "
                 "mesh, or start the cluster with more --devices-per-island"
             )
-        usable = [i for i in fitting if i.platform in _SHARING_PLATFORMS or i.load.count(0) >= size]
-        if not usable:
-            free = ", ".join(f"island {i.island_id} has {i.load.count(0)} of {len(i.load)} free" for i in fitting)
+        choices = {i.island_id: found for i in fitting if (found := self._choose(i, size)) is not None}
+        if not choices:
             raise ResourceExhausted(
-                f"a slice {mesh_text(shape, axis_names)} needs {size} free devices of one island; {free}. Close a mesh "
-                f"that is no longer used: a {fitting[0].platform} device belongs to one slice at a time"
+                f"a slice {mesh_text(shape, axis_names)} needs {size} free devices of one island, or devices that are "
+                f"in use together; {'; '.join(self._holders(i) for i in fitting)}. Close a mesh that is no longer used"
             )
-        island = min(usable, key=lambda item: (sum(sorted(item.load)[:size]), item.island_id))
-        devices = sorted(sorted(range(len(island.load)), key=lambda device: (island.load[device], device))[:size])
+        island = min(
+            (self.islands[key] for key in choices),
+            key=lambda item: (sum(item.load[device] for device in choices[item.island_id]), item.island_id),
+        )
+        devices = choices[island.island_id]
         for device in devices:
             island.load[device] += 1
-        slice_id = SliceId(self._next_slice)
-        devices_of = _hosts(island, slice_id, devices)
-        new = Slice(slice_id, client_id, island.island_id, shape, axis_names, tuple(devices), devices_of)
-        self._next_slice += 1
-        self.slices[new.slice_id] = new
+        commands: list[Command] = []
+        used = self._set_with(island, devices)
+        if used is None:
+            if not island.is_shared:
+                for idle in [item for item in self._sets_of(island) if set(item.device_indices) & set(devices)]:
+                    commands += self._end_set(idle, "another has its devices now")
+            used, starting = self._start_set(island, devices)
+            commands += starting
+        slice_id, self._next_slice = SliceId(self._next_slice), self._next_slice + 1
+        new = self.slices[slice_id] = Slice(slice_id, client_id, used, shape, axis_names)
+        used.slices.add(slice_id)
+        return new, [*commands, *self._connect(used)]
+
+    def _choose(self, island: Island, size: int) -> tuple[int, ...] | None:
+        """Returns the least used devices; of several, those that have executors. None: all are taken."""
+        same_size = [item.device_indices for item in self._sets_of(island) if len(item.device_indices) == size]
+        if not island.is_shared and island.num_free < size:
+            return min(same_size, key=lambda devices: island.load[devices[0]], default=None)
+        ranked = sorted(range(len(island.load)), key=lambda device: (island.load[device], device))
+        least = tuple(sorted(ranked[:size]))
+        load = sum(island.load[device] for device in least)
+        return next((devices for devices in same_size if sum(island.load[d] for d in devices) == load), least)
+
+    def _sets_of(self, island: Island) -> list[DeviceSet]:
+        return [item for item in self.device_sets.values() if item.island_id == island.island_id]
+
+    def _set_with(self, island: Island, devices: tuple[int, ...]) -> DeviceSet | None:
+        return next((item for item in self._sets_of(island) if item.device_indices == devices), None)
+
+    def _holders(self, island: Island) -> str:
+        """Says who has which devices of an island."""
+        held = ", ".join(
+            f"{mesh_text(item.shape, item.axis_names)} of {self.clients.get(item.client_id, 'a client')} has "
+            f"{list(item.device_indices)}"
+            for item in self.slices.values()
+            if item.island_id == island.island_id
+        )
+        return f"island {island.island_id} has {island.num_free} of {len(island.load)} free: {held}"
+
+    def _start_set(self, island: Island, devices: tuple[int, ...]) -> tuple[DeviceSet, list[Command]]:
+        island.num_sets += 1
+        name = f"i{island.island_id}.e{island.num_sets}"
+        new = DeviceSet(name, island.num_sets, island.island_id, devices, _hosts(island, name, devices))
+        self.device_sets[name] = new
         return new, [
             StartExecutor(
                 node_id=island.node_id,
                 name=process_name(executor_id),
-                slice=new,
+                device_set=new,
                 executor_id=executor_id,
                 device_indices=owned,
             )
-            for executor_id, owned in devices_of.items()
+            for executor_id, owned in new.devices_of.items()
         ]
+
+    def _end_set(self, item: DeviceSet, reason: str, without: str = "") -> list[Command]:
+        """Ends a set's executors; `without` is one that has ended by itself."""
+        del self.device_sets[item.name]
+        island = self.islands[item.island_id]
+        commands: list[Command] = []
+        for executor_id in item.devices_of:
+            if island.scheduler_address and executor_id in item.executors:
+                commands.append(
+                    DisconnectExecutor(
+                        executor_id=executor_id, scheduler_address=island.scheduler_address, reason=reason
+                    )
+                )
+            if executor_id != without:
+                commands.append(EndProcess(node_id=island.node_id, name=process_name(executor_id)))
+        return commands
+
+    def _connect(self, item: DeviceSet) -> list[Command]:
+        """Tells the scheduler of a set's new slices, where both are ready."""
+        address = self.islands[item.island_id].scheduler_address
+        if not item.is_ready or not address:
+            return []
+        new = [self.slices[key] for key in sorted(item.slices) if not self.slices[key].is_connecting]
+        for entry in new:
+            entry.is_connecting = True
+        return [ConnectSlice(slice=entry, scheduler_address=address) for entry in new]
 
     def handle(self, event: Event) -> list[Command]:
         """Takes an event; returns what to do."""
@@ -309,24 +476,24 @@ class ClusterState:
             case SchedulerReady():
                 island = self.islands[event.island_id]
                 island.scheduler_address, island.scheduler_pid = event.address, event.pid
-                return [
-                    ConnectSlice(slice=item, scheduler_address=event.address)
-                    for item in self.slices.values()
-                    if item.island_id == event.island_id and item.has_all and item.state == "starting"
-                ]
+                return [command for item in self._sets_of(island) for command in self._connect(item)]
             case ExecutorReady():
                 return self._executor_ready(event)
             case SliceConnected():
                 item = self.slices.get(event.slice_id)
                 if item is None or item.state == "failed":
-                    return []  # released, or its executor died, while the scheduler was connecting
+                    return []  # released, or its executor died, while the scheduler was told
                 item.become("ready")
                 return [SettleSlice(slice_id=event.slice_id)]
             case ProcessExited():
                 return self._exited(event)
             case SliceReleased():
-                return self._release(event.slice_id, "it was released")
+                return self._release(event.slice_id, "it was released", event.scheduler_knows)
+            case IdleOver():
+                idle = self.device_sets.get(event.name)
+                return self._end_set(idle, "it was idle") if idle is not None and not idle.slices else []
             case ClientGone():
+                self.clients.pop(event.client_id, None)
                 mine = [item.slice_id for item in self.slices.values() if item.client_id == event.client_id]
                 return [command for slice_id in mine for command in self._release(slice_id, "its client is gone")]
             case _:
@@ -349,61 +516,58 @@ class ClusterState:
         return commands
 
     def _executor_ready(self, event: ExecutorReady) -> list[Command]:
-        for item in self.slices.values():
-            if event.executor_id in item.devices_of:
-                if event.executor_id in item.executors or item.state == "ready":
-                    raise InternalError(f"executor {event.executor_id} is ready again; {' -> '.join(item.history)}")
-                item.executors[event.executor_id] = event.info
-                address = self.islands[item.island_id].scheduler_address
-                complete = item.has_all and item.state == "starting" and address
-                return [ConnectSlice(slice=item, scheduler_address=address)] if complete else []
-        return []  # released meanwhile; its process is being ended
+        item = self._set_of(event.executor_id)
+        if item is None:
+            return []  # given up meanwhile; its process is being ended
+        if event.executor_id in item.executors:
+            raise InternalError(f"executor {event.executor_id} is ready again")
+        item.executors[event.executor_id] = event.info
+        return self._connect(item)
+
+    def _set_of(self, executor_id: str) -> DeviceSet | None:
+        return next((item for item in self.device_sets.values() if executor_id in item.devices_of), None)
 
     def _exited(self, event: ProcessExited) -> list[Command]:
-        for item in self.slices.values():
-            executor_id = event.name.removeprefix(process_name(""))
-            if executor_id in item.devices_of and item.state != "failed":
-                message = f"executor {executor_id} is lost: {event.reason}"
-                if item.state == "starting" and event.log_tail:
-                    message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
-                item.failure = Failure(kind="ExecutorLost", message=message)
-                item.become("failed")
-                address = self.islands[item.island_id].scheduler_address
-                return [
-                    TellLost(
-                        client_id=item.client_id,
-                        executor_id=executor_id,
-                        slice_id=item.slice_id,
-                        reason=event.reason,
-                    ),
-                    *([DisconnectSlice(slice=item, scheduler_address=address, reason=event.reason)] if address else []),
-                    SettleSlice(slice_id=item.slice_id),
-                ]
         if event.name.startswith("scheduler"):
             return self.close(f"{event.name} ended: {event.reason}")
-        return []
+        executor_id = event.name.removeprefix(process_name(""))
+        lost = self._set_of(executor_id)
+        if lost is None:
+            return []
+        commands: list[Command] = []
+        for slice_id in sorted(lost.slices):
+            item = self.slices[slice_id]
+            message = f"executor {executor_id} is lost: {event.reason}"
+            if item.state == "starting" and event.log_tail:
+                message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
+            item.failure = Failure(kind="ExecutorLost", message=message)
+            item.become("failed")
+            commands.append(
+                TellLost(client_id=item.client_id, executor_id=executor_id, slice_id=slice_id, reason=event.reason)
+            )
+            commands.append(SettleSlice(slice_id=slice_id))
+        return [*commands, *self._end_set(lost, event.reason, without=executor_id)]
 
-    def _release(self, slice_id: SliceId, reason: str) -> list[Command]:
+    def _release(self, slice_id: SliceId, reason: str, scheduler_knows: bool = False) -> list[Command]:
         item = self.slices.pop(slice_id, None)
         if item is None:
             return []
-        island = self.islands[item.island_id]
+        island, used = self.islands[item.island_id], item.device_set
         for device in item.device_indices:
             island.load[device] -= 1
+        used.slices.discard(slice_id)
         commands: list[Command] = [SettleSlice(slice_id=slice_id)]
-        if item.state != "failed" and island.scheduler_address:
+        if item.is_connecting and item.state != "failed" and not scheduler_knows:
             commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
-        # Also where the slice failed: executors may live, and only their scheduler be out of reach.
-        for executor_id in item.executor_ids:
-            commands.append(EndProcess(node_id=island.node_id, name=process_name(executor_id)))
+        if not used.slices and used.name in self.device_sets:
+            commands.append(WaitIdle(name=used.name))
         return commands
 
 
-def _hosts(island: Island, slice_id: SliceId, devices: list[int]) -> dict[str, tuple[int, ...]]:
-    """Returns the devices that each host of a slice has, by executor id."""
-    name = f"i{island.island_id}.s{slice_id}"
+def _hosts(island: Island, name: str, devices: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Returns the devices that each host of a set has, by executor id."""
     if island.num_hosts == 1:
-        return {name: tuple(devices)}
+        return {name: devices}
     per_host = len(island.load) // island.num_hosts
     found: dict[str, tuple[int, ...]] = {}
     for device in devices:

@@ -47,6 +47,7 @@ from torchways.rpc.programs import (
     Binding,
     InlineValue,
     PeerAddress,
+    close_message,
     forget_message,
     register_message,
     release_message,
@@ -75,7 +76,7 @@ class _Slice:
     island: IslandId
     ready: concurrent.futures.Future[None]
     address: SliceAddress | None = None
-    #: One for each host; every host has what the slice has.
+    #: One for each host; every host has what the slice has. Slices of the same devices share them.
     executors: tuple[ExecutorClient, ...] = ()
 
 
@@ -130,6 +131,7 @@ class Session:
     _next_id: int = 0
     _slices: dict[SliceId, _Slice] = field(default_factory=dict)
     _schedulers: dict[IslandId, SchedulerClient] = field(default_factory=dict)
+    _executors: dict[str, ExecutorClient] = field(default_factory=dict)
     #: Islands that each program is registered on.
     _islands_of: dict[ProgramId, tuple[IslandId, ...]] = field(default_factory=dict)
     _runs: dict[RunId, _Run] = field(default_factory=dict)
@@ -187,7 +189,7 @@ class Session:
     async def _close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        closings = [client.close() for item in self._slices.values() for client in item.executors]
+        closings = [client.close() for client in self._executors.values()]
         closings += [scheduler.close() for scheduler in self._schedulers.values()]
         closings.append(self.manager.close())
         await asyncio.gather(*closings, return_exceptions=True)
@@ -219,14 +221,19 @@ class Session:
 
     async def _open_slice(self, slice_id: SliceId) -> None:
         address = await self.manager.wait_slice(slice_id, self.start_timeout)
-        entry = self._slices[slice_id]
+        entry = self._slices.get(slice_id)
+        if entry is None:  # closed meanwhile
+            return
         if address.island_id not in self._schedulers:
             scheduler = SchedulerClient(address.scheduler_address, self.token)
             self._schedulers[address.island_id] = scheduler
             scheduler.say_hello(self.manager.client_id)
             reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
             self._hold(reading, f"scheduler of island {address.island_id}")
-        entry.executors = tuple(ExecutorClient(executor, self.token) for executor in address.executors)
+        for executor in address.executors:
+            if executor.executor_id not in self._executors:
+                self._executors[executor.executor_id] = ExecutorClient(executor, self.token)
+        entry.executors = tuple(self._executors[executor.executor_id] for executor in address.executors)
         entry.address = address
 
     def slice_address(self, mesh: VirtualSlice) -> SliceAddress:
@@ -277,13 +284,23 @@ class Session:
             if self.broken is not None:
                 return
             await asyncio.sleep(0.05)
-        if self._slices.pop(slice_id, None) is not None and not self.closed and self.broken is None:
-            await self.manager.release_slice(slice_id)
+        entry = self._slices.pop(slice_id, None)
+        if entry is not None and not self.closed and self.broken is None:
+            await self._give_back(slice_id, entry)
 
     def _release_slice(self, slice_id: SliceId) -> None:
         entry = self._slices.pop(slice_id, None)
         if entry is not None and self._is_usable():
-            self.loop.run(self.manager.release_slice(slice_id), _CALL, "the slice to be released")
+            self.loop.run(self._give_back(slice_id, entry), _CALL, "the slice to be released")
+
+    async def _give_back(self, slice_id: SliceId, entry: _Slice) -> None:
+        if entry.address is not None:
+            self._post(self._schedulers[entry.address.island_id], close_message(slice_id))
+        await self.manager.release_slice(slice_id, scheduler_knows=entry.address is not None)
+        in_use = {client.executor_id for item in self._slices.values() for client in item.executors}
+        for client in entry.executors:
+            if client.executor_id not in in_use and self._executors.pop(client.executor_id, None) is not None:
+                await client.close()
 
     def cluster_info(self) -> ClusterInfo:
         """Returns what the cluster consists of."""
@@ -292,23 +309,22 @@ class Session:
 
     def executor_status(self) -> list[ExecutorStatus]:
         """Returns what the executors of this session's slices say of themselves."""
-        return [self.loop.run(client.status(), _CALL, client.executor_id) for client in self._executors()]
+        return [self.loop.run(client.status(), _CALL, client.executor_id) for client in self._ready_executors()]
 
     def collect_spans(self, since_ns: int) -> dict[str, list[Span]]:
         """Returns the spans of every process since a time: executors by id, and "controller"."""
         spans = {
             client.executor_id: self.loop.run(client.trace(since_ns), _CALL, client.executor_id)
-            for client in self._executors()
+            for client in self._ready_executors()
         }
         spans["controller"] = [span for span in self.spans if span.end_ns >= since_ns]
         return spans
 
-    def _executors(self) -> list[ExecutorClient]:
+    def _ready_executors(self) -> list[ExecutorClient]:
         self.check()
-        entries = list(self._slices.values())
-        for entry in entries:
+        for entry in list(self._slices.values()):
             self._wait_slice(entry)
-        return [executor for entry in entries for executor in entry.executors]
+        return list(self._executors.values())
 
     # ---- buffers
 
@@ -324,7 +340,8 @@ class Session:
         clients = self._slices[address.slice_id].executors
         buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
         buffer.origin = weakref.ref(value)
-        future = self.loop.start(_put_to_all(clients, buffer.buffer_id, value.inline(placements)))
+        inline = value.inline(placements)
+        future = self.loop.start(_put_to_all(clients, buffer.buffer_id, inline, address.slice_id, mesh.root.shape))
         self._puts[buffer.buffer_id] = future
         buffer_id = buffer.buffer_id
         future.add_done_callback(lambda _: self._puts.pop(buffer_id, None))
@@ -469,10 +486,10 @@ class Session:
             )
             for index, address in enumerate(addresses)
         }
-        by_island: dict[IslandId, list[tuple[SliceId, SlicePart]]] = defaultdict(list)
+        by_island: dict[IslandId, list[tuple[SliceId, Sequence[int], SlicePart]]] = defaultdict(list)
         for part in parts:
             address = addresses[part.slice_index]
-            by_island[address.island_id].append((address.slice_id, part))
+            by_island[address.island_id].append((address.slice_id, meshes[part.slice_index].root.shape, part))
         self._compiling[program_id] = len(by_island)
         num_functions = sum(len(part.functions) for part in parts)
         first = _FirstRun(name, num_functions, traced_seconds, time.monotonic())
@@ -645,5 +662,7 @@ def _forget_result(task: asyncio.Future[Any]) -> None:
         task.exception()
 
 
-async def _put_to_all(clients: Sequence[ExecutorClient], buffer_id: BufferId, value: InlineValue) -> None:
-    await asyncio.gather(*(client.put(buffer_id, value) for client in clients))
+async def _put_to_all(
+    clients: Sequence[ExecutorClient], buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]
+) -> None:
+    await asyncio.gather(*(client.put(buffer_id, value, slice_id, mesh) for client in clients))

@@ -208,9 +208,7 @@ class Variant:
         here = tuple(mesh.slice_id for mesh in self.meshes)
         for piece in pieces:
             if piece.bound_to != here:
-                check_memory(
-                    self.captured.program.name, piece.lowered.parts, self.captured.program.slices, self._budgets()
-                )
+                self._check_memory(piece)
                 if piece.bound_to:
                     self.session.forget_program(piece.program_id)
                 piece.program_id = self.session.register_program(
@@ -218,11 +216,12 @@ class Variant:
                 )
                 piece.bound_to = here
 
-    def _budgets(self) -> dict[int, int]:
-        return {
-            index: min(executor.budget_bytes for executor in self.session.slice_address(mesh).executors)
-            for index, mesh in enumerate(self.meshes)
-        }
+    def _check_memory(self, piece: BoundPiece) -> None:
+        program = self.captured.program
+        found = {index: self.session.slice_address(mesh).executors for index, mesh in enumerate(self.meshes)}
+        budgets = {index: min(item.budget_bytes for item in executors) for index, executors in found.items()}
+        leaders = {index: executors[0].executor_id for index, executors in found.items()}
+        check_memory(program.name, piece.lowered.parts, program.slices, budgets, leaders)
 
     def holds(self, session: Session, signature: Signature) -> bool:
         """Whether the trace is valid for Python's state now, and a call with its signature."""

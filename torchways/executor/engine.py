@@ -11,6 +11,7 @@ import collections
 import concurrent.futures
 import functools
 import logging
+import math
 import os
 import threading
 import time
@@ -34,7 +35,7 @@ from torchways.executor.plan import (
 )
 from torchways.executor.reduce import Reducer
 from torchways.executor.transfer import DataPlane, Outgoing
-from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.runtime.base import BufferSpec, Runtime
@@ -63,7 +64,7 @@ _YIELD_SECONDS = 0.0001
 class _Program:
     """What the engine keeps of a loaded program beside the core's view."""
 
-    def __init__(self, message: pb.LoadProgram, executor_id: str, axis_sizes: Sequence[int]) -> None:
+    def __init__(self, message: pb.LoadProgram, executor_id: str, budget_bytes: int) -> None:
         part = message.program
         self.name = message.name
         self.functions = part.functions
@@ -71,15 +72,18 @@ class _Program:
         hosts: dict[int, list[str]] = {}
         for peer in part.peers:
             hosts.setdefault(peer.slice_id, []).append(peer.executor_id)
-        self.slots = [spec_of(slot) for slot in part.slots]
+        mesh = tuple(part.mesh_shape)
+        self.num_devices = math.prod(mesh)
+        self.slots = [spec_of(slot, mesh) for slot in part.slots]
         self.loaded = load_program(
-            message.program_id,
+            PartId(ProgramId(message.program_id), SliceId(part.slice_id)),
             message.name,
             part.num_args,
-            [device_bytes(spec, axis_sizes) for spec in self.slots],
+            [spec.device_nbytes for spec in self.slots],
             _instructions(part, executor_id, hosts),
             [(result.slot, result.result_index) for result in part.results],
             [form_of(spec) for spec in self.slots],
+            limit_bytes=budget_bytes // max(1, sum(executor_id in members for members in hosts.values())),
         )
         #: By number of the unit.
         self.calls: dict[int, list[Call]] = {}
@@ -91,7 +95,7 @@ class Engine:
     Args:
         executor_id: this executor.
         runtime: its devices.
-        axis_sizes: sizes of the slice's mesh axes.
+        num_devices: how many these are.
         host: address that the data plane listens on.
         report: takes events for the scheduler, on the engine's thread.
         budget_bytes: device memory, bytes a device; 0: no limit.
@@ -103,7 +107,7 @@ class Engine:
         self,
         executor_id: str,
         runtime: Runtime,
-        axis_sizes: Sequence[int],
+        num_devices: int,
         host: str,
         report: Callable[[list[pb.ExecutorEvent]], None],
         *,
@@ -119,15 +123,16 @@ class Engine:
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
-        self.axis_sizes = tuple(axis_sizes)
-        self._num_devices = torch.Size(axis_sizes).numel()
+        self.num_devices = num_devices
         self._memory_wait = memory_wait
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
         self._reported = 0.0
-        self._programs: dict[ProgramId, _Program] = {}
+        self._programs: dict[PartId, _Program] = {}
         #: Programs that were dropped but still have runs in flight.
-        self._dropped: set[ProgramId] = set()
+        self._dropped: set[PartId] = set()
+        #: Sums to which several slices of these devices add: what they have brought so far.
+        self._local_sums: dict[tuple[RunId, int], _LocalSum] = {}
         self._fetches: dict[int, OnFetched] = {}
         self._num_fetches = 0
         self._starved_since = 0.0
@@ -156,6 +161,10 @@ class Engine:
         """Forgets a program once its last run is over."""
         self.call(lambda: self._drop_program(program_id))
 
+    def drop_slice(self, slice_id: SliceId) -> None:
+        """Frees what is on a slice that is given back."""
+        self.call(lambda: self._drop_slice(slice_id))
+
     def drop_client(self, client_id: ClientId) -> None:
         """Frees all that a client owned."""
         self.call(lambda: self._drop_client(client_id))
@@ -179,7 +188,8 @@ class Engine:
 
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has, of the core and of the engine. On the engine's thread."""
-        mine = {"fetches": len(self._fetches), "loaded": len(self._programs), "sums": self.reducer.num_open}
+        sums = self.reducer.num_open + len(self._local_sums)
+        mine = {"fetches": len(self._fetches), "loaded": len(self._programs), "sums": sums}
         return {**self.core.num_entries(), **mine}
 
     def _on_thread(self, work: Callable[[], _T], /) -> _T:
@@ -267,22 +277,24 @@ class Engine:
                 case core.Deliver():
                     self._deliver(command)
                 case core.Compile():
-                    self.compiler.submit(functools.partial(self._compile, command.program_id))
+                    self.compiler.submit(functools.partial(self._compile, command.part))
                 case core.ReportEnded():
-                    ended = pb.RunEnded(run_id=command.run_id, failure=_optional(command.failure))
-                    self._events.append(pb.ExecutorEvent(run_ended=ended))
+                    self._report_later(run_ended=pb.RunEnded(**_ids(command.run), failure=_optional(command.failure)))
                     if self._dropped:
                         self._forget_dropped()
                 case core.ReportLoaded():
-                    loaded = pb.ProgramLoaded(program_id=command.program_id, failure=_optional(command.failure))
-                    self._events.append(pb.ExecutorEvent(program_loaded=loaded))
+                    loaded = pb.ProgramLoaded(**command.part._asdict(), failure=_optional(command.failure))
+                    self._report_later(program_loaded=loaded)
                 case core.ReportReady():
-                    ready = pb.UnitReady(run_id=command.run_id, unit=command.unit)
-                    self._events.append(pb.ExecutorEvent(unit_ready=ready))
-                case core.ReportEnqueued():
-                    enqueued = pb.UnitEnqueued(run_id=command.run_id, unit=command.unit)
-                    self._events.append(pb.ExecutorEvent(unit_enqueued=enqueued))
+                    self._report_later(unit_ready=pb.UnitReady(**_ids(command.run), unit=command.unit))
+                case core.ReportPassed():
+                    self._report_later(unit_passed=pb.UnitPassed(**_ids(command.run), unit=command.unit))
+                case core.ReportIdle():
+                    self._report_later(idle=pb.Idle())
         self._handling = outer
+
+    def _report_later(self, **event: Any) -> None:
+        self._events.append(pb.ExecutorEvent(**event))
 
     # ---- memory
 
@@ -312,16 +324,16 @@ class Engine:
     # ---- programs
 
     def _load(self, message: pb.LoadProgram) -> None:
-        program = _Program(message, self.executor_id, self.axis_sizes)
-        self._programs[ProgramId(message.program_id)] = program
+        program = _Program(message, self.executor_id, self.core.budget_bytes)
+        self._programs[program.loaded.part] = program
         for peer, address in program.peers:
             if peer != self.executor_id:
                 self.data_plane.connect(peer, address)
         self._handle(core.ProgramArrived(program=program.loaded))
 
-    def _compile(self, program_id: ProgramId) -> None:
+    def _compile(self, part: PartId) -> None:
         """Compiles a program; on the compiler's thread."""
-        program = self._programs.get(program_id)
+        program = self._programs.get(part)
         if program is None:  # dropped before any run
             return
         failure: Failure | None = None
@@ -337,32 +349,38 @@ class Engine:
         for function in program.functions:
             function.ClearField("graph")  # the runtime has it
         self._note(f"compile {program.name}", "host", started, time.time_ns(), 0)
-        self.post(core.ProgramCompiled(program_id=program_id, failure=failure))
+        self.post(core.ProgramCompiled(part=part, failure=failure))
 
     def _drop_program(self, program_id: ProgramId) -> None:
-        self._dropped.add(program_id)
+        self._dropped.update(part for part in self._programs if part.program_id == program_id)
         self._handle(core.ProgramDropped(program_id=program_id))
         self._forget_dropped()
 
+    def _drop_slice(self, slice_id: SliceId) -> None:
+        self._dropped.update(part for part in self._programs if part.slice_id == slice_id)
+        self._handle(core.SliceDropped(slice_id=slice_id))
+        self._forget_dropped()
+
     def _drop_client(self, client_id: ClientId) -> None:
-        self._dropped.update(key for key in self._programs if owner(key) == client_id)
+        self._dropped.update(part for part in self._programs if owner(part.program_id) == client_id)
         self.reducer.drop_client(client_id)
         self._handle(core.ClientDropped(client_id=client_id))
         self._forget_dropped()
 
     def _forget_dropped(self) -> None:
         """Frees what was compiled for dropped programs once their last run is over."""
-        for program_id in [key for key in self._dropped if not self.core.is_needed(key)]:
-            self._dropped.discard(program_id)
-            self._programs.pop(program_id, None)
+        for part in [part for part in self._dropped if not self.core.is_needed(part)]:
+            self._dropped.discard(part)
+            self._programs.pop(part, None)
 
     # ---- computations
 
     def _execute(self, command: core.Execute) -> None:
         task = command.task
         run_id = task.run.run_id
-        program = self._programs[ProgramId(task.run.program.program_id)]
+        program = self._programs[task.run.program.part]
         calls = program.calls[task.number]
+        key = f"{run_id}.{task.run.program.part.slice_id}"
         issued = time.time_ns()
         poisoned: dict[int, Failure] = {}
         values: dict[int, Any] = {}
@@ -377,7 +395,7 @@ class Engine:
             if failure is None:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
-                    outputs, computed = execute(call.executable, inputs, f"{run_id}.{task.number}.{number}")
+                    outputs, computed = execute(call.executable, inputs, f"{key}.{task.number}.{number}")
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
                     if call.is_leaf and computed:
@@ -414,21 +432,21 @@ class Engine:
     def _note_computed(self, task: core.Task, issued: int, ended: int) -> None:
         started = max(issued, self._device_free_ns)
         self._device_free_ns = ended
-        program = self._programs.get(ProgramId(task.run.program.program_id))
+        program = self._programs.get(task.run.program.part)
         if program is None:
             return
         instructions = task.unit.instructions
         name = program.functions[instructions[0].function_index].name  # type: ignore[union-attr]
         if len(instructions) > 1:
             name += f" and {len(instructions) - 1} more"
-        for device in range(self._num_devices):
+        for device in range(program.num_devices):
             self.spans.append((name, f"device {device}", started, ended, task.run.run_id))
 
     def _place(self, command: core.Place) -> None:
         cell = command.cell
         spec = command.spec
         if spec is None:
-            program = self._programs.get(command.program_id)
+            program = self._programs.get(command.part) if command.part is not None else None
             if program is None:  # its run is over, and nobody reads this
                 return
             spec = program.slots[command.slot]
@@ -440,10 +458,10 @@ class Engine:
 
     def _to_device(self, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
         if isinstance(data, torch.Tensor):  # bytes of a peer, which nobody else has
-            return self.runtime.put(_typed(data, spec), spec.placements)
+            return self.runtime.put(_typed(data, spec), spec)
         if data.WhichOneof("content") == "fill":
             return self.runtime.fill(spec, data.fill)
-        return self.runtime.put(_typed(_byte_tensor(data.data), spec), spec.placements)
+        return self.runtime.put(_typed(_byte_tensor(data.data), spec), spec)
 
     # ---- transfers, sums and fetches
 
@@ -466,6 +484,10 @@ class Engine:
 
         def send(value: torch.Tensor | Failure) -> None:
             for peer in instruction.peers:
+                if peer == self.executor_id:  # to another slice of these devices
+                    self._on_arrived(peer, run_id, instruction.edge_id, 0, _copy(value))
+                    sent(None)
+                    continue
                 outgoing = Outgoing(run_id=run_id, edge_id=instruction.edge_id, phase=0, value=value, on_sent=sent)
                 self.data_plane.send(peer, outgoing)
 
@@ -476,22 +498,29 @@ class Engine:
 
     def _reduce(self, command: core.Reduce) -> None:
         task, instruction = command.task, command.instruction
-        program = self._programs[ProgramId(task.run.program.program_id)]
+        program = self._programs[task.run.program.part]
         spec = program.slots[instruction.input]
         started = time.time_ns()
 
+        run_id, edge, members = task.run.run_id, instruction.edge_id, tuple(dict.fromkeys(instruction.members))
+
         def done(total: torch.Tensor | None, failure: Failure | None) -> None:
-            self._note(f"sum edge {instruction.edge_id}", "transfer", started, time.time_ns(), task.run.run_id)
+            self._note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id)
+            result = total if failure is None else failure
+            assert result is not None
             for peer in instruction.followers:
-                given = total if failure is None else failure
-                assert given is not None
-                self.reducer.give(peer, task.run.run_id, instruction.edge_id, given)
-            self._soon(core.Reduced(task=task, data=total, failure=failure))
+                self.reducer.give(peer, run_id, edge, result)
+            for number, member in enumerate(local.tasks):
+                own = total if number == 0 or total is None else total.clone()
+                self._soon(core.Reduced(task=member, data=own, failure=failure))
 
         def start(value: torch.Tensor | Failure) -> None:
-            edge, members = instruction.edge_id, instruction.members
-            self.reducer.start(task.run.run_id, edge, members, value, spec.shape, spec.torch_dtype, done)
+            local.add(task, value)
+            if len(local.tasks) == instruction.num_local:
+                del self._local_sums[run_id, edge]
+                self.reducer.start(run_id, edge, members, local.total, spec.shape, spec.torch_dtype, done)
 
+        local = self._local_sums.setdefault((run_id, edge), _LocalSum())
         self._when_on_host(command.cell, start)
 
     def _send_piece(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
@@ -572,9 +601,11 @@ class Engine:
         )
 
 
-def spec_of(message: pb.TensorSpec) -> BufferSpec:
-    """Returns a message as a spec."""
-    return BufferSpec(dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements))
+def spec_of(message: pb.TensorSpec, mesh: Sequence[int]) -> BufferSpec:
+    """Returns a message as a spec on a mesh of these sizes."""
+    return BufferSpec(
+        dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements), mesh=tuple(mesh)
+    )
 
 
 def form_of(spec: BufferSpec) -> str:
@@ -582,13 +613,29 @@ def form_of(spec: BufferSpec) -> str:
     return f"{spec.dtype}{list(spec.shape)}"
 
 
-def device_bytes(spec: BufferSpec, axis_sizes: Sequence[int]) -> int:
-    """Returns what a buffer takes on each device of a mesh with these axes, bytes."""
-    shape = list(spec.shape)
-    for placement, size in zip(spec.placements, axis_sizes, strict=False):
-        if placement != "R":
-            shape[int(placement[2:-1])] = -(-shape[int(placement[2:-1])] // size)
-    return spec.torch_dtype.itemsize * torch.Size(shape).numel()
+class _LocalSum:
+    """What slices of one executor bring to a sum, added up before it goes to others."""
+
+    def __init__(self) -> None:
+        self.tasks: list[core.Task] = []
+        self.total: torch.Tensor | Failure = torch.empty(0)
+
+    def add(self, task: core.Task, value: torch.Tensor | Failure) -> None:
+        """Adds a slice's value."""
+        if not self.tasks or isinstance(value, Failure):
+            self.total = value
+        elif not isinstance(self.total, Failure):
+            self.total = self.total + value
+        self.tasks.append(task)
+
+
+def _copy(value: torch.Tensor | Failure) -> torch.Tensor | Failure:
+    """Returns bytes as they would come from a peer: the value's own memory may be a buffer's."""
+    return value if isinstance(value, Failure) else value.clone().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _ids(run: RunPart) -> dict[str, int]:
+    return {"run_id": run.run_id, "slice_id": run.slice_id}
 
 
 def _optional(failure: Failure | None) -> pb.Failure | None:
@@ -646,6 +693,7 @@ def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, S
                         edge_id=reduce.edge_id,
                         members=members,
                         followers=followers,
+                        num_local=sum(executor_id in hosts[member] for member in reduce.members),
                     )
                 )
             # "free" needs no instruction here: the core counts the reads that are left of each slot.

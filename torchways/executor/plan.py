@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
+from torchways.ids import PartId
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ComputeInstruction:
@@ -44,7 +46,8 @@ class ReceiveInstruction:
 class AllReduceInstruction:
     """Fill `output` with the sum of `input` over all members.
 
-    If this executor is none of them, the one that is named gives it the sum; `followers` get it from this one.
+    If this executor is none of them, the one that is named gives it the sum; `followers` get it from this one. Of the
+    slices that take part, `num_local` are this executor's.
     """
 
     input: int
@@ -52,6 +55,7 @@ class AllReduceInstruction:
     edge_id: int
     members: tuple[str, ...]
     followers: tuple[str, ...] = ()
+    num_local: int = 1
 
 
 Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstruction | AllReduceInstruction
@@ -79,19 +83,22 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedProgram:
-    """A program's part on this executor's slice.
+    """A program's part on a slice of this executor's devices.
 
     Attributes:
-        program_id, name: the program's.
+        part: which program's, on which slice.
+        name: the program's.
         num_args: the first slots, bound by each run.
         slot_bytes: size of every slot's value, bytes a device.
         units: in program order.
         read_counts: (slot, number of units that read it).
         results: (slot, result number) pairs.
         slot_forms: dtype and shape of every slot's value, as text; what an argument's buffer must have. May be empty.
+        peak_bytes: the most that its units, in order, have allocated at a time, a device; arguments are not counted,
+            and less where they are donated.
     """
 
-    program_id: int
+    part: PartId
     name: str
     num_args: int
     slot_bytes: tuple[int, ...]
@@ -99,22 +106,36 @@ class LoadedProgram:
     read_counts: tuple[tuple[int, int], ...]
     results: tuple[tuple[int, int], ...]
     slot_forms: tuple[str, ...] = ()
+    peak_bytes: int = 0
 
 
 def load_program(
-    program_id: int,
+    part: PartId,
     name: str,
     num_args: int,
     slot_bytes: Sequence[int],
     instructions: Sequence[Instruction],
     results: Sequence[tuple[int, int]],
     slot_forms: Sequence[str] = (),
+    *,
+    limit_bytes: int = 0,
 ) -> LoadedProgram:
-    """Returns a program's part with its instructions grouped into units."""
-    units = _units(instructions, num_args, slot_bytes, {slot for slot, _ in results})
+    """Returns a program's part as units.
+
+    Args:
+        limit_bytes: what its arguments and all that it allocates may take, bytes a device; 0: no limit. In a unit of
+            several computations, what only it shares with others is freed at its end; where that would be too much,
+            each computation is a unit, and memory is as pre-flight counts it.
+    """
+    kept = {slot for slot, _ in results}
+    units = _units(instructions, kept, slot_bytes, True)
+    peak_bytes = _peak_bytes(units, num_args, slot_bytes, kept)
+    if limit_bytes and sum(slot_bytes[:num_args]) + peak_bytes > limit_bytes:
+        units = _units(instructions, kept, slot_bytes, False)
+        peak_bytes = _peak_bytes(units, num_args, slot_bytes, kept)
     counts = Counter(slot for unit in units for slot in unit.reads)
     return LoadedProgram(
-        program_id=program_id,
+        part=part,
         name=name,
         num_args=num_args,
         slot_bytes=tuple(slot_bytes),
@@ -122,6 +143,7 @@ def load_program(
         read_counts=tuple(sorted(counts.items())),
         results=tuple(results),
         slot_forms=tuple(slot_forms),
+        peak_bytes=peak_bytes,
     )
 
 
@@ -152,9 +174,9 @@ def instruction_writes(instruction: Instruction) -> tuple[int, ...]:
 
 
 def _units(
-    instructions: Sequence[Instruction], num_args: int, slot_bytes: Sequence[int], results: set[int]
+    instructions: Sequence[Instruction], results: set[int], slot_bytes: Sequence[int], grouped: bool
 ) -> list[Unit]:
-    groups = _groups(instructions)
+    groups = _groups(instructions) if grouped else [(position, [item]) for position, item in enumerate(instructions)]
     readers: dict[int, set[int]] = {}
     for number, (_, group) in enumerate(groups):
         for instruction in group:
@@ -231,4 +253,19 @@ def _need_bytes(group: list[Instruction], kept: set[int], slot_bytes: Sequence[i
         for slot in {*instruction_reads(instruction), *instruction_writes(instruction)}:
             if slot in made and slot not in kept and last.get(slot, index) == index:
                 held -= slot_bytes[slot]
+    return peak
+
+
+def _peak_bytes(units: Sequence[Unit], num_args: int, slot_bytes: Sequence[int], results: set[int]) -> int:
+    last = {slot: number for number, unit in enumerate(units) for slot in (*unit.reads, *unit.writes)}
+    kept = results | set(range(num_args))
+    held = peak = 0
+    for number, unit in enumerate(units):
+        held -= sum(slot_bytes[slot] for slot in unit.donated)
+        if isinstance(unit.instructions[0], ComputeInstruction):
+            peak = max(peak, held + unit.need_bytes)
+        held += sum(slot_bytes[slot] for slot in unit.writes)
+        peak = max(peak, held)
+        ended = {slot for slot in (*unit.reads, *unit.writes) if last[slot] == number}
+        held -= sum(slot_bytes[slot] for slot in ended - kept - set(unit.donated))
     return peak

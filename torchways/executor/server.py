@@ -23,8 +23,8 @@ import torch
 
 from torchways.errors import Failure
 from torchways.executor import state as core
-from torchways.executor.engine import Engine, device_bytes, form_of, spec_of
-from torchways.ids import BufferId, ClientId, ProgramId, RunId
+from torchways.executor.engine import Engine, form_of, spec_of
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -85,7 +85,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                     case "enqueue":
                         engine.post(_run_enqueued(command.enqueue))
                     case "grant":
-                        engine.post(core.UnitGranted(run_id=RunId(command.grant.run_id), unit=command.grant.unit))
+                        run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
+                        engine.post(core.UnitGranted(run=run, unit=command.grant.unit))
+                    case "set_grants_needed":
+                        engine.post(core.GrantsNeeded(needed=command.set_grants_needed.needed))
                     case "load_program":
                         engine.load(command.load_program)
                     case "drop_buffers":
@@ -93,13 +96,15 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         engine.post(core.BuffersDropped(buffer_ids=ids))
                     case "drop_program":
                         engine.drop_program(ProgramId(command.drop_program.program_id))
+                    case "drop_slice":
+                        engine.drop_slice(SliceId(command.drop_slice.slice_id))
                     case "drop_client":
                         engine.drop_client(ClientId(command.drop_client.client_id))
 
     async def PutBuffer(
         self, request_iterator: AsyncIterator[pb.PutChunk], context: grpc.aio.ServicerContext
     ) -> pb.PutResponse:
-        """Stores a host value as a named buffer; returns when it is on the device."""
+        """Stores a host value as a named buffer; returns when it is here."""
         first: pb.PutChunk | None = None
         parts: list[bytes] = []
         async for chunk in request_iterator:
@@ -113,10 +118,17 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         value = first.value
         if parts:
             value.data = b"".join([value.data, *parts])
-        spec = spec_of(value.spec)
-        nbytes = device_bytes(spec, self.engine.axis_sizes)
-        buffer_id = BufferId(first.buffer_id)
-        self.engine.post(core.BufferPut(buffer_id=buffer_id, data=value, spec=spec, nbytes=nbytes, form=form_of(spec)))
+        spec = spec_of(value.spec, first.mesh_shape)
+        self.engine.post(
+            core.BufferPut(
+                buffer_id=BufferId(first.buffer_id),
+                data=value,
+                spec=spec,
+                nbytes=spec.device_nbytes,
+                slice_id=SliceId(first.slice_id),
+                form=form_of(spec),
+            )
+        )
         return pb.PutResponse()
 
     async def FetchBuffer(
@@ -217,7 +229,7 @@ def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
         values = iter(arguments.values)
         bound = [buffer_id or next(values) for buffer_id in bound]
     return core.RunEnqueued(
-        program_id=ProgramId(message.program_id),
+        part=PartId(ProgramId(message.program_id), SliceId(message.slice_id)),
         run_id=RunId(message.run_id),
         sequence=message.sequence,
         first_buffer_id=BufferId(message.first_buffer_id),
@@ -227,8 +239,8 @@ def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
 
 async def serve(arguments: argparse.Namespace) -> None:
     """Runs the executor until it is told to end."""
-    shape = [int(size) for size in arguments.shape.split(",")]
-    runtime = _runtime(arguments, shape)
+    devices = [int(device) for device in arguments.devices.split(",")]
+    runtime = _runtime(arguments, devices)
     # The libraries' objects live for ever. Each full collection would look at all of them, which holds up computations
     # for 0.3 s; reading a graph to be compiled makes enough objects for several.
     gc.collect()
@@ -239,7 +251,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     executor.engine = Engine(
         arguments.executor_id,
         runtime,
-        shape,
+        len(devices),
         arguments.host,
         executor.report,
         budget_bytes=arguments.budget_bytes,
@@ -254,7 +266,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         "data_address": executor.engine.data_plane.address,
         "pid": os.getpid(),
         "host": socket.gethostname(),
-        "num_devices": torch.Size(shape).numel(),
+        "num_devices": len(devices),
         "lowered_ops": runtime.lowered_ops(),
         "platform": arguments.platform,
         "budget_bytes": arguments.budget_bytes,
@@ -265,16 +277,15 @@ async def serve(arguments: argparse.Namespace) -> None:
     await server.wait_for_termination()
 
 
-def _runtime(arguments: argparse.Namespace, shape: list[int]) -> Runtime:
+def _runtime(arguments: argparse.Namespace, devices: list[int]) -> Runtime:
     if arguments.simulator:
         from torchways.runtime.simulated import SimulatedRuntime
 
-        devices = [int(device) for device in arguments.devices.split(",")]
-        return SimulatedRuntime(arguments.simulator, str(arguments.slice_id), devices, arguments.num_hosts)
+        return SimulatedRuntime(arguments.simulator, arguments.set_name, devices, arguments.num_hosts)
     # The import takes seconds: not before the arguments are known to be good.
     from torchways.runtime.xla import XlaRuntime
 
-    return XlaRuntime(shape, arguments.axis_names.split(","))
+    return XlaRuntime(len(devices))
 
 
 def main() -> None:
@@ -282,17 +293,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--executor-id", required=True)
-    parser.add_argument("--slice-id", type=int, required=True)
-    parser.add_argument("--shape", required=True)
-    parser.add_argument("--axis-names", required=True)
+    parser.add_argument("--devices", required=True, help="the island's devices of this host, by number")
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--gang", choices=["", "leader", "member"], default="")
     parser.add_argument("--simulator", default="", help="address of the island's simulated devices")
-    parser.add_argument("--num-hosts", type=int, default=1, help="of the slice, for simulated devices")
-    parser.add_argument("--devices", default="", help="the island's devices of this host, for simulated devices")
+    parser.add_argument("--set-name", default="", help="of the set of devices, for simulated devices")
+    parser.add_argument("--num-hosts", type=int, default=1, help="of the set of devices, for simulated devices")
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process(f"executor {arguments.executor_id}")

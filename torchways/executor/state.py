@@ -3,11 +3,19 @@
 Pure: events go in, commands come out; no clock, no socket, no device. Device buffers are opaque objects here: the
 shell puts them into cells, and a buffer is freed when nothing refers to its cell any more.
 
-A run is a set of units (plan.py) over cells. A unit is issued when all cells that it reads are *scheduled*: filled, or
-to be filled by a command that was given before. The shell carries commands out in their order on one thread, so what
-reads a computation's output is enqueued right behind it, long before it ends. Units that become ready together are
-issued in (sequence, position) order. A gang (an executor of several that compute together) issues computations only as
-the island's scheduler grants them, in the order of grants. A computation that finds the memory budget spent waits.
+A run is a list of units (plan.py) over cells. A unit is issued when all cells that it reads are *scheduled*: filled,
+or to be filled by a command that was given before. The shell carries commands out in their order on one thread, so what
+reads a computation's output is enqueued right behind it, long before it ends.
+
+The computations of a run are issued in the program's order, the one that pre-flight proved (passes/preflight.py); sends
+and receives are not held up by it. Of several runs, the older goes first where both could. Where devices are shared
+with other executors, or with other hosts (`UnitGranted`), computations are issued only as the island's scheduler
+grants them.
+
+What a run allocates comes in the program's order too: memory for a value that is received is set aside when its turn
+comes, whether it has arrived or not. With a memory budget, a run begins when the most that it will ever need is left
+beside what older runs may still take: so none is stopped half way, and what pre-flight found to fit does fit. The
+oldest always may.
 """
 
 from __future__ import annotations
@@ -26,7 +34,7 @@ from torchways.executor.plan import (
     SendInstruction,
     Unit,
 )
-from torchways.ids import BufferId, ClientId, ProgramId, RunId, owner
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
@@ -46,6 +54,8 @@ class Cell:
         is_charged: its bytes count as used.
         form: dtype and shape as text; "" where they are not known.
         awaits_put: no run fills it: the controller's Put will, if it has not come yet.
+        slice_id: whose it is; 0 while nobody has said.
+        payer: the run that its bytes count for, while it is in flight.
         waiters: tasks to look at again when something changes.
         fetches: reads of the controller that wait for it.
     """
@@ -59,13 +69,23 @@ class Cell:
     is_charged: bool = False
     form: str = ""
     awaits_put: bool = False
+    slice_id: SliceId = SliceId(0)
+    payer: RunPart | None = None
     waiters: list[Task | _Placing] = field(default_factory=list)
     fetches: list[int] = field(default_factory=list)
 
 
 @dataclass(eq=False, slots=True)
 class Run:
-    """One run of a program's part. `reads_left` counts, for each slot, the units that have not finished reading it."""
+    """One run of a program's part.
+
+    Attributes:
+        reads_left: for each slot, the units that have not finished reading it.
+        in_order: its tasks that wait for each other, and how many of them are over with that.
+        reserved_bytes: the most that it allocates at a time, bytes a device.
+        own_bytes: what it has allocated now.
+        admitted: `reserved_bytes` are kept for it.
+    """
 
     program: LoadedProgram
     run_id: RunId
@@ -74,27 +94,49 @@ class Run:
     reads_left: dict[int, int]
     units_left: int
     tasks: list[Task] = field(default_factory=list)
+    in_order: list[Task] = field(default_factory=list)
+    num_passed: int = 0
+    reserved_bytes: int = 0
+    own_bytes: int = 0
+    admitted: bool = False
     failure: Failure | None = None
+
+    @property
+    def part(self) -> RunPart:
+        """Which it is."""
+        return RunPart(self.run_id, self.program.part.slice_id)
+
+    @property
+    def unpaid_bytes(self) -> int:
+        """What it may still allocate beside what it has."""
+        return max(0, self.reserved_bytes - self.own_bytes)
 
 
 @dataclass(eq=False, slots=True)
 class Task:
-    """One unit of one run."""
+    """One unit of one run.
+
+    Attributes:
+        issued: it is under way, or over.
+        has_memory: for what it receives; computations take theirs when they are issued.
+        arrived: what it received, until it has memory.
+        has_passed: what comes behind it in its run need not wait for it.
+        has_ended: it is over.
+    """
 
     run: Run
     unit: Unit
     number: int
     issued: bool = False
+    has_memory: bool = False
+    arrived: Place | None = None
+    has_passed: bool = False
+    has_ended: bool = False
 
     @property
     def need_bytes(self) -> int:
         """Device memory that it allocates, a device."""
         return self.unit.need_bytes
-
-    @property
-    def sequence(self) -> int:
-        """Its run's place in the island's order."""
-        return self.run.sequence
 
     def cells_of(self, slots: Sequence[int]) -> list[Cell]:
         """Returns the cells of its run in these slots."""
@@ -111,7 +153,6 @@ class _Placing:
 
     cell: Cell
     command: Place
-    sequence: int
     issued: bool = False
 
     @property
@@ -136,7 +177,7 @@ class ProgramArrived:
 class ProgramCompiled:
     """Compilation ended, well or not."""
 
-    program_id: ProgramId
+    part: PartId
     failure: Failure | None
 
 
@@ -144,7 +185,7 @@ class ProgramCompiled:
 class RunEnqueued:
     """The scheduler ordered a run. `arguments` are buffer ids, or host values (anything that is not an int)."""
 
-    program_id: ProgramId
+    part: PartId
     run_id: RunId
     sequence: int
     first_buffer_id: BufferId
@@ -153,10 +194,17 @@ class RunEnqueued:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitGranted:
-    """The scheduler lets a gang issue a unit."""
+    """The scheduler lets a unit be issued."""
 
-    run_id: RunId
+    run: RunPart
     unit: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GrantsNeeded:
+    """Whether another executor has devices of this one, so that computations wait for grants."""
+
+    needed: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +215,7 @@ class BufferPut:
     data: Any
     spec: Any
     nbytes: int
+    slice_id: SliceId
     form: str = ""
 
 
@@ -235,6 +284,13 @@ class ProgramDropped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SliceDropped:
+    """A slice is given back: its buffers and programs can go."""
+
+    slice_id: SliceId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClientDropped:
     """All that a client owned can go."""
 
@@ -253,6 +309,7 @@ Event: TypeAlias = (
     | ProgramCompiled
     | RunEnqueued
     | UnitGranted
+    | GrantsNeeded
     | BufferPut
     | UnitFinished
     | TransferArrived
@@ -262,6 +319,7 @@ Event: TypeAlias = (
     | FetchEnded
     | BuffersDropped
     | ProgramDropped
+    | SliceDropped
     | ClientDropped
     | MemoryStalled
 )
@@ -271,7 +329,7 @@ Event: TypeAlias = (
 class Compile:
     """Compile a program's functions; answer with ProgramCompiled."""
 
-    program_id: ProgramId
+    part: PartId
 
 
 @dataclass(slots=True, kw_only=True)
@@ -293,7 +351,7 @@ class Place:
 
     cell: Cell
     data: Any
-    program_id: ProgramId = ProgramId(0)
+    part: PartId | None = None
     slot: int = 0
     spec: Any = None
 
@@ -328,7 +386,7 @@ class Deliver:
 class ReportLoaded:
     """Tell the scheduler how a compilation ended."""
 
-    program_id: ProgramId
+    part: PartId
     failure: Failure | None
 
 
@@ -336,28 +394,46 @@ class ReportLoaded:
 class ReportEnded:
     """Tell the scheduler that a run is over."""
 
-    run_id: RunId
+    run: RunPart
     failure: Failure | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportReady:
-    """Tell the scheduler that a gang's unit has all that it needs."""
+    """Tell the scheduler that a unit has all that it needs."""
 
-    run_id: RunId
+    run: RunPart
     unit: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ReportEnqueued:
-    """Tell the scheduler that a granted unit is in the device queues; behind its Execute."""
+class ReportPassed:
+    """Tell the scheduler that a granted unit needs its turn no more.
 
-    run_id: RunId
+    It is in the queues of devices that keep their order; or it has ended, on devices that do not.
+    """
+
+    run: RunPart
     unit: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReportIdle:
+    """Tell the scheduler that what was issued before grants were needed has ended."""
+
+
 Command: TypeAlias = (
-    Compile | Execute | Place | Send | Reduce | Deliver | ReportLoaded | ReportEnded | ReportReady | ReportEnqueued
+    Compile
+    | Execute
+    | Place
+    | Send
+    | Reduce
+    | Deliver
+    | ReportLoaded
+    | ReportEnded
+    | ReportReady
+    | ReportPassed
+    | ReportIdle
 )
 
 
@@ -367,8 +443,8 @@ class ExecutorState:
     Args:
         executor_id: for messages.
         budget_bytes: device memory, bytes a device; 0: no limit.
-        gang: "" (no gang), "leader" (says when units are ready) or "member".
-        max_remembered: ids of dropped buffers, and of clients, that are kept for what may still come about them.
+        gang: "", or for one of several hosts that compute together "leader" (says when units are ready) or "member".
+        max_remembered: ids of dropped buffers, slices and clients that are kept for what may still come about them.
     """
 
     def __init__(
@@ -380,21 +456,26 @@ class ExecutorState:
         self.used_bytes = 0
         #: Buffers that the controller can name.
         self.named: dict[BufferId, Cell] = {}
-        self.programs: dict[ProgramId, LoadedProgram] = {}
-        #: Runs that are not over.
-        self.runs: dict[RunId, Run] = {}
+        self.programs: dict[PartId, LoadedProgram] = {}
+        #: Runs that are not over, in their order.
+        self.runs: dict[RunPart, Run] = {}
         #: What waits for memory, oldest first.
         self.starved: list[Task | _Placing] = []
         self._gang = gang
-        self._granted: deque[tuple[RunId, int]] = deque()
-        self._gang_ready: dict[tuple[RunId, int], Task] = {}
+        #: Computations are issued as granted: always in a gang, else while devices are shared with other executors.
+        self._needs_grants = bool(gang)
+        self._granted: deque[tuple[RunPart, int]] = deque()
+        self._ungranted: dict[tuple[RunPart, int], Task] = {}
+        #: Computations that have not ended; those of them that took no grant when grants became needed.
+        self._computing: set[Task] = set()
+        self._computing_freely: set[Task] = set()
         #: Computations and sends that have not ended; while there are some, memory may yet be freed.
         self._in_flight = 0
-        self._compiled: dict[ProgramId, Failure | None] = {}
+        self._compiled: dict[PartId, Failure | None] = {}
         #: Tasks whose program is still being compiled.
-        self._uncompiled: dict[ProgramId, list[Task]] = {}
+        self._uncompiled: dict[PartId, list[Task]] = {}
         #: The names that runs of these programs give up if it can be compiled: if not, nothing was donated.
-        self._to_donate: dict[ProgramId, list[BufferId]] = {}
+        self._to_donate: dict[PartId, list[BufferId]] = {}
         self._arrived: dict[tuple[RunId, int], TransferArrived] = {}
         self._receiving: dict[tuple[RunId, int], Task] = {}
         #: Cells that have no name any more, but that runs or reads wait for, and whose value a Put still brings.
@@ -403,6 +484,7 @@ class ExecutorState:
         self._gone: dict[BufferId, str] = {}
         self._gone_order: deque[BufferId] = deque()
         self._gone_clients: dict[ClientId, None] = {}
+        self._gone_slices: dict[SliceId, None] = {}
         self._commands: list[Command] = []
         self._ready: list[Task | _Placing] = []
 
@@ -418,8 +500,10 @@ class ExecutorState:
             case Reduced():
                 self._reduced(event)
             case UnitGranted():
-                self._granted.append((event.run_id, event.unit))
+                self._granted.append((event.run, event.unit))
                 self._issue_granted()
+            case GrantsNeeded():
+                self._need_grants(event.needed)
             case FetchRequested():
                 self._fetch(event)
             case FetchEnded():
@@ -431,16 +515,19 @@ class ExecutorState:
                 for buffer_id in event.buffer_ids:
                     self._drop(buffer_id, "was released")
             case ProgramArrived():
-                program_id = ProgramId(event.program.program_id)
-                self.programs[program_id] = event.program
-                self._uncompiled[program_id] = []
-                self._commands.append(Compile(program_id=program_id))
+                part = event.program.part
+                self.programs[part] = event.program
+                self._uncompiled[part] = []
+                self._commands.append(Compile(part=part))
             case ProgramCompiled():
                 self._program_compiled(event)
             case PeerLost():
                 self._peer_lost(event)
             case ProgramDropped():
-                self._drop_program(event.program_id)
+                for part in [part for part in self.programs if part.program_id == event.program_id]:
+                    self._drop_program(part)
+            case SliceDropped():
+                self._drop_slice(event.slice_id)
             case ClientDropped():
                 self._drop_client(event.client_id)
             case MemoryStalled():
@@ -452,14 +539,16 @@ class ExecutorState:
         commands, self._commands = self._commands, []
         return commands
 
-    def is_needed(self, program_id: ProgramId) -> bool:
-        """Whether runs of a program are in flight, or may come."""
-        return program_id in self.programs or any(run.program.program_id == program_id for run in self.runs.values())
+    def is_needed(self, part: PartId) -> bool:
+        """Whether runs of a program's part are in flight, or may come."""
+        return part in self.programs or any(run.program.part == part for run in self.runs.values())
 
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has: one that grows with the number of runs leaks."""
         return {
-            name.strip("_"): len(value) for name, value in vars(self).items() if isinstance(value, dict | list | deque)
+            name.strip("_"): len(value)
+            for name, value in vars(self).items()
+            if isinstance(value, dict | list | deque | set)
         }
 
     def client_bytes(self) -> dict[ClientId, int]:
@@ -478,12 +567,12 @@ class ExecutorState:
             for item in self.starved
         ]
         for run in self.runs.values():
-            if run.program.program_id in self._uncompiled:
+            if run.program.part in self._uncompiled:
                 lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
                 continue
             empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.scheduled]
             receives = [edge for run_id, edge in self._receiving if run_id == run.run_id]
-            ungranted = [unit for run_id, unit in self._gang_ready if run_id == run.run_id]
+            ungranted = [unit for part, unit in self._ungranted if part == run.part]
             lines.append(
                 f"run {run.run_id} of {run.program.name}: {run.units_left} units left; empty slots {empty[:8]}; "
                 f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
@@ -493,32 +582,50 @@ class ExecutorState:
     # ---- runs
 
     def _enqueue(self, event: RunEnqueued) -> None:
-        program = self.programs.get(event.program_id)
+        program, part = self.programs.get(event.part), RunPart(event.run_id, event.part.slice_id)
         if program is None:
-            failure = self._failure("InternalError", f"run {event.run_id} names program {event.program_id}: not loaded")
-            self._commands.append(ReportEnded(run_id=event.run_id, failure=failure))
+            failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
+            self._commands.append(ReportEnded(run=part, failure=failure))
             return
         sizes = program.slot_bytes
         forms = program.slot_forms or [""] * len(sizes)
+        slice_id = part.slice_id
         cells: list[Cell | None] = [None] * len(sizes)
+        reserved = program.peak_bytes
         for unit in program.units:
             for slot in unit.writes:
-                cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
+                cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
+        inline: list[_Placing] = []
         for slot, argument in enumerate(event.arguments):
             if isinstance(argument, int):
                 cell = self._named_cell(BufferId(argument))
                 cell.holders += 1
-                cells[slot] = cell
+                if not cell.is_charged and not cell.scheduled and cell.payer is None:  # a Put that has no place yet
+                    cell.payer = part
+                    reserved += sizes[slot]
             else:
-                cell = cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot])
-                place = Place(cell=cell, program_id=event.program_id, slot=slot, data=argument)
-                self._place(place, event.sequence)
+                cell = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
+                inline.append(_Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=argument)))
+                reserved += sizes[slot]
+            cells[slot] = cell
         for slot, number in program.results:
             result = cells[slot]
             assert result is not None
             self._name(BufferId(event.first_buffer_id + number), result)
         reads_left = dict(program.read_counts)
-        run = Run(program, event.run_id, event.sequence, cells, reads_left, len(program.units))
+        run = Run(
+            program,
+            event.run_id,
+            event.sequence,
+            cells,
+            reads_left,
+            len(program.units),
+            reserved_bytes=max(0, reserved),
+        )
+        self.runs[part] = run
+        self._admit_runs()
+        for item in inline:
+            self._try_place(item)
         for slot, count in program.read_counts:
             cells[slot].readers += count  # type: ignore[union-attr]
         for slot in range(program.num_args):
@@ -526,14 +633,31 @@ class ExecutorState:
                 self._leave(run, slot)
         self._drop_donated(event, program)
         if not program.units:
-            self._commands.append(ReportEnded(run_id=run.run_id, failure=None))
+            del self.runs[part]
+            self._commands.append(ReportEnded(run=part, failure=None))
             return
-        self.runs[run.run_id] = run
         run.tasks = [Task(run, unit, number) for number, unit in enumerate(program.units)]
-        if event.program_id in self._uncompiled:
-            self._uncompiled[event.program_id].extend(run.tasks)
+        run.in_order = [task for task in run.tasks if _takes_memory(task)]
+        if event.part in self._uncompiled:
+            self._uncompiled[event.part].extend(run.tasks)
         else:
             self._ready.extend(run.tasks)
+
+    @staticmethod
+    def _is_next(task: Task) -> bool:
+        run = task.run
+        return run.num_passed < len(run.in_order) and run.in_order[run.num_passed] is task
+
+    def _pass(self, task: Task) -> None:
+        """What comes behind a task in its run need not wait for it any more."""
+        run = task.run
+        task.has_passed = True
+        if not self._is_next(task):
+            return
+        while run.num_passed < len(run.in_order) and run.in_order[run.num_passed].has_passed:
+            run.num_passed += 1
+        if run.num_passed < len(run.in_order):
+            self._ready.append(run.in_order[run.num_passed])
 
     def _drop_donated(self, event: RunEnqueued, program: LoadedProgram) -> None:
         """Gives up the names of what a run donates: now, or when its program is compiled; never if that failed."""
@@ -543,9 +667,9 @@ class ExecutorState:
             for slot in unit.donated
             if slot < program.num_args and isinstance(event.arguments[slot], int)
         ]
-        if event.program_id in self._uncompiled:
-            self._to_donate.setdefault(event.program_id, []).extend(donated)
-        elif event.program_id not in self._compiled:
+        if event.part in self._uncompiled:
+            self._to_donate.setdefault(event.part, []).extend(donated)
+        elif event.part not in self._compiled:
             self._drop_all_donated(donated)
 
     def _drop_all_donated(self, buffer_ids: list[BufferId]) -> None:
@@ -568,19 +692,23 @@ class ExecutorState:
         while self._ready:
             batch, self._ready = self._ready, []
             if len(batch) > 1:
-                batch.sort(key=_priority)
-            for task in batch:
-                if task.issued:
-                    continue
-                if isinstance(task, _Placing):
-                    self._try_place(task)
-                else:
-                    self._try_issue(task)
+                batch.sort(key=self._priority)
+            for item in batch:
+                if isinstance(item, _Placing):
+                    if not item.issued:
+                        self._try_place(item)
+                elif not item.issued:
+                    self._try_issue(item)
+                elif not item.has_passed:
+                    self._try_take_memory(item)
 
     def _try_issue(self, task: Task) -> None:
         run, unit = task.run, task.unit
         cells = run.cells
-        failure = self._compiled.get(ProgramId(run.program.program_id))
+        instruction = unit.instructions[0]
+        if isinstance(instruction, ComputeInstruction) and not self._is_next(task):
+            return  # looked at again when it is
+        failure = self._compiled.get(run.program.part)
         misfit: Failure | None = None
         for slot in unit.reads:
             cell = cells[slot]
@@ -589,13 +717,13 @@ class ExecutorState:
                 return
         if failure is None:
             failure = misfit = self._misfit(task)
-        instruction = unit.instructions[0]
         if isinstance(instruction, ComputeInstruction):
             self._try_compute(task, failure)
             return
         task.issued = True
         if isinstance(instruction, ReceiveInstruction):
             self._issue_receive(task, instruction)
+            self._try_take_memory(task)
             return
         self._in_flight += 1
         cell = cells[unit.reads[0]]
@@ -606,6 +734,7 @@ class ExecutorState:
             self._commands.append(Send(task=task, instruction=instruction, cell=cell))
         else:
             self._commands.append(Reduce(task=task, instruction=instruction, cell=cell))
+            self._try_take_memory(task)
 
     def _misfit(self, task: Task) -> Failure | None:
         """Returns the failure of a task that would read an argument of another dtype or shape than it is made for."""
@@ -638,40 +767,61 @@ class ExecutorState:
             if cell.readers > 1:  # type: ignore[union-attr]
                 cell.waiters.append(task)  # type: ignore[union-attr]
                 return
-        if self._gang:
-            key = (task.run.run_id, task.number)
-            if self._gang_ready.get(key) is not task:
-                self._gang_ready[key] = task
-                if self._gang == "leader":
-                    self._commands.append(ReportReady(run_id=task.run.run_id, unit=task.number))
-            self._issue_granted()
+        if not self._may_allocate(task):
             return
-        if self._may_allocate(task):
+        if self._needs_grants:
+            key = (task.run.part, task.number)
+            if key not in self._ungranted:
+                self._ungranted[key] = task
+                if self._gang != "member":
+                    self._commands.append(ReportReady(run=task.run.part, unit=task.number))
+            self._issue_granted()
+        else:
             self._issue_compute(task)
 
     def _issue_granted(self) -> None:
         """Issues what is ready at the head of the granted order; a unit that failed here is passed over."""
         while self._granted:
-            run_id, number = key = self._granted[0]
-            run = self.runs.get(run_id)
+            part, number = key = self._granted[0]
+            run = self.runs.get(part)
+            is_issued = False
             if run is not None and not run.tasks[number].issued:
-                task = self._gang_ready.get(key)
+                task = self._ungranted.get(key)
                 if task is None or (not self._may_allocate(task) and not task.issued):
                     return
                 if not task.issued:
                     self._issue_compute(task)
-            self._gang_ready.pop(key, None)
+                    is_issued = True
+            self._ungranted.pop(key, None)
             self._granted.popleft()
-            self._commands.append(ReportEnqueued(run_id=run_id, unit=number))
+            if self._gang or not is_issued:
+                self._commands.append(ReportPassed(run=part, unit=number))
+
+    def _need_grants(self, needed: bool) -> None:
+        if self._gang or needed == self._needs_grants:
+            return
+        self._needs_grants = needed
+        if needed:
+            self._computing_freely = set(self._computing)
+            if not self._computing_freely:
+                self._commands.append(ReportIdle())
+        else:
+            self._computing_freely = set()
+            self._granted.clear()
+            self._ready.extend(self._ungranted.values())
+            self._ungranted.clear()
 
     def _issue_compute(self, task: Task) -> None:
         task.issued = True
-        unit = task.unit
+        unit, run = task.unit, task.run
         self._in_flight += 1
-        self.used_bytes += unit.need_bytes
-        for cell in self._reused(task):
+        self._computing.add(task)
+        reused = self._reused(task)
+        taken = unit.need_bytes - sum(cell.nbytes for cell in reused)
+        self.used_bytes += taken
+        run.own_bytes += taken
+        for cell in reused:
             cell.is_charged = False
-            self.used_bytes -= cell.nbytes
         outputs = task.cells_of(unit.writes)
         self._commands.append(Execute(task=task, inputs=task.cells_of(unit.reads), outputs=outputs))
         for cell in outputs:
@@ -679,6 +829,7 @@ class ExecutorState:
             self._schedule(cell)
         for cell in task.cells_of(unit.reads):  # what is issued later runs later: a donation need not wait for it
             self._end_reader(cell)
+        self._pass(task)
 
     def _issue_receive(self, task: Task, instruction: ReceiveInstruction) -> None:
         key = (task.run.run_id, instruction.edge_id)
@@ -693,31 +844,58 @@ class ExecutorState:
             self._receiving[key] = task
 
     def _receive(self, task: Task, arrived: TransferArrived) -> None:
+        if task.has_ended:
+            return
         if arrived.failure is not None:
             self._fail_task(task, arrived.failure)
         else:
-            self._place_output(task, arrived.data)
-            self._end_unit(task, None)
+            self._fill(task, arrived.data)
 
-    def _place_output(self, task: Task, data: Any) -> None:
+    def _fill(self, task: Task, data: Any) -> None:
+        """Places a received value, at once or when it has memory."""
         [slot] = task.unit.writes or (None,)
-        if slot is None:  # nobody reads it
+        cell = task.run.cells[slot] if slot is not None else None
+        if slot is None or cell is None:  # nobody reads it, or who would has failed already
+            self._pass(task)
+            self._end_unit(task, None)
             return
-        cell = task.run.cells[slot]
-        if cell is not None:
-            program_id = ProgramId(task.run.program.program_id)
-            self._place(Place(cell=cell, program_id=program_id, slot=slot, data=data), task.run.sequence)
+        task.arrived = Place(cell=cell, part=task.run.program.part, slot=slot, data=data)
+        if task.has_memory:
+            self._place_arrived(task)
+
+    def _place_arrived(self, task: Task) -> None:
+        assert task.arrived is not None
+        self._commands.append(task.arrived)
+        self._schedule(task.arrived.cell)
+        task.arrived = None
+        self._end_unit(task, None)
+
+    def _try_take_memory(self, task: Task) -> None:
+        """Sets memory aside for what a task receives, when its turn has come."""
+        if not self._is_next(task) or task.has_ended:
+            return
+        cells: list[Cell | None] = [task.run.cells[slot] for slot in task.unit.writes]
+        if any(cells) and not self._may_allocate(task):
+            return
+        for cell in cells:
+            if cell is not None:  # else who would read it has failed already
+                self._charge(cell)
+        task.has_memory = True
+        self._pass(task)
+        if task.arrived is not None:
+            self._place_arrived(task)
 
     def _reduced(self, event: Reduced) -> None:
         self._in_flight -= 1
         task = event.task
+        if task.has_ended:
+            return
         for cell in task.cells_of(task.unit.reads):
             self._end_reader(cell)
         if event.failure is not None:
             self._fail_task(task, event.failure, end_readers=False)
         else:
-            self._place_output(task, event.data)
-            self._end_unit(task, None)
+            self._fill(task, event.data)
 
     def _unit_finished(self, task: Task, failure: Failure | None) -> None:
         self._in_flight -= 1
@@ -727,7 +905,16 @@ class ExecutorState:
                 self._end_reader(cell)
         else:
             sizes = task.run.program.slot_bytes
-            self.used_bytes -= unit.need_bytes - sum(sizes[slot] for slot in unit.writes)
+            freed = unit.need_bytes - sum(sizes[slot] for slot in unit.writes)
+            self.used_bytes -= freed
+            task.run.own_bytes -= freed
+            self._computing.discard(task)
+            if task in self._computing_freely:
+                self._computing_freely.discard(task)
+                if not self._computing_freely:
+                    self._commands.append(ReportIdle())
+            elif self._needs_grants and not self._gang:
+                self._commands.append(ReportPassed(run=task.run.part, unit=task.number))
         self._end_unit(task, failure)
 
     def _fail_task(self, task: Task, failure: Failure, *, end_readers: bool = True) -> None:
@@ -740,10 +927,12 @@ class ExecutorState:
         if end_readers:
             for read in task.cells_of(task.unit.reads):
                 self._end_reader(read)
+        self._pass(task)
         self._end_unit(task, failure)
 
     def _end_unit(self, task: Task, failure: Failure | None) -> None:
         run, unit = task.run, task.unit
+        task.has_ended = True
         if failure is not None:
             run.failure = lowest([run.failure, failure])
         for slot in unit.reads:
@@ -755,12 +944,10 @@ class ExecutorState:
                 self._leave(run, slot)
         run.units_left -= 1
         if run.units_left == 0:
-            del self.runs[run.run_id]
-            self._commands.append(ReportEnded(run_id=run.run_id, failure=run.failure))
-            self._forget_compilation(ProgramId(run.program.program_id))
-        if self.starved:
-            self._ready.extend(self.starved)
-            self.starved = []
+            del self.runs[run.part]
+            self._commands.append(ReportEnded(run=run.part, failure=run.failure))
+            self._forget_compilation(run.program.part)
+        self._memory_freed()
 
     def _leave(self, run: Run, slot: int) -> None:
         cell = run.cells[slot]
@@ -794,29 +981,62 @@ class ExecutorState:
         if cell.holders == 0 and cell.is_charged:
             cell.is_charged = False
             self.used_bytes -= cell.nbytes
-            if self.starved:
-                self._ready.extend(self.starved)
-                self.starved = []
+            payer = self._payer(cell)
+            if payer is not None:
+                payer.own_bytes -= cell.nbytes
+            self._memory_freed()
 
     # ---- memory
+
+    def _payer(self, cell: Cell) -> Run | None:
+        return self.runs.get(cell.payer) if cell.payer is not None else None
+
+    def _memory_freed(self) -> None:
+        """Has looked at what waits for memory."""
+        if not self.budget_bytes:
+            return
+        self._admit_runs()
+        self._ready.extend(self.starved)
+        self.starved = []
+
+    def _admit_runs(self) -> None:
+        """Admits runs, in their order, while what they may need is left beside what those before may still take."""
+        if not self.budget_bytes:
+            return
+        admitted = [run for run in self.runs.values() if run.admitted]
+        for run in self.runs.values():
+            if run.admitted:
+                continue
+            others = [other for other in admitted if other.run_id != run.run_id]
+            kept = sum(other.unpaid_bytes for other in admitted)
+            if others and self.used_bytes + kept + run.reserved_bytes > self.budget_bytes:
+                return
+            run.admitted = True
+            admitted.append(run)
 
     def _may_allocate(self, item: Task | _Placing) -> bool:
         """Whether an item fits into the budget; it waits (or fails) otherwise."""
         if not self.budget_bytes or item.need_bytes == 0:
             return True
-        need, freed = item.need_bytes, 0
+        need, run = item.need_bytes, self._run_of(item)
         if isinstance(item, Task):
-            freed = sum(cell.nbytes for cell in self._reused(item))
-        if need - freed > self.budget_bytes:
-            self._refuse(item, f"it needs {need - freed:,} bytes a device at once, and the whole budget is")
+            need -= sum(cell.nbytes for cell in self._reused(item))
+        if need > self.budget_bytes:
+            self._refuse(item, f"it needs {need:,} bytes a device at once, and the whole budget is")
             return False
-        oldest = min((other.sequence for other in self.starved), default=item.sequence)
-        # While memory may yet be freed, younger runs do not take it from older ones.
-        in_turn = item.sequence <= oldest or not self._in_flight
-        if in_turn and self.used_bytes + need - freed <= self.budget_bytes:
+        kept = sum(other.unpaid_bytes for other in self.runs.values() if other.admitted and other is not run)
+        if (run is None or run.admitted) and self.used_bytes + need + kept <= self.budget_bytes:
             return True
         self.starved.append(item)
         return False
+
+    def _run_of(self, item: Task | _Placing) -> Run | None:
+        """Returns the run that an item's memory counts for."""
+        return item.run if isinstance(item, Task) else self._payer(item.cell)
+
+    def _priority(self, item: Task | _Placing) -> tuple[int, int]:
+        run = self._run_of(item)
+        return (run.sequence if run is not None else 0, item.unit.position if isinstance(item, Task) else -1)
 
     @staticmethod
     def _reused(task: Task) -> list[Cell]:
@@ -838,7 +1058,7 @@ class ExecutorState:
     def _memory_stalled(self, seconds: float) -> None:
         if not self.starved or self._in_flight:
             return
-        item = min(self.starved, key=_priority)
+        item = min(self.starved, key=self._priority)
         self.starved.remove(item)
         held = ", ".join(f"client {client}: {size:,} bytes" for client, size in sorted(self.client_bytes().items()))
         self._refuse(
@@ -847,41 +1067,49 @@ class ExecutorState:
             f"(arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is",
         )
 
-    def _place(self, command: Place, sequence: int) -> None:
-        self._try_place(_Placing(command.cell, command, sequence))
-
     def _try_place(self, item: _Placing) -> None:
         if not self._may_allocate(item):
             return
         item.issued = True
         cell = item.cell
-        self.used_bytes += cell.nbytes
-        cell.is_charged = True
+        self._charge(cell)
         self._commands.append(item.command)
         self._schedule(cell)
         if cell.holders == 0:  # released while it was on its way
             cell.holders = 1
             self._let_go(cell)
 
+    def _charge(self, cell: Cell) -> None:
+        self.used_bytes += cell.nbytes
+        cell.is_charged = True
+        payer = self._payer(cell)
+        if payer is not None:
+            payer.own_bytes += cell.nbytes
+
     def _put(self, event: BufferPut) -> None:
-        cell = self._expected.pop(event.buffer_id, None) or self._named_cell(event.buffer_id)
+        cell = self._expected.pop(event.buffer_id, None)
+        if cell is None:
+            if event.slice_id in self._gone_slices:
+                return
+            cell = self._named_cell(event.buffer_id)
         cell.awaits_put = False
         cell.form = event.form
         cell.nbytes = event.nbytes
-        self._place(Place(cell=cell, data=event.data, spec=event.spec), 0)
+        cell.slice_id = event.slice_id
+        self._try_place(_Placing(cell, Place(cell=cell, data=event.data, spec=event.spec)))
 
     # ---- programs, transfers, fetches, drops
 
     def _program_compiled(self, event: ProgramCompiled) -> None:
         # A program that was dropped meanwhile may still have runs that wait for this.
-        donated = self._to_donate.pop(event.program_id, [])
+        donated = self._to_donate.pop(event.part, [])
         if event.failure is not None:
-            self._compiled[event.program_id] = event.failure
+            self._compiled[event.part] = event.failure
         else:
             self._drop_all_donated(donated)
-        self._ready.extend(self._uncompiled.pop(event.program_id, []))
-        self._forget_compilation(event.program_id)
-        self._commands.append(ReportLoaded(program_id=event.program_id, failure=event.failure))
+        self._ready.extend(self._uncompiled.pop(event.part, []))
+        self._forget_compilation(event.part)
+        self._commands.append(ReportLoaded(part=event.part, failure=event.failure))
 
     def _transfer_arrived(self, event: TransferArrived) -> None:
         task = self._receiving.pop((event.run_id, event.edge_id), None)
@@ -939,22 +1167,33 @@ class ExecutorState:
         if len(self._gone_order) > self._max_remembered:
             self._gone.pop(self._gone_order.popleft(), None)
 
-    def _drop_program(self, program_id: ProgramId) -> None:
-        self.programs.pop(program_id, None)
-        self._forget_compilation(program_id)
+    def _drop_program(self, part: PartId) -> None:
+        self.programs.pop(part, None)
+        self._forget_compilation(part)
 
-    def _forget_compilation(self, program_id: ProgramId) -> None:
-        if program_id in self._compiled and not self.is_needed(program_id):
-            del self._compiled[program_id]
+    def _forget_compilation(self, part: PartId) -> None:
+        if part in self._compiled and not self.is_needed(part):
+            del self._compiled[part]
+
+    def _drop_slice(self, slice_id: SliceId) -> None:
+        """Frees what is on a slice; runs that are in flight on it go on."""
+        self._remember(self._gone_slices, slice_id)
+        for buffer_id in [buffer_id for buffer_id, cell in self.named.items() if cell.slice_id == slice_id]:
+            self._drop(buffer_id, "was on a mesh that is closed")
+        for part in [part for part in self.programs if part.slice_id == slice_id]:
+            self._drop_program(part)
+
+    def _remember(self, gone: dict[Any, None], key: Any) -> None:
+        gone[key] = None
+        if len(gone) > self._max_remembered:
+            del gone[next(iter(gone))]
 
     def _drop_client(self, client_id: ClientId) -> None:
-        self._gone_clients[client_id] = None
-        if len(self._gone_clients) > self._max_remembered:
-            del self._gone_clients[next(iter(self._gone_clients))]
+        self._remember(self._gone_clients, client_id)
         for buffer_id in [buffer_id for buffer_id in self.named if owner(buffer_id) == client_id]:
             self._drop(buffer_id, "belonged to a client that is gone")
-        for program_id in [program_id for program_id in self.programs if owner(program_id) == client_id]:
-            self._drop_program(program_id)
+        for part in [part for part in self.programs if owner(part.program_id) == client_id]:
+            self._drop_program(part)
         for key in [key for key in self._arrived if owner(key[0]) == client_id]:
             del self._arrived[key]
         for buffer_id in [buffer_id for buffer_id in self._expected if owner(buffer_id) == client_id]:
@@ -973,8 +1212,9 @@ class ExecutorState:
         return Failure(kind=kind, message=message, process=f"executor {self._executor_id}")
 
 
-def _priority(item: Task | _Placing) -> tuple[int, int]:
-    return (item.sequence, item.unit.position if isinstance(item, Task) else -1)
+def _takes_memory(task: Task) -> bool:
+    """Whether a task has a turn in its run's order."""
+    return bool(task.unit.writes) or isinstance(task.unit.instructions[0], ComputeInstruction)
 
 
 def lowest(failures: Sequence[Failure | None]) -> Failure | None:

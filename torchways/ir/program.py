@@ -21,6 +21,7 @@ ValueIndex: TypeAlias = int
 UNPLACED = -1
 
 _ITEM_BYTES = {
+    "complex128": 16,
     "float64": 8,
     "int64": 8,
     "complex64": 8,

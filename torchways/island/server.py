@@ -15,7 +15,7 @@ import grpc
 import grpc.aio
 
 from torchways.errors import Failure, InternalError, failure_from
-from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.island import state as core
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
@@ -28,9 +28,8 @@ logger = logging.getLogger(__name__)
 class _ExecutorLink:
     """The Control stream to one executor."""
 
-    def __init__(self, server: SchedulerServer, slice_id: SliceId, executor: pb.ExecutorInfo, token: str) -> None:
+    def __init__(self, server: SchedulerServer, executor: pb.ExecutorInfo, token: str) -> None:
         self.executor_id = executor.executor_id
-        self.slice_id = slice_id
         self._server = server
         self._queue: asyncio.Queue[pb.ExecutorCommand | None] = asyncio.Queue()
         self._channel = channel.open_channel(executor.address)
@@ -57,7 +56,7 @@ class _ExecutorLink:
             logger.error("executor %s is given up: %s", self.executor_id, error)
             reason = f"it did not keep to the protocol: {error}"
         logger.info("executor %s is gone: %s", self.executor_id, reason)
-        self._server.handle(core.SliceRemoved(slice_id=self.slice_id, reason=reason))
+        self._server.handle(core.ExecutorRemoved(executor_id=self.executor_id, reason=reason))
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -82,13 +81,17 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 case core.SendEnqueue():
                     self._send(command.executor_id, pb.ExecutorCommand(enqueue=_enqueue(command)))
                 case core.SendLoad():
-                    load = pb.LoadProgram(program_id=command.program_id, name=command.name, program=command.part)
+                    program_id = command.part_id.program_id
+                    load = pb.LoadProgram(program_id=program_id, name=command.name, program=command.part)
                     self._send(command.executor_id, pb.ExecutorCommand(load_program=load))
                 case core.SendDrop():
                     self._send(command.executor_id, _drop(command))
                 case core.SendGrant():
-                    grant = pb.Grant(run_id=command.run_id, unit=command.unit)
+                    grant = pb.Grant(**command.run._asdict(), unit=command.unit)
                     self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
+                case core.SendGrantsNeeded():
+                    needed = pb.SetGrantsNeeded(needed=command.needed)
+                    self._send(command.executor_id, pb.ExecutorCommand(set_grants_needed=needed))
                 case core.TellFinished():
                     finished = pb.RunFinished(run_id=command.run_id, failure=_optional(command.failure))
                     self._tell(command.client_id, pb.SchedulerMessage(run_finished=finished))
@@ -113,18 +116,19 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         match event.WhichOneof("event"):
             case "run_ended":
                 ended = event.run_ended
-                run_id, failure = RunId(ended.run_id), _failure(ended)
-                self.handle(core.RunEnded(executor_id=executor_id, run_id=run_id, failure=failure))
+                self.handle(core.RunEnded(executor_id=executor_id, run=_run_part(ended), failure=_failure(ended)))
             case "unit_ready":
                 ready = event.unit_ready
-                self.handle(core.UnitReady(executor_id=executor_id, run_id=RunId(ready.run_id), unit=ready.unit))
-            case "unit_enqueued":
-                done = event.unit_enqueued
-                self.handle(core.UnitEnqueued(executor_id=executor_id, run_id=RunId(done.run_id), unit=done.unit))
+                self.handle(core.UnitReady(executor_id=executor_id, run=_run_part(ready), unit=ready.unit))
+            case "unit_passed":
+                passed = event.unit_passed
+                self.handle(core.UnitPassed(executor_id=executor_id, run=_run_part(passed), unit=passed.unit))
+            case "idle":
+                self.handle(core.ExecutorIdle(executor_id=executor_id))
             case "program_loaded":
                 loaded = event.program_loaded
-                program_id, failure = ProgramId(loaded.program_id), _failure(loaded)
-                self.handle(core.ProgramLoaded(executor_id=executor_id, program_id=program_id, failure=failure))
+                part = PartId(ProgramId(loaded.program_id), SliceId(loaded.slice_id))
+                self.handle(core.ProgramLoaded(executor_id=executor_id, part=part, failure=_failure(loaded)))
 
     async def Connect(
         self, request_iterator: AsyncIterator[pb.ClientMessages], context: grpc.aio.ServicerContext
@@ -178,12 +182,13 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
     async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
         """Connects to a new slice's executors."""
-        slice_id = SliceId(request.slice_id)
+        slice_id, client_id = SliceId(request.slice_id), ClientId(request.client_id)
         ids = tuple(executor.executor_id for executor in request.executors)
-        devices = tuple(request.device_indices)
-        self.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids, device_indices=devices))
         for executor in request.executors:
-            self._links[executor.executor_id] = _ExecutorLink(self, slice_id, executor, self._token)
+            if executor.executor_id not in self._links:
+                self._links[executor.executor_id] = _ExecutorLink(self, executor, self._token)
+        devices = tuple(request.device_indices)
+        self.handle(core.SliceAdded(slice_id=slice_id, client_id=client_id, executor_ids=ids, device_indices=devices))
         logger.info("slice %d has executors %s", slice_id, ", ".join(ids))
         return pb.AddSliceResponse()
 
@@ -191,15 +196,24 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         self, request: pb.RemoveSliceRequest, context: grpc.aio.ServicerContext
     ) -> pb.RemoveSliceResponse:
         """Forgets a slice."""
-        slice_id = SliceId(request.slice_id)
-        self.handle(core.SliceRemoved(slice_id=slice_id, reason=request.reason))
-        # The core may have forgotten the slice already, when the stream to its executor broke.
-        links = [link for link in self._links.values() if link.slice_id == slice_id]
-        for link in links:
-            del self._links[link.executor_id]
-            await link.close()
-        logger.info("slice %d is gone: %s", slice_id, request.reason)
+        self.handle(core.SliceClosed(slice_id=SliceId(request.slice_id), reason=request.reason))
+        logger.info("slice %d is gone: %s", request.slice_id, request.reason)
         return pb.RemoveSliceResponse()
+
+    async def RemoveExecutor(
+        self, request: pb.RemoveExecutorRequest, context: grpc.aio.ServicerContext
+    ) -> pb.RemoveExecutorResponse:
+        """Forgets an executor."""
+        self.handle(core.ExecutorRemoved(executor_id=request.executor_id, reason=request.reason))
+        link = self._links.pop(request.executor_id, None)
+        if link is not None:
+            await link.close()
+        logger.info("executor %s is gone: %s", request.executor_id, request.reason)
+        return pb.RemoveExecutorResponse()
+
+
+def _run_part(message: pb.RunEnded | pb.UnitReady | pb.UnitPassed) -> RunPart:
+    return RunPart(RunId(message.run_id), SliceId(message.slice_id))
 
 
 def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event | None:
@@ -226,6 +240,8 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
             )
         case "forget_program":
             return core.ProgramForgotten(program_id=ProgramId(message.forget_program.program_id))
+        case "close_slice":
+            return core.SliceClosed(slice_id=SliceId(message.close_slice.slice_id), reason="it was closed")
     logger.warning("client %d sent a message of no known kind", client_id)
     return None
 
@@ -236,6 +252,7 @@ def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
         sequence=command.sequence,
         program_id=run.program_id,
         run_id=run.run_id,
+        slice_id=command.slice_id,
         first_buffer_id=run.first_buffer_id,
         arguments=command.arguments,
     )
@@ -244,6 +261,8 @@ def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
 def _drop(command: core.SendDrop) -> pb.ExecutorCommand:
     if command.client_id is not None:
         return pb.ExecutorCommand(drop_client=pb.DropClient(client_id=command.client_id))
+    if command.slice_id is not None:
+        return pb.ExecutorCommand(drop_slice=pb.DropSlice(slice_id=command.slice_id))
     if command.program_id is not None:
         return pb.ExecutorCommand(drop_program=pb.DropProgram(program_id=command.program_id))
     return pb.ExecutorCommand(drop_buffers=pb.DropBuffers(buffer_ids=command.buffer_ids))

@@ -55,7 +55,7 @@ class Child:
     """A running process.
 
     Attributes:
-        name: "executor i0.s1".
+        name: "executor i0.e1".
         asked: it was told to end.
     """
 

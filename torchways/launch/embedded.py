@@ -76,6 +76,7 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         *("--host", config.host),
         *("--budget-bytes", str(config.budget_bytes)),
         *("--memory-wait", str(config.memory_wait.total_seconds())),
+        *("--executor-idle", str(config.executor_idle.total_seconds())),
         *("--ready-fd", str(write_fd)),
         *("--owner-pid", str(os.getpid())),
         *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),

@@ -87,7 +87,7 @@ def executor_environment(
     return environment
 
 
-def tpu_addresses(host: str, slice_id: int, num_hosts: int) -> list[str]:
-    """Returns where the processes of a TPU slice of several hosts listen for each other; not those of other slices."""
-    first = slice_id * num_hosts
+def tpu_addresses(host: str, set_number: int, num_hosts: int) -> list[str]:
+    """Returns where the processes of a set of devices of several hosts listen for each other; not those of others."""
+    first = set_number * num_hosts
     return [f"{host}:{_TPU_FIRST_PORT + (first + number) % _TPU_NUM_PORTS}" for number in range(num_hosts)]

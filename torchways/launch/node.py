@@ -44,6 +44,8 @@ class NodeAgent:
         self._arguments = arguments
         self._children: dict[str, Child] = {}
         self._outgoing: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
+        #: The devices (island, number) that executors were started for.
+        self._devices_of: dict[str, set[tuple[int, int]]] = {}
         #: Names of children that are not there yet.
         self._starting: set[str] = set()
         self._over = asyncio.Event()
@@ -162,7 +164,8 @@ class NodeAgent:
         self._give_up(f"the resource manager at {address} is gone ({reason})")
 
     async def _start_manager(self) -> str:
-        ready = await self._spawn(_MANAGER, "torchways.cluster", [], dict(os.environ))
+        flags = ["--executor-idle", str(self._arguments.executor_idle)]
+        ready = await self._spawn(_MANAGER, "torchways.cluster", flags, dict(os.environ))
         if ready is None:
             raise ClusterLost("the resource manager ended while it was starting")
         return str(ready["address"])
@@ -208,9 +211,7 @@ class NodeAgent:
     async def _start_executor(self, order: pb.StartExecutor) -> None:
         flags = [
             *("--executor-id", order.executor_id),
-            *("--slice-id", str(order.slice_id)),
-            *("--shape", ",".join(map(str, order.shape))),
-            *("--axis-names", ",".join(order.axis_names)),
+            *("--devices", ",".join(map(str, order.device_indices))),
             *("--platform", self._arguments.platform),
             *("--budget-bytes", str(self._arguments.budget_bytes)),
             *("--memory-wait", str(self._arguments.memory_wait)),
@@ -219,17 +220,27 @@ class NodeAgent:
             flags += ["--gang", "leader" if order.executor_id == order.gang[0] else "member"]
         if self._arguments.platform == "simulated":
             flags += ["--simulator", await self._simulators[order.island_id], "--num-hosts", str(len(order.gang))]
-            flags += ["--devices", ",".join(map(str, order.device_indices))]
+            flags += ["--set-name", order.gang[0]]
         environment = executor_environment(
             self._arguments.platform,
             order.device_indices,
             os.environ,
             host_number=list(order.gang).index(order.executor_id),
-            addresses=tpu_addresses(self._arguments.host, order.slice_id, len(order.gang)),
+            addresses=tpu_addresses(self._arguments.host, order.set_number, len(order.gang)),
         )
+        await self._wait_for_devices(order)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment, self._template)
         if ready is not None:
             self._report_ready(order.name, pb.ProcessReady(executor=pb.ExecutorInfo(**ready)))
+
+    async def _wait_for_devices(self, order: pb.StartExecutor) -> None:
+        """Waits until no executor that was told to end has any of these devices: on TPU, a process owns its chips."""
+        mine = {(order.island_id, device) for device in order.device_indices}
+        for child in list(self._children.values()):
+            if child.asked and mine & self._devices_of.get(child.name, set()):
+                logger.info("%s waits for the end of %s", order.name, child.name)
+                await child.wait()
+        self._devices_of[order.name] = mine
 
     def _report_ready(self, name: str, ready: pb.ProcessReady) -> None:
         child = self._children.get(name)
@@ -276,6 +287,7 @@ class NodeAgent:
         """Waits for a child's end and reports it, if nobody asked for it."""
         reason = await child.wait()
         del self._children[child.name]
+        self._devices_of.pop(child.name, None)
         if child.asked or self._over.is_set():
             return
         logger.error("%s (pid %d) ended: %s%s", child.name, child.pid, reason, self._tail_of(child))
@@ -307,6 +319,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
+    parser.add_argument("--executor-idle", type=float, default=60.0)
     parser.add_argument("--log-dir")
     parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
     parser.add_argument("--owner-pid", type=int, help="end with this process, even while stdin is open")

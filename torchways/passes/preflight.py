@@ -128,7 +128,11 @@ def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:
 
 
 def check_memory(
-    name: str, parts: Sequence[SlicePart], slices: Sequence[SliceSpec], budgets: Mapping[int, int]
+    name: str,
+    parts: Sequence[SlicePart],
+    slices: Sequence[SliceSpec],
+    budgets: Mapping[int, int],
+    executors: Mapping[int, str] | None = None,
 ) -> None:
     """Refuses a program that cannot fit.
 
@@ -137,21 +141,25 @@ def check_memory(
         parts: what each slice does.
         slices: the program's slices.
         budgets: bytes a device of each slice, by slice index; a slice without one has no limit.
+        executors: who has each slice's devices, by slice index: slices of the same devices must fit together.
 
     Raises:
         ResourceExhausted: the message names the function at whose call the most is held, and the smallest fix.
     """
-    for part in parts:
-        budget = budgets.get(part.slice_index, 0)
-        if not budget or not part.slots:
+    peaks = {part.slice_index: peak_memory(part, slices[part.slice_index]) for part in parts if part.slots}
+    for index, peak in peaks.items():
+        others = [other for other in peaks if other != index and executors and executors[other] == executors[index]]
+        budget = budgets.get(index, 0)
+        if not budget:
             continue
-        spec = slices[part.slice_index]
-        peak = peak_memory(part, spec)
+        budget -= sum(peaks[other].nbytes for other in others)
+        spec = slices[index]
         if peak.nbytes > budget:
             what = f"at {peak.function}" + (f" ({peak.source})" if peak.source else "") if peak.function else "at once"
+            beside = " beside what its other slices of these devices need" if others else ""
             raise ResourceExhausted(
                 f"{name} needs {peak.nbytes:,} bytes on each device of slice {mesh_text(spec.shape, spec.axis_names)} "
-                f"{what}, but a device's budget is {budget:,}; {_fix(peak, spec, budget)}"
+                f"{what}, but a device's budget is {budget:,}{beside}; {_fix(peak, spec, max(1, budget))}"
             )
 
 

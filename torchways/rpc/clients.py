@@ -182,9 +182,10 @@ class ManagerClient:
             executors=executors,
         )
 
-    async def release_slice(self, slice_id: SliceId) -> None:
-        """Gives a slice back."""
-        await self._call(self._stub.ReleaseSlice, pb.ReleaseSliceRequest(slice_id=slice_id))
+    async def release_slice(self, slice_id: SliceId, *, scheduler_knows: bool) -> None:
+        """Gives a slice back; `scheduler_knows` from us (`close_message`), behind the slice's last run."""
+        request = pb.ReleaseSliceRequest(slice_id=slice_id, scheduler_knows=scheduler_knows)
+        await self._call(self._stub.ReleaseSlice, request)
 
     async def describe(self) -> ClusterInfo:
         """Returns what the cluster consists of."""
@@ -278,17 +279,19 @@ class ExecutorClient:
         self._stub = pb_grpc.ExecutorStub(self._channel)
         self._metadata = channel.metadata(token)
 
-    async def put(self, buffer_id: BufferId, value: InlineValue) -> None:
-        """Stores a host value as a named buffer."""
-        await self._stub.PutBuffer(self._put_chunks(buffer_id, value), metadata=self._metadata)
+    async def put(self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]) -> None:
+        """Stores a host value as a named buffer of a slice, whose axes have the sizes `mesh`."""
+        first = pb.PutChunk(buffer_id=buffer_id, slice_id=slice_id, mesh_shape=mesh)
+        await self._stub.PutBuffer(self._put_chunks(first, value), metadata=self._metadata)
 
     @staticmethod
-    async def _put_chunks(buffer_id: BufferId, value: InlineValue) -> AsyncIterator[pb.PutChunk]:
+    async def _put_chunks(chunk: pb.PutChunk, value: InlineValue) -> AsyncIterator[pb.PutChunk]:
         first = host_value(value)
         data = memoryview(first.data) if isinstance(value.data, bytes) else memoryview(b"")
         if len(data) > _CHUNK_BYTES:
             first.data = bytes(data[:_CHUNK_BYTES])
-        yield pb.PutChunk(buffer_id=buffer_id, value=first)
+        chunk.value.CopyFrom(first)
+        yield chunk
         for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
             yield pb.PutChunk(more=bytes(data[start : start + _CHUNK_BYTES]))
 

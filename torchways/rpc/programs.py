@@ -40,19 +40,24 @@ class PeerAddress:
 
 
 def register_message(
-    program_id: ProgramId, name: str, parts: Sequence[tuple[SliceId, SlicePart]], peers: Mapping[int, PeerAddress]
+    program_id: ProgramId,
+    name: str,
+    parts: Sequence[tuple[SliceId, Sequence[int], SlicePart]],
+    peers: Mapping[int, PeerAddress],
 ) -> pb.ClientMessage:
     """Returns the message that registers a program's parts on one island.
 
     Args:
         program_id: the program's.
         name: for people.
-        parts: of the island's slices.
+        parts: of the island's slices, each with the sizes of its slice's axes.
         peers: where each of the program's slices is, by slice index.
     """
     return pb.ClientMessage(
         register_program=pb.RegisterProgram(
-            program_id=program_id, name=name, slices=[_part(slice_id, part, peers) for slice_id, part in parts]
+            program_id=program_id,
+            name=name,
+            slices=[_part(slice_id, mesh, part, peers) for slice_id, mesh, part in parts],
         )
     )
 
@@ -81,6 +86,11 @@ def release_message(slice_id: SliceId, buffer_ids: Sequence[BufferId]) -> pb.Cli
     return pb.ClientMessage(release_buffers=pb.ReleaseBuffers(slice_id=slice_id, buffer_ids=buffer_ids))
 
 
+def close_message(slice_id: SliceId) -> pb.ClientMessage:
+    """Returns the message that frees a slice's buffers and programs once everything sent before has run."""
+    return pb.ClientMessage(close_slice=pb.CloseSlice(slice_id=slice_id))
+
+
 def forget_message(program_id: ProgramId) -> pb.ClientMessage:
     """Returns the message that says that no run of a program will follow."""
     return pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id))
@@ -102,10 +112,11 @@ def _arguments(bindings: Sequence[Binding]) -> bytes:
     return message.SerializeToString()
 
 
-def _part(slice_id: SliceId, part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:
+def _part(slice_id: SliceId, mesh: Sequence[int], part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:
     used = sorted({index for step in part.steps for index in _step_peers(step)} | {part.slice_index})
     return pb.SliceProgram(
         slice_id=slice_id,
+        mesh_shape=mesh,
         functions=[
             pb.Function(function_id=index, name=function.name, source=function.source, graph=function.graph)
             for index, function in enumerate(part.functions)

@@ -5,7 +5,7 @@ Everything that crosses a process boundary in torchways, except bulk tensor byte
 (those go over gloo pairs, see executor/transfer.py). `make proto` regenerates the Python modules.
 
   controller --ResourceManager--> resource manager <--ResourceManager-- node agents
-  controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a slice and host)
+  controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a set of devices and host)
   controller --Executor.PutBuffer / FetchBuffer--> executors (bulk host data only)
 
 Every call carries the cluster's token in the metadata key "torchways-token".
@@ -151,7 +151,7 @@ class Failure(_message.Message):
     run_id: _builtins.int
     """the run that failed first; the lowest wins"""
     process: _builtins.str
-    """process that reported it, e.g. "executor i0.s1" """
+    """process that reported it, e.g. "executor i0.e1" """
     def __init__(
         self,
         *,
@@ -446,7 +446,7 @@ class ExecutorInfo(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
-    """"i0.s1": island 0, slice 1 (and ".h2" for host 2)"""
+    """"i0.e1": the first that island 0 started (and ".h2" for host 2)"""
     address: _builtins.str
     """gRPC host:port"""
     data_address: _builtins.str
@@ -488,15 +488,19 @@ class ReleaseSliceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    SCHEDULER_KNOWS_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
+    scheduler_knows: _builtins.bool
+    """the client has told the scheduler itself, behind its last run (CloseSlice)"""
     def __init__(
         self,
         *,
         slice_id: _builtins.int = ...,
+        scheduler_knows: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["scheduler_knows", b"scheduler_knows", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -636,7 +640,7 @@ class ProcessInfo(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"scheduler i0", "executor i0.s1", ..."""
+    """"scheduler i0", "executor i0.e1", ..."""
     pid: _builtins.int
     host: _builtins.str
     def __init__(
@@ -891,26 +895,21 @@ class StartExecutor(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     ISLAND_ID_FIELD_NUMBER: _builtins.int
-    SLICE_ID_FIELD_NUMBER: _builtins.int
-    SHAPE_FIELD_NUMBER: _builtins.int
-    AXIS_NAMES_FIELD_NUMBER: _builtins.int
+    SET_NUMBER_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
     GANG_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     executor_id: _builtins.str
     island_id: _builtins.int
-    slice_id: _builtins.int
-    @_builtins.property
-    def shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
-    @_builtins.property
-    def axis_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    set_number: _builtins.int
+    """of the set of devices, for ports that must differ"""
     @_builtins.property
     def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """of the island; those that this host's process has"""
 
     @_builtins.property
     def gang(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """ids of the slice's executors, this one among them"""
+        """ids of the executors of its set of devices, this one among them"""
 
     def __init__(
         self,
@@ -918,15 +917,13 @@ class StartExecutor(_message.Message):
         name: _builtins.str = ...,
         executor_id: _builtins.str = ...,
         island_id: _builtins.int = ...,
-        slice_id: _builtins.int = ...,
-        shape: _abc.Iterable[_builtins.int] | None = ...,
-        axis_names: _abc.Iterable[_builtins.str] | None = ...,
+        set_number: _builtins.int = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
         gang: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis_names", b"axis_names", "device_indices", b"device_indices", "executor_id", b"executor_id", "gang", b"gang", "island_id", b"island_id", "name", b"name", "shape", b"shape", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "executor_id", b"executor_id", "gang", b"gang", "island_id", b"island_id", "name", b"name", "set_number", b"set_number"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -980,6 +977,7 @@ class ClientMessage(_message.Message):
     RUN_PROGRAM_FIELD_NUMBER: _builtins.int
     RELEASE_BUFFERS_FIELD_NUMBER: _builtins.int
     FORGET_PROGRAM_FIELD_NUMBER: _builtins.int
+    CLOSE_SLICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ClientHello:
         """always the first"""
@@ -994,6 +992,8 @@ class ClientMessage(_message.Message):
     def release_buffers(self) -> Global___ReleaseBuffers: ...
     @_builtins.property
     def forget_program(self) -> Global___ForgetProgram: ...
+    @_builtins.property
+    def close_slice(self) -> Global___CloseSlice: ...
     def __init__(
         self,
         *,
@@ -1002,12 +1002,13 @@ class ClientMessage(_message.Message):
         run_program: Global___RunProgram | None = ...,
         release_buffers: Global___ReleaseBuffers | None = ...,
         forget_program: Global___ForgetProgram | None = ...,
+        close_slice: Global___CloseSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1068,6 +1069,7 @@ class SliceProgram(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    MESH_SHAPE_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     NUM_ARGS_FIELD_NUMBER: _builtins.int
@@ -1077,6 +1079,10 @@ class SliceProgram(_message.Message):
     slice_id: _builtins.int
     num_args: _builtins.int
     """slots[0:num_args] are bound by each run's arguments"""
+    @_builtins.property
+    def mesh_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """sizes of the slice's axes, which placements refer to"""
+
     @_builtins.property
     def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Function]: ...
     @_builtins.property
@@ -1097,6 +1103,7 @@ class SliceProgram(_message.Message):
         self,
         *,
         slice_id: _builtins.int = ...,
+        mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
         functions: _abc.Iterable[Global___Function] | None = ...,
         slots: _abc.Iterable[Global___TensorSpec] | None = ...,
         num_args: _builtins.int = ...,
@@ -1106,7 +1113,7 @@ class SliceProgram(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "instructions", b"instructions", "num_args", b"num_args", "peers", b"peers", "results", b"results", "slice_id", b"slice_id", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "instructions", b"instructions", "mesh_shape", b"mesh_shape", "num_args", b"num_args", "peers", b"peers", "results", b"results", "slice_id", b"slice_id", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1473,6 +1480,27 @@ class ForgetProgram(_message.Message):
 Global___ForgetProgram: _TypeAlias = ForgetProgram  # noqa: Y015
 
 @_typing.final
+class CloseSlice(_message.Message):
+    """No run of this slice will follow. What was sent before still runs; then its buffers and programs are freed."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloseSlice: _TypeAlias = CloseSlice  # noqa: Y015
+
+@_typing.final
 class SchedulerMessages(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1603,9 +1631,11 @@ class AddSliceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
     EXECUTORS_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
+    client_id: _builtins.int
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorInfo]: ...
     @_builtins.property
@@ -1614,12 +1644,13 @@ class AddSliceRequest(_message.Message):
         self,
         *,
         slice_id: _builtins.int = ...,
+        client_id: _builtins.int = ...,
         executors: _abc.Iterable[Global___ExecutorInfo] | None = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "executors", b"executors", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "device_indices", b"device_indices", "executors", b"executors", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1678,6 +1709,43 @@ class RemoveSliceResponse(_message.Message):
 Global___RemoveSliceResponse: _TypeAlias = RemoveSliceResponse  # noqa: Y015
 
 @_typing.final
+class RemoveExecutorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    reason: _builtins.str
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveExecutorRequest: _TypeAlias = RemoveExecutorRequest  # noqa: Y015
+
+@_typing.final
+class RemoveExecutorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RemoveExecutorResponse: _TypeAlias = RemoveExecutorResponse  # noqa: Y015
+
+@_typing.final
 class ExecutorCommands(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -1707,6 +1775,8 @@ class ExecutorCommand(_message.Message):
     DROP_PROGRAM_FIELD_NUMBER: _builtins.int
     DROP_CLIENT_FIELD_NUMBER: _builtins.int
     GRANT_FIELD_NUMBER: _builtins.int
+    SET_GRANTS_NEEDED_FIELD_NUMBER: _builtins.int
+    DROP_SLICE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_program(self) -> Global___LoadProgram: ...
     @_builtins.property
@@ -1719,6 +1789,10 @@ class ExecutorCommand(_message.Message):
     def drop_client(self) -> Global___DropClient: ...
     @_builtins.property
     def grant(self) -> Global___Grant: ...
+    @_builtins.property
+    def set_grants_needed(self) -> Global___SetGrantsNeeded: ...
+    @_builtins.property
+    def drop_slice(self) -> Global___DropSlice: ...
     def __init__(
         self,
         *,
@@ -1728,12 +1802,14 @@ class ExecutorCommand(_message.Message):
         drop_program: Global___DropProgram | None = ...,
         drop_client: Global___DropClient | None = ...,
         grant: Global___Grant | None = ...,
+        set_grants_needed: Global___SetGrantsNeeded | None = ...,
+        drop_slice: Global___DropSlice | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -1741,28 +1817,53 @@ Global___ExecutorCommand: _TypeAlias = ExecutorCommand  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
-    """A gang slice (several hosts, or devices shared with another slice) issues computations only as granted, in this order."""
+    """An executor of a gang (several hosts), or one that shares a device with another executor, issues computations only
+    as granted, in this order.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     unit: _builtins.int
     """position of the unit in the run's plan (executor/plan.py)"""
+    slice_id: _builtins.int
     def __init__(
         self,
         *,
         run_id: _builtins.int = ...,
         unit: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class SetGrantsNeeded(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NEEDED_FIELD_NUMBER: _builtins.int
+    needed: _builtins.bool
+    """from here on; of an executor that is no gang's"""
+    def __init__(
+        self,
+        *,
+        needed: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["needed", b"needed"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetGrantsNeeded: _TypeAlias = SetGrantsNeeded  # noqa: Y015
 
 @_typing.final
 class LoadProgram(_message.Message):
@@ -1796,11 +1897,13 @@ class Enqueue(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     SEQUENCE_FIELD_NUMBER: _builtins.int
     PROGRAM_ID_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
     sequence: _builtins.int
     program_id: _builtins.int
     run_id: _builtins.int
@@ -1810,6 +1913,7 @@ class Enqueue(_message.Message):
     def __init__(
         self,
         *,
+        slice_id: _builtins.int = ...,
         sequence: _builtins.int = ...,
         program_id: _builtins.int = ...,
         run_id: _builtins.int = ...,
@@ -1818,7 +1922,7 @@ class Enqueue(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1862,6 +1966,26 @@ class DropProgram(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DropProgram: _TypeAlias = DropProgram  # noqa: Y015
+
+@_typing.final
+class DropSlice(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    """frees every buffer and program on it"""
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropSlice: _TypeAlias = DropSlice  # noqa: Y015
 
 @_typing.final
 class DropClient(_message.Message):
@@ -1910,7 +2034,8 @@ class ExecutorEvent(_message.Message):
     PROGRAM_LOADED_FIELD_NUMBER: _builtins.int
     RUN_ENDED_FIELD_NUMBER: _builtins.int
     UNIT_READY_FIELD_NUMBER: _builtins.int
-    UNIT_ENQUEUED_FIELD_NUMBER: _builtins.int
+    UNIT_PASSED_FIELD_NUMBER: _builtins.int
+    IDLE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_loaded(self) -> Global___ProgramLoaded: ...
     @_builtins.property
@@ -1918,20 +2043,23 @@ class ExecutorEvent(_message.Message):
     @_builtins.property
     def unit_ready(self) -> Global___UnitReady: ...
     @_builtins.property
-    def unit_enqueued(self) -> Global___UnitEnqueued: ...
+    def unit_passed(self) -> Global___UnitPassed: ...
+    @_builtins.property
+    def idle(self) -> Global___Idle: ...
     def __init__(
         self,
         *,
         program_loaded: Global___ProgramLoaded | None = ...,
         run_ended: Global___RunEnded | None = ...,
         unit_ready: Global___UnitReady | None = ...,
-        unit_enqueued: Global___UnitEnqueued | None = ...,
+        unit_passed: Global___UnitPassed | None = ...,
+        idle: Global___Idle | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_enqueued", b"unit_enqueued", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_enqueued", b"unit_enqueued", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_enqueued"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_passed", "idle"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -1939,51 +2067,74 @@ Global___ExecutorEvent: _TypeAlias = ExecutorEvent  # noqa: Y015
 
 @_typing.final
 class UnitReady(_message.Message):
-    """The gang's leader (its first host) has all inputs of a unit."""
+    """A unit has all inputs; said by the leader of a gang (its first host), or an executor that needs grants for itself."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     unit: _builtins.int
+    slice_id: _builtins.int
     def __init__(
         self,
         *,
         run_id: _builtins.int = ...,
         unit: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UnitReady: _TypeAlias = UnitReady  # noqa: Y015
 
 @_typing.final
-class UnitEnqueued(_message.Message):
-    """A granted unit is in this host's device queues."""
+class UnitPassed(_message.Message):
+    """A granted unit needs its turn no more: it is in this host's device queues (gang), or has ended."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     unit: _builtins.int
+    slice_id: _builtins.int
     def __init__(
         self,
         *,
         run_id: _builtins.int = ...,
         unit: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___UnitEnqueued: _TypeAlias = UnitEnqueued  # noqa: Y015
+Global___UnitPassed: _TypeAlias = UnitPassed  # noqa: Y015
+
+@_typing.final
+class Idle(_message.Message):
+    """What was issued before grants were needed has ended."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Idle: _TypeAlias = Idle  # noqa: Y015
 
 @_typing.final
 class ProgramLoaded(_message.Message):
@@ -1991,7 +2142,9 @@ class ProgramLoaded(_message.Message):
 
     PROGRAM_ID_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     program_id: _builtins.int
+    slice_id: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure: ...
     def __init__(
@@ -1999,10 +2152,11 @@ class ProgramLoaded(_message.Message):
         *,
         program_id: _builtins.int = ...,
         failure: Global___Failure | None = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "program_id", b"program_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "program_id", b"program_id", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2014,7 +2168,9 @@ class RunEnded(_message.Message):
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
+    slice_id: _builtins.int
     @_builtins.property
     def failure(self) -> Global___Failure: ...
     def __init__(
@@ -2022,10 +2178,11 @@ class RunEnded(_message.Message):
         *,
         run_id: _builtins.int = ...,
         failure: Global___Failure | None = ...,
+        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2038,13 +2195,21 @@ class PutChunk(_message.Message):
     BUFFER_ID_FIELD_NUMBER: _builtins.int
     VALUE_FIELD_NUMBER: _builtins.int
     MORE_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    MESH_SHAPE_FIELD_NUMBER: _builtins.int
     buffer_id: _builtins.int
     """first chunk only"""
     more: _builtins.bytes
     """later chunks"""
+    slice_id: _builtins.int
+    """first chunk only"""
     @_builtins.property
     def value(self) -> Global___HostValue:
         """first chunk: the spec, and the content or its first part"""
+
+    @_builtins.property
+    def mesh_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """first chunk only: sizes of the slice's axes"""
 
     def __init__(
         self,
@@ -2052,10 +2217,12 @@ class PutChunk(_message.Message):
         buffer_id: _builtins.int = ...,
         value: Global___HostValue | None = ...,
         more: _builtins.bytes = ...,
+        slice_id: _builtins.int = ...,
+        mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "more", b"more", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "mesh_shape", b"mesh_shape", "more", b"more", "slice_id", b"slice_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -348,6 +348,11 @@ class SchedulerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveSliceRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveSliceResponse.FromString,
                 _registered_method=True)
+        self.RemoveExecutor = channel.unary_unary(
+                '/torchways.v1.Scheduler/RemoveExecutor',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer:
@@ -376,6 +381,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RemoveExecutor(self, request, context):
+        """Called by the resource manager when an executor has ended, or will.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -393,6 +405,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.RemoveSlice,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveSliceRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveSliceResponse.SerializeToString,
+            ),
+            'RemoveExecutor': grpc.unary_unary_rpc_method_handler(
+                    servicer.RemoveExecutor,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -478,6 +495,33 @@ class Scheduler:
             '/torchways.v1.Scheduler/RemoveSlice',
             torchways_dot_rpc_dot_torchways__pb2.RemoveSliceRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.RemoveSliceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RemoveExecutor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.Scheduler/RemoveExecutor',
+            torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -25,11 +25,19 @@ def at_once(work: Callable[[], T]) -> T:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferSpec:
-    """A logical buffer: dtype as PyTorch names it ("float32"), logical shape, one placement an axis ("R"/"S(dim)")."""
+    """A logical buffer on a mesh of devices.
+
+    Attributes:
+        dtype: as PyTorch names it ("float32").
+        shape: logical.
+        placements: one for each axis of the mesh ("R"/"S(dim)").
+        mesh: sizes of the mesh's axes; their product is the number of devices.
+    """
 
     dtype: str
     shape: tuple[int, ...]
     placements: tuple[str, ...]
+    mesh: tuple[int, ...]
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -41,12 +49,22 @@ class BufferSpec:
         """Logical size in bytes."""
         return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
 
+    @property
+    def device_nbytes(self) -> int:
+        """What it takes on each device, bytes."""
+        shape = list(self.shape)
+        for placement, size in zip(self.placements, self.mesh, strict=True):
+            if placement != "R":
+                dim = int(placement[2:-1])
+                shape[dim] = -(-shape[dim] // size)
+        return self.torch_dtype.itemsize * torch.Size(shape).numel()
+
 
 class Runtime(Protocol):
-    """Devices of one slice on one host. One thread calls all methods but `compile`."""
+    """The devices of one process, for slices of any mesh over them. One thread calls all methods but `compile`."""
 
-    def put(self, host: torch.Tensor, placements: Sequence[str]) -> Any:
-        """Copies a CPU tensor, which must not change any more, to the devices; returns the buffer."""
+    def put(self, host: torch.Tensor, spec: BufferSpec) -> Any:
+        """Copies a CPU tensor of `spec`, which must not change any more, to the devices; returns the buffer."""
 
     def fill(self, spec: BufferSpec, value: float) -> Any:
         """Returns a buffer with one value everywhere."""

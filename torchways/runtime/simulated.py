@@ -45,20 +45,20 @@ class _Buffer:
 
 
 class SimulatedRuntime:
-    """One host's devices of a slice.
+    """One host's part of a set of devices.
 
     Args:
         address: host:port of the island's device simulator.
-        slice_name: tells the computations of one slice from those of another.
+        set_name: tells the computations of one set of devices from those of another.
         devices: this host's, by the island's numbers.
-        num_hosts: hosts of the slice.
+        num_hosts: hosts of the set.
     """
 
-    def __init__(self, address: str, slice_name: str, devices: Sequence[int], num_hosts: int) -> None:
+    def __init__(self, address: str, set_name: str, devices: Sequence[int], num_hosts: int) -> None:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._slice_name = slice_name
+        self._set_name = set_name
         self._devices = list(devices)
         self._num_hosts = num_hosts
         self._seconds = float(os.environ.get(SECONDS_VARIABLE, "0"))
@@ -80,7 +80,7 @@ class SimulatedRuntime:
                 for callback in computation.callbacks:
                     callback()
 
-    def put(self, host: torch.Tensor, placements: Sequence[str]) -> _Buffer:
+    def put(self, host: torch.Tensor, spec: BufferSpec) -> _Buffer:
         """See `Runtime.put`."""
         return _Buffer(host.clone())
 
@@ -107,7 +107,7 @@ class SimulatedRuntime:
         Raises:
             InternalError: the simulator does not answer.
         """
-        key = f"{self._slice_name}:{gang_key}"
+        key = f"{self._set_name}:{gang_key}"
         computation = _Computation()
         with self._lock:
             self._computations[key] = computation

@@ -11,9 +11,9 @@ thread pool, collectives of executions in flight at the same time deadlock on CP
 from __future__ import annotations
 
 import collections
+import functools
 import hashlib
 import logging
-import math
 import threading
 import time
 import weakref
@@ -146,18 +146,20 @@ class _Waiting:
 
 
 class XlaRuntime:
-    """The devices of this process's PJRT client, as a mesh of `shape` with the given axis names."""
+    """The `num_devices` devices of this process's PJRT client. A computation's mesh comes with it."""
 
-    def __init__(self, shape: Sequence[int], axis_names: Sequence[str]) -> None:
-        self._num_devices = math.prod(shape)
+    def __init__(self, num_devices: int) -> None:
+        self._num_devices = num_devices
         if self._num_devices > 1:
             xr.use_spmd()
         found = xr.global_runtime_device_count()
         if found != self._num_devices:
-            raise InternalError(f"the PJRT client has {found} devices, but the slice needs {self._num_devices}")
+            raise InternalError(
+                f"the PJRT client has {found} devices, but the executor was started for {self._num_devices}"
+            )
         self._device = torch_xla.device()
-        self._axis_names = tuple(axis_names)
-        self._mesh = xs.Mesh(np.arange(self._num_devices), tuple(shape), self._axis_names)
+        #: By the sizes of their axes, which are named by number.
+        self._meshes: dict[tuple[int, ...], xs.Mesh] = {}
         #: Set when the execution of each marker has ended.
         self._markers: collections.deque[threading.Event] = collections.deque()
         self._since_marker = 0
@@ -179,16 +181,16 @@ class XlaRuntime:
         # Compiled graphs reuse what is donated. It is a setting of the process, not of a thread: on once and for all.
         _XLAC._xla_set_enable_alias_with_buffer_donor_config(True)
         #: A value that is there for ever.
-        self._anchor = self._place(torch.zeros(()), ())
+        self._anchor = xm.send_cpu_data_to_device([torch.zeros(())], self._device, None)[0]
 
-    def put(self, host: torch.Tensor, placements: Sequence[str]) -> torch.Tensor:
+    def put(self, host: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
         """Puts a CPU tensor, which must not change any more, on the devices; returns the buffer."""
         host = host.contiguous()
         if self._shares_memory and host.numel() and host.dtype != torch.bool:
             host = host if host.data_ptr() % _XLA_ALIGNMENT == 0 else host.clone()
             self._lend(host)
             return from_dlpack(torch.utils.dlpack.to_dlpack(host))
-        return self._place(host, placements)
+        return self._place(host, spec)
 
     def _lend(self, host: torch.Tensor) -> None:
         """Keeps a tensor at least as long as the buffer that has its memory.
@@ -209,30 +211,30 @@ class XlaRuntime:
 
     def fill(self, spec: BufferSpec, value: float) -> torch.Tensor:
         """Returns a buffer with one value everywhere."""
-        return self._place(torch.full(spec.shape, value, dtype=spec.torch_dtype), spec.placements)
+        return self._place(torch.full(spec.shape, value, dtype=spec.torch_dtype), spec)
 
-    def _place(self, host: torch.Tensor, placements: Sequence[str]) -> torch.Tensor:
+    def _place(self, host: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
         # Split on the host: mark_sharding on a placed tensor would compile and run a resharding graph. `.to(device)`
         # would upload only at the first use.
-        sharded = any(text != "R" for text in placements)
-        spec = self._sharding_spec(placements, host.dim()) if sharded else None
-        return xm.send_cpu_data_to_device([host], self._device, spec)[0]
+        sharded = any(text != "R" for text in spec.placements)
+        sharding = self._sharding_spec(spec) if sharded else None
+        return xm.send_cpu_data_to_device([host], self._device, sharding)[0]
 
-    def _sharding_spec(self, placements: Sequence[str], ndim: int) -> xs.ShardingSpec:
-        spec = xs.ShardingSpec(self._mesh, self._sharding(placements, ndim))
+    def _mesh(self, sizes: tuple[int, ...]) -> xs.Mesh:
+        if sizes not in self._meshes:
+            names = tuple(map(str, range(len(sizes))))
+            self._meshes[sizes] = xs.Mesh(np.arange(self._num_devices), sizes, names)
+        return self._meshes[sizes]
+
+    def _sharding_spec(self, spec: BufferSpec) -> xs.ShardingSpec:
+        mesh = self._mesh(spec.mesh)
+        sharding = xs.ShardingSpec(mesh, _partition_spec(spec.placements, len(spec.shape)))
         # By itself it takes a tensor that is split in all its dimensions for one that is split over all axes of the
         # mesh. The private call is what mark_sharding makes.
-        arguments = self._mesh._get_op_sharding_args(spec.partition_spec)
-        spec._tile_assignment, spec._group_assignment, spec._replication_groups, spec._sharding_type = arguments
-        return spec
-
-    def _sharding(self, placements: Sequence[str], ndim: int) -> tuple[Any, ...]:
-        """Returns torch-xla's partition spec: for each dimension, the mesh axes that split it."""
-        axes: list[list[str]] = [[] for _ in range(ndim)]
-        for axis, text in zip(self._axis_names, placements, strict=True):
-            if text != "R":
-                axes[int(text[2:-1])].append(axis)
-        return tuple(None if not names else names[0] if len(names) == 1 else tuple(names) for names in axes)
+        arguments = mesh._get_op_sharding_args(sharding.partition_spec)
+        sharding._tile_assignment, sharding._group_assignment, sharding._replication_groups = arguments[:3]
+        sharding._sharding_type = arguments[3]
+        return sharding
 
     def compile(
         self,
@@ -266,7 +268,8 @@ class XlaRuntime:
         seed = _take_seed(graph)
         if xr.device_type() == "CPU":
             turn_products(graph)
-        for operator, ours in ((CONSTRAIN, self._constrain), *_OURS.items()):
+        constrain = functools.partial(self._constrain, mesh=source.outputs[0].mesh if source.outputs else ())
+        for operator, ours in ((CONSTRAIN, constrain), *_OURS.items()):
             for node in graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
         executable, pending = on_device(lambda: self._trace(graph, seed, source))
@@ -315,7 +318,7 @@ class XlaRuntime:
                 sources.append(known[id(result)])
             else:
                 if self._num_devices > 1 and spec.shape:
-                    xs.mark_sharding(result, self._mesh, self._sharding(spec.placements, len(spec.shape)))
+                    xs.mark_sharding(result, self._mesh(spec.mesh), _partition_spec(spec.placements, len(spec.shape)))
                 known[id(result)] = len(computed)
                 sources.append(len(computed))
                 computed.append(result)
@@ -335,11 +338,11 @@ class XlaRuntime:
         graph_hash = _XLAC._get_graph_hash(computed)  # its key in torch-xla's cache, which no public call gives
         return _Executable(source, graph_hash, taken, tuple(sources), source.donated), computed
 
-    def _constrain(self, value: torch.Tensor, placements: str) -> torch.Tensor:
+    def _constrain(self, value: torch.Tensor, placements: str, *, mesh: tuple[int, ...]) -> torch.Tensor:
         """What the operator of this name is on these devices."""
         copy = value.clone()
         if self._num_devices > 1 and value.dim():
-            xs.annotate_custom_sharding(copy, self._mesh, self._sharding(placements.split(), value.dim()))
+            xs.annotate_custom_sharding(copy, self._mesh(mesh), _partition_spec(placements.split(), value.dim()))
         return copy
 
     def _refuse_fallbacks(self, before: dict[str, int], graph: torch.fx.Graph) -> None:
@@ -523,6 +526,15 @@ class _ExactTypes(torch.fx.Interpreter):
         if value.dtype == torch.float32 and actual == "f64":
             return value.to(torch.float64).to(torch.float32)
         return value
+
+
+def _partition_spec(placements: Sequence[str], ndim: int) -> tuple[Any, ...]:
+    """Returns torch-xla's partition spec: for each dimension, the mesh axes (by number) that split it."""
+    axes: list[list[str]] = [[] for _ in range(ndim)]
+    for axis, text in enumerate(placements):
+        if text != "R":
+            axes[int(text[2:-1])].append(str(axis))
+    return tuple(None if not names else names[0] if len(names) == 1 else tuple(names) for names in axes)
 
 
 def _base_name(operator: str) -> str:

@@ -6,11 +6,17 @@ from hypothesis import strategies as st
 
 from tests.sizes import sizes
 from torchways.cluster import state as core
-from torchways.errors import ClusterLost, InternalError, PlacementError, ResourceExhausted
+from torchways.errors import ClusterLost, InternalError, PlacementError, ResourceExhausted, SessionClosed
+
+
+def with_clients():
+    cluster = core.ClusterState()
+    assert [cluster.attach(f"client {number}") for number in (1, 2, 3)] == [1, 2, 3]
+    return cluster
 
 
 def make_cluster(*devices, platform="cpu"):
-    cluster = core.ClusterState()
+    cluster = with_clients()
     joined = core.NodeJoined(node_id=0, host="here", platform=platform, devices_per_island=devices)
     commands = cluster.handle(joined)
     assert [c.name for c in commands] == [f"scheduler i{i}" for i in range(len(devices))]
@@ -29,8 +35,10 @@ def process_of(item):
 
 
 def make_ready(cluster, item):
-    (connect,) = cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info"))
-    assert connect == core.ConnectSlice(slice=item, scheduler_address=f"address {item.island_id}")
+    for executor_id in item.executor_ids:
+        if executor_id not in item.device_set.executors:
+            cluster.handle(core.ExecutorReady(executor_id=executor_id, info="info"))
+    assert item.is_connecting
     assert cluster.handle(core.SliceConnected(slice_id=item.slice_id)) == [core.SettleSlice(slice_id=item.slice_id)]
     assert item.state == "ready"
 
@@ -44,6 +52,47 @@ def test_free_devices_come_first_then_the_least_used():
     assert cluster.islands[0].load == [2, 2, 2, 2]
 
 
+def test_slices_of_the_same_devices_share_executors_whatever_their_shape_and_client():
+    cluster = make_cluster(2)
+    first, commands = cluster.reserve(1, (2,), ("dp",), None)
+    assert [type(command) for command in commands] == [core.StartExecutor]
+    make_ready(cluster, first)
+    second, commands = cluster.reserve(2, (2, 1), ("x", "y"), None)
+    assert commands == [core.ConnectSlice(slice=second, scheduler_address="address 0")]
+    assert second.device_set is first.device_set
+    make_ready(cluster, second)
+    commands = cluster.handle(core.ProcessExited(name=process_of(first), reason="signal 9"))
+    assert [c.client_id for c in commands if isinstance(c, core.TellLost)] == [1, 2]
+    third, commands = cluster.reserve(1, (2,), ("dp",), None)
+    assert (third.executor_ids, [type(command) for command in commands]) == (("i0.e2",), [core.StartExecutor])
+
+
+def test_executors_stay_for_a_while_when_no_slice_is_left():
+    cluster = make_cluster(2)
+    first = reserve(cluster, 2)
+    make_ready(cluster, first)
+    released = core.SliceReleased(slice_id=first.slice_id, scheduler_knows=True)
+    assert cluster.handle(released) == [core.SettleSlice(slice_id=1), core.WaitIdle(name="i0.e1")]
+    second = reserve(cluster, 2)
+    assert second.device_set is first.device_set
+    assert cluster.handle(core.IdleOver(name="i0.e1")) == []
+    make_ready(cluster, second)
+    cluster.handle(core.SliceReleased(slice_id=second.slice_id))
+    assert cluster.handle(core.IdleOver(name="i0.e1")) == [
+        core.DisconnectExecutor(executor_id="i0.e1", scheduler_address="address 0", reason="it was idle"),
+        core.EndProcess(node_id=0, name="executor i0.e1"),
+    ]
+    assert not cluster.device_sets
+
+
+def test_a_client_that_is_not_attached_reserves_nothing():
+    cluster = make_cluster(2)
+    cluster.handle(core.ClientGone(client_id=2))
+    for client in (2, 9):
+        with pytest.raises(SessionClosed, match=f"client {client} is not attached"):
+            reserve(cluster, 1, client=client)
+
+
 def test_the_freest_island_is_chosen_unless_one_is_asked_for():
     cluster = make_cluster(2, 2)
     assert [reserve(cluster, 2).island_id for _ in range(4)] == [0, 1, 0, 1]
@@ -54,7 +103,13 @@ def test_a_slice_starts_an_executor_on_the_islands_node():
     cluster = make_cluster(2)
     item, commands = cluster.reserve(1, (2,), ("dp",), None)
     assert commands == [
-        core.StartExecutor(node_id=0, name="executor i0.s1", slice=item, executor_id="i0.s1", device_indices=(0, 1))
+        core.StartExecutor(
+            node_id=0,
+            name="executor i0.e1",
+            device_set=item.device_set,
+            executor_id="i0.e1",
+            device_indices=(0, 1),
+        )
     ]
 
 
@@ -70,13 +125,17 @@ def test_too_large_a_slice_is_refused_with_what_there_is():
     assert cluster.islands[0].load == [0, 0]
 
 
-def test_tpu_devices_are_not_shared():
+def test_a_tpu_device_belongs_to_one_set_at_a_time():
     cluster = make_cluster(4, platform="tpu")
     first = reserve(cluster, 3)
-    with pytest.raises(ResourceExhausted, match=r"island 0 has 1 of 4 free\. Close a mesh"):
+    with pytest.raises(ResourceExhausted, match=r"island 0 has 1 of 4 free: \('dp'=3\) of client 1 has \[0, 1, 2\]"):
         reserve(cluster, 2)
-    cluster.handle(core.SliceReleased(slice_id=first.slice_id))
-    assert reserve(cluster, 2).device_indices == (0, 1)
+    assert reserve(cluster, 1, 3, client=2).device_set is first.device_set  # two tenants of the same chips
+    for item in list(cluster.slices.values()):
+        cluster.handle(core.SliceReleased(slice_id=item.slice_id))
+    second, commands = cluster.reserve(1, (2,), ("dp",), None)
+    assert second.device_indices == (0, 1)
+    assert [type(command) for command in commands] == [core.EndProcess, core.StartExecutor]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +158,8 @@ def test_a_client_that_is_gone_leaves_nothing():
     one, two, other = reserve(cluster, 2, client=1), reserve(cluster, 1, client=1), reserve(cluster, 1, client=2)
     make_ready(cluster, one)
     commands = cluster.handle(core.ClientGone(client_id=1))
-    assert {c.name for c in commands if isinstance(c, core.EndProcess)} == {process_of(one), process_of(two)}
+    assert {c.name for c in commands if isinstance(c, core.WaitIdle)} == {one.device_set.name, two.device_set.name}
+    assert [c.slice for c in commands if isinstance(c, core.DisconnectSlice)] == [one]
     assert {c.slice_id for c in commands if isinstance(c, core.SettleSlice)} == {one.slice_id, two.slice_id}
     assert list(cluster.slices.values()) == [other]
     assert sum(cluster.islands[0].load) == 1
@@ -111,12 +171,12 @@ def test_a_dead_executor_fails_its_slice_and_tells_client_and_scheduler():
     make_ready(cluster, item)
     commands = cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 9", log_tail="bye"))
     assert commands == [
-        core.TellLost(client_id=1, executor_id="i0.s1", slice_id=item.slice_id, reason="signal 9"),
-        core.DisconnectSlice(slice=item, scheduler_address="address 0", reason="signal 9"),
+        core.TellLost(client_id=1, executor_id="i0.e1", slice_id=item.slice_id, reason="signal 9"),
         core.SettleSlice(slice_id=item.slice_id),
+        core.DisconnectExecutor(executor_id="i0.e1", scheduler_address="address 0", reason="signal 9"),
     ]
     assert item.failure.kind == "ExecutorLost"
-    assert item.failure.message == "executor i0.s1 is lost: signal 9"
+    assert item.failure.message == "executor i0.e1 is lost: signal 9"
     assert cluster.handle(core.SliceConnected(slice_id=item.slice_id)) == []
     assert item.state == "failed"
 
@@ -138,7 +198,7 @@ def test_a_lost_scheduler_or_node_closes_the_cluster():
 
 
 def test_executors_that_are_ready_before_their_scheduler_wait_for_it():
-    cluster = core.ClusterState()
+    cluster = with_clients()
     cluster.handle(core.NodeJoined(node_id=0, host="here", platform="cpu", devices_per_island=(1,)))
     item = reserve(cluster, 1)
     assert cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info")) == []
@@ -152,8 +212,8 @@ def test_an_impossible_transition_shows_the_slices_history():
     make_ready(cluster, item)
     with pytest.raises(InternalError, match=r"slice 1 cannot become ready; it was starting -> ready"):
         cluster.handle(core.SliceConnected(slice_id=item.slice_id))
-    with pytest.raises(InternalError, match=r"executor i0\.s1 is ready again; starting -> ready"):
-        cluster.handle(core.ExecutorReady(executor_id="i0.s1", info="info"))
+    with pytest.raises(InternalError, match=r"executor i0\.e1 is ready again"):
+        cluster.handle(core.ExecutorReady(executor_id="i0.e1", info="info"))
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,6 +231,7 @@ def test_the_load_is_always_that_of_the_slices(data):
                 client = data.draw(st.integers(1, 3))
                 cluster.handle(core.ClientGone(client_id=client))
                 assert all(item.client_id != client for item in cluster.slices.values())
+                cluster.clients[client] = "another of this number"
             case "exited" if cluster.slices:
                 chosen = data.draw(st.sampled_from(sorted(cluster.slices)))
                 cluster.handle(core.ProcessExited(name=process_of(cluster.slices[chosen]), reason="signal 9"))
@@ -190,8 +251,8 @@ def test_the_load_is_always_that_of_the_slices(data):
 def test_after_many_clients_every_collection_is_as_large_as_after_a_few(data):
     cluster = make_cluster(3, 2)
     after = []
-    for client in range(1, 21):
-        cluster.attach()
+    for client in range(4, 24):
+        assert cluster.attach("one") == client
         mine = [reserve(cluster, data.draw(st.integers(1, 2)), client=client) for _ in range(2)]
         for item in mine:
             match data.draw(st.sampled_from(["ready", "release", "exited", ""])):
@@ -202,6 +263,9 @@ def test_after_many_clients_every_collection_is_as_large_as_after_a_few(data):
                 case "exited":
                     cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 9"))
         cluster.handle(core.ClientGone(client_id=client))
+        for name in list(cluster.device_sets):
+            cluster.handle(core.IdleOver(name=name))
+        assert not cluster.device_sets
         for item in mine:  # what comes late
             assert cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info")) == []
             assert cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 15")) == []
@@ -210,23 +274,21 @@ def test_after_many_clients_every_collection_is_as_large_as_after_a_few(data):
 
 
 def test_a_slice_over_several_hosts_has_an_executor_on_each_and_is_ready_with_all():
-    cluster = core.ClusterState()
+    cluster = with_clients()
     joined = core.NodeJoined(node_id=0, host="here", platform="simulated", devices_per_island=(8,), hosts_per_island=4)
     cluster.handle(joined)
     cluster.handle(core.SchedulerReady(island_id=0, address="address", pid=1))
     item, commands = cluster.reserve(1, (5,), ("dp",), None)
     assert [(c.executor_id, c.device_indices) for c in commands] == [
-        ("i0.s1.h0", (0, 1)),
-        ("i0.s1.h1", (2, 3)),
-        ("i0.s1.h2", (4,)),
+        ("i0.e1.h0", (0, 1)),
+        ("i0.e1.h1", (2, 3)),
+        ("i0.e1.h2", (4,)),
     ]
     for executor_id in item.executor_ids[:-1]:
         assert cluster.handle(core.ExecutorReady(executor_id=executor_id, info="info")) == []
-    (connect,) = cluster.handle(core.ExecutorReady(executor_id="i0.s1.h2", info="info"))
+    (connect,) = cluster.handle(core.ExecutorReady(executor_id="i0.e1.h2", info="info"))
     assert isinstance(connect, core.ConnectSlice)
-    lost = cluster.handle(core.ProcessExited(name="executor i0.s1.h1", reason="signal 9"))
-    assert lost[0].executor_id == "i0.s1.h1"
-    ended = [
-        c.name for c in cluster.handle(core.SliceReleased(slice_id=item.slice_id)) if isinstance(c, core.EndProcess)
-    ]
-    assert ended == [f"executor {executor_id}" for executor_id in item.executor_ids]
+    lost = cluster.handle(core.ProcessExited(name="executor i0.e1.h1", reason="signal 9"))
+    assert lost[0].executor_id == "i0.e1.h1"
+    ended = [c.name for c in lost if isinstance(c, core.EndProcess)]
+    assert ended == ["executor i0.e1.h0", "executor i0.e1.h2"]

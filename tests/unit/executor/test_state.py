@@ -13,10 +13,12 @@ from tests.sizes import sizes
 from torchways.errors import Failure
 from torchways.executor import state as core
 from torchways.executor.plan import ComputeInstruction, ReceiveInstruction, SendInstruction, load_program
-from torchways.ids import BufferId, ClientId, ProgramId, RunId
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 
 CLIENT = 1
 BASE = CLIENT << 40
+SLICE = SliceId(3)
+PART = PartId(ProgramId(BASE + 1), SLICE)
 
 
 @dataclass(eq=False)
@@ -32,7 +34,7 @@ class _Buffer:
 def train_parts():
     """Two executors, one step: a: y = w + x, send y; b: v' = v + y (v donated), send v'; a: w' = w + v' (w donated)."""
     a = load_program(
-        BASE + 1,
+        PART,
         "step",
         2,
         [10] * 5,  # w, x, y, v', w'
@@ -45,7 +47,7 @@ def train_parts():
         ((4, 0), (2, 1)),
     )
     b = load_program(
-        BASE + 1,
+        PART,
         "step",
         1,
         [10] * 3,  # v, y, v'
@@ -97,7 +99,7 @@ class World:
         match command:
             case core.Compile():
                 failure = Failure(kind="CaptureError", message="injected") if name == self.uncompilable else None
-                self.post(None, name, core.ProgramCompiled(program_id=command.program_id, failure=failure))
+                self.post(None, name, core.ProgramCompiled(part=command.part, failure=failure))
             case core.Place():
                 data = command.data
                 command.cell.buffer = data if isinstance(data, _Buffer) else _Buffer(int(data[1:]))
@@ -108,7 +110,7 @@ class World:
             case core.Deliver():
                 self.post(f"device {name}", name, lambda: self.deliver(name, command))
             case core.ReportEnded():
-                self.ended[name].append((command.run_id, command.failure))
+                self.ended[name].append((command.run.run_id, command.failure))
 
     def send(self, name, command):
         other = "b" if name == "a" else "a"
@@ -149,11 +151,11 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program
     for name, program in train_parts().items():
         world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
     w, v = BufferId(BASE + 2), BufferId(BASE + 3)
-    world.post(None, "a", core.BufferPut(buffer_id=w, data=_Buffer(1), spec=None, nbytes=10))
-    world.post(None, "b", core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, nbytes=10))
+    world.post(None, "a", core.BufferPut(buffer_id=w, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    world.post(None, "b", core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     for number in range(num_runs):
         first = BASE + 100 + 10 * number
-        run = {"program_id": ProgramId(BASE + 1), "run_id": RunId(first + 9), "sequence": number}
+        run = {"part": PART, "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
         world.post("scheduler of a", "a", core.RunEnqueued(arguments=[w, f"={number}"], **run))
         world.post("scheduler of b", "b", core.RunEnqueued(arguments=[v], **run))
@@ -184,7 +186,7 @@ def test_any_order_of_events_gives_the_same_values(data, num_runs, drop_program)
         ]
         assert all(failure is None for _, failure in world.ended[name])
         assert world.states[name].runs == {}
-        assert world.states[name].is_needed(ProgramId(BASE + 1)) is not drop_program
+        assert world.states[name].is_needed(PART) is not drop_program
         # Donated state is gone: what is named is what the last run left, and the y's that were not dropped.
         assert len(world.states[name].named) == (num_runs + 1 if name == "a" else 1)
 
@@ -222,15 +224,15 @@ def test_a_dropped_client_leaves_nothing(data, num_runs):
 def test_a_lost_peer_fails_receives_now_and_later():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
+    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     lost = Failure(kind="ExecutorLost", message="executor a is lost")
     commands = []
     for number in range(2):
         run_id = RunId(BASE + 50 + number)
         commands += state.handle(
             core.RunEnqueued(
-                program_id=ProgramId(BASE + 1),
+                part=PART,
                 run_id=run_id,
                 sequence=number,
                 first_buffer_id=BufferId(BASE + 60 + 10 * number),
@@ -250,12 +252,12 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
     v, refused = BufferId(BASE + 3), Failure(kind="CaptureError", message="no lowering")
-    state.handle(core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, nbytes=10))
+    state.handle(core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
 
     def run(number, argument):
         first = BASE + 50 + 10 * number
         return core.RunEnqueued(
-            program_id=ProgramId(BASE + 1),
+            part=PART,
             run_id=RunId(first),
             sequence=number,
             first_buffer_id=BufferId(first + 1),
@@ -264,7 +266,7 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
 
     state.handle(run(0, v))  # these wait for the compilation, the second for what the first makes
     state.handle(run(1, BufferId(BASE + 53)))
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=refused))
+    state.handle(core.ProgramCompiled(part=PART, failure=refused))
     state.handle(run(2, v))  # this comes when it is known
     for fetch_id, (buffer_id, failure) in enumerate({v: None, BASE + 53: refused, BASE + 73: refused}.items()):
         [delivered] = state.handle(core.FetchRequested(fetch_id=fetch_id, buffer_id=BufferId(buffer_id)))
@@ -277,10 +279,10 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
 def test_a_donated_buffer_cannot_be_read_again():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
+    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     run = core.RunEnqueued(
-        program_id=ProgramId(BASE + 1),
+        part=PART,
         run_id=RunId(BASE + 50),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
@@ -295,7 +297,7 @@ def test_status_says_what_a_run_waits_for():
     state = core.ExecutorState("b")
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
     run = core.RunEnqueued(
-        program_id=ProgramId(BASE + 1),
+        part=PART,
         run_id=RunId(7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
@@ -303,21 +305,23 @@ def test_status_says_what_a_run_waits_for():
     )
     state.handle(run)
     assert state.waiting_for() == ["run 7 of step: its compilation"]
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
+    state.handle(core.ProgramCompiled(part=PART, failure=None))
     assert "receives edges [0]" in state.waiting_for()[0]
 
 
 def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
     for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
         item = kind or SendInstruction(slot=0, edge_id=0, peers=("b",))
-        program = load_program(BASE + 1, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
+        program = load_program(PART, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
         state = core.ExecutorState("a")
         state.handle(core.ProgramArrived(program=program))
-        state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-        put = core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=8, form="float16[2]")
+        state.handle(core.ProgramCompiled(part=PART, failure=None))
+        put = core.BufferPut(
+            buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=8, form="float16[2]"
+        )
         state.handle(put)
         run = core.RunEnqueued(
-            program_id=ProgramId(BASE + 1),
+            part=PART,
             run_id=RunId(7),
             sequence=0,
             first_buffer_id=BufferId(BASE + 60),
@@ -357,16 +361,18 @@ def test_a_budget_delays_computations_and_is_never_exceeded(data, num_runs, spar
 
 def _one_call(slot_bytes, num_args=1):
     call = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
-    return load_program(BASE + 1, "grow", num_args, slot_bytes, [call], [(1, 0)])
+    return load_program(PART, "grow", num_args, slot_bytes, [call], [(1, 0)])
 
 
 def _starving(budget, slot_bytes):
     state = core.ExecutorState("a", budget_bytes=budget)
     state.handle(core.ProgramArrived(program=_one_call(slot_bytes)))
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=slot_bytes[0]))
+    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state.handle(
+        core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=slot_bytes[0])
+    )
     run = core.RunEnqueued(
-        program_id=ProgramId(BASE + 1),
+        part=PART,
         run_id=RunId(BASE + 3),
         sequence=1,
         first_buffer_id=BufferId(BASE + 4),
@@ -396,9 +402,9 @@ def test_a_computation_waits_for_memory_and_status_says_so():
 
 def test_a_released_array_lets_the_next_computation_go():
     state, _ = _starving(100, [50, 10])
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, nbytes=40))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=40))
     run = core.RunEnqueued(
-        program_id=ProgramId(BASE + 1),
+        part=PART,
         run_id=RunId(BASE + 21),
         sequence=2,
         first_buffer_id=BufferId(BASE + 22),
@@ -416,13 +422,13 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
     for role in ("leader", "member"):
         state = core.ExecutorState("a", gang=role)
         state.handle(core.ProgramArrived(program=_one_call([1, 1])))
-        state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-        state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, nbytes=1))
+        state.handle(core.ProgramCompiled(part=PART, failure=None))
+        state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=1))
         asked = []
         for number in range(2):
             asked += state.handle(
                 core.RunEnqueued(
-                    program_id=ProgramId(BASE + 1),
+                    part=PART,
                     run_id=RunId(BASE + 30 + number),
                     sequence=number,
                     first_buffer_id=BufferId(BASE + 40 + number),
@@ -432,22 +438,22 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
         expected = [core.ReportReady] * 2 if role == "leader" else []
         assert [type(command) for command in asked] == expected
         # Granted the other way round.
-        commands = state.handle(core.UnitGranted(run_id=RunId(BASE + 31), unit=0))
-        commands += state.handle(core.UnitGranted(run_id=RunId(BASE + 30), unit=0))
+        commands = state.handle(core.UnitGranted(run=RunPart(RunId(BASE + 31), SLICE), unit=0))
+        commands += state.handle(core.UnitGranted(run=RunPart(RunId(BASE + 30), SLICE), unit=0))
         ran = [command.task.run.run_id for command in commands if isinstance(command, core.Execute)]
         assert ran == [BASE + 31, BASE + 30]
-        assert sum(isinstance(command, core.ReportEnqueued) for command in commands) == 2
+        assert sum(isinstance(command, core.ReportPassed) for command in commands) == 2
 
 
 def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
     state = core.ExecutorState("b")
     call = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
-    state.handle(core.ProgramArrived(program=load_program(BASE + 1, "step", 1, [10, 10], [call], [(0, 0)])))
-    state.handle(core.ProgramCompiled(program_id=ProgramId(BASE + 1), failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, nbytes=10))
+    state.handle(core.ProgramArrived(program=load_program(PART, "step", 1, [10, 10], [call], [(0, 0)])))
+    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     assert state.handle(core.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
     run = core.RunEnqueued(
-        program_id=ProgramId(BASE + 1),
+        part=PART,
         run_id=RunId(7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
@@ -467,14 +473,20 @@ def _round(world, number, client_id, fails):
     world.fail_at = world.executed + world.pick(range(1, 20)) if fails == "run" else None
     world.uncompilable = world.pick("ab") if fails == "compilation" else None
     for name, program in train_parts().items():
-        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=replace(program, program_id=base + 1)))
+        world.post(
+            f"scheduler of {name}",
+            name,
+            core.ProgramArrived(program=replace(program, part=PartId(ProgramId(base + 1), SLICE))),
+        )
     for name, buffer_id in zip("aba", names, strict=True):
         if (name, fails) != ("a", "put"):  # a client that dies before it has sent its values
-            world.post(None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, nbytes=10))
+            world.post(
+                None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
+            )
     w, v, unused = names
     for step in range(4):
         first = base + 100 + 10 * step
-        run = {"program_id": ProgramId(base + 1), "run_id": RunId(first + 9), "sequence": number}
+        run = {"part": PartId(ProgramId(base + 1), SLICE), "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
         world.post("scheduler of a", "a", core.RunEnqueued(arguments=[w, f"={step}"], **run))
         world.post("scheduler of b", "b", core.RunEnqueued(arguments=[v], **run))
@@ -513,11 +525,13 @@ def test_a_client_that_goes_on_for_ever_leaves_nothing_behind_either(seed):
         world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
     names = {"a": BufferId(BASE + 2), "b": BufferId(BASE + 3)}
     for name, buffer_id in names.items():
-        world.post(None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, nbytes=10))
+        world.post(
+            None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
+        )
     after = []
     for step in range(40):
         first = BASE + 100 + 10 * step
-        run = {"program_id": ProgramId(BASE + 1), "run_id": RunId(first + 9), "sequence": step}
+        run = {"part": PART, "run_id": RunId(first + 9), "sequence": step}
         run["first_buffer_id"] = BufferId(first)
         world.post("scheduler of a", "a", core.RunEnqueued(arguments=[names["a"], f"={step}"], **run))
         world.post("scheduler of b", "b", core.RunEnqueued(arguments=[names["b"]], **run))

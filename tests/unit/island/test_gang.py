@@ -6,10 +6,16 @@ from collections import deque
 import pytest
 
 from torchways.errors import InternalError
+from torchways.ids import RunPart
 from torchways.island import state as core
 from torchways.runtime.fifo_devices import FifoDevices
 
 NUM_HOSTS = 4
+
+
+def part(executor_id, run_id):
+    """The run on the slice whose number is in the executor's id."""
+    return RunPart(run_id, int(executor_id[1:].split(".")[0]))
 
 
 class Island:
@@ -31,7 +37,7 @@ class Island:
     def add_slice(self, slice_id, hosts):
         self.slices[slice_id] = hosts
         ids = tuple(f"s{slice_id}.h{host}" for host in hosts)
-        self.scheduler.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids, device_indices=hosts))
+        self.scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=hosts))
 
     def post(self, sender, receiver, action):
         self.wires.setdefault((sender, receiver), deque()).append(action)
@@ -45,7 +51,7 @@ class Island:
                     ("client", slice_id), ("executor", slice_id, host), lambda h=host: self.enqueue(slice_id, run_id, h)
                 )
             return
-        event = core.UnitReady(executor_id=f"s{slice_id}.h{hosts[0]}", run_id=run_id, unit=0)
+        event = core.UnitReady(executor_id=f"s{slice_id}.h{hosts[0]}", run=RunPart(run_id, slice_id), unit=0)
         self.post(("executor", slice_id, hosts[0]), "scheduler", lambda: self.handle(event))
 
     def handle(self, event):
@@ -54,13 +60,13 @@ class Island:
             self.post(
                 "scheduler",
                 ("executor", slice_id, host),
-                lambda s=slice_id, h=host, r=command.run_id: self.enqueue(s, r, h),
+                lambda s=slice_id, h=host, r=command.run.run_id: self.enqueue(s, r, h),
             )
 
     def enqueue(self, slice_id, run_id, host):
         self.running.extend(self.devices.enqueue(f"{slice_id}:{run_id}", [host], len(self.slices[slice_id])))
         if self.gang:
-            event = core.UnitEnqueued(executor_id=f"s{slice_id}.h{host}", run_id=run_id, unit=0)
+            event = core.UnitPassed(executor_id=f"s{slice_id}.h{host}", run=RunPart(run_id, slice_id), unit=0)
             self.post(("executor", slice_id, host), "scheduler", lambda: self.handle(event))
 
     def run(self):
@@ -113,15 +119,15 @@ def test_one_slices_computations_are_granted_ahead_and_anothers_wait():
     scheduler = core.SchedulerState()
     for slice_id, devices in ((1, (0, 1)), (2, (1, 2)), (3, (3, 4)), (4, (2, 5))):
         ids = tuple(f"s{slice_id}.{device}" for device in devices)
-        scheduler.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids, device_indices=devices))
+        scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=devices))
 
     def ready(executor_id, run_id):
-        commands = scheduler.handle(core.UnitReady(executor_id=executor_id, run_id=run_id, unit=0))
-        return [(command.executor_id, command.run_id) for command in commands]
+        commands = scheduler.handle(core.UnitReady(executor_id=executor_id, run=part(executor_id, run_id), unit=0))
+        return [(command.executor_id, command.run.run_id) for command in commands]
 
     def enqueued(executor_id, run_id):
-        commands = scheduler.handle(core.UnitEnqueued(executor_id=executor_id, run_id=run_id, unit=0))
-        return [(command.executor_id, command.run_id) for command in commands]
+        commands = scheduler.handle(core.UnitPassed(executor_id=executor_id, run=part(executor_id, run_id), unit=0))
+        return [(command.executor_id, command.run.run_id) for command in commands]
 
     assert ready("s1.0", 1) == [("s1.0", 1), ("s1.1", 1)]
     assert ready("s1.0", 2) == [("s1.0", 2), ("s1.1", 2)]  # one slice's own order is its hosts' order
@@ -137,12 +143,12 @@ def test_a_slice_that_is_gone_lets_the_others_on():
     scheduler = core.SchedulerState()
     for slice_id, devices in ((1, (0, 1)), (2, (1, 2))):
         ids = tuple(f"s{slice_id}.{device}" for device in devices)
-        scheduler.handle(core.SliceAdded(slice_id=slice_id, executor_ids=ids, device_indices=devices))
-    scheduler.handle(core.UnitReady(executor_id="s1.0", run_id=1, unit=0))
-    assert scheduler.handle(core.UnitReady(executor_id="s2.1", run_id=2, unit=0)) == []
-    commands = scheduler.handle(core.SliceRemoved(slice_id=1, reason="lost"))
-    assert commands == [core.SendGrant(executor_id=f"s2.{device}", run_id=2, unit=0) for device in (1, 2)]
-    late = core.UnitEnqueued(executor_id="s1.0", run_id=1, unit=0)
+        scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=devices))
+    scheduler.handle(core.UnitReady(executor_id="s1.0", run=RunPart(1, 1), unit=0))
+    assert scheduler.handle(core.UnitReady(executor_id="s2.1", run=RunPart(2, 2), unit=0)) == []
+    commands = scheduler.handle(core.ExecutorRemoved(executor_id="s1.0", reason="lost"))
+    assert commands == [core.SendGrant(executor_id=f"s2.{device}", run=RunPart(2, 2), unit=0) for device in (1, 2)]
+    late = core.UnitPassed(executor_id="s1.0", run=RunPart(1, 1), unit=0)
     assert scheduler.handle(late) == []
 
 

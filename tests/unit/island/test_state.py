@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from tests.sizes import sizes
 from torchways.errors import Failure, InternalError
+from torchways.ids import PartId, RunPart
 from torchways.island import state as core
 
 
@@ -16,7 +17,10 @@ def make_scheduler(*slices):
     """Each of `slices` is a tuple of executor ids; slice ids count from 1."""
     scheduler = core.SchedulerState()
     for slice_id, executor_ids in enumerate(slices, start=1):
-        scheduler.handle(core.SliceAdded(slice_id=slice_id, executor_ids=executor_ids))
+        added = core.SliceAdded(
+            slice_id=slice_id, client_id=1, executor_ids=executor_ids, device_indices=tuple(map(ord, executor_ids))
+        )
+        scheduler.handle(added)
     return scheduler
 
 
@@ -37,8 +41,18 @@ def run(scheduler, run_id, *slices, client=1, program_id=5):
     )
 
 
+def slice_of(scheduler, executor_id):
+    return next(slice_id for slice_id, members in scheduler.slices.items() if executor_id in members)
+
+
 def end(scheduler, executor_id, run_id, failure=None):
-    return scheduler.handle(core.RunEnded(executor_id=executor_id, run_id=run_id, failure=failure))
+    part = RunPart(run_id, slice_of(scheduler, executor_id))
+    return scheduler.handle(core.RunEnded(executor_id=executor_id, run=part, failure=failure))
+
+
+def loaded(scheduler, executor_id, program_id, failure=None):
+    part = PartId(program_id, slice_of(scheduler, executor_id))
+    return scheduler.handle(core.ProgramLoaded(executor_id=executor_id, part=part, failure=failure))
 
 
 def failure(message, run_id=0):
@@ -51,9 +65,8 @@ def test_a_program_goes_to_the_executors_of_its_slices_and_is_ready_once():
     assert [(c.executor_id, c.part) for c in commands] == [("a", "part 1"), ("b", "part 1"), ("c", "part 2")]
     first = failure("first")
     for executor_id, problem in (("b", None), ("a", first)):
-        loaded = core.ProgramLoaded(executor_id=executor_id, program_id=5, failure=problem)
-        assert scheduler.handle(loaded) == []
-    commands = scheduler.handle(core.ProgramLoaded(executor_id="c", program_id=5, failure=failure("second")))
+        assert loaded(scheduler, executor_id, 5, problem) == []
+    commands = loaded(scheduler, "c", 5, failure("second"))
     assert commands == [core.TellLoaded(client_id=1, program_id=5, failure=first)]
 
 
@@ -97,12 +110,12 @@ def test_a_lost_executor_finishes_its_runs_and_its_slice():
     run(scheduler, 1, 1, 2)
     run(scheduler, 2, 1)
     run(scheduler, 3, 2)
-    finished = scheduler.handle(core.SliceRemoved(slice_id=1, reason="signal 9 (SIGKILL)"))
+    finished = scheduler.handle(core.ExecutorRemoved(executor_id="a", reason="signal 9 (SIGKILL)"))
     assert [c.run_id for c in finished] == [2]  # run 1 still has a part on c
     assert finished[0].failure.kind == "ExecutorLost"
     assert finished[0].failure.message == "executor a is lost: signal 9 (SIGKILL)"
-    (loaded,) = scheduler.handle(core.ProgramLoaded(executor_id="c", program_id=5, failure=None))
-    assert (loaded.program_id, loaded.failure.kind) == (5, "ExecutorLost")
+    (told,) = loaded(scheduler, "c", 5)
+    assert (told.program_id, told.failure.kind) == (5, "ExecutorLost")
     (first,) = end(scheduler, "c", 1)
     assert (first.run_id, first.failure.kind) == (1, "ExecutorLost")
     (later,) = run(scheduler, 4, 1)
@@ -117,8 +130,8 @@ def test_what_is_not_known_fails_for_who_sent_it():
     scheduler = make_scheduler(("a",))
     with pytest.raises(InternalError, match="run 1 names program 5, which is not registered"):
         run(scheduler, 1, 1)
-    (loaded,) = register(scheduler, 5, 9)
-    assert loaded.failure.message == "slice 9 is not on this island: it was never added"
+    (told,) = register(scheduler, 5, 9)
+    assert told.failure.message == "slice 9 is not on this island: it was never added"
     (finished,) = run(scheduler, 2, 9)
     assert finished.failure.message == "slice 9 is not on this island: it was never added"
     (finished,) = run(scheduler, 3)
@@ -130,8 +143,8 @@ def test_the_slices_that_are_left_run_their_parts_of_what_names_a_gone_one():
     scheduler = make_scheduler(("a",))
     (load,) = register(scheduler, 5, 1, 9)
     assert load.executor_id == "a"
-    (loaded,) = scheduler.handle(core.ProgramLoaded(executor_id="a", program_id=5, failure=None))
-    assert loaded.failure.message == "slice 9 is not on this island: it was never added"
+    (told,) = loaded(scheduler, "a", 5)
+    assert told.failure.message == "slice 9 is not on this island: it was never added"
     assert [c.executor_id for c in run(scheduler, 1, 1, 9)] == ["a"]
     (finished,) = end(scheduler, "a", 1)
     assert finished.failure.message == "slice 9 is not on this island: it was never added"
@@ -145,9 +158,11 @@ def test_dropping_a_client_leaves_nothing_of_it():
     run(scheduler, 2, 2, client=2, program_id=6)
     commands = scheduler.handle(core.ClientGone(client_id=1))
     assert commands == [core.SendDrop(executor_id=e, client_id=1) for e in ("a", "b", "c")]
-    assert (set(scheduler.programs), set(scheduler.runs)) == ({6}, {2})
-    assert end(scheduler, "a", 1) == []
-    assert scheduler.handle(core.ProgramLoaded(executor_id="a", program_id=5, failure=None)) == []
+    assert set(scheduler.programs) == {6}
+    for executor_id in ("a", "b", "c"):  # its runs end by themselves
+        end(scheduler, executor_id, 1)
+    assert set(scheduler.runs) == {2}
+    assert loaded(scheduler, "a", 5) == []
 
 
 def test_releases_and_forgotten_programs_go_to_the_executors_concerned():
@@ -167,17 +182,68 @@ def test_an_impossible_event_shows_the_history():
     register(scheduler, 5, 1)
     run(scheduler, 1, 1)
     end(scheduler, "a", 1)
-    with pytest.raises(InternalError, match=r"run 1 ended on a, not running it; enqueued as sequence 1, ended on"):
+    with pytest.raises(InternalError, match=r"run 1 ended for slice 1 on a, not running it; enqueued as sequence 1"):
         end(scheduler, "a", 1)
-    with pytest.raises(InternalError, match=r"run 1 was requested twice; .* running on \['b'\]"):
+    with pytest.raises(InternalError, match=r"run 1 was requested twice; .* running on \[\('b', 1\)\]"):
         run(scheduler, 1, 1)
     with pytest.raises(InternalError, match=r"program 5 .* was registered twice"):
         register(scheduler, 5, 1)
     with pytest.raises(InternalError, match="slice 1 was added twice"):
-        scheduler.handle(core.SliceAdded(slice_id=1, executor_ids=("a",)))
-    scheduler.handle(core.SliceRemoved(slice_id=1, reason="it was released"))
-    with pytest.raises(InternalError, match="added again after it was removed: it was released"):
-        scheduler.handle(core.SliceAdded(slice_id=1, executor_ids=("a",)))
+        scheduler.handle(core.SliceAdded(slice_id=1, client_id=1, executor_ids=("a",)))
+    scheduler.handle(core.SliceClosed(slice_id=1, reason="it was closed"))
+    with pytest.raises(InternalError, match="added again after it was removed: it was closed"):
+        scheduler.handle(core.SliceAdded(slice_id=1, client_id=1, executor_ids=("a",)))
+
+
+def test_slices_of_one_executor_are_parts_of_their_own():
+    scheduler = core.SchedulerState()
+    for slice_id in (1, 2):
+        assert not scheduler.handle(
+            core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=("a",), device_indices=(0,))
+        )
+    assert [(c.executor_id, c.part) for c in register(scheduler, 5, 1, 2)] == [("a", "part 1"), ("a", "part 2")]
+    assert [(c.executor_id, c.slice_id) for c in run(scheduler, 1, 1, 2)] == [("a", 1), ("a", 2)]
+    drops = scheduler.handle(core.SliceClosed(slice_id=1, reason="it was closed"))
+    assert core.SendDrop(executor_id="a", slice_id=1) in drops
+    assert scheduler.handle(core.RunEnded(executor_id="a", run=RunPart(1, 1), failure=None)) == []
+    finished = scheduler.handle(core.RunEnded(executor_id="a", run=RunPart(1, 2), failure=None))
+    assert finished == [core.TellFinished(client_id=1, run_id=1, failure=None)]  # what was in flight has run
+    (later,) = run(scheduler, 2, 1)
+    assert later.failure.message == "slice 1 is not on this island: it was closed"
+
+
+def test_overlapping_executors_compute_one_at_a_time_while_both_have_slices():
+    scheduler = core.SchedulerState()
+
+    def add(slice_id, executor_id, *devices):
+        added = core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=(executor_id,), device_indices=devices)
+        return scheduler.handle(added)
+
+    def ready(executor_id, run_id):
+        slice_id = slice_of(scheduler, executor_id)
+        return scheduler.handle(core.UnitReady(executor_id=executor_id, run=RunPart(run_id, slice_id), unit=0))
+
+    def passed(executor_id, run_id):
+        slice_id = slice_of(scheduler, executor_id)
+        return scheduler.handle(core.UnitPassed(executor_id=executor_id, run=RunPart(run_id, slice_id), unit=0))
+
+    assert add(1, "a", 0, 1) == []
+    assert add(2, "c", 3) == []
+    needed = [core.SendGrantsNeeded(executor_id=name, needed=True) for name in "ab"]
+    assert add(3, "b", 1, 2) == needed
+    assert ready("b", 7) == []  # what a computes may have no end yet
+    assert scheduler.handle(core.ExecutorIdle(executor_id="a")) == [
+        core.SendGrant(executor_id="b", run=RunPart(7, 3), unit=0)
+    ]
+    scheduler.handle(core.ExecutorIdle(executor_id="b"))
+    assert ready("a", 8) == []
+    assert ready("b", 9) == []  # behind what waits
+    assert passed("b", 7) == [core.SendGrant(executor_id="a", run=RunPart(8, 1), unit=0)]
+    assert passed("a", 8) == [core.SendGrant(executor_id="b", run=RunPart(9, 3), unit=0)]
+    free = scheduler.handle(core.SliceClosed(slice_id=3, reason="it was closed"))
+    assert core.SendGrantsNeeded(executor_id="a", needed=False) in free
+    assert core.SendGrantsNeeded(executor_id="b", needed=False) in free
+    assert ready("a", 10) == []  # said before it knew
 
 
 class Simulation:
@@ -221,12 +287,12 @@ class Simulation:
 
     def lose(self, slice_id):
         self.lost |= set(self.SLICES[slice_id - 1])
-        self.carry_out(self.scheduler.handle(core.SliceRemoved(slice_id=slice_id, reason="signal 9")))
+        executor_id = self.SLICES[slice_id - 1][0]
+        self.carry_out(self.scheduler.handle(core.ExecutorRemoved(executor_id=executor_id, reason="signal 9")))
 
     def drop(self, client):
         self.clients.discard(client)
         self.carry_out(self.scheduler.handle(core.ClientGone(client_id=client)))
-        assert all(r.client_id != client for r in self.scheduler.runs.values())
         assert all(p.client_id != client for p in self.scheduler.programs.values())
 
 
@@ -247,7 +313,6 @@ _EVENTS = st.lists(
 @given(_EVENTS)
 def test_any_order_of_events_keeps_one_order_and_finishes_each_run_once(events):
     simulation = Simulation()
-    dropped_runs = set()
     for event in events:
         match event:
             case ("request", client, slices) if client in simulation.clients:
@@ -257,15 +322,13 @@ def test_any_order_of_events_keeps_one_order_and_finishes_each_run_once(events):
             case ("lose", slice_id):
                 simulation.lose(slice_id)
             case ("drop", client):
-                mine = {r for r, owner in simulation.requested.items() if owner == client}
-                dropped_runs |= mine - set(simulation.finished)
                 simulation.drop(client)
     while simulation.running:
         simulation.report(0)
     for sequences in simulation.enqueued.values():
         assert sequences == sorted(set(sequences))
     assert all(len(sequences) == 1 for sequences in simulation.sequences.values())
-    assert sorted(simulation.finished) == sorted(set(simulation.requested) - dropped_runs)
+    assert sorted(simulation.finished) == sorted(set(simulation.requested))
     assert not simulation.scheduler.runs
 
 
@@ -275,27 +338,33 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
     """Each step: a slice more, a client's program and runs on some slices, which end, are lost or dropped midway."""
     dice = random.Random(seed)
     scheduler = core.SchedulerState(max_gone_slices=2)
-    scheduler.handle(core.SliceAdded(slice_id=1, executor_ids=("a",), device_indices=(0,)))
+    scheduler.handle(core.SliceAdded(slice_id=1, client_id=0, executor_ids=("a",), device_indices=(0,)))
     after = []
     for step in range(1, 31):
         mine, executors = 1 + step, (f"b{step}", f"c{step}")
-        scheduler.handle(core.SliceAdded(slice_id=mine, executor_ids=executors, device_indices=(0, 1)))
+        scheduler.handle(core.SliceAdded(slice_id=mine, client_id=step, executor_ids=executors, device_indices=(0, 1)))
         register(scheduler, step, 1, mine, client=step)
         for number in range(5):
             run(scheduler, 100 * step + number, 1, mine, client=step, program_id=step)
-        events = [core.RunEnded(executor_id=e, run_id=100 * step + n, failure=None) for e in "a" for n in range(5)]
-        events += [core.RunEnded(executor_id=e, run_id=100 * step + n, failure=None) for e in executors for n in (0, 1)]
-        events += [core.ProgramLoaded(executor_id="a", program_id=step, failure=None)]
-        events += [core.UnitReady(executor_id=executors[0], run_id=100 * step + n, unit=n) for n in range(3)]
-        ends = [core.ClientGone(client_id=step), core.SliceRemoved(slice_id=mine, reason="it was released")]
+        pairs = [("a", 1), *((executor_id, mine) for executor_id in executors)]
+        left = [(e, RunPart(100 * step + n, s)) for e, s in pairs for n in range(5)]
+        events = [core.RunEnded(executor_id=e, run=part, failure=None) for e, part in left]
+        events += [core.ProgramLoaded(executor_id="a", part=PartId(step, 1), failure=None)]
+        events += [
+            core.UnitReady(executor_id=executors[0], run=RunPart(100 * step + n, mine), unit=n) for n in range(3)
+        ]
+        ends = [core.ClientGone(client_id=step), core.SliceClosed(slice_id=mine, reason="it was closed")]
         ends += [core.ProgramForgotten(program_id=step)]
         dice.shuffle(events)
         dice.shuffle(ends)
+        position = dice.randrange(len(events))
         granted = []
-        for event in [*events[: dice.randrange(len(events))], *ends]:
+        for event in [*events[:position], *ends, *events[position:]]:
             granted += [c for c in scheduler.handle(event) if isinstance(c, core.SendGrant)]
             if granted and dice.random() < 0.5:
                 item = granted.pop(0)
-                scheduler.handle(core.UnitEnqueued(executor_id=item.executor_id, run_id=item.run_id, unit=item.unit))
+                scheduler.handle(core.UnitPassed(executor_id=item.executor_id, run=item.run, unit=item.unit))
+        for executor_id in executors:
+            scheduler.handle(core.ExecutorRemoved(executor_id=executor_id, reason="it was idle"))
         after.append(sizes(scheduler))
     assert after[-1] == after[2]

@@ -21,7 +21,7 @@ SPLIT = "S(0)" if NUM_DEVICES > 1 else "R"
 
 
 def spec(dtype, *shape, placement="R"):
-    return BufferSpec(dtype=dtype, shape=shape, placements=(placement,))
+    return BufferSpec(dtype=dtype, shape=shape, placements=(placement,), mesh=(NUM_DEVICES,))
 
 
 def graph(function, *arguments):
@@ -57,7 +57,7 @@ def check_values(runtime):
     outputs = [spec("float32"), split, spec("float32", 2), spec("int64", 4), split, spec("int64")]
     executable = runtime.compile(data, inputs, outputs, [])
     same = torch.tensor([5.0, 6.0])
-    values = [runtime.put(v, s.placements) for v, s in zip((p, x, torch.zeros(3), same), inputs, strict=True)]
+    values = [runtime.put(v, s) for v, s in zip((p, x, torch.zeros(3), same), inputs, strict=True)]
     made, computed = runtime.execute(executable, values)
     assert not any(buffer is value for buffer in computed for value in values)
     results = [read(runtime, buffer) for buffer in made]
@@ -70,11 +70,11 @@ def check_copies(runtime):
     for dtype in (torch.float64, torch.int32, torch.bool, torch.bfloat16, torch.int64, torch.uint8):
         value = torch.tensor([[0, 1], [2, 3]]).to(dtype)
         for host in (value, value[0, 1], value[:0]):
-            back = read(runtime, runtime.put(host, ("R",)))
+            back = read(runtime, runtime.put(host, spec(str(dtype).removeprefix("torch."), *host.shape)))
             assert back.dtype == dtype
             assert torch.equal(back, host)
     split = torch.randn(8, 3)
-    assert torch.equal(read(runtime, runtime.put(split, (SPLIT,))), split)
+    assert torch.equal(read(runtime, runtime.put(split, spec("float32", *split.shape, placement=SPLIT))), split)
 
 
 def check_soak_and_donation(runtime):
@@ -83,7 +83,7 @@ def check_soak_and_donation(runtime):
     data = graph(lambda p, x: (p + x.mean(),), torch.empty(size), torch.empty(8, 1000))
     inputs = [spec("float32", size), spec("float32", 8, 1000, placement=SPLIT)]
     executable = runtime.compile(data, inputs, inputs[:1], [0])
-    state, x = runtime.fill(inputs[0], 0.0), runtime.put(torch.ones(8, 1000), (SPLIT,))
+    state, x = runtime.fill(inputs[0], 0.0), runtime.put(torch.ones(8, 1000), inputs[1])
     resident = []
     for number in range(NUM_EXECUTIONS):
         [state], _ = runtime.execute(executable, [state, x])
@@ -99,7 +99,7 @@ def check_independent_chains(runtime):
     inputs = [spec("float32", 1000), spec("float32", 64, 64, placement=SPLIT)]
     executable = runtime.compile(data, inputs, inputs[:1], [])
     states = [runtime.fill(inputs[0], 0.0) for _ in range(8)]
-    x = runtime.put(torch.ones(64, 64), (SPLIT,))
+    x = runtime.put(torch.ones(64, 64), inputs[1])
     for number in range(NUM_EXECUTIONS):
         [states[number % 8]], _ = runtime.execute(executable, [states[number % 8], x])
     for number, state in enumerate(states):
@@ -156,7 +156,7 @@ def check_failed_launch(runtime):
 
 
 def main():
-    runtime = XlaRuntime((NUM_DEVICES,), ("dp",))
+    runtime = XlaRuntime(NUM_DEVICES)
     check_values(runtime)
     check_copies(runtime)
     check_soak_and_donation(runtime)
