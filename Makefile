@@ -1,5 +1,8 @@
-# `make train` and `make test` do all set-up from a machine with python3.11, make and gcc.
-PYTHON ?= python3.11
+# `make train` and `make test` do all set-up on a machine with make, gcc and Python 3.11, 3.12 or 3.13.
+# PYTHON is the newest of these that runs here; `make train PYTHON=/path/to/python3.11` takes another.
+IS_SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))
+PYTHON ?= $(shell for python in python3.13 python3.12 python3.11 python3; do \
+	$$python -c '$(IS_SUPPORTED)' 2>/dev/null && echo $$python && break; done)
 VENV ?= .venv
 BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
@@ -31,6 +34,10 @@ proto: $(STAMP)
 	PATH=$(BIN):$$PATH $(BIN)/python -m grpc_tools.protoc -I . --python_out=. --mypy_out=. torchways/graphs/graph.proto
 
 $(STAMP): pyproject.toml
+	@test -x $(BIN)/python || $(or $(PYTHON),false) -c '$(IS_SUPPORTED)' || { \
+	echo "torchways needs Python 3.11, 3.12 or 3.13, and $(if $(PYTHON),'$(PYTHON)' is none of them,found none)." \
+	"Install one with its venv module (on Debian and Ubuntu: apt-get install python3.11 python3.11-venv)," \
+	"or name one: make train PYTHON=/path/to/python3.11" >&2; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -e ".[dev]"
 	touch $(STAMP)

@@ -43,6 +43,11 @@ def is_our_function(function: Any) -> bool:
 ADDING_METHODS = {"append", "extend", "add", "appendleft", "extendleft"}
 
 _LOADS = {"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF", "LOAD_FAST", "LOAD_ATTR"}
+_AS_IN_3_11 = {
+    "LOAD_FAST_CHECK": "LOAD_FAST",
+    "LOAD_FROM_DICT_OR_GLOBALS": "LOAD_NAME",
+    "LOAD_FROM_DICT_OR_DEREF": "LOAD_CLASSDEREF",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,9 +77,8 @@ def reads_of(code: types.CodeType) -> CodeReads:
     names: dict[str, set[str]] = {"variables": set(), "assigned": set(), "attributes": set(), "locals": set()}
     added: set[str] = set()
     read: set[str] = set()
-    for instructions in _codes(code):
-        for instruction, following in zip(instructions, [*instructions[1:], instructions[-1]], strict=True):
-            name, operation = instruction.argval, instruction.opname
+    for operations in _codes(code):
+        for (operation, name), (following, attribute) in zip(operations, [*operations[1:], ("", None)], strict=True):
             if operation in ("LOAD_GLOBAL", "LOAD_NAME", "IMPORT_FROM"):
                 names["variables"].add(name)
             elif operation in ("STORE_GLOBAL", "STORE_NAME", "DELETE_GLOBAL"):
@@ -84,8 +88,8 @@ def reads_of(code: types.CodeType) -> CodeReads:
             elif operation in ("LOAD_FAST", "LOAD_DEREF", "LOAD_CLOSURE"):
                 names["locals"].add(name)
             if operation in _LOADS:
-                is_addition = following.opname == "LOAD_METHOD"
-                (added if is_addition and following.argval in ADDING_METHODS else read).add(name)
+                is_addition = following == "LOAD_METHOD" and attribute in ADDING_METHODS
+                (added if is_addition else read).add(name)
     return CodeReads(
         **{kind: frozenset(found) for kind, found in names.items()},
         only_added_to=frozenset(added - read),
@@ -93,11 +97,24 @@ def reads_of(code: types.CodeType) -> CodeReads:
     )
 
 
-def _codes(code: types.CodeType) -> Iterator[list[dis.Instruction]]:
-    yield list(dis.get_instructions(code))
+def _codes(code: types.CodeType) -> Iterator[list[tuple[str, Any]]]:
+    """Yields the operations of a code object and of those inside it, each with what it names."""
+    yield [operation for instruction in dis.get_instructions(code) for operation in _operations(instruction)]
     for constant in code.co_consts:
         if isinstance(constant, types.CodeType):
             yield from _codes(constant)
+
+
+def _operations(instruction: dis.Instruction) -> list[tuple[str, Any]]:
+    """Returns an instruction as the operations of Python 3.11 that do the same; 3.12 and 3.13 have merged some."""
+    operation, name = instruction.opname, instruction.argval
+    if operation == "LOAD_FAST_LOAD_FAST":
+        return [("LOAD_FAST", local) for local in name]
+    if operation == "STORE_FAST_LOAD_FAST":
+        return [("STORE_FAST", name[0]), ("LOAD_FAST", name[1])]
+    if operation == "LOAD_SUPER_ATTR" or (operation == "LOAD_ATTR" and sys.version_info >= (3, 12)):
+        return [("LOAD_METHOD" if (instruction.arg or 0) & 1 else "LOAD_ATTR", name)]
+    return [(_AS_IN_3_11.get(operation, operation), name)]
 
 
 @functools.lru_cache(maxsize=4096)
