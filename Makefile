@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TEST_PROCESSES ?= 2
 STAMP := $(VENV)/.installed
 
-.PHONY: train test test-all test-architectures check proto clean
+.PHONY: train test test-all test-architectures check docs proto clean
 
 train: $(STAMP)
 	$(BIN)/twrun --islands 2 --devices-per-island 2 recipes/train_lm.py model=tiny train.steps=200
@@ -27,6 +27,10 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Rewrites docs/api.md from the docstrings.
+docs: $(STAMP)
+	$(BIN)/python docs/make_api.py
 
 # Rewrites *_pb2* from the .proto files.
 proto: $(STAMP)

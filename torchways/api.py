@@ -56,7 +56,7 @@ _eager_config: ClusterConfig | None = None
 
 
 class _Scope:
-    """What `init` returns: a context manager that shuts down at its end."""
+    """The result of `init`: a context manager that calls `shutdown` on exit."""
 
     def __enter__(self) -> _Scope:
         return self
@@ -68,7 +68,7 @@ class _Scope:
 
 
 def is_eager() -> bool:
-    """Whether TORCHWAYS_EAGER=1 asks for plain PyTorch in this process."""
+    """Returns True if TORCHWAYS_EAGER=1 is set, so that everything runs as plain PyTorch in this process."""
     return os.environ.get(EAGER_VARIABLE, "") not in ("", "0")
 
 
@@ -84,25 +84,28 @@ def init(
     log_level: str = "warning",
     start_timeout: timedelta | None = None,
 ) -> _Scope:
-    """Joins a cluster, or starts one on this machine; use it as a context manager, or call `shutdown`.
+    """Joins a cluster, or starts one on this machine.
+
+    Call `shutdown` when you are done, or use `init` as a context manager.
 
     Args:
-        address: host:port of a resource manager. None: the one that `twrun` started (TORCHWAYS_ADDRESS), else an
-            embedded cluster of this process, which ends with it, however it ends.
-        islands, devices_per_island, hosts_per_island, platform: of the embedded cluster; see `ClusterConfig`.
-        memory_budget: bytes that buffers may take on each device; a computation that needs more waits until others
-            are done, and what can never fit is refused.
-        memory_wait: how long a computation may wait for memory while nothing runs that could free some.
-        log_level: of this process and of the embedded cluster: debug, info, warning or error.
-        start_timeout: longest wait for the cluster, and for each slice, to be ready.
+        address: host:port of a resource manager. If None, joins the cluster that `twrun` started (TORCHWAYS_ADDRESS).
+            If there is none, starts an embedded cluster, which ends when this process ends, for whatever reason.
+        islands, devices_per_island, hosts_per_island, platform: size and PJRT platform of the embedded cluster; see
+            `ClusterConfig`.
+        memory_budget: bytes that buffers may occupy on each device. A computation that needs more waits until others
+            have finished. A computation that can never fit is refused.
+        memory_wait: how long a computation may wait for memory when nothing is running that could free any.
+        log_level: debug, info, warning or error, for this process and for the embedded cluster.
+        start_timeout: longest wait for the cluster to start, and for each slice to become ready.
 
-    On TPU (untested on hardware) TORCHWAYS_COMPILATION_CACHE in the environment names a folder in which executors keep
-    what they compiled, for later runs. torch-xla's CPU client cannot load such files.
+    On TPU (never run on hardware), executors keep compiled programs in the folder named by the environment variable
+    TORCHWAYS_COMPILATION_CACHE. On CPU the variable has no effect: torch-xla's CPU client cannot load such files.
 
     Raises:
         ConfigError: a setting is out of range, or there is no token for `address`.
         ClusterLost: the cluster cannot be reached.
-        UserError: there is a session already.
+        UserError: this process already has a session.
     """
     global _session, _eager_config
     if _session is not None and not _session.closed:
@@ -155,7 +158,10 @@ async def _make_manager(address: str, token: str) -> ManagerClient:
 
 
 def shutdown() -> None:
-    """Ends the session, and the cluster if `init` started it. Arrays can no longer be read. Idempotent."""
+    """Ends the session, and the cluster if `init` started it.
+
+    Arrays of the session can no longer be read. A second call does nothing.
+    """
     global _session, _eager_config
     _eager_config = None
     session, _session = _session, None
@@ -173,16 +179,16 @@ def _current() -> Session:
 def init_device_mesh(
     shape: Sequence[int], *, mesh_dim_names: Sequence[str] | None = None, island: int | None = None
 ) -> VirtualSlice:
-    """Asks for a virtual slice: a mesh of devices of one island. Returns before its executors are ready.
+    """Reserves a virtual slice: a mesh of devices of one island. Returns before the slice's executors are ready.
 
     Args:
         shape: size of each mesh axis.
-        mesh_dim_names: name of each axis. "dp" is special: programs split host tensors along it.
-        island: island to take it from; None: the resource manager chooses.
+        mesh_dim_names: name of each axis. The name "dp" is special: programs split host tensors along this axis.
+        island: number of the island to take the devices from. If None, the resource manager chooses one.
 
     Raises:
         ResourceExhausted: the island does not have that many devices.
-        PlacementError: shape, names or island make no sense.
+        PlacementError: the shape, the names or the island are invalid.
     """
     if is_eager():
         shape, names = check_mesh(shape, mesh_dim_names)
@@ -198,20 +204,20 @@ def function(
     pad_value: PadValue = 0,
     max_variants: int = MAX_VARIANTS,
 ) -> Any:
-    """Makes a function, an `nn.Module` class or a module a compiled function on `mesh`; also as a decorator.
+    """Turns a function, a module or an `nn.Module` class into a compiled function on a slice. Works as a decorator.
 
-    Called inside a program it is one node of it. Called outside it is a program of one node: it returns arrays at
-    once and computes no gradients. An argument that lives on another slice is transferred to `mesh`. A module's
-    state lives on the slice; `state_dict()` reads it back.
+    Inside a program, each call is one node of the program. Outside a program, a call is a program with one node: it
+    returns arrays at once and computes no gradients. Arguments on another slice are transferred to `mesh`. The state
+    of a module lives on the slice; `state_dict()` reads it back.
 
     Args:
-        target: what is decorated.
-        mesh: slice that it runs on.
+        target: the function, module or class.
+        mesh: the slice to run on.
         buckets, pad_value, max_variants: for calls outside a program; see `program`.
 
     Raises:
-        ConfigError: buckets make no sense.
-        UserError: `target` is none of these.
+        ConfigError: `buckets` is invalid.
+        UserError: `target` is not a function, a module or an `nn.Module` class.
     """
     if target is None:
         return lambda actual: function(
@@ -234,34 +240,36 @@ def program(
     pad_value: PadValue = 0,
     max_variants: int = MAX_VARIANTS,
 ) -> Any:
-    """Decorates a function that calls compiled functions, modules, `backward()` and optimizers: one dataflow program.
+    """Turns a function into one dataflow program. The function may call modules, `backward()` and optimizers.
 
-    It is traced once for each combination of argument shapes, then dispatched whole; calls return at once. Host
-    tensors among the arguments are split on dimension 0 over the mesh axis named "dp". What it reads of Python's state
-    is a condition of the trace: where that changed, a call traces again. Hyperparameters of optimizers, and numbers
-    that change, are inputs. What it writes to Python's state, each run writes.
+    The function is traced once for each combination of argument shapes. After that, each call dispatches the whole
+    program and returns at once. Host tensors among the arguments are split on dimension 0 over the mesh axis "dp".
+
+    The trace records which Python state the function reads. If that state has changed, the next call traces again.
+    Optimizer hyperparameters, and numbers that change between calls, are inputs instead, so changing them does not
+    cause a new trace. State that the function writes is written again by every run.
+
+    If the graph depends on values (data-dependent shapes, `tw.cond`), the function cannot be traced as a whole. It then
+    runs node by node, without gradients, and a warning gives the reason.
 
     Args:
         target: the function.
-        mesh: slice of all that no compiled function or pipeline stage places.
-        dispatch: "parallel" sends the whole program in one message an island, so that the control plane runs ahead of
-            the data; "sequential" dispatches each computation when the one before is over, for comparison.
-        buckets: sizes that dimensions of host tensors are padded to, at the end, by argument:
-            ``{"x": {1: [64, 128, 256]}, "labels": {1: [64, 128, 256]}}``. A dict's items are named
-            ``"batch['input_ids']"``; the name of what holds tensors stands for all of them. Calls of any size need as
-            many traces and executables as there are buckets. What is returned keeps the padded sizes: pad the mask too
-            (with 0), or labels with the loss's ``ignore_index``, and cut what you read. Arrays, calls within another
-            program and eager mode are not padded.
-        pad_value: what is padded with: one number, or one for an argument's name, 0 for others.
-        max_variants: traces to keep, with their executables; the least recently used is forgotten first.
-
-    A function whose graph depends on values (data-dependent shapes, `tw.cond`) cannot be traced; it runs node by node
-    instead, without gradients, and a warning says why.
+        mesh: the slice for operators that no compiled function or pipeline stage places.
+        dispatch: "parallel" sends the whole program at once, one message per island, so that control runs ahead of the
+            data. "sequential" dispatches each computation when the previous one has finished, for comparison.
+        buckets: sizes to pad host tensors to, by argument and dimension:
+            ``{"x": {1: [64, 128, 256]}, "labels": {1: [64, 128, 256]}}``. Padding is added at the end. Items of a dict
+            argument are named ``"batch['input_ids']"``; the name of a container applies to all tensors in it. There
+            are then only as many traces and executables as buckets. Results keep the padded sizes: pad the mask with
+            0, or the labels with the ``ignore_index`` of the loss, and slice the results that you read. Arrays, calls
+            inside another program, and eager mode are not padded.
+        pad_value: the number to pad with, or a dict of numbers by argument name. The default is 0.
+        max_variants: how many traces to keep, with their executables. The least recently used one is dropped first.
 
     Raises (when called):
         ShapeError: an argument is larger than its largest bucket.
-        CaptureError: the function cannot be captured; the message names its line.
-        PlacementError: nothing says where it runs, or an argument cannot be split.
+        CaptureError: the function cannot be captured; the message names the line.
+        PlacementError: no slice is known for an operator, or an argument cannot be split.
     """
     if target is None:
         return lambda actual: program(
@@ -277,26 +285,29 @@ def program(
 
 
 def parity(*, rtol: float | None = None, atol: float | None = None) -> contextlib.AbstractContextManager[ParityReport]:
-    """Compares programs that are called inside with eager PyTorch, node by node; TORCHWAYS_PARITY=1 does so for all.
+    """Compares every program called inside the context with eager PyTorch, node by node.
 
-    Every node (a compiled function, a transfer, a sum, an argument on its way to its slice) runs on its slice as
-    always, and once more with plain PyTorch on the CPU, from the same inputs. What a call returns and changes is what
-    it would without. But it waits for all values, holds all of them and donates none, so it needs more memory. One line
-    is logged for each call. Random operators are not compared: what they drew is taken for given.
+    TORCHWAYS_PARITY=1 turns this on for a whole run. Each node (a compiled function, a transfer, a sum, the upload of
+    an argument) runs on its slice as usual, and again in plain PyTorch on the CPU from the same inputs. A call returns
+    and changes the same values as without parity mode. It needs more memory, because it waits for all values, keeps
+    them and donates none. One line is logged per call. Random operators are not compared; their results are taken as
+    they are.
 
-    An element agrees if its error is at most ``atol + rtol * abs(expected)``. A value with elements that do not is
-    still taken for right if it is no more than ten times as far from what float64 gives as eager PyTorch's is, or if
-    each operator of its node agrees by itself and all together give it: then rounding has grown.
+    An element agrees if its error is at most ``atol + rtol * abs(expected)``. A value with larger errors is still
+    accepted in two cases, which both point to rounding: it is at most ten times as far from the float64 result as
+    eager PyTorch's is, or each operator of the node agrees by itself and together they give this value.
 
     Args:
-        rtol, atol: None: torch.testing.assert_close's for each dtype. Integers and bools must be equal.
+        rtol, atol: tolerances. If None, those of torch.testing.assert_close for each dtype. Integers and bools must be
+            equal.
 
     Returns:
-        a context manager; its value, a `ParityReport`, says what was compared and the largest error of each dtype.
+        A context manager that yields a `ParityReport`: what was compared, and the largest error of each dtype.
 
     Raises (a call inside):
-        ParityError: names the first node that diverges, the first operator of it that does so by itself, the user's
-            lines and the errors. Parameters, optimizer state and all else stay as before the call.
+        ParityError: a node diverges. The error names the first such node, the first operator in it that diverges by
+            itself, your source lines and the errors. Parameters, optimizer state and everything else stay as they were
+            before the call.
     """
     return parity_mode(rtol=rtol, atol=atol)
 
@@ -309,17 +320,17 @@ def cond(
     *,
     mesh: VirtualSlice | None = None,
 ) -> Any:
-    """Runs `true_fn` or `false_fn` on arrays, by the value of an array; spelled as torch.cond.
+    """Runs `true_fn` or `false_fn`, depending on the value of an array. Takes the arguments of torch.cond.
 
-    The controller waits for the predicate, then dispatches the chosen branch as a program, and returns at once. A
-    program that calls it runs node by node (see `program`). No gradients flow through it. A function is traced once
-    for each combination of shapes as long as it lives: define branches once, not anew for each call.
+    The controller waits for the predicate, dispatches the chosen branch as a program and returns at once. A program
+    that calls `tw.cond` runs node by node (see `program`). No gradients flow through it. Define the branches once, not
+    in each call: traces are kept for each function object.
 
     Args:
         predicate: an array or tensor of one element, or a bool.
-        true_fn, false_fn: called with the operands.
+        true_fn, false_fn: the branches, called with the operands.
         operands: arrays, tensors or other values.
-        mesh: slice of what nothing else places.
+        mesh: the slice for operators that nothing else places.
 
     Raises:
         ShapeError: the predicate has more than one element.
@@ -336,18 +347,18 @@ def while_loop(
     *,
     mesh: VirtualSlice | None = None,
 ) -> tuple[Any, ...]:
-    """Runs `body_fn` on arrays as long as `cond_fn` of them is true; spelled as torch.while_loop.
+    """Calls `body_fn` on the operands while `cond_fn` returns true. Takes the arguments of torch.while_loop.
 
-    Both are dispatched as programs; the controller waits for each condition. No gradients flow through it.
+    Both functions are dispatched as programs. The controller waits for each condition. No gradients flow through it.
 
     Args:
         cond_fn: called with the operands; returns an array of one element, or a bool.
-        body_fn: called with the operands; returns their next values, of the same shapes and dtypes.
-        operands: the first values.
-        mesh: slice of what nothing else places.
+        body_fn: called with the operands; returns their next values, with the same shapes and dtypes.
+        operands: the initial values.
+        mesh: the slice for operators that nothing else places.
 
     Returns:
-        the operands for which `cond_fn` was false.
+        The operands for which `cond_fn` returned false.
 
     Raises:
         ShapeError: the condition has more than one element, or the body changes a shape or dtype.
@@ -370,26 +381,27 @@ def scan(
     mesh: VirtualSlice | None = None,
     donate: bool = False,
 ) -> tuple[Any, list[Any]]:
-    """Runs `combine_fn` on a carry a known number of times, as one program; spelled as torch's and JAX's scan.
+    """Runs a loop of known length as one program. Takes the arguments of the scan of torch and JAX.
 
-    The body is traced once, and all turns are dispatched in one message an island: nothing returns to the controller
-    between them. From turn to turn the carry's memory is used again. Called inside a program it is a Python loop of
-    the trace, through which gradients flow; outside it computes none. Keep `combine_fn`, it is traced once as long as
-    it lives; and keep `length` to tens or hundreds, since the program's size grows with it.
+    The body is traced once, and all iterations are dispatched with one message per island: nothing returns to the
+    controller between them. Each iteration reuses the memory of the carry. Inside a program, `scan` is a Python loop in
+    the trace, and gradients flow through it. Outside a program it computes no gradients. Reuse the same `combine_fn`
+    object, so that it is traced only once. Keep `length` to tens or hundreds, because the size of the program grows
+    with it.
 
     Args:
-        combine_fn: called as ``combine_fn(carry, x)``; returns the next carry and the turn's `y`. What it writes in
-            place to arrays that it does not get as arguments is seen by the next turn.
-        init: the first carry: a pytree of tensors, whose shapes and dtypes stay the same from turn to turn. Other
+        combine_fn: called as ``combine_fn(carry, x)``; returns the next carry and the iteration's output `y`. If it
+            writes in place to arrays that are not its arguments, the next iteration sees the new values.
+        init: the initial carry: a pytree of tensors, whose shapes and dtypes must not change between iterations. Other
             leaves are constants.
-        xs: pytree of tensors that each turn gets a row of, along dimension 0; None: `length` says how many turns.
-        length: number of turns.
-        mesh: slice of what nothing else places.
-        donate: gives up the arrays of `init`: the first turn uses their memory too, and they cannot be read any more.
+        xs: pytree of tensors. Each iteration gets one row of each, along dimension 0. If None, pass `length`.
+        length: number of iterations.
+        mesh: the slice for operators that nothing else places.
+        donate: if True, the first iteration reuses the memory of the arrays in `init`, and they can no longer be read.
 
     Returns:
-        The last carry, and the list of each turn's `y`, whose arrays can be read as soon as their turn is over
-        (unlike torch's and JAX's, which stack them).
+        The last carry, and a list with the `y` of each iteration. An output can be read as soon as its iteration has
+        finished. (The scan of torch and JAX stacks the outputs instead.)
 
     Raises:
         ShapeError: `xs` and `length` do not agree, or the body changes the structure, shapes or dtypes of the carry.
@@ -419,50 +431,54 @@ def generate(
     tokens_per_dispatch: int = 16,
     **options: Any,
 ) -> torch.Tensor:
-    """Continues prompts with a causal language model of `transformers`; spelled as its `generate`.
+    """Generates tokens with a causal language model of `transformers`. Takes the options of its `generate`.
 
-    Greedy tokens are those of `model.generate` on the CPU, up to rounding: prompt and decoding step are one compiled
-    function each, with a static key-value cache that stays on the slice (split over the batch on the axis "dp" and
-    over heads on other axes). Cache lengths are rounded up to 64 and prompts padded on the left, to one of at most four
-    lengths between two powers of two, so that prompts of many lengths share what is compiled. (Not for models whose
-    `forward` takes no `position_ids`, nor where it would leave no room for the new tokens.)
+    Greedy decoding gives the tokens of `model.generate` on the CPU, up to rounding. The prompt and the decoding step
+    are one compiled function each. The key-value cache has a fixed size and stays on the slice; it is split over the
+    batch on the axis "dp" and over heads on other axes.
+
+    To share compiled functions between prompts of different lengths, cache lengths are rounded up to a multiple of 64,
+    and prompts are padded on the left to one of at most four lengths between two powers of two. Prompts are not padded
+    if the model's `forward` takes no `position_ids`, or if padding would leave no room for the new tokens.
 
     Args:
-        model: placed by `tw.function` or `tw.parallelize_module`; call `model.eval()` first.
+        model: a model placed by `tw.function` or `tw.parallelize_module`. Call `model.eval()` first.
         input_ids: prompts, int64[batch, length], padded on the left.
-        attention_mask: 0 for padding, [batch, length]; None: there is none.
-        max_new_tokens: tokens to add; fewer if all rows end before.
-        max_length: of prompt and new tokens, where `max_new_tokens` is not given.
-        do_sample: draw tokens; else take the likeliest one.
-        temperature, top_k, top_p: transformers' logits warpers of these names, for sampling; None: left out.
-        eos_token_id: tokens that end a row, () for none; None: those of `model.generation_config`, if it has some.
-        pad_token_id: fills up rows that have ended; None: that of `model.generation_config`, else the first of
+        attention_mask: [batch, length], 0 for padding. None means no padding.
+        max_new_tokens: number of tokens to add; fewer if all rows end earlier.
+        max_length: length of prompt and new tokens together, if `max_new_tokens` is not given.
+        do_sample: True draws tokens; False takes the most likely token.
+        temperature, top_k, top_p: the logits warpers of transformers with these names, for sampling. None leaves one
+            out.
+        eos_token_id: tokens that end a row; () for none. If None, those of `model.generation_config`.
+        pad_token_id: fills rows that have ended. If None, that of `model.generation_config`, or else the first
             `eos_token_id`.
-        num_return_sequences: continuations of each prompt, one behind the other; more than one for sampling and beam
-            search only.
-        generation_config: of transformers: the options where the call does not name them. What neither names is taken
-            from `model.generation_config`, as in transformers.
-        generator: what tokens are drawn with, on the host; None: PyTorch's default one (`torch.manual_seed`).
-            The same state gives the same tokens, whatever `tokens_per_dispatch` is.
-        streamer: gets the prompt, then the tokens of each step [batch] as soon as they are there, by `put`, and a call
-            of `end`: any of transformers' streamers.
-        tokens_per_dispatch: tokens in one message to the island. One message is ahead of the tokens that are looked at:
-            up to as many steps are computed in vain after all rows have ended.
-        options: further ones of transformers' `generate`. Taken, and computed by its own processors: `min_new_tokens`,
-            `min_length`, `repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`, `sequence_bias`,
-            `suppress_tokens`, `begin_suppress_tokens`, `min_p`, `typical_p`, `epsilon_cutoff`, `eta_cutoff`,
-            `remove_invalid_values`, `logits_processor`, `stopping_criteria`, and for beam search `num_beams`,
-            `length_penalty` and `early_stopping`. All others are refused by name, unless they have no effect.
-            Processors and criteria of your own are traced once: they compute with tensors, and see `input_ids[:, -n:]`
-            and `input_ids[:, -n]` only. Pass the same objects to each call: new ones are traced and compiled anew.
+        num_return_sequences: how many continuations to return for each prompt, in consecutive rows. More than one needs
+            sampling or beam search.
+        generation_config: a `GenerationConfig` of transformers, for options that the call does not name. Options that
+            neither names come from `model.generation_config`, as in transformers.
+        generator: random generator on the host for sampling. If None, PyTorch's default one (`torch.manual_seed`). The
+            same generator state gives the same tokens for any `tokens_per_dispatch`.
+        streamer: any streamer of transformers. Its `put` gets the prompt, then the tokens of each step [batch] as soon
+            as they are computed; `end` is called last.
+        tokens_per_dispatch: number of tokens per message to the island. The next message is sent before the tokens of
+            the previous one are looked at, so up to this many steps are computed for nothing after all rows have ended.
+        options: more options of transformers' `generate`. Supported, and computed by its own processors:
+            `min_new_tokens`, `min_length`, `repetition_penalty`, `no_repeat_ngram_size`, `bad_words_ids`,
+            `sequence_bias`, `suppress_tokens`, `begin_suppress_tokens`, `min_p`, `typical_p`, `epsilon_cutoff`,
+            `eta_cutoff`, `remove_invalid_values`, `logits_processor`, `stopping_criteria`, and for beam search
+            `num_beams`, `length_penalty` and `early_stopping`. Any other option is refused by name, unless it has no
+            effect. Your own processors and criteria are traced once: they must compute with tensors, and can read only
+            `input_ids[:, -n:]` and `input_ids[:, -n]`. Pass the same objects in each call; new objects are traced and
+            compiled again.
 
     Returns:
         Prompts and new tokens, int64[batch, length + new], on the host.
 
     Raises:
-        UserError: the model is on no slice, the tokens do not fit its positions, padding is on the right, or an option
-            is none of these.
-        ShapeError: `input_ids` or `attention_mask` have a shape that is none.
+        UserError: the model is not on a slice, the tokens do not fit its positions, padding is on the right, or an
+            option is not supported.
+        ShapeError: `input_ids` or `attention_mask` has an invalid shape.
     """
     given = merged(
         {
@@ -504,20 +520,20 @@ def pipeline(
     meshes: Sequence[VirtualSlice],
     plan: PlanOrMaker | None = None,
 ) -> Any:
-    """Splits a module into stages, each on a slice of its own; returns the module itself.
+    """Splits a module into pipeline stages, one slice per stage. Returns the module itself.
 
-    Its parameters become arrays and stay the same objects: an optimizer that has them already goes on with them.
+    The parameters become arrays and stay the same objects, so you can create the optimizer before or after.
 
     Args:
-        module: any module, or a function that builds one, which is then initialised on the slices (see
-            `parallelize_module`); its parameters are on the stage of their submodule, in the order of registration.
-        split_spec: names of submodules at which a new stage begins, in the order in which they run.
-        meshes: slice of each stage: one more than split points.
-        plan: how parameters are split over the axes of their stage's slice, as for `parallelize_module`; then all
-            meshes have the same axes.
+        module: any module, or a function that builds one. In the second case the module is initialised on the slices
+            (see `parallelize_module`), and each parameter is on the stage of its submodule, in registration order.
+        split_spec: submodule names at which the stages begin or end, in the order in which they run.
+        meshes: the slice of each stage, one more than there are split points.
+        plan: how to split parameters over the axes of their stage's slice, as for `parallelize_module`. All meshes
+            must then have the same axes.
 
     Raises:
-        PlacementError: a name does not exist, the numbers do not fit, or the plan does not.
+        PlacementError: a submodule does not exist, the number of meshes is wrong, or the plan does not fit.
     """
     if is_eager():
         module = module if isinstance(module, torch.nn.Module) else module()
@@ -529,27 +545,27 @@ def pipeline(
 def parallelize_module(
     module: torch.nn.Module | Callable[[], torch.nn.Module], mesh: VirtualSlice, plan: PlanOrMaker | None = None
 ) -> Any:
-    """Places a module on `mesh`, its parameters split as a plan says; returns the module itself.
+    """Places a module on a slice and splits its parameters by a plan. Returns the module itself.
 
-    Within a program forward and backward are one computation, and an optimizer's update another. Parameters become
-    arrays and stay the same objects. Optimizer state is split as its parameter. Host tensors passed to a
-    program are split on dimension 0 over the mesh axis "dp" as always. A plan says where values live and never changes
-    a result.
+    Parameters become arrays and stay the same objects. Optimizer state is split like its parameter. In a program,
+    forward and backward are one computation, and the optimizer's update is another. Host tensors passed to a program
+    are split on dimension 0 over the mesh axis "dp" as usual. A plan decides where values are stored; it never changes
+    results.
 
     Args:
-        module: any module, whose values are copied; or a function that builds one, ``lambda: GPT(config)``: then it is
-            initialised on the slice, every parameter split as the plan says, and the controller holds no values. Its
-            random numbers come from PyTorch's generator as those of any program: reproducible by torch.manual_seed,
-            but not those that the constructor would draw on the host.
-        mesh: slice that it runs on.
-        plan: from patterns of parameter names to placements, ``{"*.wq.weight": {"tp": Shard(0)}}`` or
-            ``{"*.wq.weight": ("tp", None)}``; the first that fits holds, and what none fits is replicated. Patterns
-            of submodules that end in ":input" or ":output" constrain activations. `tw.fully_shard` and
-            `tw.tensor_parallel` make plans, and can be given themselves. None: all is replicated, which is data
-            parallelism.
+        module: any module, whose values are copied to the slice; or a function that builds one, for example
+            ``lambda: GPT(config)``. In the second case the module is initialised on the slice, each parameter already
+            split, and the controller holds no values. torch.manual_seed makes this reproducible, but the numbers
+            differ from those that the constructor would draw on the host.
+        mesh: the slice to run on.
+        plan: maps patterns of parameter names to placements: ``{"*.wq.weight": {"tp": Shard(0)}}`` or
+            ``{"*.wq.weight": ("tp", None)}``. The first matching pattern applies; a parameter that matches none is
+            replicated. Patterns of submodule names that end in ":input" or ":output" constrain activations. You can
+            also pass a function that makes a plan, such as `tw.fully_shard` or `tw.tensor_parallel`. None replicates
+            everything, which is data parallelism.
 
     Raises:
-        PlacementError: a pattern fits no parameter, an axis does not exist, or a dimension cannot be split evenly.
+        PlacementError: a pattern matches no parameter, an axis does not exist, or a dimension cannot be split evenly.
         CaptureError: the function that builds the module cannot be captured.
     """
     if is_eager():
@@ -560,16 +576,19 @@ def parallelize_module(
 
 
 def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
-    """Starts copying a host tensor to a slice and returns its array. On an array, and within a program, `redistribute`.
+    """Starts copying a host tensor to a slice and returns its array.
+
+    For an array, and inside a program, this is the same as `redistribute`.
 
     Args:
-        tensor: on the CPU.
-        mesh: where to.
-        placements: one an axis of `mesh`: Shard(dim) or Replicate() of torch.distributed.tensor; or a partition spec,
-            one entry a dimension: an axis name, a tuple of these, or None. None replicates.
+        tensor: a tensor on the CPU.
+        mesh: the slice to copy it to.
+        placements: one placement per axis of `mesh`, Shard(dim) or Replicate() of torch.distributed.tensor; or a
+            partition spec, one entry per dimension of the tensor: an axis name, a tuple of axis names, or None. If
+            None, the tensor is replicated.
 
     Raises:
-        PlacementError: placements do not fit the mesh or the shape.
+        PlacementError: the placements do not fit the mesh or the shape.
     """
     if is_eager():
         normalize_placements(placements, mesh, tensor.shape)
@@ -578,20 +597,19 @@ def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequ
 
 
 def redistribute(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:
-    """Returns a tensor of the same value that is on `mesh` and sharded so; never waits.
+    """Returns the same value on `mesh`, sharded by `placements`. Never waits.
 
-    Within a program it is a constraint: XLA reshards the tensor where it was sharded otherwise, and its gradient comes
-    back with the same placements; a tensor of another slice is transferred. Use it on what a program returns to say how
-    results are sharded, and on its arguments to say how host tensors are split. Outside a program it is a program of
-    its own.
+    Inside a program this is a constraint: XLA reshards the tensor if necessary, and its gradient gets the same
+    placements. A tensor on another slice is transferred. Apply it to the results of a program to choose their sharding,
+    and to its arguments to choose how host tensors are split. Outside a program it runs as a program of its own.
 
     Args:
-        tensor: an array, or any tensor within a program.
-        mesh: the slice. Within a compiled function, the slice that it runs on.
+        tensor: an array, or any tensor inside a program.
+        mesh: the slice. Inside a compiled function this must be the slice that the function runs on.
         placements: as for `distribute_tensor`.
 
     Raises:
-        PlacementError: placements do not fit the mesh or the shape, or `mesh` is not the compiled function's.
+        PlacementError: the placements do not fit the mesh or the shape, or `mesh` is not the compiled function's slice.
     """
     return distribute_tensor(tensor, mesh, placements)
 
@@ -600,11 +618,13 @@ Array._redistribute = staticmethod(redistribute)
 
 
 def get(tree: Any, *, timeout: timedelta | None = None) -> Any:
-    """Waits for all arrays of a pytree and returns it with their values as CPU tensors; reads them at once.
+    """Waits for all arrays in a pytree and returns the pytree with CPU tensors in their place.
+
+    The arrays are read concurrently.
 
     Args:
-        tree: lists, tuples, dicts, ... of arrays and anything else.
-        timeout: longest wait for all; None waits as long as their executors live.
+        tree: nested lists, tuples and dicts of arrays and other values.
+        timeout: longest wait for all arrays together. None waits as long as their executors are alive.
 
     Raises:
         RemoteError, ExecutorLost, DeadlineExceeded, SessionClosed: as `Array.cpu`, for the first array that fails.
@@ -613,7 +633,7 @@ def get(tree: Any, *, timeout: timedelta | None = None) -> Any:
 
 
 def cluster_info() -> ClusterInfo:
-    """Returns the cluster's islands (with `num_devices`) and processes."""
+    """Returns the islands of the cluster, each with its number of devices, and its processes."""
     if is_eager():
         config = _eager_config or ClusterConfig()
         islands = tuple(
@@ -625,15 +645,15 @@ def cluster_info() -> ClusterInfo:
 
 
 def executor_status() -> list[ExecutorStatus]:
-    """Returns memory, buffers, runs in flight and host fallbacks of the executors of this session's slices."""
+    """Returns the status of each executor of this session's slices: memory, buffers, runs in flight, host fallbacks."""
     return [] if is_eager() else _current().executor_status()
 
 
 @contextlib.contextmanager
 def profile(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Writes a Chrome/Perfetto trace of what runs inside, with a row for each device, to `path`.
+    """Writes a Chrome/Perfetto trace of the runs inside the context to `path`, with one row per device.
 
-    Waits for runs in flight at both ends, so that the trace holds just the runs inside.
+    Waits for runs in flight on entry and on exit, so that the trace holds only the runs inside.
     """
     if is_eager():
         yield

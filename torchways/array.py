@@ -46,17 +46,15 @@ def _nothing(array: Array, dtype: torch.dtype) -> None:
 
 
 class Array(torch.Tensor):
-    """A future of a sharded tensor on a virtual slice; reads like a tensor.
+    """A handle and future of one sharded tensor on a virtual slice. Use it like a tensor.
 
     `shape`, `dtype`, `mesh`, `sharding` and `repr` never wait. `item()`, `numpy()`, `cpu()`, `tolist()`, `await` and
-    any tensor operation outside a program wait for the value; if the computation that makes it failed, they raise
-    its error. `detach()` and `data` share its value, views are views; what changes one of them in place changes all.
-
-    Attributes:
-        num_changes: how often, outside traces, some array's `requires_grad`, `grad`, `data` or dtype was set from
-            Python: while it stays the same, nothing of that kind needs to be looked at again.
+    any tensor operation outside a program wait for the value. If the computation of the value failed, they raise its
+    error. `detach()`, `data` and views share the value with the array: a change in place to one of them changes all.
     """
 
+    #: Counts how often Python code, outside traces, set `requires_grad`, `grad`, `data` or the dtype of any array.
+    #: While the count stays the same, the conditions of a trace on these need no check.
     num_changes: ClassVar[int] = 0
     _storage: Storage
     #: Set by the controller, which knows programs.
@@ -144,7 +142,7 @@ class Array(torch.Tensor):
 
     @property
     def data(self) -> Any:
-        """An array that shares the value; set, it gives the array another value, as a tensor's does."""
+        """An array that shares the value. Assigning to it replaces the value, as for a tensor."""
         return _DATA.__get__(self)
 
     @data.setter
@@ -164,10 +162,10 @@ class Array(torch.Tensor):
         _note_change()
 
     def backward(self, *args: Any, **kwargs: Any) -> None:
-        """Within a program, as a tensor's.
+        """Computes gradients, inside a program, as for a tensor.
 
         Raises:
-            UserError: there is no program: what made the value is not remembered beyond it.
+            UserError: it was called outside a program. Gradients exist only inside programs.
         """
         if not Array._is_tracing():
             raise UserError(
@@ -177,10 +175,10 @@ class Array(torch.Tensor):
         super().backward(*args, **kwargs)
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
-        """As a tensor's; a dtype gives an array that stays where it is.
+        """Casts to a dtype, as for a tensor. The result stays on the slice.
 
         Raises:
-            UserError: it names a device other than the CPU.
+            UserError: a device other than the CPU was given.
         """
         if not Array._is_tracing():
             device = torch._C._nn._parse_to(*args, **kwargs)[0]  # what nn.Module.to calls
@@ -189,38 +187,38 @@ class Array(torch.Tensor):
         return super().to(*args, **kwargs)
 
     def cuda(self, *args: Any, **kwargs: Any) -> Any:
-        """Raises UserError: slices say where arrays are."""
+        """Raises UserError: the slice decides where an array is stored."""
         _check_device(torch.device("cuda"))
 
     def share_memory_(self) -> Any:
-        """Raises UserError: there is no memory of this process to share."""
+        """Raises UserError: an array has no memory in this process."""
         raise UserError(
             f"{self!r} has no memory in this process that others could share: read it with .cpu(), and share that"
         )
 
     def data_ptr(self) -> int:
-        """Raises UserError outside a trace: who reads at an array's address ends the process."""
+        """Raises UserError outside a trace: an array has no address in this process."""
         if not Array._is_tracing():
             raise UserError(f"{self!r} has no memory in this process: read it with .cpu(), whose result has")
         return super().data_ptr()
 
     def is_shared(self) -> bool:
-        """Never."""
+        """Returns False: an array has no memory in this process."""
         return False
 
     @property
     def mesh(self) -> VirtualSlice | None:
-        """Slice that holds the value; None while it waits on the host for its first use in a program."""
+        """The slice that holds the value. None while the value is on the host, before its first use in a program."""
         return self._buffer.mesh
 
     @property
     def sharding(self) -> Placements | None:
-        """One placement an axis of `mesh`: "R" (replicated) or "S(dim)" (split along dim)."""
+        """One placement per axis of `mesh`: "R" (replicated) or "S(dim)" (split along dim)."""
         return self._buffer.placements
 
     @property
     def device_mesh(self) -> VirtualSlice | None:
-        """`mesh`, as DTensors call it."""
+        """The same as `mesh`; DTensor's name for it."""
         return self.mesh
 
     @property
@@ -233,19 +231,18 @@ class Array(torch.Tensor):
         return tuple(Replicate() if text == "R" else Shard(int(text[2:-1])) for text in self.sharding)
 
     def done(self) -> bool:
-        """Whether the value is computed (or failed): a read would not wait for a computation."""
+        """Returns True if the value is computed, or its computation failed: a read would not wait for it."""
         return self._buffer.done()
 
     def cpu(self, *args: Any, timeout: timedelta | None = None, **kwargs: Any) -> torch.Tensor:
         """Waits for the value and returns a copy of it on the host.
 
         Args:
-            timeout: longest wait; None waits as long as the executor lives. A wait that ends so does not consume
-                the future.
+            timeout: longest wait. None waits as long as the executor is alive. After a timeout you can read again.
 
         Raises:
-            RemoteError: the computation that makes it failed.
-            ExecutorLost: the executor that held it is gone.
+            RemoteError: the computation of the value failed.
+            ExecutorLost: the executor that held the value is gone.
             DeadlineExceeded: `timeout` passed.
             SessionClosed: `tw.shutdown()` was called.
         """
@@ -254,14 +251,14 @@ class Array(torch.Tensor):
         return self._storage.read(timeout).requires_grad_(False)
 
     def full_tensor(self) -> torch.Tensor:
-        """Waits for the value and returns the whole of it on the host, however it is sharded; as `cpu`."""
+        """Waits for the value and returns the whole tensor on the host; the same as `cpu`."""
         return self.cpu()
 
     def redistribute(self, mesh: VirtualSlice | None = None, placements: Sequence[Any] | None = None) -> Any:
-        """Returns an array of the same value with another sharding, or on another slice; see `tw.redistribute`.
+        """Returns the same value with another sharding, or on another slice; see `tw.redistribute`.
 
         Args:
-            mesh: slice that it is to be on; None: the one where it is.
+            mesh: the target slice. None keeps the present one.
             placements: as for `tw.distribute_tensor`.
         """
         home = mesh or self.mesh

@@ -15,37 +15,38 @@ SCHEDULING = ("gang", "arrival")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
-    """What an embedded cluster (`tw.init()` without an address, or `twrun`) consists of."""
+    """The size and limits of a cluster that `tw.init()` without an address, or `twrun`, starts."""
 
     islands: int = 2
     """Number of islands on this machine."""
     devices_per_island: int = 2
     """Devices of each island; on CPU these are virtual devices of one machine."""
     platform: str = "cpu"
-    """"cpu" or "tpu": the PJRT platform of the executors. "simulated": no accelerator; values are computed by plain
-    PyTorch, and devices are queues that show what a real one of several hosts would do (runtime/simulated.py)."""
+    """"cpu" or "tpu": the PJRT platform of the executors. "simulated": no accelerator. Values are computed by plain
+    PyTorch, and devices are queues that behave like those of several hosts (runtime/simulated.py)."""
     hosts_per_island: int = 1
-    """Host processes that an island's devices are split over; more than one needs a platform whose computations span
-    processes."""
+    """Number of host processes that the devices of an island are split over. More than one needs a platform whose
+    computations span processes."""
     scheduling: str = "gang"
-    """In which order computations of several hosts enter the device queues: "gang", the island's scheduler's; or
-    "arrival", any, which deadlocks, to show that."""
+    """Order in which computations of several hosts enter the device queues. "gang": the order of the island's
+    scheduler. "arrival": order of arrival, which can deadlock; it exists to show that."""
     host: str = "127.0.0.1"
     """Address that servers listen on. Anything but loopback opens them to the network (the token still guards)."""
     log_level: str = "warning"
-    """Of every process: debug, info, warning or error."""
+    """Log level of every process: debug, info, warning or error."""
     log_dir: str | None = None
-    """Folder for one log file a process; none: everything goes to stderr."""
+    """Folder with one log file per process. If None, everything goes to stderr."""
     memory_budget: int | None = None
-    """Bytes that buffers may take on each device; a computation that needs more waits until others are done. None: on
-    CPU an equal part of 80 % of the machine's memory, elsewhere no limit."""
+    """Bytes that buffers may occupy on each device. A computation that needs more waits until others have finished.
+    If None: on CPU an equal share of 80 % of the machine's memory, on TPU no limit."""
     memory_wait: timedelta = timedelta(seconds=60)
-    """How long a computation may wait for memory while nothing runs that could free some; then it fails."""
+    """How long a computation may wait for memory when nothing is running that could free any. Then it fails."""
     executor_idle: timedelta = timedelta(seconds=60)
-    """How long an executor stays when no slice has its devices any more. The next slice of these is ready at once."""
+    """How long an executor stays alive after the last slice of its devices is closed. A new slice of the same devices
+    is ready at once until then."""
     start_timeout: timedelta = timedelta(seconds=120)
-    """Longest wait for the cluster, or for a slice's executors, to be ready. Importing torch-xla takes seconds, on a
-    loaded machine tens of seconds."""
+    """Longest wait for the cluster, or for the executors of a slice, to be ready. Importing torch-xla takes seconds, or
+    tens of seconds on a loaded machine."""
 
     def __post_init__(self) -> None:
         for name in ("islands", "devices_per_island", "hosts_per_island"):

@@ -1,9 +1,9 @@
 """Every error that torchways raises on purpose, and how errors cross processes.
 
-Three families answer three questions: is it the user's program (`UserError`), a node of it that failed on an
-executor (`RemoteError`), or the machines (`InfraError`)? What is none of these is our bug (`InternalError`), or what
-parity mode was asked to find (`ParityError`).
-Messages say what happened, with which values, by which rule, and what to do.
+There are three families: the user's program must change (`UserError`), a node of it failed on an executor
+(`RemoteError`), or a machine or process failed (`InfraError`). Besides these, `InternalError` is a bug in torchways,
+and `ParityError` is a difference that parity mode found. Each message names what happened, the values, the rule and the
+remedy.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class CaptureError(UserError):
 
 
 class DataDependentError(CaptureError):
-    """What a function computes, or in which shapes, depends on the values of tensors, so it has no one graph."""
+    """The operators or shapes of a function depend on the values of tensors, so it cannot be captured as one graph."""
 
 
 class ShapeError(UserError, ValueError):
@@ -40,7 +40,7 @@ class ConfigError(UserError, ValueError):
 
 
 class ResourceExhausted(UserError):
-    """More devices or memory was asked for than there is."""
+    """There are not enough devices, or there is not enough memory."""
 
 
 class RemoteError(TorchwaysError):
@@ -50,7 +50,7 @@ class RemoteError(TorchwaysError):
         function: compiled function that failed.
         source: the user's line, ``file.py:41 in train_step``.
         remote_traceback: Python traceback on the executor.
-        run_id: the run that failed first; of several failures the lowest is reported.
+        run_id: the run that failed first. Of several failures, the one with the lowest run is reported.
     """
 
     def __init__(
@@ -64,14 +64,14 @@ class RemoteError(TorchwaysError):
 
 
 class ParityError(TorchwaysError):
-    """Parity mode: a node of a program gives other values than eager PyTorch; see `tw.parity`.
+    """Parity mode found a node of a program whose values differ from eager PyTorch; see `tw.parity`.
 
     Attributes:
-        program: its name.
-        function: compiled function, or other node, that diverges.
+        program: name of the program.
+        function: the compiled function, or other node, that diverges.
         source: the user's line, ``file.py:41 in train_step``.
-        operator, operator_source: the first operator inside that diverges by itself, "aten::gelu", and its line; empty
-            where there is none.
+        operator, operator_source: the first operator in the node that diverges by itself, such as "aten::gelu", and
+            its line; empty if there is none.
         num_different: elements of the node's first diverging output whose error exceeds the tolerance.
         max_abs_error, max_rel_error: largest errors of that output.
     """
@@ -101,7 +101,7 @@ class ParityError(TorchwaysError):
 
 
 class InfraError(TorchwaysError):
-    """A process or a connection failed; the program may be right."""
+    """A process or a connection failed. Your program may be correct."""
 
 
 class ExecutorLost(InfraError):

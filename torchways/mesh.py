@@ -1,7 +1,7 @@
-"""Virtual slices and placements: what users say about devices, and nothing about where these are.
+"""Virtual slices and placements: how users describe devices, without naming physical ones.
 
 A virtual slice is a mesh of virtual devices with named axes. The resource manager maps it to physical devices of one
-island; programs only ever name the slice.
+island; programs refer only to the slice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchways.ids import IslandId, SliceId
 #: One placement for each mesh axis, in the form that crosses processes: "R" or "S(dim)".
 Placements: TypeAlias = tuple[str, ...]
 
-#: The mesh axis over which a program's host tensors are split along dimension 0 unless they say otherwise.
+#: The mesh axis over which a program's host tensors are split along dimension 0 by default.
 DATA_AXIS = "dp"
 
 #: A tensor of more dimensions cannot be split: torch-xla's shardings have no more.
@@ -30,36 +30,36 @@ _PLACEMENT = re.compile(r"R|S\(\d+\)")
 
 
 class SliceOwner(Protocol):
-    """What a slice asks of the session that it belongs to."""
+    """The part of a session that its slices call."""
 
     def close_slice(self, mesh: VirtualSlice) -> None:
         """Gives the devices back."""
 
     def forget_slice(self, slice_id: SliceId) -> None:
-        """Gives back the devices of a slice that nobody can name any more; never waits. Any thread."""
+        """Gives back the devices of a slice that nothing refers to any more. Never waits; safe from any thread."""
 
     def move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
-        """Takes a slice to other devices."""
+        """Moves a slice to other devices."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True, weakref_slot=True)
 class VirtualSlice:
-    """A mesh of virtual devices on one island, spelled as PyTorch's DeviceMesh. Made by `init_device_mesh`.
+    """A mesh of virtual devices on one island, with the interface of PyTorch's DeviceMesh. Made by `init_device_mesh`.
 
-    Its devices are given back by `close`, or when nothing refers to it any more: no variable, array, module or program.
+    The devices are released by `close`, or when no variable, array, module or program refers to the slice any more.
 
     Attributes:
         shape: size of each axis.
         mesh_dim_names: name of each axis.
-        slice_id: the resource manager's name for it; -1 in eager mode.
-        island: island that holds it; -1 in eager mode.
+        slice_id: identifier that the resource manager gave the slice; -1 in eager mode.
+        island: island that holds the slice; in eager mode the one that was asked for, or 0.
     """
 
     shape: tuple[int, ...]
     mesh_dim_names: tuple[str, ...]
     slice_id: SliceId = SliceId(-1)
     island: IslandId = IslandId(-1)
-    #: The slice that this is a sub-mesh of.
+    #: The slice that this is a sub-mesh of; None if it is a slice itself.
     parent: VirtualSlice | None = field(default=None, repr=False)
     #: None in eager mode, of a sub-mesh, and once it is closed.
     owner: SliceOwner | None = field(default=None, repr=False)
@@ -70,11 +70,11 @@ class VirtualSlice:
         return len(self.shape)
 
     def size(self, mesh_dim: int | None = None) -> int:
-        """Number of devices, or of one axis."""
+        """Returns the number of devices, or the size of one axis."""
         return math.prod(self.shape) if mesh_dim is None else self.shape[mesh_dim]
 
     def __getitem__(self, names: str | tuple[str, ...]) -> VirtualSlice:
-        """Returns the sub-mesh of the named axes; it stands for the same devices."""
+        """Returns the sub-mesh with the named axes, on the same devices."""
         names = (names,) if isinstance(names, str) else names
         for name in names:
             if name not in self.mesh_dim_names:
@@ -89,14 +89,14 @@ class VirtualSlice:
 
     @property
     def root(self) -> VirtualSlice:
-        """The slice itself, where this is a sub-mesh."""
+        """The slice that this is a sub-mesh of, or the slice itself."""
         return self if self.parent is None else self.parent
 
     def remap(self, island: int | None = None) -> None:
-        """Moves the slice to other devices, of `island` or of an island that the resource manager chooses.
+        """Moves the slice to other devices: of `island`, or of an island that the resource manager chooses.
 
-        Its arrays move with it. Programs are bound to the new devices at their next call, without being traced again.
-        Waits for runs in flight.
+        The arrays on the slice move with it. Programs use the new devices from their next call on and are not traced
+        again. Waits for runs in flight.
 
         Raises:
             ResourceExhausted: there are not enough devices.
@@ -107,7 +107,7 @@ class VirtualSlice:
             owner.move_slice(self.root, island)
 
     def close(self) -> None:
-        """Gives the devices back. Arrays on the slice can no longer be read. Idempotent."""
+        """Releases the devices. Arrays on the slice can no longer be read. A second call does nothing."""
         owner, self.owner = self.owner, None
         if owner is not None:
             owner.close_slice(self)
@@ -126,7 +126,7 @@ def mesh_text(shape: Sequence[int], names: Sequence[str]) -> str:
 
 
 def tensor_text(dtype: object, shape: Sequence[int], placements: Placements | None = None) -> str:
-    """Returns ``fp32[2048,256][S(0)]``: dtype, shape, and one placement an axis, up to the last that is split."""
+    """Returns ``fp32[2048,256][S(0)]``: dtype, shape, and one placement per axis, up to the last split axis."""
     kept = list(placements or ())
     while len(kept) > 1 and kept[-1] == "R":
         kept.pop()
@@ -138,7 +138,7 @@ def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple
     """Returns shape and axis names as tuples.
 
     Raises:
-        PlacementError: sizes and names do not fit each other, or a size is below 1.
+        PlacementError: the numbers of sizes and names differ, a name occurs twice, or a size is below 1.
     """
     shape = tuple(shape)
     names = tuple(names) if names is not None else tuple(f"dim_{index}" for index in range(len(shape)))
@@ -154,18 +154,19 @@ def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple
 
 
 def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, shape: Sequence[int]) -> Placements:
-    """Returns placements in their one internal form: one for each axis of the slice.
+    """Returns placements in the internal form: one for each axis of the slice.
 
     Args:
-        placements: placements of torch.distributed.tensor (``Shard(0)``, ``Replicate()``) or "R"/"S(0)" strings, one an
-            axis of `mesh`; or a partition spec, one entry a dimension: an axis name, a tuple of them, or None
-            (``("dp", None)``, ``(("dp", "tp"),)``; dimensions that it does not name are whole). None replicates.
-        mesh: where the tensor is to live; over the axes that a sub-mesh leaves out it is replicated.
-        shape: its logical shape.
+        placements: one placement per axis of `mesh`, either those of torch.distributed.tensor (``Shard(0)``,
+            ``Replicate()``) or the strings "R" and "S(0)"; or a partition spec, one entry per dimension of the tensor:
+            an axis name, a tuple of axis names, or None (``("dp", None)``, ``(("dp", "tp"),)``). Dimensions after the
+            last entry are not split. If `placements` is None, the tensor is replicated.
+        mesh: the slice or sub-mesh. Over axes that a sub-mesh leaves out, the tensor is replicated.
+        shape: logical shape of the tensor.
 
     Raises:
-        PlacementError: wrong number of placements, an unknown kind or axis, a dimension that does not exist or
-            divide, or more dimensions than `MAX_SPLIT_DIMS`.
+        PlacementError: the number of placements is wrong, a placement or axis is unknown, a dimension does not exist or
+            cannot be split evenly, or the tensor has more than `MAX_SPLIT_DIMS` dimensions.
     """
     if placements is None:
         placements = ("R",) * mesh.ndim
@@ -195,7 +196,7 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
 
 
 def _is_partition_spec(entries: Sequence[Any]) -> bool:
-    """Whether entries are those of a partition spec: names, tuples of names, and None."""
+    """Returns True if the entries form a partition spec: names, tuples of names, and None."""
     return all(
         entry is None or isinstance(entry, tuple) or (isinstance(entry, str) and not _PLACEMENT.fullmatch(entry))
         for entry in entries
@@ -235,7 +236,7 @@ def check_divides(axis_name: str, axis_size: int, dim: int, dim_size: int, where
 
 
 def data_placements(shape: Sequence[int], mesh_shape: Sequence[int], names: Sequence[str], where: str) -> Placements:
-    """Returns how a program's host tensor is split by default: dimension 0 over the axis named "dp", if it can be."""
+    """Returns the default placements of a program's host tensor: dimension 0 split over the axis "dp", if any."""
     texts = ["R"] * len(names)
     if DATA_AXIS in names and 0 < len(shape) <= MAX_SPLIT_DIMS:
         axis = tuple(names).index(DATA_AXIS)

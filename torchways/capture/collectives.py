@@ -33,21 +33,21 @@ ALL_REDUCE = torch.ops.torchways.all_reduce.default
 
 
 def all_reduce(values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Sums tensors of several slices elementwise; inside a program, the sum is on every one of the slices.
+    """Sums tensors of several slices elementwise, inside a program. Every slice gets the sum.
 
-    The slices exchange parts with each other (reduce-scatter and all-gather): no slice is a centre. Gradients flow
-    through it. The sum is taken in the order of `values`, so all slices have the same bits.
+    The slices exchange parts with each other (reduce-scatter and all-gather); there is no central slice. Gradients flow
+    through it. The sum is computed in the order of `values`, so all slices get the same bits.
 
     Args:
-        values: one tensor of each slice, all of one shape and dtype.
+        values: one tensor per slice, all with the same shape and dtype.
 
     Returns:
-        the sums, in the order of `values`: item i is on the slice of ``values[i]``.
+        The sums, in the order of `values`: item i is on the slice of ``values[i]``.
 
     Raises:
-        UserError: there is no tensor.
+        UserError: `values` is empty.
         ShapeError: shapes or dtypes differ.
-        PlacementError: two of them are on one slice (when the program is traced).
+        PlacementError: two tensors are on the same slice (raised when the program is traced).
     """
     values = list(values)
     if not values:

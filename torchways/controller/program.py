@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class ProgramFunction:
     """A Python function that runs as one dataflow program. Made by `tw.program`.
 
-    Calling it returns at once: tensors in its result are arrays (futures). `print(f)` shows the program as traced
-    last; `f.lower(...)` runs the passes on it.
+    A call returns at once, with arrays (futures) in place of tensors. `print(f)` shows the last traced program;
+    `f.lower(...)` runs the passes on it.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ProgramFunction:
 
     @property
     def traced_function(self) -> Callable[..., Any]:
-        """The Python function that it runs."""
+        """The Python function that this program runs."""
         return self._function
 
     @property
@@ -145,17 +145,17 @@ class ProgramFunction:
 
     @property
     def num_traces(self) -> int:
-        """How many variants are kept."""
+        """Number of traces that are kept."""
         return len(self._variants)
 
     def lower(self, *, print_after: str | None = None) -> LoweredProgram:
-        """Runs the passes anew on the program as traced last.
+        """Runs the passes again on the last traced program.
 
         Args:
-            print_after: name of a pass to print the program before and after.
+            print_after: name of a pass. The program is printed before and after this pass.
 
         Raises:
-            UserError: it was not called yet.
+            UserError: the program has not been called yet.
         """
         if self._last is None:
             raise UserError(f"{self} before lower()")

@@ -19,12 +19,12 @@ from torchways.mesh import VirtualSlice
 
 
 class SplitPoint(enum.Enum):
-    """Where a stage begins, as torch.distributed.pipelining spells it."""
+    """Where a stage begins, as in torch.distributed.pipelining."""
 
     BEGINNING = 1
     """The next stage begins with the named submodule."""
     END = 2
-    """The next stage begins after it."""
+    """The next stage begins after the named submodule."""
 
 
 def add_stages(

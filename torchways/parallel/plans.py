@@ -43,10 +43,10 @@ _ROW_WISE = (
 
 
 def tensor_parallel(module: torch.nn.Module, mesh: VirtualSlice, *, axis: str = "tp") -> dict[str, dict[str, Any]]:
-    """Returns the plan of Megatron's tensor parallelism for a transformer: pairs of column-wise and row-wise layers.
+    """Returns a plan for Megatron-style tensor parallelism: pairs of column-wise and row-wise layers.
 
-    Layers are known by their names, and are left whole where `axis` does not divide them. Look at the plan, and edit
-    it, if a module has names of its own.
+    Layers are recognised by their names, those of common transformers. A layer whose size is not a multiple of the
+    axis size is not split. If your module uses other names, print the plan and edit it.
 
     Raises:
         PlacementError: `mesh` has no such axis.
@@ -74,16 +74,17 @@ def tensor_parallel(module: torch.nn.Module, mesh: VirtualSlice, *, axis: str = 
 def fully_shard(
     module: torch.nn.Module, mesh: VirtualSlice, *, axis: str = "dp", plan: Plan | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Returns a plan that splits every parameter over `axis` (FSDP, ZeRO-3): its longest dimension that divides evenly.
+    """Returns a plan that splits every parameter over `axis`, as FSDP and ZeRO-3 do.
 
-    What reads a parameter gathers it, its gradient is reduce-scattered, and optimizer state is split as it is: XLA
-    does so by itself, since the data is split over the same axis.
+    The longest dimension that divides evenly is split. XLA adds the communication, because the data is split over the
+    same axis: parameters are gathered before they are read and gradients are reduce-scattered. Optimizer state is split
+    like its parameter.
 
     Args:
-        module: whose parameters.
+        module: the module whose parameters to split.
         mesh: the slice.
-        axis: over which to split.
-        plan: what is split already, over other axes; the result holds both.
+        axis: the axis to split over.
+        plan: a plan for other axes, for example one of `tensor_parallel`. The result combines both.
 
     Raises:
         PlacementError: `mesh` has no such axis, or `plan` does not fit the module.

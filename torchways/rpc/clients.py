@@ -55,9 +55,9 @@ class IslandInfo:
     """One island of the cluster.
 
     Attributes:
-        island: its number.
-        platform: "cpu" or "tpu".
-        num_devices: devices that a slice can have at most.
+        island: number of the island.
+        platform: "cpu", "tpu" or "simulated".
+        num_devices: number of devices, the most that a slice of the island can have.
     """
 
     island: IslandId
@@ -67,11 +67,11 @@ class IslandInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterInfo:
-    """What the cluster consists of.
+    """The islands and processes of a cluster.
 
     Attributes:
         islands: in the order of their numbers.
-        processes: name and pid of every process of it.
+        processes: name and pid of every process of the cluster.
     """
 
     islands: tuple[IslandInfo, ...]
@@ -80,7 +80,21 @@ class ClusterInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorStatus:
-    """What an executor says of itself; see ExecutorStatus in the .proto."""
+    """The state of one executor.
+
+    Attributes:
+        executor_id: name of the executor.
+        rss_bytes: resident memory of its process.
+        num_buffers, buffer_bytes: logical buffers that clients hold, and their size.
+        num_runs_in_flight: runs that have not finished.
+        num_messages, num_control_batches: commands received, and messages that carried them.
+        fallback_counters: operators that torch-xla ran on the host, with their counts.
+        waiting_for: what each run in flight waits for, as text.
+        budget_bytes, used_bytes: memory budget of a device (0 means no limit), and how much of it is used.
+        client_bytes: bytes per device of the buffers of each client.
+        num_compiled, compile_seconds: functions compiled since the start, and the time it took.
+        num_entries: size of each internal collection, to find leaks.
+    """
 
     executor_id: str
     rss_bytes: int

@@ -15,13 +15,12 @@ PARITY_VARIABLE = "TORCHWAYS_PARITY"
 
 @dataclass(slots=True)
 class ParityReport:
-    """What was compared with eager PyTorch, and found to agree; `str()` says it in one line.
+    """What parity mode compared. `str()` gives a summary in one line.
 
     Attributes:
-        tolerance: by which values were compared.
-        num_calls, num_nodes, num_values: how many.
-        num_by_rounding: values beyond the tolerance that are as near to float64's as eager PyTorch's are, or all of
-            whose operators agree.
+        tolerance: the tolerance of the comparison.
+        num_calls, num_nodes, num_values: how many calls, nodes and values were compared.
+        num_by_rounding: values beyond the tolerance that were accepted as rounding (see `tw.parity`).
         largest: for each dtype, the comparison with the largest absolute error.
     """
 
