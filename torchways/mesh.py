@@ -149,7 +149,7 @@ def check_mesh(shape: Sequence[int], names: Sequence[str] | None) -> tuple[tuple
         )
     for size, name in zip(shape, names, strict=True):
         if not isinstance(size, int) or size < 1:
-            raise PlacementError(f"init_device_mesh: axis {name!r} has size {size!r}; sizes are whole numbers from 1")
+            raise PlacementError(f"init_device_mesh: axis {name!r} has size {size!r}; a size is a whole number above 0")
     return shape, names
 
 
@@ -175,7 +175,7 @@ def normalize_placements(placements: Sequence[Any] | None, mesh: VirtualSlice, s
     texts = tuple(_placement_text(placement, shape) for placement in placements)
     if len(texts) != mesh.ndim:
         raise PlacementError(
-            f"{len(texts)} placements {texts} for the {mesh.ndim} axes of mesh {mesh}: give one an axis"
+            f"{len(texts)} placements {texts} for the {mesh.ndim} axes of mesh {mesh}: give one per axis"
         )
     axes_of: dict[int, list[int]] = {}
     for axis, text in enumerate(texts):
