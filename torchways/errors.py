@@ -120,6 +120,10 @@ class SessionClosed(InfraError):
     """The session that an array or mesh belongs to has been shut down."""
 
 
+class AccessDenied(InfraError):
+    """A caller named what belongs to another client, or called what its role may not."""
+
+
 class InternalError(TorchwaysError):
     """A bug in torchways. Please report it with the message."""
 

@@ -1,0 +1,162 @@
+"""Who calls, and what they may do: roles of processes, clients and their secrets, owners of what is named.
+
+A cluster has one random key. Its own processes have it (their node agent passes it on in their environment), clients have
+not. From it derive a secret for each client, which the resource manager gives it when it attaches, and one for each role.
+So whoever has the key can tell from a call alone who makes it: no process keeps a list of clients.
+
+The cluster's token lets a client attach, and no more.
+"""
+
+from __future__ import annotations
+
+import enum
+import hashlib
+import hmac
+import os
+import secrets
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from torchways.errors import AccessDenied, ConfigError
+from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId, owner
+
+CLUSTER_KEY_VARIABLE = "TORCHWAYS_CLUSTER_KEY"
+
+#: Metadata of a call: the cluster's token, and "role:client id:secret".
+TOKEN_KEY = "torchways-token"
+IDENTITY_KEY = "torchways-identity"
+
+_KEY_BYTES = 32
+
+
+class Role(enum.StrEnum):
+    """What a caller is."""
+
+    NEWCOMER = "newcomer"
+    """Has the cluster's token, and is not attached."""
+    CLIENT = "client"
+    NODE = "node"
+    MANAGER = "manager"
+    SCHEDULER = "scheduler"
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a call; `client_id` is 0 for all but clients."""
+
+    role: Role
+    client_id: ClientId = ClientId(0)
+
+    def __str__(self) -> str:
+        return f"client {self.client_id}" if self.role is Role.CLIENT else f"a {self.role}"
+
+
+#: Who may call what. A method that is not here may be called by nobody.
+METHODS: Mapping[str, frozenset[Role]] = {
+    "ResourceManager/Attach": frozenset({Role.NEWCOMER}),
+    "ResourceManager/ReserveSlice": frozenset({Role.CLIENT}),
+    "ResourceManager/WaitSlice": frozenset({Role.CLIENT}),
+    "ResourceManager/ReleaseSlice": frozenset({Role.CLIENT}),
+    "ResourceManager/DescribeCluster": frozenset({Role.CLIENT, Role.NEWCOMER}),
+    "ResourceManager/JoinNode": frozenset({Role.NODE}),
+    "Scheduler/Connect": frozenset({Role.CLIENT}),
+    "Scheduler/AddSlice": frozenset({Role.MANAGER}),
+    "Scheduler/RemoveSlice": frozenset({Role.MANAGER}),
+    "Scheduler/RemoveExecutor": frozenset({Role.MANAGER}),
+    "Executor/Control": frozenset({Role.SCHEDULER}),
+    "Executor/PutBuffer": frozenset({Role.CLIENT}),
+    "Executor/FetchBuffer": frozenset({Role.CLIENT}),
+    "Executor/GetStatus": frozenset({Role.CLIENT}),
+    "Executor/CollectTrace": frozenset({Role.CLIENT}),
+}
+
+
+def may_call(caller: Caller, method: str) -> bool:
+    """Whether a caller may call a method, "/torchways.v1.Scheduler/Connect"."""
+    return caller.role in METHODS.get(method.rpartition(".")[2], frozenset())
+
+
+class ClusterKey:
+    """The key that a cluster's own processes share, and what derives from it."""
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def __repr__(self) -> str:
+        return "ClusterKey(...)"
+
+    def hex(self) -> str:
+        """Returns it as text, for the environment of a process of the cluster."""
+        return self._key.hex()
+
+    def derive(self, label: str) -> bytes:
+        """Returns a secret that says nothing of the key, nor of secrets with other labels."""
+        return hmac.digest(self._key, label.encode(), hashlib.sha256)
+
+    def secret_of(self, caller: Caller) -> str:
+        """Returns what a caller proves its role with."""
+        return self.derive(f"{caller.role}/{caller.client_id}").hex()
+
+    def identify(self, text: str) -> Caller | None:
+        """Returns the caller that a call's identity proves; None: it proves nothing."""
+        role, _, rest = text.partition(":")
+        number, _, secret = rest.partition(":")
+        if role not in set(Role) or not number.isascii() or not number.isdigit() or len(number) > 10:
+            return None
+        caller = Caller(Role(role), ClientId(int(number)))
+        is_right = hmac.compare_digest(secret.encode(), self.secret_of(caller).encode())
+        return caller if is_right and caller.role is not Role.NEWCOMER else None
+
+
+def new_cluster_key() -> ClusterKey:
+    """Returns a random key."""
+    return ClusterKey(secrets.token_bytes(_KEY_BYTES))
+
+
+def take_cluster_key() -> ClusterKey:
+    """Returns the key that this process was started with, and removes it from the environment.
+
+    Raises:
+        ConfigError: the environment has none, or something else in its place.
+    """
+    text = os.environ.pop(CLUSTER_KEY_VARIABLE, "")
+    try:
+        key = bytes.fromhex(text)
+    except ValueError:
+        key = b""
+    if len(key) != _KEY_BYTES:
+        raise ConfigError(
+            f"no cluster key: {CLUSTER_KEY_VARIABLE} must be {2 * _KEY_BYTES} hexadecimal digits; "
+            "the node agent sets it for the processes that it starts"
+        )
+    return ClusterKey(key)
+
+
+def identity_metadata(token: str, caller: Caller, secret: str) -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a call."""
+    return ((TOKEN_KEY, token), (IDENTITY_KEY, f"{caller.role}:{caller.client_id}:{secret}"))
+
+
+def check_owner(
+    client_id: ClientId,
+    *,
+    ids: Iterable[ProgramId | RunId | BufferId] = (),
+    slices: Iterable[SliceId] = (),
+    owners: Mapping[SliceId, ClientId] | None = None,
+) -> None:
+    """Checks that a client owns all that it names.
+
+    Args:
+        client_id: who names it.
+        ids: of programs, runs and buffers, which say whose they are.
+        slices: whose they are, `owners` says; one that is not there is gone, and nothing can be done to it.
+
+    Raises:
+        AccessDenied: something belongs to another.
+    """
+    for identity in ids:
+        if owner(identity) != client_id:
+            raise AccessDenied(f"client {client_id} names {identity}, which is not its own")
+    for slice_id in slices:
+        if owners is not None and owners.get(slice_id, client_id) != client_id:
+            raise AccessDenied(f"client {client_id} names slice {slice_id}, which is not its own")
