@@ -14,9 +14,9 @@ import torch
 from torch._C._distributed_c10d import PrefixStore, ProcessGroupGloo, TCPStore
 
 from torchways.errors import Failure
-from torchways.executor.inbox import Inbox
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import RunId
+from torchways.link.inbox import Inbox
 
 _TIMEOUT = timedelta(seconds=60)
 
@@ -83,7 +83,7 @@ class DataPlanePair:
         store = TCPStore("127.0.0.1", port, is_master=False, timeout=_TIMEOUT)
         self._inbox: Inbox[Any] = Inbox()
         self._arrived: collections.deque[torch.Tensor] = collections.deque()
-        self._plane = DataPlane(f"e{rank}", "127.0.0.1", self._inbox, self._on_arrived, self._on_lost)
+        self._plane = DataPlane(f"e{rank}", "127.0.0.1", bytes(32), self._inbox, self._on_arrived, self._on_lost)
         self._peer = f"e{1 - rank}"
         store.set(f"plane{rank}", self._plane.address)
         self._plane.connect(self._peer, store.get(f"plane{1 - rank}").decode())

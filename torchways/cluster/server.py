@@ -18,6 +18,7 @@ import grpc.aio
 from torchways.cluster import state as core
 from torchways.errors import Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
+from torchways.link.key import make_link_key
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -37,6 +38,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._executor_idle = executor_idle
         self.core = core.ClusterState()
         self._metadata = channel.metadata(token)
+        self._link_key = make_link_key()
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._clients: dict[ClientId, asyncio.Queue[pb.ClusterEvent]] = {}
         #: None: the node's stream has ended.
@@ -269,7 +271,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         reading.add_done_callback(self._task_ended)
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids))
+            yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids, link_key=self._link_key))
             while (command := await queue.get()) is not None:
                 yield command
         finally:

@@ -24,7 +24,6 @@ import torch
 from torchways.errors import Failure
 from torchways.executor import state as core
 from torchways.executor.compiler import Call, Compiler
-from torchways.executor.inbox import Inbox
 from torchways.executor.plan import (
     AllReduceInstruction,
     ComputeInstruction,
@@ -36,6 +35,7 @@ from torchways.executor.plan import (
 from torchways.executor.reduce import Reducer
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
+from torchways.link.inbox import Inbox
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.runtime.base import BufferSpec, Runtime
@@ -98,6 +98,7 @@ class Engine:
         num_devices: how many these are.
         host: address that the data plane listens on.
         report: takes events for the scheduler, on the engine's thread.
+        link_key: the cluster's.
         budget_bytes: device memory, bytes a device; 0: no limit.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
         gang: "", "leader" or "member"; see `ExecutorState`.
@@ -111,6 +112,7 @@ class Engine:
         host: str,
         report: Callable[[list[pb.ExecutorEvent]], None],
         *,
+        link_key: bytes,
         budget_bytes: int = 0,
         memory_wait: float = 60.0,
         gang: str = "",
@@ -119,7 +121,7 @@ class Engine:
         self.runtime = runtime
         self.core = core.ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
         self._inbox: Inbox[core.Event | Callable[[], None]] = Inbox()
-        self.data_plane = DataPlane(executor_id, host, self._inbox, self._on_arrived, self._on_lost)
+        self.data_plane = DataPlane(executor_id, host, link_key, self._inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
@@ -647,6 +649,8 @@ def _byte_tensor(data: bytes) -> torch.Tensor:
 
 
 def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
+    if data.numel() != spec.nbytes:
+        raise ValueError(f"{data.numel()} bytes came, but {spec.dtype}{list(spec.shape)} has {spec.nbytes}")
     return data.view(spec.torch_dtype).reshape(spec.shape)
 
 

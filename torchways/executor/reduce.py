@@ -14,7 +14,7 @@ slice gives them the sum.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -59,17 +59,36 @@ class _Reduction:
         assert self.value is not None
         if not self.is_large or self.round > 0 or isinstance(self.value, Failure):
             return self.value
+        return self.value[self._part(peer)]
+
+    def _part(self, peer: str) -> slice:
+        """Returns the part of a large value that a peer sums."""
         group = self.rounds[0]
         index, size = group.index(peer), -(-self.numel // len(group))
-        return self.value[min(index * size, self.numel) : min((index + 1) * size, self.numel)]
+        return slice(min(index * size, self.numel), min((index + 1) * size, self.numel))
 
-    def fold(self, pieces: Sequence[_Piece]) -> None:
-        """Ends a round."""
-        failures = [piece for piece in pieces if isinstance(piece, Failure)]
+    def _checked(self, peer: str, piece: _Piece) -> _Piece:
+        """Returns what a peer brings into this round, or a failure where its size is wrong."""
+        if isinstance(piece, Failure):
+            return piece
+        numel = self.numel
+        if self.is_large:
+            part = self._part(self.me if self.round == 0 else peer)
+            numel = part.stop - part.start
+        expected = numel * self.dtype.itemsize
+        if piece.nbytes == expected:
+            return piece
+        message = f"executor {peer} brought {piece.nbytes} bytes into round {self.round} of a sum, not {expected}"
+        return Failure(kind="RemoteError", message=message, process=f"executor {self.me}")
+
+    def fold(self, pieces: Mapping[str, _Piece]) -> None:
+        """Ends a round; `pieces` has that of each member of its group, in order."""
+        checked = [self._checked(peer, piece) for peer, piece in pieces.items()]
+        failures = [piece for piece in checked if isinstance(piece, Failure)]
         if failures:
             self.value = failures[0]
         else:
-            typed = [_typed(piece, self.dtype) for piece in pieces]  # type: ignore[arg-type]
+            typed = [_typed(piece, self.dtype) for piece in checked]  # type: ignore[arg-type]
             self.value = torch.cat(typed) if self.is_large and self.round == 1 else _total(typed)
         self.round, self.is_sent = self.round + 1, False
 
@@ -163,7 +182,7 @@ class Reducer:
                 if any(piece is None for piece in known.values()):
                     item.is_claimed = False
                     return
-            item.fold([item.piece_for(peer) if peer == item.me else known[peer] for peer in group])  # type: ignore[misc]
+            item.fold({peer: item.piece_for(peer) if peer == item.me else known[peer] for peer in group})  # type: ignore[misc]
             if item.round == len(item.rounds):
                 break
         with self._lock:

@@ -25,6 +25,7 @@ from torchways.errors import Failure
 from torchways.executor import state as core
 from torchways.executor.engine import Engine, form_of, spec_of
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.link.key import take_link_key
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -254,6 +255,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         len(devices),
         arguments.host,
         executor.report,
+        link_key=take_link_key(),
         budget_bytes=arguments.budget_bytes,
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,

@@ -26,6 +26,7 @@ from torchways.errors import ClusterLost, TorchwaysError
 from torchways.launch.child import Child, Process, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
 from torchways.launch.template import Template, can_fork
+from torchways.link.key import LINK_KEY_VARIABLE
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -51,6 +52,8 @@ class NodeAgent:
         self._over = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
+        #: The cluster's, once it has accepted this node.
+        self._link_key = b""
         #: Address of each island's simulated devices, once they are there.
         self._simulators: dict[int, asyncio.Future[str]] = {}
         #: Forks executors, where the system can.
@@ -177,6 +180,7 @@ class NodeAgent:
     def _obey(self, command: pb.NodeCommand, address: str) -> None:
         match command.WhichOneof("command"):
             case "accepted":
+                self._link_key = command.accepted.link_key
                 logger.info("joined %s as islands %s", address, list(command.accepted.island_ids))
                 self._answer({"address": address})
             case "start_scheduler":
@@ -228,6 +232,7 @@ class NodeAgent:
             host_number=list(order.gang).index(order.executor_id),
             addresses=tpu_addresses(self._arguments.host, order.set_number, len(order.gang)),
         )
+        environment[LINK_KEY_VARIABLE] = self._link_key.hex()
         await self._wait_for_devices(order)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment, self._template)
         if ready is not None:

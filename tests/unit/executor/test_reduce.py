@@ -140,3 +140,29 @@ def test_a_client_that_is_gone_leaves_nothing():
     assert world.members["e1"].num_open == 1
     world.members["e1"].drop_client(ClientId(3))
     assert world.members["e1"].num_open == 0
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data(), st.integers(2, 5), st.sampled_from([(3,), (40_000,)]), st.integers(0, 300_000))
+def test_a_piece_of_the_wrong_size_fails_its_sum_and_nothing_else(data, count, shape, size):
+    """In any round; to the other members it is a failure like any other."""
+    world = World(count)
+    values = [torch.ones(shape) for _ in range(count)]
+    for name, value in zip(world.names, values, strict=True):
+        world.start(name, value, shape)
+    wrong = data.draw(st.integers(0, 2 * count))
+    number = 0
+    changed = None
+    while world.messages:
+        index = data.draw(st.integers(0, len(world.messages) - 1))
+        peer, name, run_id, edge_id, phase, piece = world.messages[index]
+        if number == wrong and isinstance(piece, torch.Tensor) and piece.numel() != size:
+            world.messages[index] = (peer, name, run_id, edge_id, phase, torch.zeros(size, dtype=torch.uint8))
+            changed = peer
+        number += 1
+        world.deliver(index)
+    assert all((1, name) in world.results for name in world.names)
+    if changed is not None:
+        result = world.results[1, changed]
+        assert isinstance(result, Failure)
+        assert f"brought {size} bytes into round" in result.message

@@ -1,18 +1,27 @@
 """The data plane: two real ends in this process, and ends whose peer is gone."""
 
+import json
 import queue
 import socket
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
+import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from torchways.errors import Failure
-from torchways.executor.inbox import Inbox
-from torchways.executor.transfer import DataPlane, Outgoing
+from torchways.executor.transfer import DataPlane, Outgoing, decode_failure, encode_failure
 from torchways.ids import RunId
+from torchways.link.frames import FrameError
+from torchways.link.inbox import Inbox
+from torchways.link.link import SMALL_BYTES, Frame
+
+KEY = bytes(range(32))
 
 
 class End:
@@ -20,8 +29,10 @@ class End:
 
     def __init__(self, name):
         self.arrived, self.lost, self.sent = queue.Queue(), queue.Queue(), queue.Queue()
-        self.inbox = Inbox()
-        self.plane = DataPlane(name, "127.0.0.1", self.inbox, lambda *event: self.arrived.put(event), self.note_lost)
+        self.name, self.inbox = name, Inbox()
+        self.plane = DataPlane(
+            name, "127.0.0.1", KEY, self.inbox, lambda *event: self.arrived.put(event), self.note_lost
+        )
         threading.Thread(target=self.run, daemon=True).start()
 
     def run(self):
@@ -56,7 +67,7 @@ def test_values_and_failures_arrive_in_both_directions():
         for _ in range(len(values) + 1):
             assert sender.sent.get(timeout=20) is None
             origin, run_id, edge_id, phase, data = receiver.arrived.get(timeout=20)
-            assert (origin, edge_id, phase) == (sender.plane.executor_id, 7, 1)
+            assert (origin, edge_id, phase) == (sender.name, 7, 1)
             arrived[run_id] = data
         for run_id, value in enumerate(values):
             assert torch.equal(arrived[run_id].view(value.dtype).reshape(value.shape), value)
@@ -146,3 +157,88 @@ def test_a_peer_that_is_killed_ends_a_wait_for_it():
     finally:
         peer.kill()
         peer.wait()
+
+
+def test_large_values_in_both_directions_at_once():
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    value = torch.arange(16 << 20, dtype=torch.int32)
+    for run_id in range(3):
+        a.send("b", run_id, value + run_id)
+        b.send("a", run_id, value - run_id)
+    for end, sign in ((a, -1), (b, 1)):
+        for run_id in range(3):
+            _, arrived, _, _, data = end.arrived.get(timeout=30)
+            assert arrived == run_id
+            assert torch.equal(data.view(torch.int32), value + sign * run_id)
+
+
+@given(
+    st.builds(
+        Failure, kind=st.text(), message=st.text(), traceback=st.text(max_size=20), run_id=st.integers(0, 2**64 - 1)
+    ),
+    st.sampled_from(["a", "\0", "\U0001f600", '"']),
+    st.sampled_from([1, 5_000, 20_000]),
+)
+def test_failures_come_out_as_they_went_in_but_for_their_length(failure, character, count):
+    assert decode_failure(encode_failure(failure)) == failure
+    texts = dict.fromkeys(("kind", "message", "function", "source", "traceback", "process"), character * count)
+    data = encode_failure(Failure(**texts))
+    assert len(data) <= SMALL_BYTES
+    assert texts["message"].startswith(decode_failure(data).message)
+
+
+def test_a_failure_in_no_script_is_still_a_failure():
+    assert decode_failure(encode_failure(Failure(kind="RemoteError", message="a\ud800b"))).message == "a?b"
+
+
+def good_failure(**fields):
+    return json.dumps({**asdict(Failure(kind="RemoteError", message="m")), **fields}).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 60_000, "not JSON"),
+        (b"1" * 10_000, "not JSON"),
+        (b"[]", "without the fields kind, message"),
+        (b'{"kind": "RemoteError"}', "without the fields"),
+        (good_failure(more=1), "without the fields"),
+        (good_failure(message=1), "whose message is wrong"),
+        (good_failure(message="\ud800"), "whose message is wrong"),
+        (good_failure(run_id=-1), "whose run_id is wrong"),
+        (good_failure(run_id=1 << 64), "whose run_id is wrong"),
+        (good_failure(run_id=True), "whose run_id is wrong"),
+        (good_failure(run_id="1"), "whose run_id is wrong"),
+    ],
+)
+def test_a_failure_that_is_none(data, text):
+    with pytest.raises(FrameError, match=text):
+        decode_failure(data)
+
+
+@given(st.binary(max_size=200) | st.recursive(st.none() | st.text() | st.integers(), st.lists).map(json.dumps))
+def test_arbitrary_failures_raise_nothing_else(data):
+    try:
+        decode_failure(data if isinstance(data, bytes) else data.encode())
+    except FrameError:
+        pass
+
+
+def test_a_wrong_failure_loses_the_link_and_nothing_else():
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    frame = Frame(kind=1, label=(0, 1, 2), payload=memoryview(b"{}"))
+    b.inbox.put(lambda: b.plane._links["a"].send(frame))
+    peer, reason = a.lost.get(timeout=20)
+    assert peer == "b"
+    assert "a failure without the fields kind" in reason
+    c = End("c")
+    a.connect("c", c.plane.address)
+    c.connect("a", a.plane.address)
+    a.send("c", 1, torch.ones(2))
+    assert c.arrived.get(timeout=20)[:2] == ("a", 1)

@@ -1,0 +1,148 @@
+"""How two processes prove to each other that they know their link's secret. Pure: bytes in, bytes out.
+
+The end with the larger id connects. Then four messages go to and fro:
+
+    connecting -> accepting    magic, channel, both ids, a nonce
+    connecting <- accepting    a nonce, proof
+    connecting -> accepting    proof
+    connecting <- accepting    whether the connection is admitted
+
+A proof is an HMAC over the role of the end that gives it, the first message and both nonces. So it serves for no other
+connection, no other channel, no other pair of processes, and never for the other end.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+import struct
+from collections.abc import Callable
+
+from torchways.link.key import link_secret
+
+_MAGIC = b"tw-link1"
+_FIXED = struct.Struct("<8sBBB")  # magic, channel, bytes of the connecting and of the accepting end's id
+_NONCE_BYTES = 32
+_PROOF_BYTES = 32
+
+ADMITTED, REFUSED = b"\x01", b"\x00"
+
+
+class HandshakeError(Exception):
+    """The other end did not prove who it is, or refuses the connection."""
+
+
+class Handshake:
+    """One end's part. Give `receive` what comes, never more than `num_wanted` bytes in all, until `is_done`.
+
+    Attributes:
+        peer: id of the other end; of an accepting end once it is known.
+        channel: which of the link's connections this is; of an accepting end once it is known.
+        num_wanted: how many more bytes the message that comes next has, at least one until it is done.
+        is_done: the other end has proved who it is.
+    """
+
+    def __init__(self, me: str, key: bytes, peer: str, channel: int, num_wanted: int) -> None:
+        self.me = me
+        self.peer = peer
+        self.channel = channel
+        self.num_wanted = num_wanted
+        self.is_done = False
+        self._key = key
+        self._secret = b""
+        self._message = bytearray()
+        self._hello = b""
+        self._nonces = b""
+        self._on_message: Callable[[bytes], bytes]
+
+    def receive(self, data: bytes) -> bytes:
+        """Takes the next bytes; returns those to send.
+
+        Raises:
+            HandshakeError: they are wrong. The connection must be closed.
+        """
+        if self.is_done or len(data) > self.num_wanted:
+            raise HandshakeError("it sent more than a handshake has")
+        self._message += data
+        self.num_wanted -= len(data)
+        if self.num_wanted:
+            return b""
+        message, self._message = bytes(self._message), bytearray()
+        return self._on_message(message)
+
+    def _expect(self, num_bytes: int, on_message: Callable[[bytes], bytes]) -> None:
+        self.num_wanted, self._on_message = num_bytes, on_message
+
+    def _end(self) -> None:
+        self.is_done, self.num_wanted = True, 0
+
+    def _proof(self, role: bytes) -> bytes:
+        return hmac.digest(self._secret, role + self._hello + self._nonces, hashlib.sha256)
+
+    def _check(self, role: bytes, proof: bytes) -> None:
+        if not hmac.compare_digest(self._proof(role), proof):
+            raise HandshakeError("it does not know the link's secret")
+
+
+class Connecting(Handshake):
+    """The end that connects; send `first` to begin."""
+
+    def __init__(self, me: str, peer: str, channel: int, key: bytes) -> None:
+        super().__init__(me, key, peer, channel, 0)
+        self._secret = link_secret(key, me, peer)
+        mine, theirs = me.encode(), peer.encode()
+        self._hello = _FIXED.pack(_MAGIC, channel, len(mine), len(theirs)) + mine + theirs
+        self._nonces = secrets.token_bytes(_NONCE_BYTES)
+        self.first = self._hello + self._nonces
+        self._expect(_NONCE_BYTES + _PROOF_BYTES, self._answered)
+
+    def _answered(self, message: bytes) -> bytes:
+        self._nonces += message[:_NONCE_BYTES]
+        self._check(b"accepting", message[_NONCE_BYTES:])
+        self._expect(1, self._judged)
+        return self._proof(b"connecting")
+
+    def _judged(self, message: bytes) -> bytes:
+        if message != ADMITTED:
+            raise HandshakeError(f"it refuses another connection of {self.me}")
+        self._end()
+        return b""
+
+
+class Accepting(Handshake):
+    """The end that is connected to. Once it is done, its shell must send ADMITTED or REFUSED."""
+
+    def __init__(self, me: str, key: bytes) -> None:
+        super().__init__(me, key, "", 0, 0)
+        self._expect(_FIXED.size, self._greeted)
+
+    def _greeted(self, message: bytes) -> bytes:
+        magic, self.channel, num_theirs, num_mine = _FIXED.unpack(message)
+        if magic != _MAGIC:
+            raise HandshakeError("it does not speak this protocol")
+        self._hello = message
+        self._expect(num_theirs + num_mine + _NONCE_BYTES, lambda rest: self._named(rest, num_theirs, num_mine))
+        return b""
+
+    def _named(self, message: bytes, num_theirs: int, num_mine: int) -> bytes:
+        ids, self._nonces = message[:-_NONCE_BYTES], message[-_NONCE_BYTES:]
+        self._hello += ids
+        if ids[num_theirs:] != self.me.encode():
+            raise HandshakeError("it looks for another process")
+        try:
+            self.peer = ids[:num_theirs].decode()
+        except UnicodeDecodeError:
+            raise HandshakeError("its id is not UTF-8") from None
+        if self.peer <= self.me:
+            raise HandshakeError(f"it calls itself {self.peer!r}, which does not connect to {self.me}")
+        self._secret = link_secret(self._key, self.me, self.peer)
+        nonce = secrets.token_bytes(_NONCE_BYTES)
+        self._nonces += nonce
+        self._expect(_PROOF_BYTES, self._proved)
+        return nonce + self._proof(b"accepting")
+
+    def _proved(self, message: bytes) -> bytes:
+        self._check(b"connecting", message)
+        self._end()
+        return b""

@@ -1,0 +1,300 @@
+"""A link: frames to and from one peer, over a connection for small frames and one for large ones.
+
+Small frames go from and to the thread that waits at the inbox; those that are ready at the same time go in one write.
+Large ones have a thread for each direction, which copies from and to where they lie without the GIL, and hold up no
+small ones. No send ever blocks, and both ends always drain both connections, so that no order of sends can deadlock.
+Frames of one connection keep their order.
+
+Whatever is wrong with a link loses the link, with a reason, and nothing else.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import queue
+import selectors
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torchways.link.frames import (
+    HEADER_BYTES,
+    FrameError,
+    FrameReader,
+    Header,
+    Label,
+    Limits,
+    decode_header,
+    encode_header,
+)
+from torchways.link.inbox import Inbox
+from torchways.link.opening import LinkError, Listener, open_channels
+
+logger = logging.getLogger(__name__)
+
+#: A frame with a larger payload is a large one.
+SMALL_BYTES = 64 << 10
+_READ_BYTES = 256 << 10
+#: Once one connection has ended, how long what the peer sent before may be on its way on the other.
+_LAST_FRAMES_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Frame:
+    """A frame to send.
+
+    Attributes:
+        kind, label: see `Header`.
+        payload: bytes that must not change until `on_sent`.
+        on_sent: called once, on some thread, with None or why it was not sent.
+    """
+
+    kind: int
+    label: Label
+    payload: memoryview
+    on_sent: Callable[[str | None], None] | None = None
+
+
+class Receiver(Protocol):
+    """What takes a link's frames.
+
+    Attributes:
+        limits: what it takes.
+    """
+
+    limits: Limits
+
+    def allocate(self, size: int) -> tuple[Any, memoryview]:
+        """Returns memory for a large payload: what `on_frame` gets, and its bytes. Called on some thread."""
+
+    def on_frame(self, peer: str, header: Header, payload: Any) -> None:
+        """Takes a frame: a small one's payload as bytearray, on the inbox's thread; a large one's on another.
+
+        Raises:
+            FrameError: the payload is wrong, which loses the link.
+        """
+
+    def on_lost(self, peer: str, reason: str) -> None:
+        """Notes that the link is lost, once. Called on some thread."""
+
+
+class Link:
+    """This end of a link. It opens in the background. Methods are for the thread that waits at the inbox.
+
+    Args:
+        listener: this process's.
+        peer: id of the other process.
+        address: host:port of its listener.
+        inbox: where that thread waits; it must call the callables among its items.
+        receiver: takes the frames.
+    """
+
+    def __init__(self, listener: Listener, peer: str, address: str, inbox: Inbox[Any], receiver: Receiver) -> None:
+        self.peer = peer
+        self._listener = listener
+        self._address = address
+        self._inbox = inbox
+        self._receiver = receiver
+        self._prompt: socket.socket | None = None
+        self._bulk: socket.socket | None = None
+        self._is_up = False
+        #: Why the link is lost.
+        self._broken: str | None = None
+        self._breaking = threading.Lock()
+        #: Why there is nothing more to read, of the connections of which there is not.
+        self._ended: dict[socket.socket, str] = {}
+        self._queued: collections.deque[Frame] = collections.deque()
+        self._unwritten = bytearray()
+        self._reader = FrameReader({kind: min(limit, SMALL_BYTES) for kind, limit in receiver.limits.items()})
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        #: Large frames; None: there will be no more.
+        self._large: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
+        self._sender = threading.Thread(target=self._send_large, name=f"send to {peer}", daemon=True)
+        threading.Thread(target=self._open, name=f"open link to {peer}", daemon=True).start()
+
+    def send(self, frame: Frame) -> None:
+        """Queues a frame; it goes out with `flush` at the latest."""
+        self._queued.append(frame)
+
+    def flush(self) -> None:
+        """Sends what is queued, or fails it where the link is lost."""
+        if not self._queued or not (self._is_up or self._broken):
+            return
+        had_unwritten = bool(self._unwritten)
+        while self._queued:
+            frame = self._queued.popleft()
+            size = len(frame.payload)
+            if self._broken is None and size > SMALL_BYTES:
+                self._large.put(frame)
+                continue
+            if self._broken is None:
+                self._unwritten += encode_header(Header(frame.kind, frame.label, size))
+                self._unwritten += frame.payload
+            if frame.on_sent is not None:
+                frame.on_sent(self._broken)
+        if self._unwritten and not had_unwritten:
+            self._write()
+
+    # ---- opening and ending
+
+    def _open(self) -> None:
+        try:
+            self._prompt, self._bulk = open_channels(self._listener, self.peer, self._address)
+        except LinkError as error:
+            self._lose(str(error))
+        except Exception as error:
+            logger.exception("opening the link to %s failed", self.peer)
+            self._lose(f"no link could be opened: {error}")
+        else:
+            self._inbox.put(self._start)
+
+    def _start(self) -> None:
+        assert self._prompt is not None
+        assert self._bulk is not None
+        self._prompt.setblocking(False)
+        self._bulk.setblocking(True)
+        self._is_up = True
+        self._sender.start()
+        threading.Thread(target=self._receive_large, name=f"receive from {self.peer}", daemon=True).start()
+        self._watch()
+        self.flush()
+
+    def _watch(self) -> None:
+        if self._prompt is None or self._broken is not None:
+            return
+        events = selectors.EVENT_WRITE if self._unwritten else 0
+        if self._prompt not in self._ended:
+            events |= selectors.EVENT_READ
+        if events:
+            self._inbox.watch(self._prompt, self._on_socket, events)
+        else:
+            self._inbox.unwatch(self._prompt)
+
+    def _end(self, connection: socket.socket, reason: str) -> None:
+        """Notes that nothing more comes on a connection; what the peer sent before its end still counts."""
+        self._ended[connection] = reason
+        if len(self._ended) > 1:
+            self._lose(reason)
+            return
+        timer = threading.Timer(_LAST_FRAMES_SECONDS, self._lose, [reason])
+        timer.daemon = True
+        timer.start()
+
+    def _lose(self, reason: str) -> None:
+        with self._breaking:
+            if self._broken is not None:
+                return
+            self._broken = reason
+            if self._bulk is not None:
+                with contextlib.suppress(OSError):
+                    self._bulk.shutdown(socket.SHUT_RDWR)  # ends the threads' waits
+        # No more than that: peers end with their slices too, and what waits for this one fails with the reason.
+        logger.info("link to %s: %s", self.peer, reason)
+        self._receiver.on_lost(self.peer, reason)
+        self._inbox.put(self._close)
+
+    def _close(self) -> None:
+        self._large.put(None)
+        if self._prompt is not None:
+            self._inbox.unwatch(self._prompt)
+            self._prompt.close()
+        self._unwritten.clear()
+        self.flush()
+
+    # ---- small frames
+
+    def _on_socket(self, events: int) -> None:
+        if events & selectors.EVENT_WRITE:
+            self._write()
+            self._watch()
+        if events & selectors.EVENT_READ and self._broken is None:
+            self._read()
+
+    def _write(self) -> None:
+        if self._prompt is None or self._broken is not None:
+            return
+        try:
+            written = self._prompt.send(self._unwritten)
+        except BlockingIOError:
+            written = 0
+        except OSError as error:
+            self._lose(f"sending failed: {error}")
+            return
+        del self._unwritten[:written]
+        if self._unwritten:
+            self._watch()
+
+    def _read(self) -> None:
+        assert self._prompt is not None
+        try:
+            size = self._prompt.recv_into(self._read_buffer)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            size, reason = 0, f"the connection broke: {error}"
+        else:
+            reason = "the connection was closed"
+        if not size:
+            self._end(self._prompt, reason)
+            self._watch()
+            return
+        try:
+            for header, payload in self._reader.feed(self._read_buffer[:size]):
+                self._receiver.on_frame(self.peer, header, payload)
+        except FrameError as error:
+            self._lose(str(error))
+
+    # ---- large frames
+
+    def _send_large(self) -> None:
+        assert self._bulk is not None
+        while (frame := self._large.get()) is not None:
+            if self._broken is None:
+                try:
+                    header = Header(frame.kind, frame.label, len(frame.payload))
+                    self._bulk.sendall(encode_header(header), socket.MSG_MORE)
+                    self._bulk.sendall(frame.payload)
+                except OSError as error:
+                    self._lose(f"sending failed: {error}")
+            if frame.on_sent is not None:
+                frame.on_sent(self._broken)
+            del frame  # its memory may be needed
+
+    def _receive_large(self) -> None:
+        assert self._bulk is not None
+        head = memoryview(bytearray(HEADER_BYTES))
+        try:
+            while _fill(self._bulk, head):
+                header = decode_header(head, self._receiver.limits)
+                if header.size <= SMALL_BYTES:
+                    raise FrameError(f"it sent {header.size} bytes where only large frames go")
+                payload, view = self._receiver.allocate(header.size)
+                if not _fill(self._bulk, view):
+                    break
+                self._receiver.on_frame(self.peer, header, payload)
+                del payload, view
+            self._end(self._bulk, "the connection was closed")
+        except OSError as error:
+            self._end(self._bulk, f"the connection broke: {error}")
+        except FrameError as error:
+            self._lose(str(error))
+        except Exception as error:  # no memory for it, or a bug of ours: nobody else would notice
+            logger.exception("receiving from %s failed", self.peer)
+            self._lose(f"receiving failed: {error}")
+        self._sender.join()
+        self._bulk.close()
+
+
+def _fill(connection: socket.socket, view: memoryview) -> bool:
+    """Fills `view`; returns False if the connection ends before."""
+    done = 0
+    while done < len(view):
+        size = connection.recv_into(view[done:], 0, socket.MSG_WAITALL)
+        if not size:
+            return False
+        done += size
+    return True

@@ -1,0 +1,235 @@
+"""How links come up: a listener for the ends that connect, and the search for a peer from this end.
+
+A link has two connections, its channels. Each is authenticated for itself (handshake.py). Whoever connects and does not
+prove who it is costs its own connection: others are in handshake at the same time, each has a deadline, and where there
+are too many, the oldest goes. A peer whose connection went so connects again.
+"""
+
+from __future__ import annotations
+
+import logging
+import selectors
+import socket
+import threading
+import time
+
+from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
+
+logger = logging.getLogger(__name__)
+
+#: The first is for small frames, which nothing may hold up; the second for large ones.
+PROMPT, BULK = 0, 1
+_CHANNELS = (PROMPT, BULK)
+
+#: Both ends load a program at about the same time; compiling happens elsewhere.
+_OPEN_SECONDS = 120.0
+#: How often an end that waits for its peer looks whether that still lives.
+_LOOK_SECONDS = 1.0
+_DIAL_SECONDS = 5.0
+#: Longest a connection may take to prove who it is, and how many may do so at a time.
+_STRANGER_SECONDS = 5.0
+_MAX_STRANGERS = 64
+_RETRY_SECONDS = (0.02, 1.0)
+
+
+class LinkError(Exception):
+    """No link to a peer could be opened; says why."""
+
+
+class Listener:
+    """Where a process's peers connect: one socket, bound to one address, and a thread that does the handshakes.
+
+    Args:
+        me: id of this process.
+        host: address to listen on, and no other.
+        key: the cluster's link key.
+        stranger_seconds: how long a connection may take to prove who it is.
+
+    Attributes:
+        address: host:port.
+    """
+
+    def __init__(self, me: str, host: str, key: bytes, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
+        self.me = me
+        self.key = key
+        self._stranger_seconds = stranger_seconds
+        self._socket = socket.create_server((host, 0), backlog=128)
+        self._socket.setblocking(False)
+        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._socket, selectors.EVENT_READ)
+        #: Connections in handshake and their deadlines (monotonic), oldest first.
+        self._strangers: dict[socket.socket, tuple[Accepting, float]] = {}
+        #: What was admitted; None: the link has it.
+        self._admitted: dict[tuple[str, int], socket.socket | None] = {}
+        self._changed = threading.Condition()
+        threading.Thread(target=self._run, name="accept links", daemon=True).start()
+
+    def take(self, peer: str, timeout: float) -> list[socket.socket] | None:
+        """Waits for a peer's connections; returns one for each channel, or None after `timeout` seconds."""
+        keys = [(peer, channel) for channel in _CHANNELS]
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(key in self._admitted for key in keys), timeout):
+                return None
+            taken = [self._admitted[key] for key in keys]
+            self._admitted.update(dict.fromkeys(keys))
+        return [connection for connection in taken if connection is not None]
+
+    # ---- the thread
+
+    def _run(self) -> None:
+        while True:
+            deadlines = [deadline for _, deadline in self._strangers.values()]
+            timeout = max(0.0, deadlines[0] - time.monotonic()) if deadlines else None
+            for key, _ in self._selector.select(timeout):
+                connection = key.fileobj
+                assert isinstance(connection, socket.socket)
+                if connection is self._socket:
+                    self._accept()
+                elif connection in self._strangers:
+                    self._go_on(connection)
+            now = time.monotonic()
+            for connection, (_, deadline) in list(self._strangers.items()):
+                if deadline > now:
+                    break
+                self._dismiss(connection, f"it did not prove who it is in {self._stranger_seconds:g} s")
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except BlockingIOError:
+            return
+        except OSError as error:  # it has gone again, or there are no file descriptors left
+            logger.warning("a connection could not be accepted: %s", error)
+            if self._strangers:
+                self._dismiss(next(iter(self._strangers)), "its place is needed")
+            else:
+                time.sleep(_RETRY_SECONDS[0])
+            return
+        connection.setblocking(False)
+        if len(self._strangers) >= _MAX_STRANGERS:
+            self._dismiss(next(iter(self._strangers)), "there are too many others")
+        self._strangers[connection] = (Accepting(self.me, self.key), time.monotonic() + self._stranger_seconds)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _go_on(self, connection: socket.socket) -> None:
+        handshake, _ = self._strangers[connection]
+        try:
+            data = connection.recv(handshake.num_wanted)
+            if not data:
+                self._dismiss(connection, "it closed the connection")
+                return
+            answer = handshake.receive(data)
+            if answer and connection.send(answer) < len(answer):
+                raise HandshakeError("it takes no answer")
+            if handshake.is_done:
+                self._admit(connection, handshake)
+        except BlockingIOError:
+            return
+        except (OSError, HandshakeError) as error:
+            self._dismiss(connection, str(error))
+
+    def _admit(self, connection: socket.socket, handshake: Accepting) -> None:
+        key = (handshake.peer, handshake.channel)
+        if handshake.channel not in _CHANNELS or key in self._admitted:
+            connection.send(REFUSED)
+            self._dismiss(connection, f"{handshake.peer} needs no other for channel {handshake.channel}")
+            return
+        connection.send(ADMITTED)
+        self._selector.unregister(connection)
+        del self._strangers[connection]
+        with self._changed:
+            self._admitted[key] = connection
+            self._changed.notify_all()
+
+    def _dismiss(self, connection: socket.socket, reason: str) -> None:
+        logger.info("closing a connection to %s: %s", self.address, reason)
+        self._selector.unregister(connection)
+        del self._strangers[connection]
+        connection.close()
+
+
+def open_channels(listener: Listener, peer: str, address: str) -> list[socket.socket]:
+    """Waits for the link between the listener's process and a peer; returns a connected socket for each channel.
+
+    Args:
+        address: host:port of the peer's listener, which exists for as long as the peer.
+
+    Raises:
+        LinkError: there is none.
+    """
+    deadline = time.monotonic() + _OPEN_SECONDS
+    if listener.me < peer:
+        opened = _await(listener, peer, address, deadline)
+    else:
+        opened = [_connect(listener, peer, channel, address, deadline) for channel in _CHANNELS]
+    for connection in opened:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        # A machine that is gone closes nothing: this notices it in some ten seconds.
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+            if hasattr(socket, option):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+    return opened
+
+
+def _await(listener: Listener, peer: str, address: str, deadline: float) -> list[socket.socket]:
+    while time.monotonic() < deadline:
+        taken = listener.take(peer, _LOOK_SECONDS)
+        if taken is not None:
+            return taken
+        try:  # nothing else tells that a peer has died before it connected
+            _dial(address, _DIAL_SECONDS).close()
+        except TimeoutError:  # there may be many strangers in the way
+            continue
+        except OSError as error:
+            raise LinkError(_unreachable(error)) from error
+    raise LinkError(f"it did not connect in {_OPEN_SECONDS:g} s")
+
+
+def _connect(listener: Listener, peer: str, channel: int, address: str, deadline: float) -> socket.socket:
+    pause = _RETRY_SECONDS[0]
+    while (left := deadline - time.monotonic()) > 0:
+        try:
+            connection = _dial(address, min(left, _DIAL_SECONDS))
+        except TimeoutError:
+            continue
+        except OSError as error:
+            raise LinkError(_unreachable(error)) from error
+        try:
+            connection.settimeout(left)
+            _shake_hands(connection, Connecting(listener.me, peer, channel, listener.key))
+            return connection
+        except HandshakeError as error:
+            connection.close()
+            raise LinkError(str(error)) from error
+        except OSError as error:  # it may have had to make room among strangers; if it is gone, dialling tells
+            connection.close()
+            logger.info("connecting to %s again: %s", peer, error)
+            time.sleep(pause)
+            pause = min(2 * pause, _RETRY_SECONDS[1])
+    raise LinkError(f"it did not answer in {_OPEN_SECONDS:g} s")
+
+
+def _dial(address: str, timeout: float) -> socket.socket:
+    host, _, port = address.rpartition(":")
+    return socket.create_connection((host, int(port)), timeout)
+
+
+def _unreachable(error: OSError) -> str:
+    return "it is gone" if isinstance(error, ConnectionRefusedError) else f"it cannot be reached ({error})"
+
+
+def _shake_hands(connection: socket.socket, handshake: Connecting) -> None:
+    """Authenticates a connection, which has a timeout.
+
+    Raises:
+        HandshakeError: the other end is not the peer, or refuses.
+        OSError: the connection ended.
+    """
+    connection.sendall(handshake.first)
+    while not handshake.is_done:
+        data = connection.recv(handshake.num_wanted)
+        if not data:
+            raise ConnectionResetError("it closed the connection during the handshake")
+        connection.sendall(handshake.receive(data))
