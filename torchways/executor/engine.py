@@ -649,8 +649,8 @@ def _byte_tensor(data: bytes) -> torch.Tensor:
 
 
 def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
-    if data.numel() != spec.nbytes:
-        raise ValueError(f"{data.numel()} bytes came, but {spec.dtype}{list(spec.shape)} has {spec.nbytes}")
+    if data.nbytes != spec.nbytes:
+        raise ValueError(f"{data.nbytes} bytes came, but {spec.dtype}{list(spec.shape)} has {spec.nbytes}")
     return data.view(spec.torch_dtype).reshape(spec.shape)
 
 

@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 SMALL_BYTES = 64 << 10
 _READ_BYTES = 256 << 10
 #: Once one connection has ended, how long what the peer sent before may be on its way on the other.
-_LAST_FRAMES_SECONDS = 5.0
+_LAST_FRAMES_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
