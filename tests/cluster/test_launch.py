@@ -15,10 +15,11 @@ import pytest
 from torchways.config import ClusterConfig
 from torchways.errors import ClusterLost
 from torchways.launch import embedded
-from torchways.rpc import channel
+from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 
+_KEY = identity.new_cluster_key().hex()
 _ONE_ISLAND = ClusterConfig(islands=1, devices_per_island=1)
 
 
@@ -68,7 +69,8 @@ def cluster_processes(agent_pid):
 
 
 @pytest.fixture
-def cluster():
+def cluster(monkeypatch):
+    monkeypatch.setenv(identity.CLUSTER_KEY_VARIABLE, _KEY)  # as who starts a cluster of several nodes gives it to all
     running = embedded.start_cluster(_ONE_ISLAND)
     processes = cluster_processes(running.agent_pid)
     yield running
@@ -94,7 +96,7 @@ def test_close_at_once_leaves_no_process_either():
 async def _attach(address, token):
     async with channel.open_channel(address) as opened:
         stream = pb_grpc.ResourceManagerStub(opened).Attach(
-            pb.AttachRequest(name="a test"), metadata=channel.metadata(token)
+            pb.AttachRequest(name="a test"), metadata=identity.metadata(token)
         )
         async for event in stream:
             yield event
@@ -219,6 +221,17 @@ def test_log_dir_gets_a_file_for_each_process(tmp_path):
         running.close()
 
 
+def test_a_node_without_the_clusters_key_cannot_join(cluster):
+    command = [sys.executable, "-m", "torchways.launch", "--join", cluster.address]
+    environment = {**os.environ, channel.TOKEN_VARIABLE: cluster.token}
+    del environment[identity.CLUSTER_KEY_VARIABLE]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL, check=False
+    )
+    assert done.returncode != 0
+    assert "no cluster key: TORCHWAYS_CLUSTER_KEY must be 64 hexadecimal digits" in done.stderr
+
+
 def test_another_node_joins_with_islands_of_its_own(cluster):
     command = [sys.executable, "-m", "torchways.launch", "--join", cluster.address, "--devices-per-island", "3"]
     environment = {**os.environ, channel.TOKEN_VARIABLE: cluster.token}
@@ -228,7 +241,7 @@ def test_another_node_joins_with_islands_of_its_own(cluster):
         async with channel.open_channel(cluster.address) as opened:
             stub = pb_grpc.ResourceManagerStub(opened)
             info = await stub.DescribeCluster(
-                pb.DescribeClusterRequest(), metadata=channel.metadata(cluster.token), timeout=10
+                pb.DescribeClusterRequest(), metadata=identity.metadata(cluster.token), timeout=10
             )
             return [island.num_devices for island in info.islands if island.scheduler_address]
 

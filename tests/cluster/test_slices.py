@@ -10,7 +10,7 @@ from tests.cluster.test_launch import assert_gone, family, named, wait_for
 from torchways.config import ClusterConfig
 from torchways.errors import ExecutorLost, PlacementError, ResourceExhausted
 from torchways.launch import embedded
-from torchways.rpc import channel
+from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.clients import ManagerClient
@@ -33,8 +33,11 @@ async def attached(cluster):
     client = ManagerClient(cluster.address, cluster.token)
     async with channel.open_channel(cluster.address) as opened:
         stub = pb_grpc.ResourceManagerStub(opened)
-        told = stub.Attach(pb.AttachRequest(name="a test"), metadata=channel.metadata(cluster.token))
-        client.client_id = (await told.read()).attached.client_id
+        told = stub.Attach(pb.AttachRequest(name="a test"), metadata=identity.metadata(cluster.token))
+        attached = (await told.read()).attached
+        client.client_id = attached.client_id
+        me = identity.Caller(identity.Role.CLIENT, attached.client_id)
+        client.metadata = identity.metadata(cluster.token, me, attached.secret)
         yield client, told
     await client.close()
 

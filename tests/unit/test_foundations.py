@@ -11,7 +11,7 @@ from torchways.config import ClusterConfig
 from torchways.ids import ClientId, client_range, owner
 from torchways.mesh import VirtualSlice, check_mesh, normalize_placements, tensor_text
 from torchways.observability.trace import chrome_trace
-from torchways.rpc import channel, convert
+from torchways.rpc import channel, convert, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.clients import Span
@@ -92,15 +92,15 @@ def test_a_caller_without_the_token_is_refused():
             yield pb.ClusterEvent()
 
     async def call():
-        server = channel.make_server("right")
+        server = channel.make_server("right", identity.new_cluster_key())
         pb_grpc.add_ResourceManagerServicer_to_server(Manager(), server)
         address = await channel.start_server(server, "127.0.0.1")
         assert address.startswith("127.0.0.1:")
         async with channel.open_channel(address) as open_channel:
             stub = pb_grpc.ResourceManagerStub(open_channel)
             request = pb.DescribeClusterRequest()
-            assert await stub.DescribeCluster(request, metadata=channel.metadata("right"), timeout=5)
-            for metadata in (channel.metadata("wrong"), None):
+            assert await stub.DescribeCluster(request, metadata=identity.metadata("right"), timeout=5)
+            for metadata in (identity.metadata("wrong"), None):
                 with pytest.raises(grpc.aio.AioRpcError) as refused:
                     await stub.DescribeCluster(request, metadata=metadata, timeout=5)
                 assert refused.value.code() == grpc.StatusCode.UNAUTHENTICATED

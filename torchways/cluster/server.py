@@ -16,13 +16,13 @@ import grpc
 import grpc.aio
 
 from torchways.cluster import state as core
-from torchways.errors import Failure, TorchwaysError, failure_from
+from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
-from torchways.link.key import make_link_key
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import Caller, ClusterKey, Role, check_owner, metadata, take_cluster_key
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +34,12 @@ _CLOSING_SECONDS = 0.5
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str, executor_idle: float) -> None:
+    def __init__(self, token: str, key: ClusterKey, executor_idle: float) -> None:
         self._executor_idle = executor_idle
         self.core = core.ClusterState()
-        self._metadata = channel.metadata(token)
-        self._link_key = make_link_key()
+        self._key = key
+        me = Caller(Role.MANAGER)
+        self._metadata = metadata(token, me, key.secret_of(me))
         self._channels: dict[str, grpc.aio.Channel] = {}
         self._clients: dict[ClientId, asyncio.Queue[pb.ClusterEvent]] = {}
         #: None: the node's stream has ended.
@@ -166,7 +167,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._clients[client_id] = queue
         logger.info("client %d attached: %s", client_id, request.name)
         try:
-            yield pb.ClusterEvent(attached=pb.Attached(client_id=client_id))
+            secret = self._key.secret_of(Caller(Role.CLIENT, client_id))
+            yield pb.ClusterEvent(attached=pb.Attached(client_id=client_id, secret=secret))
             if self.core.closing:
                 self.tell_closing(self.core.closing)
             closing = False
@@ -186,7 +188,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         island_id = request.island_id if request.HasField("island_id") else None
         try:
             item, commands = self.core.reserve(
-                ClientId(request.client_id), tuple(request.shape), tuple(request.axis_names), island_id
+                channel.caller(context, self._key).client_id, tuple(request.shape), tuple(request.axis_names), island_id
             )
         except TorchwaysError as error:
             return pb.ReserveSliceResponse(failure=convert.failure_to_proto(failure_from(error)))
@@ -197,6 +199,10 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     async def WaitSlice(self, request: pb.WaitSliceRequest, context: grpc.aio.ServicerContext) -> pb.SliceInfo:
         """Waits until a slice is ready or failed; the caller's deadline bounds the wait."""
         slice_id = SliceId(request.slice_id)
+        try:
+            self._check_owner(context, slice_id)
+        except AccessDenied as error:
+            return pb.SliceInfo(slice_id=slice_id, failure=convert.failure_to_proto(failure_from(error)))
         if slice_id in self.core.slices:
             await self._settled[slice_id].wait()
         item = self.core.slices.get(slice_id)
@@ -211,11 +217,19 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             executors=[item.device_set.executors[key] for key in item.executor_ids],
         )
 
+    def _check_owner(self, context: grpc.aio.ServicerContext, slice_id: SliceId) -> None:
+        owners = {slice_id: item.client_id for slice_id, item in self.core.slices.items()}
+        check_owner(channel.caller(context, self._key).client_id, slices=[slice_id], owners=owners)
+
     async def ReleaseSlice(
         self, request: pb.ReleaseSliceRequest, context: grpc.aio.ServicerContext
     ) -> pb.ReleaseSliceResponse:
         """Gives a slice back."""
         slice_id = SliceId(request.slice_id)
+        try:
+            self._check_owner(context, slice_id)
+        except AccessDenied as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error))
         self.handle(core.SliceReleased(slice_id=slice_id, scheduler_knows=request.scheduler_knows))
         return pb.ReleaseSliceResponse()
 
@@ -271,7 +285,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         reading.add_done_callback(self._task_ended)
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
-            yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids, link_key=self._link_key))
+            yield pb.NodeCommand(accepted=pb.NodeAccepted(island_ids=island_ids))
             while (command := await queue.get()) is not None:
                 yield command
         finally:
@@ -328,8 +342,9 @@ def _summary(item: core.Slice) -> pb.SliceSummary:
 async def serve(host: str, ready_fd: int, executor_idle: float) -> None:
     """Runs the resource manager until it is told to end."""
     token = channel.cluster_token()
-    server = channel.make_server(token)
-    manager = ResourceManagerServer(token, executor_idle)
+    key = take_cluster_key()
+    server = channel.make_server(token, key)
+    manager = ResourceManagerServer(token, key, executor_idle)
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)

@@ -225,14 +225,14 @@ class Session:
         if entry is None:  # closed meanwhile
             return
         if address.island_id not in self._schedulers:
-            scheduler = SchedulerClient(address.scheduler_address, self.token)
+            scheduler = SchedulerClient(address.scheduler_address, self.manager.metadata)
             self._schedulers[address.island_id] = scheduler
-            scheduler.say_hello(self.manager.client_id)
+            scheduler.say_hello()
             reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
             self._hold(reading, f"scheduler of island {address.island_id}")
         for executor in address.executors:
             if executor.executor_id not in self._executors:
-                self._executors[executor.executor_id] = ExecutorClient(executor, self.token)
+                self._executors[executor.executor_id] = ExecutorClient(executor, self.manager.metadata)
         entry.executors = tuple(self._executors[executor.executor_id] for executor in address.executors)
         entry.address = address
 

@@ -21,8 +21,9 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 
-from torchways.errors import Failure
+from torchways.errors import Failure, failure_from
 from torchways.executor import state as core
+from torchways.executor.checks import check_part
 from torchways.executor.compiler import Call, Compiler
 from torchways.executor.plan import (
     AllReduceInstruction,
@@ -326,7 +327,17 @@ class Engine:
     # ---- programs
 
     def _load(self, message: pb.LoadProgram) -> None:
-        program = _Program(message, self.executor_id, self.core.budget_bytes)
+        part = PartId(ProgramId(message.program_id), SliceId(message.program.slice_id))
+        if part in self._programs:
+            logger.warning("%s is loaded already", part)
+            return
+        try:
+            check_part(message.program, self.num_devices, self.executor_id)
+            program = _Program(message, self.executor_id, self.core.budget_bytes)
+        except Exception as error:  # whatever is wrong with it, others go on
+            failure = failure_from(error, process=f"executor {self.executor_id}")
+            self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))
+            return
         self._programs[program.loaded.part] = program
         for peer, address in program.peers:
             if peer != self.executor_id:

@@ -10,6 +10,7 @@ import asyncio
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -20,16 +21,18 @@ import grpc
 import grpc.aio
 import psutil
 import torch
+from google.protobuf.message import DecodeError
 
-from torchways.errors import Failure
+from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import state as core
+from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine, form_of, spec_of
-from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
-from torchways.link.key import take_link_key
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
 from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
@@ -42,7 +45,8 @@ _UNKNOWN_BUFFER_SECONDS = 60.0
 class ExecutorServer(pb_grpc.ExecutorServicer):
     """See the module's docstring."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: ClusterKey) -> None:
+        self.key = key
         self.loop = asyncio.get_running_loop()
         self.engine: Engine
         self._events: asyncio.Queue[pb.ExecutorEvent] = asyncio.Queue()
@@ -116,7 +120,15 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         if first is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "PutBuffer without a chunk")
             raise AssertionError
+        caller = channel.caller(context, self.key)
         value = first.value
+        try:
+            check_owner(caller.client_id, ids=[BufferId(first.buffer_id)])
+            check_spec(value.spec, first.mesh_shape)
+            if math.prod(first.mesh_shape) != self.engine.num_devices:
+                raise UserError(f"a mesh {tuple(first.mesh_shape)} is not one of {self.engine.num_devices} devices")
+        except TorchwaysError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if parts:
             value.data = b"".join([value.data, *parts])
         spec = spec_of(value.spec, first.mesh_shape)
@@ -137,6 +149,11 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
     ) -> AsyncIterator[pb.FetchChunk]:
         """Waits for a buffer and streams it."""
         buffer_id = BufferId(request.buffer_id)
+        try:
+            check_owner(channel.caller(context, self.key).client_id, ids=[buffer_id])
+        except AccessDenied as error:
+            yield pb.FetchChunk(failure=convert.failure_to_proto(failure_from(error)))
+            return
         if request.only_ready:
             yield pb.FetchChunk(ready=await self._is_computed(buffer_id))
             return
@@ -209,7 +226,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     async def CollectTrace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext) -> pb.TraceResponse:
         """Returns the spans since a time."""
+        # Computations of others are seen, and not what they are.
+        mine = channel.caller(context, self.key).client_id
         spans = [span for span in list(self.engine.spans) if span[3] >= request.since_ns]
+        spans = [span if owner(span[4]) in (mine, 0) else ("of another client", *span[1:4], 0) for span in spans]
         return pb.TraceResponse(
             spans=[
                 pb.Span(name=name, track=track, start_ns=start, end_ns=end, run_id=run_id)
@@ -224,11 +244,15 @@ def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
 
 
 def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
-    arguments = pb.Arguments.FromString(message.arguments)
-    bound: list[Any] = list(arguments.buffer_ids)
-    if arguments.values:
-        values = iter(arguments.values)
-        bound = [buffer_id or next(values) for buffer_id in bound]
+    bound: list[Any] | None
+    try:
+        arguments = pb.Arguments.FromString(message.arguments)
+        bound = list(arguments.buffer_ids)
+        if arguments.values:
+            values = iter(arguments.values)
+            bound = [buffer_id or next(values) for buffer_id in bound]
+    except (DecodeError, StopIteration):  # a scheduler passes on unread what a client sent
+        bound = None
     return core.RunEnqueued(
         part=PartId(ProgramId(message.program_id), SliceId(message.slice_id)),
         run_id=RunId(message.run_id),
@@ -247,15 +271,16 @@ async def serve(arguments: argparse.Namespace) -> None:
     gc.collect()
     gc.freeze()
     token = channel.cluster_token()
-    server = channel.make_server(token)
-    executor = ExecutorServer()
+    key = take_cluster_key()
+    server = channel.make_server(token, key)
+    executor = ExecutorServer(key)
     executor.engine = Engine(
         arguments.executor_id,
         runtime,
         len(devices),
         arguments.host,
         executor.report,
-        link_key=take_link_key(),
+        link_key=executor.key.derive("links"),
         budget_bytes=arguments.budget_bytes,
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,

@@ -183,13 +183,16 @@ class ProgramCompiled:
 
 @dataclass(slots=True, kw_only=True)
 class RunEnqueued:
-    """The scheduler ordered a run. `arguments` are buffer ids, or host values (anything that is not an int)."""
+    """The scheduler ordered a run. `arguments` are buffer ids, or host values (anything that is not an int).
+
+    They are what a client sent; None: they cannot be read.
+    """
 
     part: PartId
     run_id: RunId
     sequence: int
     first_buffer_id: BufferId
-    arguments: Sequence[Any]
+    arguments: Sequence[Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -587,6 +590,16 @@ class ExecutorState:
             failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
             self._commands.append(ReportEnded(run=part, failure=failure))
             return
+        arguments = event.arguments
+        if arguments is None or _refusal(event, arguments, program):
+            reason = "its arguments cannot be read" if arguments is None else _refusal(event, arguments, program)
+            failure = self._failure("AccessDenied", f"run {event.run_id} of {program.name} is refused: {reason}")
+            for _, number in program.results:
+                buffer_id = BufferId(event.first_buffer_id + number)
+                if owner(buffer_id) == owner(event.run_id):
+                    self._name(buffer_id, Cell(scheduled=True, failure=failure, slice_id=part.slice_id))
+            self._commands.append(ReportEnded(run=part, failure=failure))
+            return
         sizes = program.slot_bytes
         forms = program.slot_forms or [""] * len(sizes)
         slice_id = part.slice_id
@@ -596,7 +609,7 @@ class ExecutorState:
             for slot in unit.writes:
                 cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
         inline: list[_Placing] = []
-        for slot, argument in enumerate(event.arguments):
+        for slot, argument in enumerate(arguments):
             if isinstance(argument, int):
                 cell = self._named_cell(BufferId(argument))
                 cell.holders += 1
@@ -631,7 +644,7 @@ class ExecutorState:
         for slot in range(program.num_args):
             if slot not in reads_left:
                 self._leave(run, slot)
-        self._drop_donated(event, program)
+        self._drop_donated(event.part, arguments, program)
         if not program.units:
             del self.runs[part]
             self._commands.append(ReportEnded(run=part, failure=None))
@@ -659,17 +672,17 @@ class ExecutorState:
         if run.num_passed < len(run.in_order):
             self._ready.append(run.in_order[run.num_passed])
 
-    def _drop_donated(self, event: RunEnqueued, program: LoadedProgram) -> None:
+    def _drop_donated(self, part: PartId, arguments: Sequence[Any], program: LoadedProgram) -> None:
         """Gives up the names of what a run donates: now, or when its program is compiled; never if that failed."""
         donated = [
-            BufferId(event.arguments[slot])
+            BufferId(arguments[slot])
             for unit in program.units
             for slot in unit.donated
-            if slot < program.num_args and isinstance(event.arguments[slot], int)
+            if slot < program.num_args and isinstance(arguments[slot], int)
         ]
-        if event.part in self._uncompiled:
-            self._to_donate.setdefault(event.part, []).extend(donated)
-        elif event.part not in self._compiled:
+        if part in self._uncompiled:
+            self._to_donate.setdefault(part, []).extend(donated)
+        elif part not in self._compiled:
             self._drop_all_donated(donated)
 
     def _drop_all_donated(self, buffer_ids: list[BufferId]) -> None:
@@ -1215,6 +1228,18 @@ class ExecutorState:
 def _takes_memory(task: Task) -> bool:
     """Whether a task has a turn in its run's order."""
     return bool(task.unit.writes) or isinstance(task.unit.instructions[0], ComputeInstruction)
+
+
+def _refusal(event: RunEnqueued, arguments: Sequence[Any], program: LoadedProgram) -> str:
+    """Returns why a run is none of its client's; empty if it is."""
+    client = owner(event.run_id)
+    named = [argument for argument in arguments if isinstance(argument, int)]
+    named += [event.first_buffer_id + number for _, number in program.results]
+    if owner(event.part.program_id) != client or any(owner(identity) != client for identity in named):
+        return "it names what belongs to another client"
+    if len(arguments) != program.num_args:
+        return f"it has {len(arguments)} arguments, and its program takes {program.num_args}"
+    return ""
 
 
 def lowest(failures: Sequence[Failure | None]) -> Failure | None:

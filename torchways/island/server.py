@@ -8,19 +8,20 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import assert_never
 
 import grpc
 import grpc.aio
 
-from torchways.errors import Failure, InternalError, failure_from
+from torchways.errors import AccessDenied, Failure, InternalError, failure_from
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.island import state as core
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import Caller, ClusterKey, Role, check_owner, metadata, take_cluster_key
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +29,12 @@ logger = logging.getLogger(__name__)
 class _ExecutorLink:
     """The Control stream to one executor."""
 
-    def __init__(self, server: SchedulerServer, executor: pb.ExecutorInfo, token: str) -> None:
+    def __init__(self, server: SchedulerServer, executor: pb.ExecutorInfo) -> None:
         self.executor_id = executor.executor_id
         self._server = server
         self._queue: asyncio.Queue[pb.ExecutorCommand | None] = asyncio.Queue()
         self._channel = channel.open_channel(executor.address)
-        self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=channel.metadata(token))
+        self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=server.metadata)
         self._task = asyncio.create_task(self._read(), name=f"executor {executor.executor_id}")
 
     def send(self, command: pb.ExecutorCommand) -> None:
@@ -67,9 +68,11 @@ class _ExecutorLink:
 class SchedulerServer(pb_grpc.SchedulerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str) -> None:
+    def __init__(self, token: str, key: ClusterKey) -> None:
         self.core = core.SchedulerState()
-        self._token = token
+        self._key = key
+        me = Caller(Role.SCHEDULER)
+        self.metadata = metadata(token, me, key.secret_of(me))
         self._links: dict[str, _ExecutorLink] = {}
         #: None: the client's stream has ended.
         self._clients: dict[ClientId, asyncio.Queue[pb.SchedulerMessage | None]] = {}
@@ -138,7 +141,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         if first is None or not first.messages or not first.messages[0].HasField("hello"):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a client is its hello")
             return
-        client_id = ClientId(first.messages[0].hello.client_id)
+        client_id = channel.caller(context, self._key).client_id
         if client_id in self._clients:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
             return
@@ -176,9 +179,24 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
     def _take(self, client_id: ClientId, messages: Sequence[pb.ClientMessage]) -> None:
         for message in messages:
+            try:
+                check_message(client_id, message, self.core.owners)
+            except AccessDenied as error:
+                logger.warning("client %d is refused: %s", client_id, error)
+                self._refuse(client_id, message, convert.failure_to_proto(failure_from(error)))
+                continue
             event = _client_event(client_id, message)
             if event is not None:
                 self.handle(event)
+
+    def _refuse(self, client_id: ClientId, message: pb.ClientMessage, failure: pb.Failure) -> None:
+        """Answers a message that names what is another client's, where it is of a kind that is answered."""
+        if message.HasField("run_program"):
+            finished = pb.RunFinished(run_id=message.run_program.run_id, failure=failure)
+            self._tell(client_id, pb.SchedulerMessage(run_finished=finished))
+        elif message.HasField("register_program"):
+            ready = pb.ProgramReady(program_id=message.register_program.program_id, failure=failure)
+            self._tell(client_id, pb.SchedulerMessage(program_ready=ready))
 
     async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
         """Connects to a new slice's executors."""
@@ -186,7 +204,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         ids = tuple(executor.executor_id for executor in request.executors)
         for executor in request.executors:
             if executor.executor_id not in self._links:
-                self._links[executor.executor_id] = _ExecutorLink(self, executor, self._token)
+                self._links[executor.executor_id] = _ExecutorLink(self, executor)
         devices = tuple(request.device_indices)
         self.handle(core.SliceAdded(slice_id=slice_id, client_id=client_id, executor_ids=ids, device_indices=devices))
         logger.info("slice %d has executors %s", slice_id, ", ".join(ids))
@@ -214,6 +232,30 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
 def _run_part(message: pb.RunEnded | pb.UnitReady | pb.UnitPassed) -> RunPart:
     return RunPart(RunId(message.run_id), SliceId(message.slice_id))
+
+
+def check_message(client_id: ClientId, message: pb.ClientMessage, owners: Mapping[SliceId, ClientId]) -> None:
+    """Checks that a client owns all that its message names; what runs are bound to, executors check.
+
+    Raises:
+        AccessDenied: it does not.
+    """
+    ids: list[int] = []
+    slices: list[int] = []
+    match message.WhichOneof("message"):
+        case "run_program":
+            run = message.run_program
+            ids = [run.program_id, run.run_id, run.first_buffer_id]
+            slices = [part.slice_id for part in run.slices]
+        case "release_buffers":
+            ids, slices = list(message.release_buffers.buffer_ids), [message.release_buffers.slice_id]
+        case "register_program":
+            ids, slices = [message.register_program.program_id], [s.slice_id for s in message.register_program.slices]
+        case "forget_program":
+            ids = [message.forget_program.program_id]
+        case "close_slice":
+            slices = [message.close_slice.slice_id]
+    check_owner(client_id, ids=[ProgramId(identity) for identity in ids], slices=map(SliceId, slices), owners=owners)
 
 
 def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event | None:
@@ -279,8 +321,9 @@ def _optional(failure: Failure | None) -> pb.Failure | None:
 async def serve(island_id: int, host: str, ready_fd: int) -> None:
     """Runs the scheduler until it is told to end."""
     token = channel.cluster_token()
-    server = channel.make_server(token)
-    pb_grpc.add_SchedulerServicer_to_server(SchedulerServer(token), server)
+    key = take_cluster_key()
+    server = channel.make_server(token, key)
+    pb_grpc.add_SchedulerServicer_to_server(SchedulerServer(token, key), server)
     address = await channel.start_server(server, host)
     with os.fdopen(ready_fd, "w") as pipe:
         pipe.write(json.dumps({"address": address}) + "\n")

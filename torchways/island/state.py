@@ -274,6 +274,8 @@ class SchedulerState:
     policy: FirstComeFirstServed = field(default_factory=FirstComeFirstServed)
     max_gone_slices: int = _MAX_GONE_SLICES
     slices: dict[SliceId, _DeviceSet] = field(default_factory=dict)
+    #: Of each slice: its client.
+    owners: dict[SliceId, ClientId] = field(default_factory=dict)
     programs: dict[ProgramId, _Program] = field(default_factory=dict)
     runs: dict[RunId, _Run] = field(default_factory=dict)
     _gone_slices: dict[SliceId, str] = field(default_factory=dict)
@@ -333,6 +335,7 @@ class SchedulerState:
             reason = self._gone_slices[event.slice_id]
             raise InternalError(f"slice {event.slice_id} was added again after it was removed: {reason}")
         self.slices[event.slice_id] = event.executor_ids
+        self.owners[event.slice_id] = event.client_id
         self._devices[event.executor_ids] = frozenset(event.device_indices)
         return self._share_devices()
 
@@ -488,6 +491,7 @@ class SchedulerState:
     def _close_slice(self, slice_id: SliceId, reason: str) -> list[Command]:
         """Lets what is in flight on a slice end, and has all else that is on it freed."""
         devices = self.slices.pop(slice_id, None)
+        self.owners.pop(slice_id, None)
         self._remember(slice_id, reason)
         if devices is None:
             return []
@@ -520,7 +524,7 @@ class SchedulerState:
         commands: list[Command] = []
         gone = event.executor_id
         for slice_id in [slice_id for slice_id, devices in self.slices.items() if gone in devices]:
-            del self.slices[slice_id]
+            del self.slices[slice_id], self.owners[slice_id]
             self._remember(slice_id, event.reason)
         devices = self._set_of(gone)
         lost = devices or (gone,)  # computations of the other hosts cannot end without it

@@ -26,11 +26,11 @@ from torchways.errors import ClusterLost, TorchwaysError
 from torchways.launch.child import Child, Process, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
 from torchways.launch.template import Template, can_fork
-from torchways.link.key import LINK_KEY_VARIABLE
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import CLUSTER_KEY_VARIABLE, Caller, Role, metadata, new_cluster_key, take_cluster_key
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +43,9 @@ class NodeAgent:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self._arguments = arguments
+        #: A node that joins a cluster must have been given its key; the head makes it.
+        is_given = arguments.join or CLUSTER_KEY_VARIABLE in os.environ
+        self._key = take_cluster_key() if is_given else new_cluster_key()
         self._children: dict[str, Child] = {}
         self._outgoing: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
         #: The devices (island, number) that executors were started for.
@@ -53,7 +56,6 @@ class NodeAgent:
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
         #: The cluster's, once it has accepted this node.
-        self._link_key = b""
         #: Address of each island's simulated devices, once they are there.
         self._simulators: dict[int, asyncio.Future[str]] = {}
         #: Forks executors, where the system can.
@@ -155,7 +157,8 @@ class NodeAgent:
             hosts_per_island=self._arguments.hosts_per_island,
         )
         self._outgoing.put_nowait(pb.NodeEvent(joined=joined))
-        stream = stub.JoinNode(self._events(), metadata=channel.metadata(channel.cluster_token()))
+        me = Caller(Role.NODE)
+        stream = stub.JoinNode(self._events(), metadata=metadata(channel.cluster_token(), me, self._key.secret_of(me)))
         reason = "it closed the stream"
         try:
             async for command in stream:
@@ -180,7 +183,6 @@ class NodeAgent:
     def _obey(self, command: pb.NodeCommand, address: str) -> None:
         match command.WhichOneof("command"):
             case "accepted":
-                self._link_key = command.accepted.link_key
                 logger.info("joined %s as islands %s", address, list(command.accepted.island_ids))
                 self._answer({"address": address})
             case "start_scheduler":
@@ -232,7 +234,6 @@ class NodeAgent:
             host_number=list(order.gang).index(order.executor_id),
             addresses=tpu_addresses(self._arguments.host, order.set_number, len(order.gang)),
         )
-        environment[LINK_KEY_VARIABLE] = self._link_key.hex()
         await self._wait_for_devices(order)
         ready = await self._spawn(order.name, "torchways.executor", flags, environment, self._template)
         if ready is not None:
@@ -261,6 +262,7 @@ class NodeAgent:
             return None
         flags = ["--host", self._arguments.host, *flags]
         environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
+        environment[CLUSTER_KEY_VARIABLE] = self._key.hex()
         launch = launch_alone = launch_command([sys.executable, "-m", module, *flags], environment)
         if template is not None:
             logger.info("waiting for the template to fork %s", name)

@@ -1,7 +1,7 @@
-"""gRPC channels and servers as torchways uses them: one token, no message limit, dead peers noticed.
+"""gRPC channels and servers as torchways uses them: callers that prove who they are, dead peers noticed.
 
-Every call carries the cluster's token; a server refuses a call without it. Keepalive pings notice a peer whose
-machine is gone within about ten seconds; a process that ends is noticed at once.
+Every call carries the cluster's token and, but for a newcomer's, who makes it (identity.py); a server refuses others.
+Keepalive pings notice a peer whose machine is gone within about ten seconds; a process that ends is noticed at once.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import grpc
 import grpc.aio
 
 from torchways.errors import ClusterLost, ConfigError
+from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, ClusterKey, Role, may_call
 
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
-TOKEN_KEY = "torchways-token"
 TOKEN_VARIABLE = "TORCHWAYS_TOKEN"
 
 #: Messages in a batch.
@@ -60,43 +60,59 @@ def cluster_token() -> str:
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
-    """Returns a channel to `address` (host:port); pass `metadata(token)` with each call on it."""
+    """Returns a channel to `address` (host:port); pass `identity.metadata` with each call on it."""
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
-def metadata(token: str) -> tuple[tuple[str, str], ...]:
-    """Returns the call metadata that carries `token`."""
-    return ((TOKEN_KEY, token),)
+def caller(context: grpc.aio.ServicerContext, key: ClusterKey) -> Caller:
+    """Returns who makes the call that a method of `make_server`'s server handles."""
+    return _caller(context.invocation_metadata(), key)
 
 
-class _TokenInterceptor(grpc.aio.ServerInterceptor):
-    """Refuses every call that does not carry the cluster's token."""
+def _caller(metadata: Any, key: ClusterKey) -> Caller:
+    for name, value in metadata or ():
+        if name == IDENTITY_KEY:
+            found = key.identify(value if isinstance(value, str) else value.decode("ascii", "replace"))
+            return found or Caller(Role.NEWCOMER)
+    return Caller(Role.NEWCOMER)
 
-    def __init__(self, token: str) -> None:
+
+class _Gatekeeper(grpc.aio.ServerInterceptor):
+    """Refuses every call that does not carry the cluster's token, or that its caller's role may not make."""
+
+    def __init__(self, token: str, key: ClusterKey) -> None:
         self._token = token.encode()
+        self._key = key
 
     async def intercept_service(
         self,
         continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
         handler_call_details: grpc.HandlerCallDetails,
     ) -> grpc.RpcMethodHandler:
-        sent: Sequence[str | bytes] = [
-            value for key, value in handler_call_details.invocation_metadata or () if key == TOKEN_KEY
-        ]
+        handler = await continuation(handler_call_details)
+        if handler is None:
+            return handler
+        metadata = handler_call_details.invocation_metadata
+        sent: Sequence[str | bytes] = [value for name, value in metadata or () if name == TOKEN_KEY]
         given = sent[0] if sent else b""
         given = given.encode() if isinstance(given, str) else given
-        handler = await continuation(handler_call_details)
-        if handler is None or hmac.compare_digest(given, self._token):
+        if not hmac.compare_digest(given, self._token):
+            logger.warning("refused a call of %s without the cluster's token", handler_call_details.method)
+            return _refusal_like(
+                handler, grpc.StatusCode.UNAUTHENTICATED, "this cluster needs its token; set TORCHWAYS_TOKEN"
+            )
+        who = _caller(metadata, self._key)
+        if may_call(who, handler_call_details.method):
             return handler
-        logger.warning("refused a call of %s without the cluster's token", handler_call_details.method)
-        return _refusal_like(handler)
+        logger.warning("refused a call of %s by %s", handler_call_details.method, who)
+        return _refusal_like(handler, grpc.StatusCode.PERMISSION_DENIED, f"{who} may not call this")
 
 
-def _refusal_like(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+def _refusal_like(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler:
     """Returns a handler of the same arity as `handler` that refuses every call."""
 
     async def refuse(request_or_iterator: object, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this cluster needs its token; set TORCHWAYS_TOKEN")
+        await context.abort(code, reason)
 
     async def refuse_stream(request_or_iterator: object, context: grpc.aio.ServicerContext) -> Any:
         await refuse(request_or_iterator, context)
@@ -113,9 +129,9 @@ def _refusal_like(handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
     )
 
 
-def make_server(token: str) -> grpc.aio.Server:
-    """Returns an unstarted server that refuses callers without `token`."""
-    return grpc.aio.server(interceptors=[_TokenInterceptor(token)], options=_SERVER_OPTIONS)
+def make_server(token: str, key: ClusterKey) -> grpc.aio.Server:
+    """Returns an unstarted server that refuses callers without `token`, and calls that are not the caller's to make."""
+    return grpc.aio.server(interceptors=[_Gatekeeper(token, key)], options=_SERVER_OPTIONS)
 
 
 async def start_server(server: grpc.aio.Server, host: str) -> str:

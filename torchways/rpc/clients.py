@@ -11,6 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import TypeAlias
 
 import grpc
 import grpc.aio
@@ -20,12 +21,16 @@ from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceI
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
 _CALL_SECONDS = 30.0
+
+#: Of a call.
+Metadata: TypeAlias = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,7 +135,9 @@ class ManagerClient:
     def __init__(self, address: str, token: str) -> None:
         self._channel = channel.open_channel(address)
         self._stub = pb_grpc.ResourceManagerStub(self._channel)
-        self._metadata = channel.metadata(token)
+        self._token = token
+        #: Of calls: a newcomer's until this client is attached.
+        self.metadata = metadata(token)
         self._address = address
         self.client_id = ClientId(0)
 
@@ -138,7 +145,7 @@ class ManagerClient:
         self, name: str, on_executor_lost: Callable[[str, str], None], on_closing: Callable[[str], None]
     ) -> asyncio.Task[None]:
         """Opens the stream that keeps this client's slices; returns the task that reads it."""
-        stream = self._stub.Attach(pb.AttachRequest(name=name), metadata=self._metadata)
+        stream = self._stub.Attach(pb.AttachRequest(name=name), metadata=self.metadata)
         try:
             first = await asyncio.wait_for(stream.read(), _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -146,6 +153,7 @@ class ManagerClient:
         except TimeoutError as error:
             raise DeadlineExceeded(f"the resource manager at {self._address} did not answer in 30 s") from error
         self.client_id = ClientId(first.attached.client_id)
+        self.metadata = metadata(self._token, Caller(Role.CLIENT, self.client_id), first.attached.secret)
 
         async def read() -> None:
             try:
@@ -167,7 +175,7 @@ class ManagerClient:
         """Asks for a slice; returns its id and island. Its executors may still be starting."""
         response = await self._call(
             self._stub.ReserveSlice,
-            pb.ReserveSliceRequest(client_id=self.client_id, shape=shape, axis_names=axis_names, island_id=island),
+            pb.ReserveSliceRequest(shape=shape, axis_names=axis_names, island_id=island),
         )
         if response.WhichOneof("result") == "failure":
             raise convert.failure_from_proto(response.failure).to_error()
@@ -214,7 +222,7 @@ class ManagerClient:
 
     async def _call(self, method, request, seconds: float = _CALL_SECONDS):  # type: ignore[no-untyped-def]
         try:
-            return await method(request, metadata=self._metadata, timeout=seconds)
+            return await method(request, metadata=self.metadata, timeout=seconds)
         except grpc.aio.AioRpcError as error:
             if error.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise DeadlineExceeded(f"the resource manager did not answer {request!r} in {seconds:g} s") from error
@@ -228,9 +236,9 @@ class ManagerClient:
 class SchedulerClient:
     """One island's gang scheduler: an ordered stream of messages out, completions in."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, metadata: Metadata) -> None:
         self._channel = channel.open_channel(address)
-        self._stream = pb_grpc.SchedulerStub(self._channel).Connect(self._outgoing(), metadata=channel.metadata(token))
+        self._stream = pb_grpc.SchedulerStub(self._channel).Connect(self._outgoing(), metadata=metadata)
         self._queue: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
         self._address = address
         #: Messages sent so far, by kind; what a test counts.
@@ -244,9 +252,9 @@ class SchedulerClient:
         self.num_sent[kind] = self.num_sent.get(kind, 0) + 1
         self._queue.put_nowait(message)
 
-    def say_hello(self, client_id: ClientId) -> None:
+    def say_hello(self) -> None:
         """Must be the first message."""
-        self.send(pb.ClientMessage(hello=pb.ClientHello(client_id=client_id)))
+        self.send(pb.ClientMessage(hello=pb.ClientHello()))
 
     async def _outgoing(self) -> AsyncIterator[pb.ClientMessages]:
         while (message := await self._queue.get()) is not None:
@@ -287,11 +295,11 @@ class SchedulerClient:
 class ExecutorClient:
     """One executor: values in and out."""
 
-    def __init__(self, executor: ExecutorAddress, token: str) -> None:
+    def __init__(self, executor: ExecutorAddress, metadata: Metadata) -> None:
         self.executor_id = executor.executor_id
         self._channel = channel.open_channel(executor.address)
         self._stub = pb_grpc.ExecutorStub(self._channel)
-        self._metadata = channel.metadata(token)
+        self._metadata = metadata
 
     async def put(self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]) -> None:
         """Stores a host value as a named buffer of a slice, whose axes have the sizes `mesh`."""

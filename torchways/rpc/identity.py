@@ -1,8 +1,8 @@
 """Who calls, and what they may do: roles of processes, clients and their secrets, owners of what is named.
 
-A cluster has one random key. Its own processes have it (their node agent passes it on in their environment), clients have
-not. From it derive a secret for each client, which the resource manager gives it when it attaches, and one for each role.
-So whoever has the key can tell from a call alone who makes it: no process keeps a list of clients.
+A cluster has one random key. Its own processes have it (their node agent passes it on in their environment), clients
+have not. From it derive a secret for each client, which the resource manager gives it when it attaches, and one for
+each role. So whoever has the key can tell from a call alone who makes it: no process keeps a list of clients.
 
 The cluster's token lets a client attach, and no more.
 """
@@ -27,6 +27,7 @@ TOKEN_KEY = "torchways-token"
 IDENTITY_KEY = "torchways-identity"
 
 _KEY_BYTES = 32
+_NO_CLIENT = ClientId(0)
 
 
 class Role(enum.StrEnum):
@@ -45,7 +46,7 @@ class Caller:
     """Who makes a call; `client_id` is 0 for all but clients."""
 
     role: Role
-    client_id: ClientId = ClientId(0)
+    client_id: ClientId = _NO_CLIENT
 
     def __str__(self) -> str:
         return f"client {self.client_id}" if self.role is Role.CLIENT else f"a {self.role}"
@@ -132,8 +133,10 @@ def take_cluster_key() -> ClusterKey:
     return ClusterKey(key)
 
 
-def identity_metadata(token: str, caller: Caller, secret: str) -> tuple[tuple[str, str], ...]:
-    """Returns the metadata of a call."""
+def metadata(token: str, caller: Caller | None = None, secret: str = "") -> tuple[tuple[str, str], ...]:
+    """Returns the metadata of a call: of a newcomer, or of a caller that proves who it is."""
+    if caller is None:
+        return ((TOKEN_KEY, token),)
     return ((TOKEN_KEY, token), (IDENTITY_KEY, f"{caller.role}:{caller.client_id}:{secret}"))
 
 

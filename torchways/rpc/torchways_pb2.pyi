@@ -8,7 +8,8 @@ Everything that crosses a process boundary in torchways, except tensor bytes bet
   controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a set of devices and host)
   controller --Executor.PutBuffer / FetchBuffer--> executors (bulk host data only)
 
-Every call carries the cluster's token in the metadata key "torchways-token".
+Every call carries the cluster's token in the metadata key "torchways-token" and, but for a newcomer's, who makes it in
+"torchways-identity" (rpc/identity.py): what a message names is checked against that.
 """
 
 from collections import abc as _abc
@@ -228,16 +229,20 @@ class Attached(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     CLIENT_ID_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
     client_id: _builtins.int
     """top bits of every buffer and run id that the client makes"""
+    secret: _builtins.str
+    """what it proves with each call that it is this client (rpc/identity.py)"""
     def __init__(
         self,
         *,
         client_id: _builtins.int = ...,
+        secret: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -292,11 +297,9 @@ Global___ClusterClosing: _TypeAlias = ClusterClosing  # noqa: Y015
 class ReserveSliceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CLIENT_ID_FIELD_NUMBER: _builtins.int
     SHAPE_FIELD_NUMBER: _builtins.int
     AXIS_NAMES_FIELD_NUMBER: _builtins.int
     ISLAND_ID_FIELD_NUMBER: _builtins.int
-    client_id: _builtins.int
     island_id: _builtins.int
     """none: the resource manager chooses"""
     @_builtins.property
@@ -310,14 +313,13 @@ class ReserveSliceRequest(_message.Message):
     def __init__(
         self,
         *,
-        client_id: _builtins.int = ...,
         shape: _abc.Iterable[_builtins.int] | None = ...,
         axis_names: _abc.Iterable[_builtins.str] | None = ...,
         island_id: _builtins.int | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_island_id", b"_island_id", "island_id", b"island_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_island_id", b"_island_id", "axis_names", b"axis_names", "client_id", b"client_id", "island_id", b"island_id", "shape", b"shape"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_island_id", b"_island_id", "axis_names", b"axis_names", "island_id", b"island_id", "shape", b"shape"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__island_id: _TypeAlias = _typing.Literal["island_id"]  # noqa: Y015
     _WhichOneofArgType__island_id: _TypeAlias = _typing.Literal["_island_id", b"_island_id"]  # noqa: Y015
@@ -849,9 +851,6 @@ class NodeAccepted(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ISLAND_IDS_FIELD_NUMBER: _builtins.int
-    LINK_KEY_FIELD_NUMBER: _builtins.int
-    link_key: _builtins.bytes
-    """what the node's processes prove who they are with on links (torchways/link)"""
     @_builtins.property
     def island_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """ids given to the node's islands, in its order"""
@@ -860,11 +859,10 @@ class NodeAccepted(_message.Message):
         self,
         *,
         island_ids: _abc.Iterable[_builtins.int] | None = ...,
-        link_key: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["island_ids", b"island_ids", "link_key", b"link_key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["island_ids", b"island_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1022,16 +1020,12 @@ Global___ClientMessage: _TypeAlias = ClientMessage  # noqa: Y015
 class ClientHello(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    CLIENT_ID_FIELD_NUMBER: _builtins.int
-    client_id: _builtins.int
     def __init__(
         self,
-        *,
-        client_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -165,10 +165,14 @@ def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
     put = core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SliceId(1), nbytes=10)
     state.handle(put)
     run = core.RunEnqueued(
-        part=program.part, run_id=RunId(7), sequence=0, first_buffer_id=BufferId(BASE + 3), arguments=[put.buffer_id]
+        part=program.part,
+        run_id=RunId(BASE + 7),
+        sequence=0,
+        first_buffer_id=BufferId(BASE + 3),
+        arguments=[put.buffer_id],
     )
     assert state.handle(run) == []
-    arrived = core.TransferArrived(run_id=RunId(7), edge_id=0, data=_Buffer(2))
+    arrived = core.TransferArrived(run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))
     placed, executed, sent = state.handle(arrived)
     assert (type(placed), executed.task.number, type(sent)) == (core.Place, 1, core.Send)
     state.handle(core.UnitFinished(task=executed.task))

@@ -298,13 +298,13 @@ def test_status_says_what_a_run_waits_for():
     state.handle(core.ProgramArrived(program=train_parts()["b"]))
     run = core.RunEnqueued(
         part=PART,
-        run_id=RunId(7),
+        run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
         arguments=[BufferId(BASE + 3)],
     )
     state.handle(run)
-    assert state.waiting_for() == ["run 7 of step: its compilation"]
+    assert state.waiting_for() == [f"run {BASE + 7} of step: its compilation"]
     state.handle(core.ProgramCompiled(part=PART, failure=None))
     assert "receives edges [0]" in state.waiting_for()[0]
 
@@ -322,7 +322,7 @@ def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewh
         state.handle(put)
         run = core.RunEnqueued(
             part=PART,
-            run_id=RunId(7),
+            run_id=RunId(BASE + 7),
             sequence=0,
             first_buffer_id=BufferId(BASE + 60),
             arguments=[BufferId(BASE + 2)],
@@ -454,7 +454,7 @@ def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
     assert state.handle(core.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
     run = core.RunEnqueued(
         part=PART,
-        run_id=RunId(7),
+        run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
         arguments=[BufferId(BASE + 3)],

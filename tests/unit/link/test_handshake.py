@@ -1,14 +1,11 @@
 """The handshake: both ends prove that they know the link's secret, and nothing else is taken for a proof."""
 
-import os
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchways.errors import ConfigError
 from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
-from torchways.link.key import LINK_KEY_VARIABLE, link_secret, make_link_key, take_link_key
+from torchways.link.key import link_secret
 
 KEY = bytes(range(32))
 ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
@@ -171,14 +168,3 @@ def test_every_pair_has_its_own_secret():
     secrets = {link_secret(KEY, *pair) for pair in (("a", "b"), ("a", "c"), ("b", "c"), ("ab", "c"))}
     assert len(secrets) == 4
     assert link_secret(KEY, "b", "a") in secrets
-
-
-def test_the_key_leaves_the_environment_with_its_reader(monkeypatch):
-    key = make_link_key()
-    monkeypatch.setenv(LINK_KEY_VARIABLE, key.hex())
-    assert take_link_key() == key
-    assert LINK_KEY_VARIABLE not in os.environ
-    for text in ("", "abc", "no hex", key.hex()[2:]):
-        monkeypatch.setenv(LINK_KEY_VARIABLE, text)
-        with pytest.raises(ConfigError, match="TORCHWAYS_LINK_KEY must be 64 hexadecimal digits"):
-            take_link_key()

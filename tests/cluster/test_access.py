@@ -1,0 +1,270 @@
+"""What a client may not do: each attack is tried with the cluster's token, and another client goes on undisturbed."""
+
+import asyncio
+import contextlib
+
+import grpc
+import pytest
+import torch
+
+import torchways as tw
+from torchways.api import _current as current_session
+from torchways.config import ClusterConfig
+from torchways.launch.embedded import start_cluster
+from torchways.rpc import channel
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.channel import TOKEN_VARIABLE
+from torchways.rpc.identity import Caller, Role, metadata
+
+ELEMENTS = torch.arange(4.0).numpy().tobytes()
+SPEC = {"dtype": "float32", "shape": [4], "placements": ["R"]}
+
+
+@pytest.fixture(scope="module")
+def victim():
+    """A session that computes; yields what an attacker may have learnt of it, and a check that it is undisturbed."""
+    cluster = start_cluster(ClusterConfig(islands=1, devices_per_island=1))
+    tw.shutdown()
+    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        stack.callback(cluster.close)
+        patch.setenv("TORCHWAYS_ADDRESS", cluster.address)
+        patch.setenv(TOKEN_VARIABLE, cluster.token)
+        stack.enter_context(tw.init())
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        weight = tw.distribute_tensor(torch.ones(4), mesh)
+
+        @tw.program(mesh=mesh)
+        def step(x):
+            return (weight + x).sum()
+
+        def is_well():
+            assert weight.tolist() == [1.0] * 4
+            assert step(torch.ones(4)).item() == 8.0
+
+        is_well()
+        yield Victim(cluster, mesh, weight._buffer.buffer_id, is_well)
+
+
+class Victim:
+    def __init__(self, cluster, mesh, buffer_id, is_well):
+        session = current_session()
+        address = session.slice_address(mesh)
+        self.manager, self.token = cluster.address, cluster.token
+        self.scheduler, self.executor = address.scheduler_address, address.executors[0].address
+        self.client_id, self.slice_id, self.buffer_id = session.manager.client_id, mesh.slice_id, buffer_id
+        self.program_ids = list(session._islands_of)
+        self.executor_id = address.executors[0].executor_id
+        self.is_well = is_well
+
+
+@contextlib.asynccontextmanager
+async def attacker(victim):
+    """An attached client: yields its id, its metadata, and stubs of all services."""
+    async with contextlib.AsyncExitStack() as stack:
+        opened = [
+            await stack.enter_async_context(channel.open_channel(address))
+            for address in (victim.manager, victim.scheduler, victim.executor)
+        ]
+        stubs = (
+            pb_grpc.ResourceManagerStub(opened[0]),
+            pb_grpc.SchedulerStub(opened[1]),
+            pb_grpc.ExecutorStub(opened[2]),
+        )
+        told = stubs[0].Attach(pb.AttachRequest(name="attacker"), metadata=metadata(victim.token))
+        attached = (await told.read()).attached
+        me = Caller(Role.CLIENT, attached.client_id)
+        yield attached.client_id, metadata(victim.token, me, attached.secret), stubs
+
+
+def attack(victim, action):
+    """Runs `action(client_id, metadata, stubs)` as an attacker; then the victim must be well."""
+
+    async def run():
+        async with attacker(victim) as (client_id, mine, stubs):
+            await asyncio.wait_for(action(client_id, mine, *stubs), 60)
+
+    asyncio.run(run())
+    victim.is_well()
+
+
+@contextlib.contextmanager
+def refused(code=grpc.StatusCode.PERMISSION_DENIED):
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        yield
+    assert caught.value.code() == code
+
+
+def test_buffers_of_another_are_not_read_nor_written(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        chunks = [c async for c in executor.FetchBuffer(pb.FetchRequest(buffer_id=victim.buffer_id), metadata=mine)]
+        assert [chunk.failure.kind for chunk in chunks] == ["AccessDenied"]
+        value = pb.HostValue(spec=pb.TensorSpec(**SPEC), data=ELEMENTS)
+        chunk = pb.PutChunk(buffer_id=victim.buffer_id, value=value, slice_id=victim.slice_id, mesh_shape=[1])
+        with refused(grpc.StatusCode.INVALID_ARGUMENT):
+            await executor.PutBuffer(iter([chunk]), metadata=mine)
+
+    attack(victim, action)
+
+
+def messages_of(victim, client_id):
+    """What an attacker may tell a scheduler, and whether it is answered; programs and runs fail with a typed error."""
+    mine = client_id << 40
+    part = pb.SliceProgram(slice_id=victim.slice_id, mesh_shape=[1])
+    arguments = [pb.SliceArguments(slice_id=victim.slice_id, arguments=b"\xff not a message")]
+    program_id = victim.program_ids[0]
+    theirs = pb.RunProgram(program_id=program_id, run_id=mine + 9, first_buffer_id=mine + 10, slices=arguments)
+    forged = pb.RunProgram(
+        program_id=program_id, run_id=program_id + 1000, first_buffer_id=program_id + 1001, slices=arguments
+    )
+    return [
+        (pb.ClientMessage(run_program=theirs), "AccessDenied"),
+        (pb.ClientMessage(run_program=forged), "AccessDenied"),
+        (
+            pb.ClientMessage(register_program=pb.RegisterProgram(program_id=mine + 1, name="p", slices=[part])),
+            "AccessDenied",
+        ),
+        (pb.ClientMessage(forget_program=pb.ForgetProgram(program_id=program_id)), None),
+        (
+            pb.ClientMessage(
+                release_buffers=pb.ReleaseBuffers(slice_id=victim.slice_id, buffer_ids=[victim.buffer_id])
+            ),
+            None,
+        ),
+        (pb.ClientMessage(close_slice=pb.CloseSlice(slice_id=victim.slice_id)), None),
+    ]
+
+
+def test_programs_runs_buffers_and_slices_of_another_are_not_touched(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        attacks = messages_of(victim, client_id)
+
+        async def outgoing():
+            yield pb.ClientMessages(messages=[pb.ClientMessage(hello=pb.ClientHello()), *(m for m, _ in attacks)])
+            await asyncio.sleep(60)
+
+        stream = scheduler.Connect(outgoing(), metadata=mine)
+        kinds = []
+        while len(kinds) < 3:
+            for answer in (await stream.read()).messages:
+                kinds.append(getattr(answer, answer.WhichOneof("message")).failure.kind)
+        assert kinds == ["AccessDenied"] * 3
+        stream.cancel()
+        with refused():
+            await manager.ReleaseSlice(pb.ReleaseSliceRequest(slice_id=victim.slice_id), metadata=mine)
+        info = await manager.WaitSlice(pb.WaitSliceRequest(slice_id=victim.slice_id), metadata=mine)
+        assert info.failure.kind == "AccessDenied"
+
+    attack(victim, action)
+
+
+def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        secret = dict(mine)["torchways-identity"].rpartition(":")[2]
+        for caller in (Caller(Role.CLIENT, victim.client_id), Caller(Role.NODE), Caller(Role.SCHEDULER)):
+            forged = metadata(victim.token, caller, secret)
+            with refused():
+                await scheduler.Connect(iter([]), metadata=forged).read()
+            with refused():
+                await manager.ReserveSlice(pb.ReserveSliceRequest(shape=[1], axis_names=["x"]), metadata=forged)
+        for known in (mine, metadata(victim.token)):
+            with refused():
+                await manager.JoinNode(iter([pb.NodeEvent(joined=pb.NodeJoined(host="x"))]), metadata=known).read()
+            with refused():
+                await executor.Control(iter([]), metadata=known).read()
+            with refused():
+                await scheduler.AddSlice(pb.AddSliceRequest(slice_id=99), metadata=known)
+            with refused():
+                await scheduler.RemoveSlice(pb.RemoveSliceRequest(slice_id=victim.slice_id), metadata=known)
+            with refused():
+                await scheduler.RemoveExecutor(pb.RemoveExecutorRequest(executor_id=victim.executor_id), metadata=known)
+
+    attack(victim, action)
+
+
+def malformed_parts(slice_id):
+    """Parts that cannot be carried out: each would have ended an executor that believed it."""
+    spec = pb.TensorSpec(**SPEC)
+    archive = pb.Function(function_id=0, name="f", graph=b"PK\x03\x04" + bytes(100))
+    compute = pb.Instruction(compute=pb.Compute(function_id=0, inputs=[0], outputs=[1]))
+
+    def part(**fields):
+        return pb.SliceProgram(**{"slice_id": slice_id, "mesh_shape": [1], "slots": [spec, spec], **fields})
+
+    return {
+        "another mesh": part(mesh_shape=[3]),
+        "a negative mesh": part(mesh_shape=[-1, -1], slots=[]),
+        "no such function": part(num_args=1, instructions=[compute]),
+        "an archive": part(num_args=1, instructions=[compute], functions=[archive]),
+        "a value from nowhere": part(functions=[archive], instructions=[compute]),
+        "a value that is not there": part(
+            num_args=1,
+            functions=[archive],
+            instructions=[pb.Instruction(compute=pb.Compute(inputs=[0], outputs=[1 << 30]))],
+        ),
+        "more arguments than values": part(num_args=1 << 31),
+        "no such dtype": part(slots=[pb.TensorSpec(dtype="os", shape=[1], placements=["R"])]),
+        "no such shape": part(slots=[pb.TensorSpec(dtype="float32", shape=[-4], placements=["R"])]),
+        "no such placement": part(slots=[pb.TensorSpec(dtype="float32", shape=[4], placements=["S(9)"])]),
+        "a stranger": part(num_args=1, instructions=[pb.Instruction(send=pb.Send(slot=0, peer=77))]),
+        "no result": part(num_args=1, results=[pb.ResultSlot(slot=1)]),
+        "nothing": part(instructions=[pb.Instruction()]),
+    }
+
+
+def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])
+        slice_id = (await manager.ReserveSlice(request, metadata=mine)).reservation.slice_id
+        await manager.WaitSlice(pb.WaitSliceRequest(slice_id=slice_id), metadata=mine)
+        sent: asyncio.Queue[pb.ClientMessage] = asyncio.Queue()
+        sent.put_nowait(pb.ClientMessage(hello=pb.ClientHello()))
+
+        async def outgoing():
+            while True:
+                yield pb.ClientMessages(messages=[await sent.get()])
+
+        stream = scheduler.Connect(outgoing(), metadata=mine)
+        first = (client_id << 40) + 1
+
+        async def answer():
+            [message] = (await stream.read()).messages
+            return getattr(message, message.WhichOneof("message"))
+
+        for number, (what, part) in enumerate(malformed_parts(slice_id).items()):
+            program = pb.RegisterProgram(program_id=first + number, name=what, slices=[part])
+            sent.put_nowait(pb.ClientMessage(register_program=program))
+            assert (await answer()).failure.kind, what
+        # A good program, and arguments that are none.
+        good = pb.SliceProgram(
+            slice_id=slice_id,
+            mesh_shape=[1],
+            slots=[pb.TensorSpec(**SPEC)],
+            num_args=1,
+            results=[pb.ResultSlot(slot=0)],
+        )
+        sent.put_nowait(
+            pb.ClientMessage(register_program=pb.RegisterProgram(program_id=first + 50, name="good", slices=[good]))
+        )
+        assert not (await answer()).HasField("failure")
+        wrong = {
+            "not a message": b"\xff\xff",
+            "none": b"",
+            "another's": pb.Arguments(buffer_ids=[victim.buffer_id]).SerializeToString(),
+            "a value that is not there": pb.Arguments(buffer_ids=[0]).SerializeToString(),
+        }
+        for number, (what, arguments) in enumerate(wrong.items()):
+            run = pb.RunProgram(
+                program_id=first + 50,
+                run_id=first + 100 + number,
+                first_buffer_id=first + 200 + number,
+                slices=[pb.SliceArguments(slice_id=slice_id, arguments=arguments)],
+            )
+            sent.put_nowait(pb.ClientMessage(run_program=run))
+            assert (await answer()).failure.kind == "AccessDenied", what
+            request = pb.FetchRequest(buffer_id=first + 200 + number)
+            chunks = [chunk async for chunk in executor.FetchBuffer(request, metadata=mine)]
+            assert chunks[0].failure.kind == "AccessDenied", what
+        stream.cancel()
+
+    attack(victim, action)
