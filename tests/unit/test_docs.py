@@ -8,8 +8,6 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *(ROOT / "docs").glob("*.md")]
-#: Pages that are written in the same change as this test, and may come a commit later.
-COMING = {"docs/security.md"}
 
 
 def test_api_page_is_that_of_the_docstrings():
@@ -28,8 +26,8 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = target.partition("#")
         found = (page.parent / path).resolve() if path else page
-        assert found.exists() or str(found.relative_to(ROOT)) in COMING, f"{target} does not exist"
-        if anchor and found.exists():
+        assert found.exists(), f"{target} does not exist"
+        if anchor:
             assert anchor in _anchors(found), f"{target}: no such heading"
 
 

@@ -109,7 +109,7 @@ class DataPlane:
             assert isinstance(payload, bytearray)
             value: torch.Tensor | Failure = decode_failure(payload)
         elif isinstance(payload, bytearray):
-            value = torch.frombuffer(payload or bytearray(1), dtype=torch.uint8)[: len(payload)]
+            value = torch.frombuffer(payload, dtype=torch.uint8) if payload else torch.empty(0, dtype=torch.uint8)
         else:
             value = payload
         self._on_arrived(peer, RunId(run_id), edge_id, phase, value)

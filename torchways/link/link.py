@@ -18,8 +18,7 @@ import selectors
 import socket
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torchways.link.frames import (
     HEADER_BYTES,
@@ -43,8 +42,7 @@ _READ_BYTES = 256 << 10
 _LAST_FRAMES_SECONDS = 2.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
+class Frame(NamedTuple):
     """A frame to send.
 
     Attributes:
