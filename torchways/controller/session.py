@@ -111,7 +111,7 @@ class _Run:
 
 @dataclass(slots=True)
 class Session:
-    """See the module's docstring. Made by `open_session`; methods are for the user's thread unless they say else."""
+    """See the module's docstring. Methods are for the user's thread unless they say else."""
 
     manager: ManagerClient
     loop: LoopThread

@@ -86,8 +86,6 @@ def _accesses(item: pb.Instruction, part: pb.SliceProgram, peers: set[int]) -> t
             members = item.all_reduce.members
             _require(part.slice_id in members and peers.issuperset(members), "a sum is with slices that are no peers")
             return [item.all_reduce.input], [item.all_reduce.output], set()
-        case "free":
-            return [], [], set()
     raise UserError("an instruction has no known kind")
 
 

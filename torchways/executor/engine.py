@@ -711,5 +711,4 @@ def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, S
                         num_local=sum(executor_id in hosts[member] for member in reduce.members),
                     )
                 )
-            # "free" needs no instruction here: the core counts the reads that are left of each slot.
     return instructions

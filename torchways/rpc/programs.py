@@ -123,7 +123,7 @@ def _part(slice_id: SliceId, mesh: Sequence[int], part: SlicePart, peers: Mappin
         ],
         slots=[_spec(value) for value in part.slots],
         num_args=len(part.args),
-        instructions=[_instruction(step, peers) for step in part.steps],
+        instructions=[_instruction(step, peers) for step in part.steps if not isinstance(step, FreeStep)],
         results=[pb.ResultSlot(slot=slot, result_index=number) for slot, number in part.results],
         peers=[
             pb.Peer(executor_id=executor_id, data_address=data_address, slice_id=peers[index].slice_id)
@@ -147,7 +147,9 @@ def _spec(value: Value) -> pb.TensorSpec:
     return pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)
 
 
-def _instruction(step: Step, peers: Mapping[int, PeerAddress]) -> pb.Instruction:
+def _instruction(
+    step: ComputeStep | SendStep | ReceiveStep | AllReduceStep, peers: Mapping[int, PeerAddress]
+) -> pb.Instruction:
     match step:
         case ComputeStep():
             return pb.Instruction(
@@ -166,5 +168,3 @@ def _instruction(step: Step, peers: Mapping[int, PeerAddress]) -> pb.Instruction
             return pb.Instruction(
                 all_reduce=pb.AllReduce(input=step.input, output=step.output, edge_id=step.edge_id, members=members)
             )
-        case FreeStep():
-            return pb.Instruction(free=pb.Free(slots=step.slots))

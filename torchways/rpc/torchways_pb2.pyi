@@ -1132,7 +1132,7 @@ class Function(_message.Message):
     source: _builtins.str
     """user's line"""
     graph: _builtins.bytes
-    """a serialized core-ATen graph (capture/serialize.py)"""
+    """a serialized core-ATen graph (torchways/graphs)"""
     def __init__(
         self,
         *,
@@ -1156,7 +1156,6 @@ class Instruction(_message.Message):
     COMPUTE_FIELD_NUMBER: _builtins.int
     SEND_FIELD_NUMBER: _builtins.int
     RECEIVE_FIELD_NUMBER: _builtins.int
-    FREE_FIELD_NUMBER: _builtins.int
     ALL_REDUCE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def compute(self) -> Global___Compute: ...
@@ -1165,8 +1164,6 @@ class Instruction(_message.Message):
     @_builtins.property
     def receive(self) -> Global___Receive: ...
     @_builtins.property
-    def free(self) -> Global___Free: ...
-    @_builtins.property
     def all_reduce(self) -> Global___AllReduce: ...
     def __init__(
         self,
@@ -1174,14 +1171,13 @@ class Instruction(_message.Message):
         compute: Global___Compute | None = ...,
         send: Global___Send | None = ...,
         receive: Global___Receive | None = ...,
-        free: Global___Free | None = ...,
         all_reduce: Global___AllReduce | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "free", b"free", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "free", "all_reduce"]  # noqa: Y015
+    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "all_reduce"]  # noqa: Y015
     _WhichOneofArgType_instruction: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_instruction) -> _WhichOneofReturnType_instruction | None: ...
 
@@ -1310,28 +1306,6 @@ class AllReduce(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AllReduce: _TypeAlias = AllReduce  # noqa: Y015
-
-@_typing.final
-class Free(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    SLOTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """values that nothing later reads"""
-
-    def __init__(
-        self,
-        *,
-        slots: _abc.Iterable[_builtins.int] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["slots", b"slots"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___Free: _TypeAlias = Free  # noqa: Y015
 
 @_typing.final
 class ResultSlot(_message.Message):
