@@ -476,17 +476,27 @@ class SchedulerState:
         """Grants all that no other set's computation, granted or older, is in the way of."""
         commands: list[Command] = []
         waiting: list[_Turn] = []
-        taken = {item.devices for item in self._granted.values()} | self._not_idle
+        #: Who computes on a device, or waits for it; None: several sets do.
+        users: dict[int, _DeviceSet | None] = {}
+        for devices in (*dict.fromkeys(item.devices for item in self._granted.values()), *self._not_idle):
+            self._use(users, devices)
         for item in self._waiting:
-            mine = self._devices[item.devices]
-            if any(other != item.devices and self._devices[other] & mine for other in taken):
-                waiting.append(item)
-            else:
+            if self._use(users, item.devices):
                 self._granted[item.run, item.unit] = item
                 commands += [SendGrant(executor_id=e, run=item.run, unit=item.unit) for e in item.devices]
-            taken.add(item.devices)
+            else:
+                waiting.append(item)
         self._waiting = waiting
         return commands
+
+    def _use(self, users: dict[int, _DeviceSet | None], devices: _DeviceSet) -> bool:
+        """Adds a set to the users of its devices; returns whether it is the only one on all of them."""
+        is_alone = True
+        for number in self._devices[devices]:
+            if users.setdefault(number, devices) != devices:
+                users[number] = None
+                is_alone = False
+        return is_alone
 
     def _close_slice(self, slice_id: SliceId, reason: str) -> list[Command]:
         """Lets what is in flight on a slice end, and has all else that is on it freed."""
