@@ -7,6 +7,7 @@ import psutil
 import pytest
 
 import torchways as tw
+import torchways.api
 
 
 def cluster_processes():
@@ -37,6 +38,13 @@ def _is_alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def status_of(mesh):
+    """Returns what the (first) executor of a slice's devices says of itself; other slices of them are part of it."""
+    [executor, *_] = tw.api._current().slice_address(mesh).executors
+    [status] = [item for item in tw.executor_status() if item.executor_id == executor.executor_id]
+    return status
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,7 @@
 """Generation with real processes: tokens, messages, memory, on one device and on several."""
 
 import copy
+import gc
 import time
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import transformers
 
 import torchways as tw
+from tests.cluster.conftest import status_of
 from tests.unit.capture.test_generation import Streamer, prompts
 from torchways import api
 from torchways.controller.buffers import RemoteBuffer
@@ -39,10 +41,11 @@ def num_runs():
 
 
 def num_buffers(mesh, until, seconds=10.0):
-    """Returns the number of buffers on a slice; waits for the releases of those that are to go."""
+    """Returns the number of buffers on a slice's devices; waits for the releases of those that are to go."""
+    gc.collect()  # models of earlier tests
     deadline = time.monotonic() + seconds
     while True:
-        [status] = [item for item in tw.executor_status() if item.executor_id.endswith(f".s{mesh.slice_id}")]
+        status = status_of(mesh)
         assert status.fallback_counters == {}
         if status.num_buffers == until or time.monotonic() > deadline:
             return status.num_buffers

@@ -323,6 +323,7 @@ def _start_executor(command: core.StartExecutor) -> pb.StartExecutor:
         executor_id=command.executor_id,
         island_id=item.island_id,
         set_number=item.number,
+        set_size=len(item.device_indices),
         device_indices=command.device_indices,
         gang=item.devices_of,
     )

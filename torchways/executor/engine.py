@@ -96,7 +96,7 @@ class Engine:
     Args:
         executor_id: this executor.
         runtime: its devices.
-        num_devices: how many these are.
+        num_devices: of its set, on all hosts: what the meshes of programs and values have.
         host: address that the data plane listens on.
         report: takes events for the scheduler, on the engine's thread.
         link_key: the cluster's.

@@ -277,7 +277,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     executor.engine = Engine(
         arguments.executor_id,
         runtime,
-        len(devices),
+        arguments.set_size,
         arguments.host,
         executor.report,
         link_key=executor.key.derive("links"),
@@ -321,6 +321,7 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--executor-id", required=True)
     parser.add_argument("--devices", required=True, help="the island's devices of this host, by number")
+    parser.add_argument("--set-size", type=int, required=True, help="devices of the set, on all hosts")
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)

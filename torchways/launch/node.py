@@ -218,6 +218,7 @@ class NodeAgent:
         flags = [
             *("--executor-id", order.executor_id),
             *("--devices", ",".join(map(str, order.device_indices))),
+            *("--set-size", str(order.set_size)),
             *("--platform", self._arguments.platform),
             *("--budget-bytes", str(self._arguments.budget_bytes)),
             *("--memory-wait", str(self._arguments.memory_wait)),

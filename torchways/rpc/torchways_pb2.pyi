@@ -900,11 +900,14 @@ class StartExecutor(_message.Message):
     SET_NUMBER_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
     GANG_FIELD_NUMBER: _builtins.int
+    SET_SIZE_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     executor_id: _builtins.str
     island_id: _builtins.int
     set_number: _builtins.int
     """of the set of devices, for ports that must differ"""
+    set_size: _builtins.int
+    """devices of the set, on all hosts: those of its slices' meshes"""
     @_builtins.property
     def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """of the island; those that this host's process has"""
@@ -922,10 +925,11 @@ class StartExecutor(_message.Message):
         set_number: _builtins.int = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
         gang: _abc.Iterable[_builtins.str] | None = ...,
+        set_size: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "executor_id", b"executor_id", "gang", b"gang", "island_id", b"island_id", "name", b"name", "set_number", b"set_number"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "executor_id", b"executor_id", "gang", b"gang", "island_id", b"island_id", "name", b"name", "set_number", b"set_number", "set_size", b"set_size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
