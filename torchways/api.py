@@ -139,7 +139,6 @@ def init(
     session = Session(
         manager=loop.run(_make_manager(address, token)),
         loop=loop,
-        token=token,
         start_timeout=config.start_timeout,
         end_cluster=end_cluster,
     )

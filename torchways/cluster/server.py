@@ -218,7 +218,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         )
 
     def _check_owner(self, context: grpc.aio.ServicerContext, slice_id: SliceId) -> None:
-        owners = {slice_id: item.client_id for slice_id, item in self.core.slices.items()}
+        item = self.core.slices.get(slice_id)
+        owners = {slice_id: item.client_id} if item is not None else {}
         check_owner(channel.caller(context, self._key).client_id, slices=[slice_id], owners=owners)
 
     async def ReleaseSlice(

@@ -115,7 +115,6 @@ class Session:
 
     manager: ManagerClient
     loop: LoopThread
-    token: str = field(repr=False)
     start_timeout: timedelta
     #: Ends the embedded cluster; None where the cluster is not ours.
     end_cluster: Callable[[], None] | None

@@ -96,6 +96,7 @@ class LoadedProgram:
         slot_forms: dtype and shape of every slot's value, as text; what an argument's buffer must have. May be empty.
         peak_bytes: the most that its units, in order, have allocated at a time, a device; arguments are not counted,
             and less where they are donated.
+        donated_bytes: the most that its arguments are so less, a device.
     """
 
     part: PartId
@@ -107,6 +108,7 @@ class LoadedProgram:
     results: tuple[tuple[int, int], ...]
     slot_forms: tuple[str, ...] = ()
     peak_bytes: int = 0
+    donated_bytes: int = 0
 
 
 def load_program(
@@ -144,6 +146,7 @@ def load_program(
         results=tuple(results),
         slot_forms=tuple(slot_forms),
         peak_bytes=peak_bytes,
+        donated_bytes=sum(slot_bytes[slot] for unit in units for slot in unit.donated if slot < num_args),
     )
 
 

@@ -111,6 +111,11 @@ class Run:
         """What it may still allocate beside what it has."""
         return max(0, self.reserved_bytes - self.own_bytes)
 
+    @property
+    def most_unpaid_bytes(self) -> int:
+        """What `unpaid_bytes` never exceeds."""
+        return self.reserved_bytes + self.program.donated_bytes
+
 
 @dataclass(eq=False, slots=True)
 class Task:
@@ -118,9 +123,8 @@ class Task:
 
     Attributes:
         issued: it is under way, or over.
-        has_memory: for what it receives; computations take theirs when they are issued.
-        arrived: what it received, until it has memory.
-        has_passed: what comes behind it in its run need not wait for it.
+        has_passed: it has its memory, or needs none: what comes behind it in its run need not wait for it.
+        arrived: what it received, until it has passed.
         has_ended: it is over.
     """
 
@@ -128,9 +132,8 @@ class Task:
     unit: Unit
     number: int
     issued: bool = False
-    has_memory: bool = False
-    arrived: Place | None = None
     has_passed: bool = False
+    arrived: Place | None = None
     has_ended: bool = False
 
     @property
@@ -462,6 +465,9 @@ class ExecutorState:
         self.programs: dict[PartId, LoadedProgram] = {}
         #: Runs that are not over, in their order.
         self.runs: dict[RunPart, Run] = {}
+        #: Runs that have not begun, in their order; the most that those that have may still allocate.
+        self._unadmitted: deque[Run] = deque()
+        self._promised_bytes = 0
         #: What waits for memory, oldest first.
         self.starved: list[Task | _Placing] = []
         self._gang = gang
@@ -590,9 +596,7 @@ class ExecutorState:
             failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
             self._commands.append(ReportEnded(run=part, failure=failure))
             return
-        arguments = event.arguments
-        if arguments is None or _refusal(event, arguments, program):
-            reason = "its arguments cannot be read" if arguments is None else _refusal(event, arguments, program)
+        if reason := _refusal(event, program):
             failure = self._failure("AccessDenied", f"run {event.run_id} of {program.name} is refused: {reason}")
             for _, number in program.results:
                 buffer_id = BufferId(event.first_buffer_id + number)
@@ -600,6 +604,8 @@ class ExecutorState:
                     self._name(buffer_id, Cell(scheduled=True, failure=failure, slice_id=part.slice_id))
             self._commands.append(ReportEnded(run=part, failure=failure))
             return
+        arguments = event.arguments
+        assert arguments is not None
         sizes = program.slot_bytes
         forms = program.slot_forms or [""] * len(sizes)
         slice_id = part.slice_id
@@ -636,6 +642,7 @@ class ExecutorState:
             reserved_bytes=max(0, reserved),
         )
         self.runs[part] = run
+        self._unadmitted.append(run)
         self._admit_runs()
         for item in inline:
             self._try_place(item)
@@ -646,8 +653,7 @@ class ExecutorState:
                 self._leave(run, slot)
         self._drop_donated(event.part, arguments, program)
         if not program.units:
-            del self.runs[part]
-            self._commands.append(ReportEnded(run=part, failure=None))
+            self._end_run(run)
             return
         run.tasks = [Task(run, unit, number) for number, unit in enumerate(program.units)]
         run.in_order = [task for task in run.tasks if _takes_memory(task)]
@@ -873,7 +879,7 @@ class ExecutorState:
             self._end_unit(task, None)
             return
         task.arrived = Place(cell=cell, part=task.run.program.part, slot=slot, data=data)
-        if task.has_memory:
+        if task.has_passed:
             self._place_arrived(task)
 
     def _place_arrived(self, task: Task) -> None:
@@ -893,7 +899,6 @@ class ExecutorState:
         for cell in cells:
             if cell is not None:  # else who would read it has failed already
                 self._charge(cell)
-        task.has_memory = True
         self._pass(task)
         if task.arrived is not None:
             self._place_arrived(task)
@@ -957,10 +962,17 @@ class ExecutorState:
                 self._leave(run, slot)
         run.units_left -= 1
         if run.units_left == 0:
-            del self.runs[run.part]
-            self._commands.append(ReportEnded(run=run.part, failure=run.failure))
+            self._end_run(run)
             self._forget_compilation(run.program.part)
         self._memory_freed()
+
+    def _end_run(self, run: Run) -> None:
+        del self.runs[run.part]
+        if run.admitted:
+            self._promised_bytes -= run.most_unpaid_bytes
+        else:
+            self._unadmitted.remove(run)
+        self._commands.append(ReportEnded(run=run.part, failure=run.failure))
 
     def _leave(self, run: Run, slot: int) -> None:
         cell = run.cells[slot]
@@ -1006,26 +1018,24 @@ class ExecutorState:
 
     def _memory_freed(self) -> None:
         """Has looked at what waits for memory."""
-        if not self.budget_bytes:
-            return
         self._admit_runs()
-        self._ready.extend(self.starved)
-        self.starved = []
+        if self.starved:
+            self._ready.extend(self.starved)
+            self.starved = []
 
     def _admit_runs(self) -> None:
         """Admits runs, in their order, while what they may need is left beside what those before may still take."""
-        if not self.budget_bytes:
-            return
-        admitted = [run for run in self.runs.values() if run.admitted]
-        for run in self.runs.values():
-            if run.admitted:
-                continue
-            others = [other for other in admitted if other.run_id != run.run_id]
-            kept = sum(other.unpaid_bytes for other in admitted)
-            if others and self.used_bytes + kept + run.reserved_bytes > self.budget_bytes:
-                return
+        while self._unadmitted:
+            run = self._unadmitted[0]
+            if self.budget_bytes and self.used_bytes + self._promised_bytes + run.reserved_bytes > self.budget_bytes:
+                admitted = [other for other in self.runs.values() if other.admitted]
+                kept = sum(other.unpaid_bytes for other in admitted)
+                is_alone = all(other.run_id == run.run_id for other in admitted)
+                if not is_alone and self.used_bytes + kept + run.reserved_bytes > self.budget_bytes:
+                    return
+            self._unadmitted.popleft()
             run.admitted = True
-            admitted.append(run)
+            self._promised_bytes += run.most_unpaid_bytes
 
     def _may_allocate(self, item: Task | _Placing) -> bool:
         """Whether an item fits into the budget; it waits (or fails) otherwise."""
@@ -1037,9 +1047,12 @@ class ExecutorState:
         if need > self.budget_bytes:
             self._refuse(item, f"it needs {need:,} bytes a device at once, and the whole budget is")
             return False
-        kept = sum(other.unpaid_bytes for other in self.runs.values() if other.admitted and other is not run)
-        if (run is None or run.admitted) and self.used_bytes + need + kept <= self.budget_bytes:
-            return True
+        if run is None or run.admitted:
+            if self.used_bytes + need + self._promised_bytes <= self.budget_bytes:
+                return True  # as most often: nobody need be asked
+            kept = sum(other.unpaid_bytes for other in self.runs.values() if other.admitted and other is not run)
+            if self.used_bytes + need + kept <= self.budget_bytes:
+                return True
         self.starved.append(item)
         return False
 
@@ -1230,9 +1243,11 @@ def _takes_memory(task: Task) -> bool:
     return bool(task.unit.writes) or isinstance(task.unit.instructions[0], ComputeInstruction)
 
 
-def _refusal(event: RunEnqueued, arguments: Sequence[Any], program: LoadedProgram) -> str:
-    """Returns why a run is none of its client's; empty if it is."""
-    client = owner(event.run_id)
+def _refusal(event: RunEnqueued, program: LoadedProgram) -> str:
+    """Returns why a run cannot be, or is none of its client's; empty if all is well."""
+    client, arguments = owner(event.run_id), event.arguments
+    if arguments is None:
+        return "its arguments cannot be read"
     named = [argument for argument in arguments if isinstance(argument, int)]
     named += [event.first_buffer_id + number for _, number in program.results]
     if owner(event.part.program_id) != client or any(owner(identity) != client for identity in named):

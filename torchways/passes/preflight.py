@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torchways.errors import InternalError, ResourceExhausted
 from torchways.ir.program import SliceSpec, Value
-from torchways.mesh import mesh_text
+from torchways.mesh import mesh_text, shard_shape
 from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart
 
 _EdgeEnd = tuple[int, int]
@@ -77,12 +77,7 @@ def check_order(parts: Sequence[SlicePart]) -> None:
 
 def value_bytes(value: Value, spec: SliceSpec) -> int:
     """Returns what a value takes on each device of its slice, bytes."""
-    shape = list(value.shape)
-    for placement, size in zip(value.placements, spec.shape, strict=True):
-        if placement != "R":
-            dim = int(placement[2:-1])
-            shape[dim] = -(-shape[dim] // size)
-    return math.prod(shape) * value.item_bytes
+    return math.prod(shard_shape(value.shape, value.placements, spec.shape)) * value.item_bytes
 
 
 def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
+
+from torchways.mesh import shard_shape
 
 T = TypeVar("T")
 
@@ -52,12 +55,7 @@ class BufferSpec:
     @property
     def device_nbytes(self) -> int:
         """What it takes on each device, bytes."""
-        shape = list(self.shape)
-        for placement, size in zip(self.placements, self.mesh, strict=True):
-            if placement != "R":
-                dim = int(placement[2:-1])
-                shape[dim] = -(-shape[dim] // size)
-        return self.torch_dtype.itemsize * torch.Size(shape).numel()
+        return self.torch_dtype.itemsize * math.prod(shard_shape(self.shape, self.placements, self.mesh))
 
 
 class Runtime(Protocol):

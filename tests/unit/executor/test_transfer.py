@@ -5,7 +5,6 @@ import queue
 import socket
 import subprocess
 import sys
-import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.unit.link.inboxes import serve
 from torchways.errors import Failure
 from torchways.executor.transfer import DataPlane, Outgoing, decode_failure, encode_failure
 from torchways.ids import RunId
@@ -33,14 +33,7 @@ class End:
         self.plane = DataPlane(
             name, "127.0.0.1", KEY, self.inbox, lambda *event: self.arrived.put(event), self.note_lost
         )
-        threading.Thread(target=self.run, daemon=True).start()
-
-    def run(self):
-        while True:
-            self.inbox.wait(None)
-            while (work := self.inbox.take()) is not None:
-                work()
-            self.plane.flush()
+        serve(self.inbox, self.plane.flush)
 
     def connect(self, peer, address):
         self.inbox.put(lambda: self.plane.connect(peer, address))

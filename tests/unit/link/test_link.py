@@ -11,6 +11,7 @@ import threading
 import psutil
 import pytest
 
+from tests.unit.link.inboxes import serve
 from torchways.link.frames import FrameError, Header, encode_header
 from torchways.link.handshake import Accepting, Connecting, HandshakeError
 from torchways.link.inbox import Inbox
@@ -31,15 +32,11 @@ class End:
         self.inbox = Inbox()
         self.listener = Listener(name, "127.0.0.1", KEY, **options)
         self.links = {}
-        threading.Thread(target=self.run, daemon=True).start()
+        serve(self.inbox, self.flush)
 
-    def run(self):
-        while True:
-            self.inbox.wait(None)
-            while (work := self.inbox.take()) is not None:
-                work()
-            for link in self.links.values():
-                link.flush()
+    def flush(self):
+        for link in self.links.values():
+            link.flush()
 
     def connect(self, peer, address):
         def connect():
