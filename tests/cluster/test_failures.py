@@ -118,7 +118,8 @@ def test_released_slices_free_their_devices():
         mesh.close()
         mesh.close()
         again = tw.init_device_mesh((2,), mesh_dim_names=("dp",))
-        assert tw.distribute_tensor(torch.ones(3), again).tolist() == [1.0] * 3
+        other = tw.distribute_tensor(torch.ones(3), again)
+        assert other.tolist() == [1.0] * 3
         assert [pid for name, pid in tw.cluster_info().processes if name.startswith("executor")] == [pid]
         [status] = tw.executor_status()
         assert (status.num_buffers, status.used_bytes) == (1, 12)

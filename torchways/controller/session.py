@@ -74,7 +74,7 @@ class _Slice:
     #: Weak: a slice that nobody refers to is given back.
     mesh: weakref.ref[VirtualSlice]
     island: IslandId
-    ready: concurrent.futures.Future[None]
+    ready: concurrent.futures.Future[None] = field(init=False)
     address: SliceAddress | None = None
     #: One for each host; every host has what the slice has. Slices of the same devices share them.
     executors: tuple[ExecutorClient, ...] = ()
@@ -215,13 +215,13 @@ class Session:
         return mesh
 
     def _add_slice(self, mesh: VirtualSlice) -> None:
-        opening = self.loop.start(self._open_slice(mesh.slice_id))
-        self._slices[mesh.slice_id] = _Slice(weakref.ref(mesh), mesh.island, opening)
+        entry = self._slices[mesh.slice_id] = _Slice(weakref.ref(mesh), mesh.island)
+        # Behind the entry: a slice of devices that are in use is there at once.
+        entry.ready = self.loop.start(self._open_slice(mesh.slice_id, entry))
 
-    async def _open_slice(self, slice_id: SliceId) -> None:
+    async def _open_slice(self, slice_id: SliceId, entry: _Slice) -> None:
         address = await self.manager.wait_slice(slice_id, self.start_timeout)
-        entry = self._slices.get(slice_id)
-        if entry is None:  # closed meanwhile
+        if self._slices.get(slice_id) is not entry:  # closed meanwhile
             return
         if address.island_id not in self._schedulers:
             scheduler = SchedulerClient(address.scheduler_address, self.manager.metadata)
