@@ -1,6 +1,5 @@
 """Clients and slices that share devices: one executor for each set, and one computation at a time on each device."""
 
-import contextlib
 import itertools
 import json
 import os
@@ -114,9 +113,6 @@ def test_a_slice_of_devices_that_are_in_use_is_ready_at_once(environment):
         moved = tw.distribute_tensor(torch.arange(8.0).reshape(2, 4), second, (Replicate(), Shard(1)))
         assert moved.tolist() == torch.arange(8.0).reshape(2, 4).tolist()
         assert pids == [pid for name, pid in tw.cluster_info().processes if name.startswith("executor")]
-        for _ in range(50):  # ready before this process has noted that it waits for it
-            with contextlib.closing(tw.init_device_mesh((2,), mesh_dim_names=("dp",))) as third:
-                assert tw.distribute_tensor(torch.ones(2), third).tolist() == [1.0, 1.0]
         second.close()
         assert tw.distribute_tensor(torch.ones(4), first).sum().item() == 4
         with pytest.raises(PlacementError, match="closed"):
