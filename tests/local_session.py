@@ -18,8 +18,15 @@ from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
 from torchways.errors import UserError
 from torchways.graphs import deserialize_graph, run_graph
 from torchways.ids import SliceId
+from torchways.ir.part import (
+    AllReduceInstruction,
+    ComputeInstruction,
+    ReceiveInstruction,
+    SendInstruction,
+    donated_slots,
+    freed_slots,
+)
 from torchways.mesh import VirtualSlice
-from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep
 from torchways.rpc.clients import ExecutorAddress, SliceAddress
 from torchways.rpc.programs import InlineValue
 
@@ -141,38 +148,38 @@ class LocalSession:
         return self.new_ids(1)
 
     def _run_part(self, part, graphs, slots, bindings, slice_id, wires):
-        for step in part.steps:
-            match step:
-                case ComputeStep():
+        for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
+            match instruction:
+                case ComputeInstruction():
                     with torch.random.fork_rng(devices=[]):  # a graph may seed it
-                        results = run_graph(graphs[step.function_index], *(slots[slot] for slot in step.inputs))
-                    for slot, result in zip(step.outputs, results, strict=True):
+                        results = run_graph(
+                            graphs[instruction.function_index], *(slots[slot] for slot in instruction.inputs)
+                        )
+                    for slot, result in zip(instruction.outputs, results, strict=True):
                         expected = part.slots[slot]
                         assert tuple(result.shape) == expected.shape
                         assert str(result.dtype) == f"torch.{expected.dtype}"
                         slots[slot] = result
-                    for position in step.donated:
-                        slot = step.inputs[position]
+                    for slot in donated_slots(instruction):
                         del slots[slot]
                         if slot < len(bindings) and not isinstance(bindings[slot], InlineValue):
                             del self.buffers[slice_id][bindings[slot]]
-                case SendStep():
-                    wires[step.edge_id] = slots[step.slot]
+                case SendInstruction():
+                    wires[instruction.edge_id] = slots[instruction.slot]
                     self.num_transfers += 1
-                case ReceiveStep():
-                    while step.edge_id not in wires:
+                case ReceiveInstruction():
+                    while instruction.edge_id not in wires:
                         yield "waiting"
-                    slots[step.slot] = wires.pop(step.edge_id)
-                case AllReduceStep():
-                    me = step.members.index(part.slice_index)
-                    wires["sum", step.edge_id, me] = slots[step.input]
-                    keys = [("sum", step.edge_id, member) for member in range(len(step.members))]
+                    slots[instruction.slot] = wires.pop(instruction.edge_id)
+                case AllReduceInstruction():
+                    me = instruction.members.index(part.slice_index)
+                    wires["sum", instruction.edge_id, me] = slots[instruction.input]
+                    keys = [("sum", instruction.edge_id, member) for member in range(len(instruction.members))]
                     while not all(key in wires for key in keys):
                         yield "waiting"
-                    slots[step.output] = sum(wires[key] for key in keys)
-                case FreeStep():
-                    for slot in step.slots:
-                        del slots[slot]
+                    slots[instruction.output] = sum(wires[key] for key in keys)
+            for slot in freed:
+                del slots[slot]
         if not hasattr(self, "_finished"):
             self._finished = {}
         self._finished[part.slice_index] = slots

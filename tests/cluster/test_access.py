@@ -186,11 +186,13 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
 def malformed_parts(slice_id):
     """Parts that cannot be carried out: each would have ended an executor that believed it."""
     spec = pb.TensorSpec(**SPEC)
-    archive = pb.Function(function_id=0, name="f", graph=b"PK\x03\x04" + bytes(100))
-    compute = pb.Instruction(compute=pb.Compute(function_id=0, inputs=[0], outputs=[1]))
+    archive = pb.Function(name="f", graph=b"PK\x03\x04" + bytes(100))
+    compute = pb.Instruction(compute=pb.Compute(inputs=[0], outputs=[1]))
 
-    def part(**fields):
-        return pb.SliceProgram(**{"slice_id": slice_id, "mesh_shape": [1], "slots": [spec, spec], **fields})
+    def part(mesh_shape=(1,), **fields):
+        return pb.SliceProgram(
+            slice_id=slice_id, mesh_shape=mesh_shape, part=pb.Part(**{"slots": [spec, spec], **fields})
+        )
 
     return {
         "another mesh": part(mesh_shape=[3]),
@@ -208,6 +210,7 @@ def malformed_parts(slice_id):
         "no such shape": part(slots=[pb.TensorSpec(dtype="float32", shape=[-4], placements=["R"])]),
         "no such placement": part(slots=[pb.TensorSpec(dtype="float32", shape=[4], placements=["S(9)"])]),
         "a stranger": part(num_args=1, instructions=[pb.Instruction(send=pb.Send(slot=0, peer=77))]),
+        "an edge that is used twice": part(num_args=1, instructions=[pb.Instruction(send=pb.Send(slot=0, peer=0))] * 2),
         "no result": part(num_args=1, results=[pb.ResultSlot(slot=1)]),
         "nothing": part(instructions=[pb.Instruction()]),
     }
@@ -240,9 +243,7 @@ def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
         good = pb.SliceProgram(
             slice_id=slice_id,
             mesh_shape=[1],
-            slots=[pb.TensorSpec(**SPEC)],
-            num_args=1,
-            results=[pb.ResultSlot(slot=0)],
+            part=pb.Part(slots=[pb.TensorSpec(**SPEC)], num_args=1, results=[pb.ResultSlot(slot=0)]),
         )
         sent.put_nowait(
             pb.ClientMessage(register_program=pb.RegisterProgram(program_id=first + 50, name="good", slices=[good]))

@@ -38,6 +38,7 @@ from torchways.errors import InternalError, PlacementError, UserError
 from torchways.ids import BufferId, RunId, SliceId
 from torchways.ir.program import ValueIndex
 from torchways.mesh import VirtualSlice
+from torchways.passes.split import slice_args
 from torchways.rpc.programs import Binding, InlineValue
 from torchways.signals import uninterrupted
 from torchways.storage import ViewStorage
@@ -168,8 +169,9 @@ class _Run:
     def _host_values(self, piece: BoundPiece) -> dict[ValueIndex, torch.Tensor]:
         """Returns the values of a piece's arguments that are still on the host."""
         values: dict[ValueIndex, torch.Tensor] = {}
-        for part in piece.lowered.parts:
-            for value, item in zip(part.args, piece.arguments[part.slice_index], strict=True):
+        args = slice_args(piece.lowered.program)
+        for slice_index, items in piece.arguments.items():
+            for value, item in zip(args[slice_index], items, strict=True):
                 tensor = self._tensor_of(item.source)
                 if isinstance(tensor, Array) and isinstance(tensor._buffer, HostBuffer):
                     values[value] = tensor._buffer.read()

@@ -31,9 +31,9 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, t
 from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
+from torchways.ir.part import SlicePart
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
-from torchways.passes.split import SlicePart
 from torchways.rpc.clients import (
     ClusterInfo,
     ExecutorClient,
@@ -45,8 +45,8 @@ from torchways.rpc.clients import (
 )
 from torchways.rpc.programs import (
     Binding,
+    HostAddress,
     InlineValue,
-    PeerAddress,
     close_message,
     forget_message,
     register_message,
@@ -474,15 +474,18 @@ class Session:
         """Sends a program's parts to their islands; executors compile in the background.
 
         Args:
-            traced_seconds: what it took to trace it, for the log.
+            name: the program's name, for people.
+            parts: one per slice that takes part.
+            meshes: the slices, by slice index.
+            traced_seconds: the time that it took to trace the program, for the log.
         """
         program_id = ProgramId(self.new_ids(1))
         addresses = [self.slice_address(mesh) for mesh in meshes]
-        peers: Mapping[int, PeerAddress] = {
-            index: PeerAddress(
-                slice_id=address.slice_id,
-                executors=tuple((executor.executor_id, executor.data_address) for executor in address.executors),
-            )
+        hosts = {
+            index: [
+                HostAddress(executor_id=executor.executor_id, data_address=executor.data_address)
+                for executor in address.executors
+            ]
             for index, address in enumerate(addresses)
         }
         by_island: dict[IslandId, list[tuple[SliceId, Sequence[int], SlicePart]]] = defaultdict(list)
@@ -494,7 +497,7 @@ class Session:
         first = _FirstRun(name, num_functions, traced_seconds, time.monotonic())
         self._first_runs[program_id] = self._waited_for[program_id] = first
         for island, island_parts in by_island.items():
-            self._post(self._schedulers[island], register_message(program_id, name, island_parts, peers))
+            self._post(self._schedulers[island], register_message(program_id, name, island_parts, hosts))
         self._islands_of[program_id] = tuple(by_island)
         return program_id
 

@@ -23,6 +23,7 @@ from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 from torchways.passes.preflight import check_memory
 from torchways.passes.sequential import Piece
+from torchways.passes.split import slice_args
 
 #: "parallel": the whole program in one message an island. "sequential": one computation after the other.
 Dispatch: TypeAlias = Literal["parallel", "sequential"]
@@ -291,6 +292,7 @@ def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> 
             source = captured.sources[node.source] if node.source >= 0 else MadeValue(~node.source)
             placements = lowered.program.values[node.output].placements
             sources[node.output] = Source(source, placements, node.output in donated)
+    args = slice_args(lowered.program)
     results = []
     for number in piece.results:
         if number >= 0:
@@ -299,7 +301,7 @@ def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> 
             results.append(target_of(MadeValue(~number), piece.program.values[~number], meshes))
     return BoundPiece(
         lowered=lowered,
-        arguments={part.slice_index: [sources[value] for value in part.args] for part in lowered.parts},
+        arguments={part.slice_index: [sources[value] for value in args[part.slice_index]] for part in lowered.parts},
         results=results,
     )
 

@@ -1,64 +1,100 @@
-"""What a program's part must be, before anything of it is believed. A client sends it, and may send anything."""
+"""Checks that a program's part can be carried out. A client sends it, and may send anything."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from torchways.errors import UserError
+from torchways.ir.part import (
+    AllReduceInstruction,
+    ComputeInstruction,
+    Instruction,
+    SliceIndex,
+    SlicePart,
+    donated_slots,
+    peers,
+    reads,
+    writes,
+)
+from torchways.ir.program import Value
 from torchways.rpc import torchways_pb2 as pb
+from torchways.runtime.base import BufferSpec
 
-#: Bounds of what is plausible: a part is kept whole, and looked through at each run.
+#: Plausible bounds: a part is kept whole, and looked through at each run.
 _MAX_SLOTS = 1 << 20
 _MAX_INSTRUCTIONS = 1 << 20
 _MAX_DIMENSIONS = 64
-#: Elements of a value; what a machine has no memory for is refused by the budget.
+#: Elements of a value; the budget refuses values that this machine has no memory for.
 _MAX_ELEMENTS = 1 << 48
 
 
-def check_part(part: pb.SliceProgram, num_devices: int, executor_id: str) -> None:
-    """Checks that a part can be carried out: every value is made once, before it is read, and everything is there.
+def check_size(message: pb.SliceProgram) -> None:
+    """Checks that a part is small enough to be read.
 
     Raises:
-        UserError: it cannot; the message says why.
+        UserError: it is too large.
     """
-    _require(math.prod(part.mesh_shape) == num_devices and min(part.mesh_shape, default=1) > 0, "its mesh is another")
+    part = message.part
     _require(len(part.slots) <= _MAX_SLOTS and len(part.instructions) <= _MAX_INSTRUCTIONS, "it is too large")
+
+
+def check_part(
+    part: SlicePart,
+    mesh: Sequence[int],
+    hosts: Mapping[SliceIndex, Sequence[str]],
+    *,
+    num_devices: int,
+    executor_id: str,
+) -> None:
+    """Checks that a part can be carried out: every value is made once, before it is read, and everything is there.
+
+    Args:
+        part: as it was read.
+        mesh: sizes of its slice's axes.
+        hosts: the executors of the slices that it may name, its own among them.
+        num_devices: devices of this executor's set, on all hosts.
+        executor_id: this executor.
+
+    Raises:
+        UserError: it cannot; the message gives the reason.
+    """
+    _require(math.prod(mesh) == num_devices and min(mesh, default=1) > 0, "its mesh is another")
     _require(part.num_args <= len(part.slots), "it has more arguments than values")
-    for spec in part.slots:
-        check_spec(spec, part.mesh_shape)
-    peers = {peer.slice_id for peer in part.peers}
-    mine = {peer.executor_id for peer in part.peers if peer.slice_id == part.slice_id}
-    _require(not mine or executor_id in mine, "it is for another executor")
+    for value in part.slots:
+        check_spec(value, mesh)
+    _require(executor_id in hosts[part.slice_index], "it is for another executor")
     made = set(range(part.num_args))
     gone: set[int] = set()
-    for item in part.instructions:
-        reads, writes, donated = _accesses(item, part, peers)
-        for slot in reads:
+    edges: set[int] = set()
+    for instruction in part.instructions:
+        _check_instruction(instruction, part, hosts, edges)
+        for slot in reads(instruction):
             _require(
                 slot in made and slot not in gone, f"value {slot} is read before it is made, or after it is given up"
             )
-        for slot in writes:
+        for slot in writes(instruction):
             _require(slot < len(part.slots) and slot not in made, f"value {slot} does not exist, or is made twice")
             made.add(slot)
-        gone |= donated
-    results = [result.slot for result in part.results]
-    _require(all(slot in made and slot not in gone for slot in results), "a result is never made, or is given up")
-    numbers = [result.result_index for result in part.results]
+        gone.update(donated_slots(instruction))
+    _require(
+        all(slot in made and slot not in gone for slot, _ in part.results), "a result is never made, or is given up"
+    )
+    numbers = [number for _, number in part.results]
     _require(len(set(numbers)) == len(numbers) and max(numbers, default=0) < _MAX_SLOTS, "its results are not numbered")
 
 
-def check_spec(spec: pb.TensorSpec, mesh: Sequence[int]) -> None:
+def check_spec(spec: Value | BufferSpec, mesh: Sequence[int]) -> None:
     """Checks that a value can be on a mesh whose axes have these sizes.
 
     Raises:
-        UserError: it cannot; the message says why.
+        UserError: it cannot; the message gives the reason.
     """
     dtype = getattr(torch, spec.dtype, None) if spec.dtype.isidentifier() else None
     _require(isinstance(dtype, torch.dtype), f"there is no dtype {spec.dtype[:40]!r}")
-    shape = tuple(spec.shape)
+    shape = spec.shape
     _require(len(shape) <= _MAX_DIMENSIONS and min(shape, default=0) >= 0, f"there is no shape {shape[:8]}")
     _require(math.prod(shape) <= _MAX_ELEMENTS, f"a value of shape {shape[:8]} is too large")
     _require(len(spec.placements) == len(mesh), f"{len(spec.placements)} placements do not fit a mesh {tuple(mesh)}")
@@ -68,25 +104,21 @@ def check_spec(spec: pb.TensorSpec, mesh: Sequence[int]) -> None:
         _require(text == "R" or (is_split and int(number) < len(shape)), f"there is no placement {text[:40]!r}")
 
 
-def _accesses(item: pb.Instruction, part: pb.SliceProgram, peers: set[int]) -> tuple[list[int], list[int], set[int]]:
-    """Returns the slots that an instruction reads, those it makes, and those that nobody may read after it."""
-    match item.WhichOneof("instruction"):
-        case "compute":
-            call = item.compute
-            _require(call.function_id < len(part.functions), f"there is no function {call.function_id}")
-            _require(all(index < len(call.inputs) for index in call.donated), "it donates what it does not read")
-            return list(call.inputs), list(call.outputs), {call.inputs[index] for index in call.donated}
-        case "send":
-            _require(item.send.peer in peers, f"slice {item.send.peer} is no peer")
-            return [item.send.slot], [], set()
-        case "receive":
-            _require(item.receive.peer in peers, f"slice {item.receive.peer} is no peer")
-            return [], [item.receive.slot], set()
-        case "all_reduce":
-            members = item.all_reduce.members
-            _require(part.slice_id in members and peers.issuperset(members), "a sum is with slices that are no peers")
-            return [item.all_reduce.input], [item.all_reduce.output], set()
-    raise UserError("an instruction has no known kind")
+def _check_instruction(
+    instruction: Instruction, part: SlicePart, hosts: Mapping[SliceIndex, Sequence[str]], edges: set[int]
+) -> None:
+    """Checks what an instruction names beside slots; adds its edge to those that are used."""
+    for peer in peers(instruction):
+        _require(peer in hosts, f"slice @{peer} is no peer")
+    if isinstance(instruction, ComputeInstruction):
+        index = instruction.function_index
+        _require(index < len(part.functions), f"there is no function {index}")
+        _require(max(instruction.donated, default=-1) < len(instruction.inputs), "it donates what it does not read")
+        return
+    if isinstance(instruction, AllReduceInstruction):
+        _require(part.slice_index in instruction.members, "a sum is without its own slice")
+    _require(instruction.edge_id not in edges, f"edge {instruction.edge_id} is used twice")
+    edges.add(instruction.edge_id)
 
 
 def _require(holds: bool, reason: str) -> None:

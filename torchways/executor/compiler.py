@@ -1,10 +1,10 @@
 """Compiles programs on threads of its own, while the engine goes on with other runs.
 
-Programs are compiled in order, the computations of one at the same time, as cores allow.
+Programs are compiled in order; the computations of one program are compiled at the same time, as cores allow.
 
-What must not happen beside computations (torch-xla's lazy trace, a few milliseconds) is given to the engine's thread.
-The rest is most of the time: to read a graph is Python and shares the GIL with the engine; XLA's compilation takes
-neither the GIL nor the device lock, so that computations are launched and end meanwhile.
+torch-xla's lazy trace must not run beside computations; it takes a few milliseconds and runs on the engine's thread.
+Everything else takes longer and runs here. Reading a graph is Python and shares the GIL with the engine. XLA's
+compilation takes neither the GIL nor the device lock, so computations are launched and end meanwhile.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from torchways.errors import CaptureError, Failure, failure_from
-from torchways.executor.plan import ComputeInstruction, Unit
-from torchways.rpc import torchways_pb2 as pb
+from torchways.executor.plan import Unit
+from torchways.ir.part import ComputeInstruction, Slot
+from torchways.ir.program import Function
 from torchways.runtime.base import BufferSpec, OnDevice, Runtime
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One computation of a unit, ready to run. `dead` are slots that nothing reads after it."""
+    """One computation of a unit, ready to run.
+
+    Attributes:
+        executable: the runtime's.
+        inputs, outputs: slots.
+        dead: slots that nothing reads after it.
+        function_index: position in `SlicePart.functions`.
+        is_leaf: no other computation of the unit reads its outputs.
+    """
 
     executable: Any
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    dead: tuple[int, ...]
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    dead: tuple[Slot, ...]
     function_index: int
     is_leaf: bool
 
@@ -57,8 +66,8 @@ class Compiler:
         failure: makes a failure of this process.
 
     Attributes:
-        num_compiled: functions that were compiled since the start; equal ones are compiled once.
-        seconds: what compiling took since the start.
+        num_compiled: functions compiled since the start; equal functions are compiled once.
+        seconds: time spent on that.
     """
 
     def __init__(self, runtime: Runtime, on_device: OnDevice, failure: MakeFailure) -> None:
@@ -77,17 +86,17 @@ class Compiler:
         self._thread.submit(work)
 
     def compile_units(
-        self, name: str, functions: Sequence[pb.Function], slots: Sequence[BufferSpec], units: Sequence[Unit]
+        self, name: str, functions: Sequence[Function], slots: Sequence[BufferSpec], units: Sequence[Unit]
     ) -> dict[int, list[Call]] | Failure:
-        """Compiles the computations of a program; on the thread.
+        """Compiles the computations of a program's part; on the thread.
 
         Args:
-            name: the program's.
-            functions, slots: of its part, which instructions refer to.
-            units: all of the program.
+            name: the program's name.
+            functions, slots: of the part.
+            units: all units of the part.
 
         Returns:
-            for the number of each unit that computes, its calls; or the first failure.
+            the calls of each unit that computes, by the unit's number; or the first failure.
         """
         computing = [[step for step in unit.instructions if isinstance(step, ComputeInstruction)] for unit in units]
         compiled: dict[Any, concurrent.futures.Future[Any]] = {}
@@ -114,7 +123,7 @@ class Compiler:
                 )
         return calls
 
-    def _compile(self, name: str, function: pb.Function, slots: Sequence[BufferSpec], step: ComputeInstruction) -> Any:
+    def _compile(self, name: str, function: Function, slots: Sequence[BufferSpec], step: ComputeInstruction) -> Any:
         started = time.monotonic()
         try:
             executable = self._runtime.compile(
@@ -142,6 +151,6 @@ class Compiler:
 
 
 def _key(step: ComputeInstruction, slots: Sequence[BufferSpec]) -> Any:
-    """Returns what computations that are compiled once have in common."""
+    """Returns a key that is equal for computations of which one compilation serves all."""
     kinds = (tuple(slots[slot] for slot in side) for side in (step.inputs, step.outputs))
     return (step.function_index, *kinds, tuple(step.donated))

@@ -11,35 +11,28 @@ import collections
 import concurrent.futures
 import functools
 import logging
-import math
 import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 
 from torchways.errors import Failure, failure_from
 from torchways.executor import state as core
-from torchways.executor.checks import check_part
-from torchways.executor.compiler import Call, Compiler
-from torchways.executor.plan import (
-    AllReduceInstruction,
-    ComputeInstruction,
-    Instruction,
-    ReceiveInstruction,
-    SendInstruction,
-    load_program,
-)
+from torchways.executor.compiler import Compiler
+from torchways.executor.host_values import as_sent, to_device
+from torchways.executor.loading import PartCode, read_program
+from torchways.executor.plan import LoadedProgram
 from torchways.executor.reduce import Reducer
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.link.inbox import Inbox
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
-from torchways.runtime.base import BufferSpec, Runtime
+from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -60,34 +53,6 @@ _BATCH = 128
 _POLL_SECONDS = (0.00005, 0.002)
 #: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
 _YIELD_SECONDS = 0.0001
-
-
-class _Program:
-    """What the engine keeps of a loaded program beside the core's view."""
-
-    def __init__(self, message: pb.LoadProgram, executor_id: str, budget_bytes: int) -> None:
-        part = message.program
-        self.name = message.name
-        self.functions = part.functions
-        self.peers = [(peer.executor_id, peer.data_address) for peer in part.peers]
-        hosts: dict[int, list[str]] = {}
-        for peer in part.peers:
-            hosts.setdefault(peer.slice_id, []).append(peer.executor_id)
-        mesh = tuple(part.mesh_shape)
-        self.num_devices = math.prod(mesh)
-        self.slots = [spec_of(slot, mesh) for slot in part.slots]
-        self.loaded = load_program(
-            PartId(ProgramId(message.program_id), SliceId(part.slice_id)),
-            message.name,
-            part.num_args,
-            [spec.device_nbytes for spec in self.slots],
-            _instructions(part, executor_id, hosts),
-            [(result.slot, result.result_index) for result in part.results],
-            [form_of(spec) for spec in self.slots],
-            limit_bytes=budget_bytes // max(1, sum(executor_id in members for members in hosts.values())),
-        )
-        #: By number of the unit.
-        self.calls: dict[int, list[Call]] = {}
 
 
 class Engine:
@@ -131,7 +96,7 @@ class Engine:
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
         self._reported = 0.0
-        self._programs: dict[PartId, _Program] = {}
+        self._programs: dict[PartId, PartCode] = {}
         #: Programs that were dropped but still have runs in flight.
         self._dropped: set[PartId] = set()
         #: Sums to which several slices of these devices add: what they have brought so far.
@@ -280,7 +245,7 @@ class Engine:
                 case core.Deliver():
                     self._deliver(command)
                 case core.Compile():
-                    self.compiler.submit(functools.partial(self._compile, command.part))
+                    self.compiler.submit(functools.partial(self._compile, command.program))
                 case core.ReportEnded():
                     self._report_later(run_ended=pb.RunEnded(**_ids(command.run), failure=_optional(command.failure)))
                     if self._dropped:
@@ -332,37 +297,35 @@ class Engine:
             logger.warning("%s is loaded already", part)
             return
         try:
-            check_part(message.program, self.num_devices, self.executor_id)
-            program = _Program(message, self.executor_id, self.core.budget_bytes)
+            program, code = read_program(message, self.executor_id, self.num_devices, self.core.budget_bytes)
         except Exception as error:  # whatever is wrong with it, others go on
             failure = failure_from(error, process=f"executor {self.executor_id}")
             self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))
             return
-        self._programs[program.loaded.part] = program
-        for peer, address in program.peers:
+        self._programs[part] = code
+        for peer, address in code.peers:
             if peer != self.executor_id:
                 self.data_plane.connect(peer, address)
-        self._handle(core.ProgramArrived(program=program.loaded))
+        self._handle(core.ProgramArrived(program=program))
 
-    def _compile(self, part: PartId) -> None:
+    def _compile(self, program: LoadedProgram) -> None:
         """Compiles a program; on the compiler's thread."""
-        program = self._programs.get(part)
-        if program is None:  # dropped before any run
+        code = self._programs.get(program.part)
+        if code is None:  # dropped before any run
             return
         failure: Failure | None = None
         started = time.time_ns()
         try:
-            compiled = self.compiler.compile_units(program.name, program.functions, program.slots, program.loaded.units)
+            compiled = self.compiler.compile_units(program.name, code.functions, code.slots, program.units)
             if isinstance(compiled, Failure):
                 failure = compiled
             else:
-                program.calls = compiled
+                code.calls = compiled
         except Exception as error:
             failure = self.failure("RemoteError", f"{program.name} could not be compiled: {error}", error)
-        for function in program.functions:
-            function.ClearField("graph")  # the runtime has it
+        code.drop_graphs()
         self._note(f"compile {program.name}", "host", started, time.time_ns(), 0)
-        self.post(core.ProgramCompiled(part=part, failure=failure))
+        self.post(core.ProgramCompiled(part=program.part, failure=failure))
 
     def _drop_program(self, program_id: ProgramId) -> None:
         self._dropped.update(part for part in self._programs if part.program_id == program_id)
@@ -452,7 +415,7 @@ class Engine:
         name = program.functions[instructions[0].function_index].name  # type: ignore[union-attr]
         if len(instructions) > 1:
             name += f" and {len(instructions) - 1} more"
-        for device in range(program.num_devices):
+        for device in range(self.num_devices):
             self.spans.append((name, f"device {device}", started, ended, task.run.run_id))
 
     def _place(self, command: core.Place) -> None:
@@ -464,26 +427,20 @@ class Engine:
                 return
             spec = program.slots[command.slot]
         try:
-            cell.buffer = self._to_device(command.data, spec)
+            cell.buffer = to_device(self.runtime, command.data, spec)
         except Exception as error:
             message = f"a value of shape {spec.shape} could not be placed: {error}"
             cell.failure = self.failure("RemoteError", message, error)
 
-    def _to_device(self, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
-        if isinstance(data, torch.Tensor):  # bytes of a peer, which nobody else has
-            return self.runtime.put(_typed(data, spec), spec)
-        if data.WhichOneof("content") == "fill":
-            return self.runtime.fill(spec, data.fill)
-        return self.runtime.put(_typed(_byte_tensor(data.data), spec), spec)
-
     # ---- transfers, sums and fetches
 
     def _send(self, command: core.Send) -> None:
-        task, instruction, cell = command.task, command.instruction, command.cell
+        task, edge, cell = command.task, command.instruction.edge_id, command.cell
         run_id = task.run.run_id
+        peers = task.run.program.routes.targets[edge]
         started = time.time_ns()
 
-        left = len(instruction.peers)
+        left = len(peers)
         failures: list[Failure] = []
 
         def sent(failure: Failure | None) -> None:
@@ -491,20 +448,20 @@ class Engine:
             left -= 1
             failures.extend([failure] if failure is not None else [])
             if left == 0:
-                name = f"send edge {instruction.edge_id} to {', '.join(instruction.peers)}"
+                name = f"send edge {edge} to {', '.join(peers)}"
                 self._note(name, "transfer", started, time.time_ns(), run_id)
                 self._soon(core.UnitFinished(task=task, failure=core.lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
-            for peer in instruction.peers:
+            for peer in peers:
                 if peer == self.executor_id:  # to another slice of these devices
-                    self._on_arrived(peer, run_id, instruction.edge_id, 0, _copy(value))
+                    self._on_arrived(peer, run_id, edge, 0, as_sent(value))
                     sent(None)
                     continue
-                outgoing = Outgoing(run_id=run_id, edge_id=instruction.edge_id, phase=0, value=value, on_sent=sent)
+                outgoing = Outgoing(run_id=run_id, edge_id=edge, phase=0, value=value, on_sent=sent)
                 self.data_plane.send(peer, outgoing)
 
-        if not instruction.peers:  # another host sends it
+        if not peers:  # another host sends it
             self._inbox.put(core.UnitFinished(task=task))
             return
         self._when_on_host(cell, send)
@@ -515,13 +472,15 @@ class Engine:
         spec = program.slots[instruction.input]
         started = time.time_ns()
 
-        run_id, edge, members = task.run.run_id, instruction.edge_id, tuple(dict.fromkeys(instruction.members))
+        run_id, edge = task.run.run_id, instruction.edge_id
+        route = task.run.program.routes.sums[edge]
+        members = tuple(dict.fromkeys(route.members))
 
         def done(total: torch.Tensor | None, failure: Failure | None) -> None:
             self._note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id)
             result = total if failure is None else failure
             assert result is not None
-            for peer in instruction.followers:
+            for peer in route.followers:
                 self.reducer.give(peer, run_id, edge, result)
             for number, member in enumerate(local.tasks):
                 own = total if number == 0 or total is None else total.clone()
@@ -529,7 +488,7 @@ class Engine:
 
         def start(value: torch.Tensor | Failure) -> None:
             local.add(task, value)
-            if len(local.tasks) == instruction.num_local:
+            if len(local.tasks) == route.num_local:
                 del self._local_sums[run_id, edge]
                 self.reducer.start(run_id, edge, members, local.total, spec.shape, spec.torch_dtype, done)
 
@@ -614,18 +573,6 @@ class Engine:
         )
 
 
-def spec_of(message: pb.TensorSpec, mesh: Sequence[int]) -> BufferSpec:
-    """Returns a message as a spec on a mesh of these sizes."""
-    return BufferSpec(
-        dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements), mesh=tuple(mesh)
-    )
-
-
-def form_of(spec: BufferSpec) -> str:
-    """Returns what buffers of this logical dtype and shape have in common."""
-    return f"{spec.dtype}{list(spec.shape)}"
-
-
 class _LocalSum:
     """What slices of one executor bring to a sum, added up before it goes to others."""
 
@@ -642,73 +589,9 @@ class _LocalSum:
         self.tasks.append(task)
 
 
-def _copy(value: torch.Tensor | Failure) -> torch.Tensor | Failure:
-    """Returns bytes as they would come from a peer: the value's own memory may be a buffer's."""
-    return value if isinstance(value, Failure) else value.clone().contiguous().reshape(-1).view(torch.uint8)
-
-
 def _ids(run: RunPart) -> dict[str, int]:
     return {"run_id": run.run_id, "slice_id": run.slice_id}
 
 
 def _optional(failure: Failure | None) -> pb.Failure | None:
     return convert.failure_to_proto(failure) if failure is not None else None
-
-
-def _byte_tensor(data: bytes) -> torch.Tensor:
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
-
-
-def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
-    if data.nbytes != spec.nbytes:
-        raise ValueError(f"{data.nbytes} bytes came, but {spec.dtype}{list(spec.shape)} has {spec.nbytes}")
-    return data.view(spec.torch_dtype).reshape(spec.shape)
-
-
-def _instructions(part: pb.SliceProgram, executor_id: str, hosts: Mapping[int, Sequence[str]]) -> list[Instruction]:
-    """Returns a part's instructions as this host carries them out.
-
-    Every host of a slice has what the slice has. Host r of a receiving slice gets it from host r, counted around, of
-    the sending slice. Sums are taken between hosts of the same number; one that has no counterpart in every slice gets
-    them from a host of its own.
-    """
-    mine = hosts.get(part.slice_id, [executor_id])
-    me = mine.index(executor_id)
-    instructions: list[Instruction] = []
-    for item in part.instructions:
-        match item.WhichOneof("instruction"):
-            case "compute":
-                instructions.append(
-                    ComputeInstruction(
-                        function_index=item.compute.function_id,
-                        inputs=tuple(item.compute.inputs),
-                        outputs=tuple(item.compute.outputs),
-                        donated=tuple(item.compute.donated),
-                    )
-                )
-            case "send":
-                send = item.send
-                peers = tuple(peer for r, peer in enumerate(hosts[send.peer]) if r % len(mine) == me)
-                instructions.append(SendInstruction(slot=send.slot, edge_id=send.edge_id, peers=peers))
-            case "receive":
-                receive = item.receive
-                senders = hosts[receive.peer]
-                peer = senders[me % len(senders)]
-                instructions.append(ReceiveInstruction(slot=receive.slot, edge_id=receive.edge_id, peer=peer))
-            case "all_reduce":
-                reduce = item.all_reduce
-                count = min(len(hosts[member]) for member in reduce.members)
-                is_member = me < count
-                members = tuple(hosts[member][me] for member in reduce.members) if is_member else (mine[me % count],)
-                followers = tuple(peer for r, peer in enumerate(mine) if r >= count and r % count == me)
-                instructions.append(
-                    AllReduceInstruction(
-                        input=reduce.input,
-                        output=reduce.output,
-                        edge_id=reduce.edge_id,
-                        members=members,
-                        followers=followers,
-                        num_local=sum(executor_id in hosts[member] for member in reduce.members),
-                    )
-                )
-    return instructions

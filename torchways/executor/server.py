@@ -26,7 +26,8 @@ from google.protobuf.message import DecodeError
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import state as core
 from torchways.executor.checks import check_spec
-from torchways.executor.engine import Engine, form_of, spec_of
+from torchways.executor.engine import Engine
+from torchways.executor.host_values import spec_of
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -124,14 +125,14 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         value = first.value
         try:
             check_owner(caller.client_id, ids=[BufferId(first.buffer_id)])
-            check_spec(value.spec, first.mesh_shape)
+            spec = spec_of(value.spec, first.mesh_shape)
+            check_spec(spec, spec.mesh)
             if math.prod(first.mesh_shape) != self.engine.num_devices:
                 raise UserError(f"a mesh {tuple(first.mesh_shape)} is not one of {self.engine.num_devices} devices")
         except TorchwaysError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         if parts:
             value.data = b"".join([value.data, *parts])
-        spec = spec_of(value.spec, first.mesh_shape)
         self.engine.post(
             core.BufferPut(
                 buffer_id=BufferId(first.buffer_id),
@@ -139,7 +140,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 spec=spec,
                 nbytes=spec.device_nbytes,
                 slice_id=SliceId(first.slice_id),
-                form=form_of(spec),
+                form=spec.form,
             )
         )
         return pb.PutResponse()

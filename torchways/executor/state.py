@@ -26,15 +26,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
 
 from torchways.errors import Failure
-from torchways.executor.plan import (
-    AllReduceInstruction,
-    ComputeInstruction,
-    LoadedProgram,
-    ReceiveInstruction,
-    SendInstruction,
-    Unit,
-)
+from torchways.executor.plan import LoadedProgram, Unit
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
+from torchways.ir.part import AllReduceInstruction, ComputeInstruction, ReceiveInstruction, SendInstruction
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
@@ -335,7 +329,7 @@ Event: TypeAlias = (
 class Compile:
     """Compile a program's functions; answer with ProgramCompiled."""
 
-    part: PartId
+    program: LoadedProgram
 
 
 @dataclass(slots=True, kw_only=True)
@@ -527,7 +521,7 @@ class ExecutorState:
                 part = event.program.part
                 self.programs[part] = event.program
                 self._uncompiled[part] = []
-                self._commands.append(Compile(part=part))
+                self._commands.append(Compile(program=event.program))
             case ProgramCompiled():
                 self._program_compiled(event)
             case PeerLost():
@@ -855,8 +849,8 @@ class ExecutorState:
         arrived = self._arrived.pop(key, None)
         if arrived is not None:
             self._receive(task, arrived)
-        elif instruction.peer in self._lost_peers:
-            self._fail_task(task, self._lost_peers[instruction.peer])
+        elif (sender := task.run.program.routes.senders[instruction.edge_id]) in self._lost_peers:
+            self._fail_task(task, self._lost_peers[sender])
         elif owner(task.run.run_id) in self._gone_clients:
             self._fail_task(task, self._client_gone())
         else:
@@ -1147,7 +1141,7 @@ class ExecutorState:
     def _peer_lost(self, event: PeerLost) -> None:
         self._lost_peers[event.peer] = event.failure
         for key, task in list(self._receiving.items()):
-            if task.unit.instructions[0].peer == event.peer:  # type: ignore[union-attr]
+            if task.run.program.routes.senders[key[1]] == event.peer:
                 del self._receiving[key]
                 self._fail_task(task, event.failure)
 

@@ -1,4 +1,4 @@
-"""The passes in their order: from a traced program to what each slice does."""
+"""The passes in their order: from a traced program to one part per slice."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchways.errors import ConfigError
+from torchways.ir.part import SlicePart
 from torchways.ir.program import Program, verify
 from torchways.passes.donate import donate
 from torchways.passes.insert_transfers import insert_transfers
 from torchways.passes.place import place
 from torchways.passes.preflight import check_order
-from torchways.passes.split import SlicePart, split
+from torchways.passes.split import split
 
-#: Passes from program to program, by name, in order. `split` then ends in parts, one for each slice, which are bound
-#: to executors when the program is registered (rpc/programs.py): only that is done anew when a slice moves.
+#: Passes from program to program, by name, in order. `split` then makes the parts. These are bound to executors when
+#: the program is registered (rpc/programs.py), so no pass runs again when a slice moves.
 PASSES: dict[str, Callable[[Program], Program]] = {
     "verify": verify,
     "place": place,
@@ -28,8 +29,8 @@ class LoweredProgram:
     """A program after all passes.
 
     Attributes:
-        program: after the last pass that ends in a program.
-        parts: what each slice does.
+        program: after the last pass that returns a program.
+        parts: one per slice that takes part.
     """
 
     program: Program

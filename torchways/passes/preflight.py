@@ -1,6 +1,6 @@
-"""What is proved of a lowered program before it is sent: it can run to its end, and it fits.
+"""Proves two things of a lowered program before it is sent: it can run to its end, and it fits into memory.
 
-Both follow the schedule that executors keep to: each slice carries out its steps in program order.
+Both follow the schedule that executors keep to: each slice carries out its instructions in program order.
 """
 
 from __future__ import annotations
@@ -10,9 +10,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torchways.errors import InternalError, ResourceExhausted
+from torchways.ir.memory import InstructionStep, footprints
+from torchways.ir.part import (
+    AllReduceInstruction,
+    ComputeInstruction,
+    ReceiveInstruction,
+    SendInstruction,
+    SlicePart,
+)
 from torchways.ir.program import SliceSpec, Value
 from torchways.mesh import mesh_text, shard_shape
-from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart
 
 _EdgeEnd = tuple[int, int]
 
@@ -22,11 +29,11 @@ class Peak:
     """The most that a slice's part of a program holds at a time.
 
     Attributes:
-        nbytes: bytes a device.
-        function: the compiled function that runs then; "" where arguments alone are the most.
+        nbytes: bytes per device.
+        function: the compiled function that runs at that time; "" if the arguments alone are the most.
         source: its line.
-        largest: the largest value that is there then.
-        largest_nbytes: its bytes a device.
+        largest: the largest value held at that time.
+        largest_nbytes: its bytes per device.
     """
 
     nbytes: int
@@ -37,10 +44,10 @@ class Peak:
 
 
 def check_order(parts: Sequence[SlicePart]) -> None:
-    """Proves that every transfer and sum has its two ends, and that no steps wait for each other in a circle.
+    """Proves that every transfer and sum has its two ends, and that no instructions wait for each other in a circle.
 
     Raises:
-        InternalError: they do; the message says which step of each slice would wait for ever.
+        InternalError: it is not so; the message names the instruction of each slice that would wait for ever.
     """
     position = {part.slice_index: 0 for part in parts}
     sent: set[_EdgeEnd] = set()
@@ -49,26 +56,26 @@ def check_order(parts: Sequence[SlicePart]) -> None:
     while moved:
         moved = False
         for part in parts:
-            while position[part.slice_index] < len(part.steps):
-                step = part.steps[position[part.slice_index]]
-                if isinstance(step, SendStep):
-                    sent.add((step.edge_id, step.peer))
-                elif isinstance(step, ReceiveStep):
-                    if (step.edge_id, part.slice_index) not in sent:
-                        break
-                    sent.discard((step.edge_id, part.slice_index))
-                elif isinstance(step, AllReduceStep):
-                    arrived = summing.setdefault(step.edge_id, set())
-                    moved = moved or part.slice_index not in arrived
-                    arrived.add(part.slice_index)
-                    if arrived != set(step.members):
-                        break
+            while position[part.slice_index] < len(part.instructions):
+                match part.instructions[position[part.slice_index]]:
+                    case SendInstruction() as send:
+                        sent.add((send.edge_id, send.peer))
+                    case ReceiveInstruction() as receive:
+                        if (receive.edge_id, part.slice_index) not in sent:
+                            break
+                        sent.discard((receive.edge_id, part.slice_index))
+                    case AllReduceInstruction() as reduce:
+                        arrived = summing.setdefault(reduce.edge_id, set())
+                        moved = moved or part.slice_index not in arrived
+                        arrived.add(part.slice_index)
+                        if arrived != set(reduce.members):
+                            break
                 position[part.slice_index] += 1
                 moved = True
     stuck = [
-        f"slice {part.slice_index} at step {position[part.slice_index]}: {part.steps[position[part.slice_index]]}"
+        f"slice {part.slice_index} at instruction {index}: {part.instructions[index]}"
         for part in parts
-        if position[part.slice_index] < len(part.steps)
+        if (index := position[part.slice_index]) < len(part.instructions)
     ]
     if stuck or sent:
         unread = [f"edge {edge} to slice {peer} is never received" for edge, peer in sorted(sent)]
@@ -76,49 +83,32 @@ def check_order(parts: Sequence[SlicePart]) -> None:
 
 
 def value_bytes(value: Value, spec: SliceSpec) -> int:
-    """Returns what a value takes on each device of its slice, bytes."""
+    """Returns the bytes that a value takes on each device of its slice."""
     return math.prod(shard_shape(value.shape, value.placements, spec.shape)) * value.item_bytes
 
 
 def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:
-    """Returns the most that a part holds at a time, what XLA needs inside a computation not counted."""
+    """Returns the most that a part holds at a time, not counting what XLA needs inside a computation."""
     sizes = [value_bytes(value, spec) for value in part.slots]
-    live = dict.fromkeys(range(len(part.args)))
-    held = sum(sizes[slot] for slot in live)
-    peak, function, source, at_peak = held, "", "", list(live) or list(range(len(part.slots)))
-    for step in part.steps:
-        match step:
-            case ComputeStep():
-                live.update(dict.fromkeys(step.outputs))
-                reused = {step.inputs[index] for index in step.donated}
-                held += sum(sizes[slot] for slot in step.outputs)
-                now = held - sum(sizes[slot] for slot in reused)
-                if now > peak:
-                    called = part.functions[step.function_index]
-                    peak, function, source, at_peak = now, called.name, called.source, list(live)
-                for slot in reused:
-                    del live[slot]
-                held = now
-            case ReceiveStep():
-                live[step.slot] = None
-                held += sizes[step.slot]
-            case AllReduceStep():
-                live[step.output] = None
-                held += sizes[step.output]
-            case FreeStep():
-                for slot in step.slots:
-                    if slot in live:
-                        del live[slot]
-                        held -= sizes[slot]
-        if held > peak:
-            peak, function, source, at_peak = held, "a transfer", "", list(live)
-    largest = max(at_peak, key=lambda slot: sizes[slot])
+    args = range(part.num_args)
+    steps = [InstructionStep.of(instruction, sizes) for instruction in part.instructions]
+    most, at, live = -1, 0, list(args)
+    for index, (nbytes, slots) in enumerate(
+        footprints(steps, sizes, held=args, kept={*args, *(slot for slot, _ in part.results)})
+    ):
+        if nbytes > most:
+            most, at, live = nbytes, index, list(slots)
+    function = source = ""
+    if at > 0:  # the first footprint is that of the arguments alone
+        match part.instructions[at - 1]:
+            case ComputeInstruction() as compute:
+                called = part.functions[compute.function_index]
+                function, source = called.name, called.source
+            case _:
+                function = "a transfer"
+    largest = max(live or range(len(part.slots)), key=lambda slot: sizes[slot])
     return Peak(
-        nbytes=peak,
-        function=function,
-        source=source,
-        largest=part.slots[largest],
-        largest_nbytes=sizes[largest],
+        nbytes=most, function=function, source=source, largest=part.slots[largest], largest_nbytes=sizes[largest]
     )
 
 
@@ -129,14 +119,15 @@ def check_memory(
     budgets: Mapping[int, int],
     executors: Mapping[int, str] | None = None,
 ) -> None:
-    """Refuses a program that cannot fit.
+    """Refuses a program that cannot fit into memory.
 
     Args:
-        name: the program's.
-        parts: what each slice does.
+        name: the program's name.
+        parts: the program's parts.
         slices: the program's slices.
-        budgets: bytes a device of each slice, by slice index; a slice without one has no limit.
-        executors: who has each slice's devices, by slice index: slices of the same devices must fit together.
+        budgets: bytes per device of each slice, by slice index; a slice without an entry has no limit.
+        executors: the executor that has each slice's devices, by slice index: slices of the same devices must fit
+            together.
 
     Raises:
         ResourceExhausted: the message names the function at whose call the most is held, and the smallest fix.

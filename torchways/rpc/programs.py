@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torchways.ids import BufferId, ProgramId, RunId, SliceId
-from torchways.ir.program import Value
-from torchways.passes.split import AllReduceStep, ComputeStep, FreeStep, ReceiveStep, SendStep, SlicePart, Step
+from torchways.ir.part import SliceIndex, SlicePart, peers
 from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.convert import part_to_proto
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,32 +32,32 @@ Binding: TypeAlias = BufferId | InlineValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PeerAddress:
-    """A slice at the other end of transfers: (executor id, data address) of each of its hosts."""
+class HostAddress:
+    """The executor of one host of a slice, and the address at which it accepts links."""
 
-    slice_id: SliceId
-    executors: tuple[tuple[str, str], ...]
+    executor_id: str
+    data_address: str
 
 
 def register_message(
     program_id: ProgramId,
     name: str,
     parts: Sequence[tuple[SliceId, Sequence[int], SlicePart]],
-    peers: Mapping[int, PeerAddress],
+    hosts: Mapping[SliceIndex, Sequence[HostAddress]],
 ) -> pb.ClientMessage:
     """Returns the message that registers a program's parts on one island.
 
     Args:
-        program_id: the program's.
-        name: for people.
-        parts: of the island's slices, each with the sizes of its slice's axes.
-        peers: where each of the program's slices is, by slice index.
+        program_id: the program's id.
+        name: the program's name, for people.
+        parts: the parts of the island's slices, each with the id of its slice and the sizes of the slice's axes.
+        hosts: the hosts of each of the program's slices.
     """
     return pb.ClientMessage(
         register_program=pb.RegisterProgram(
             program_id=program_id,
             name=name,
-            slices=[_part(slice_id, mesh, part, peers) for slice_id, mesh, part in parts],
+            slices=[_slice_program(slice_id, mesh, part, hosts) for slice_id, mesh, part in parts],
         )
     )
 
@@ -112,59 +112,17 @@ def _arguments(bindings: Sequence[Binding]) -> bytes:
     return message.SerializeToString()
 
 
-def _part(slice_id: SliceId, mesh: Sequence[int], part: SlicePart, peers: Mapping[int, PeerAddress]) -> pb.SliceProgram:
-    used = sorted({index for step in part.steps for index in _step_peers(step)} | {part.slice_index})
+def _slice_program(
+    slice_id: SliceId, mesh: Sequence[int], part: SlicePart, hosts: Mapping[SliceIndex, Sequence[HostAddress]]
+) -> pb.SliceProgram:
+    named = {index for instruction in part.instructions for index in peers(instruction)}
     return pb.SliceProgram(
         slice_id=slice_id,
         mesh_shape=mesh,
-        functions=[
-            pb.Function(function_id=index, name=function.name, source=function.source, graph=function.graph)
-            for index, function in enumerate(part.functions)
-        ],
-        slots=[_spec(value) for value in part.slots],
-        num_args=len(part.args),
-        instructions=[_instruction(step, peers) for step in part.steps if not isinstance(step, FreeStep)],
-        results=[pb.ResultSlot(slot=slot, result_index=number) for slot, number in part.results],
+        part=part_to_proto(part),
         peers=[
-            pb.Peer(executor_id=executor_id, data_address=data_address, slice_id=peers[index].slice_id)
-            for index in used
-            for executor_id, data_address in peers[index].executors
+            pb.Peer(slice_index=index, executor_id=host.executor_id, data_address=host.data_address)
+            for index in sorted({*named, part.slice_index})
+            for host in hosts[index]
         ],
     )
-
-
-def _step_peers(step: Step) -> tuple[int, ...]:
-    match step:
-        case SendStep() | ReceiveStep():
-            return (step.peer,)
-        case AllReduceStep():
-            return step.members
-        case ComputeStep() | FreeStep():
-            return ()
-
-
-def _spec(value: Value) -> pb.TensorSpec:
-    return pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)
-
-
-def _instruction(
-    step: ComputeStep | SendStep | ReceiveStep | AllReduceStep, peers: Mapping[int, PeerAddress]
-) -> pb.Instruction:
-    match step:
-        case ComputeStep():
-            return pb.Instruction(
-                compute=pb.Compute(
-                    function_id=step.function_index, inputs=step.inputs, outputs=step.outputs, donated=step.donated
-                )
-            )
-        case SendStep():
-            return pb.Instruction(send=pb.Send(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].slice_id))
-        case ReceiveStep():
-            return pb.Instruction(
-                receive=pb.Receive(slot=step.slot, edge_id=step.edge_id, peer=peers[step.peer].slice_id)
-            )
-        case AllReduceStep():
-            members = [peers[index].slice_id for index in step.members]
-            return pb.Instruction(
-                all_reduce=pb.AllReduce(input=step.input, output=step.output, edge_id=step.edge_id, members=members)
-            )

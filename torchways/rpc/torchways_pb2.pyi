@@ -1066,25 +1066,56 @@ Global___RegisterProgram: _TypeAlias = RegisterProgram  # noqa: Y015
 
 @_typing.final
 class SliceProgram(_message.Message):
-    """A program's part on one slice."""
+    """A program's part on one slice, and the devices that it is bound to."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
     SLICE_ID_FIELD_NUMBER: _builtins.int
     MESH_SHAPE_FIELD_NUMBER: _builtins.int
+    PART_FIELD_NUMBER: _builtins.int
+    PEERS_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def mesh_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """sizes of the slice's axes, which placements refer to"""
+
+    @_builtins.property
+    def part(self) -> Global___Part: ...
+    @_builtins.property
+    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
+        """hosts of the slices that the part names, and of its own"""
+
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+        mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
+        part: Global___Part | None = ...,
+        peers: _abc.Iterable[Global___Peer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["part", b"part"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["mesh_shape", b"mesh_shape", "part", b"part", "peers", b"peers", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SliceProgram: _TypeAlias = SliceProgram  # noqa: Y015
+
+@_typing.final
+class Part(_message.Message):
+    """One slice's part of a program (ir/part.py). It names slices by their index in the program."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_INDEX_FIELD_NUMBER: _builtins.int
     FUNCTIONS_FIELD_NUMBER: _builtins.int
     SLOTS_FIELD_NUMBER: _builtins.int
     NUM_ARGS_FIELD_NUMBER: _builtins.int
     INSTRUCTIONS_FIELD_NUMBER: _builtins.int
     RESULTS_FIELD_NUMBER: _builtins.int
-    PEERS_FIELD_NUMBER: _builtins.int
-    slice_id: _builtins.int
+    slice_index: _builtins.int
     num_args: _builtins.int
     """slots[0:num_args] are bound by each run's arguments"""
-    @_builtins.property
-    def mesh_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """sizes of the slice's axes, which placements refer to"""
-
     @_builtins.property
     def functions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Function]: ...
     @_builtins.property
@@ -1097,57 +1128,50 @@ class SliceProgram(_message.Message):
 
     @_builtins.property
     def results(self) -> _containers.RepeatedCompositeFieldContainer[Global___ResultSlot]: ...
-    @_builtins.property
-    def peers(self) -> _containers.RepeatedCompositeFieldContainer[Global___Peer]:
-        """executors of the slices that it shares edges with, and its own"""
-
     def __init__(
         self,
         *,
-        slice_id: _builtins.int = ...,
-        mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
+        slice_index: _builtins.int = ...,
         functions: _abc.Iterable[Global___Function] | None = ...,
         slots: _abc.Iterable[Global___TensorSpec] | None = ...,
         num_args: _builtins.int = ...,
         instructions: _abc.Iterable[Global___Instruction] | None = ...,
         results: _abc.Iterable[Global___ResultSlot] | None = ...,
-        peers: _abc.Iterable[Global___Peer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "instructions", b"instructions", "mesh_shape", b"mesh_shape", "num_args", b"num_args", "peers", b"peers", "results", b"results", "slice_id", b"slice_id", "slots", b"slots"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["functions", b"functions", "instructions", b"instructions", "num_args", b"num_args", "results", b"results", "slice_index", b"slice_index", "slots", b"slots"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___SliceProgram: _TypeAlias = SliceProgram  # noqa: Y015
+Global___Part: _TypeAlias = Part  # noqa: Y015
 
 @_typing.final
 class Function(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    FUNCTION_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     SOURCE_FIELD_NUMBER: _builtins.int
     GRAPH_FIELD_NUMBER: _builtins.int
-    function_id: _builtins.int
-    """position in SliceProgram.functions"""
+    NUM_OPERATORS_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"train_step/forward.0" """
     source: _builtins.str
     """user's line"""
     graph: _builtins.bytes
     """a serialized core-ATen graph (torchways/graphs)"""
+    num_operators: _builtins.int
     def __init__(
         self,
         *,
-        function_id: _builtins.int = ...,
         name: _builtins.str = ...,
         source: _builtins.str = ...,
         graph: _builtins.bytes = ...,
+        num_operators: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["function_id", b"function_id", "graph", b"graph", "name", b"name", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["graph", b"graph", "name", b"name", "num_operators", b"num_operators", "source", b"source"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1191,11 +1215,12 @@ Global___Instruction: _TypeAlias = Instruction  # noqa: Y015
 class Compute(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    FUNCTION_ID_FIELD_NUMBER: _builtins.int
+    FUNCTION_INDEX_FIELD_NUMBER: _builtins.int
     INPUTS_FIELD_NUMBER: _builtins.int
     OUTPUTS_FIELD_NUMBER: _builtins.int
     DONATED_FIELD_NUMBER: _builtins.int
-    function_id: _builtins.int
+    function_index: _builtins.int
+    """position in Part.functions"""
     @_builtins.property
     def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """slots"""
@@ -1211,14 +1236,14 @@ class Compute(_message.Message):
     def __init__(
         self,
         *,
-        function_id: _builtins.int = ...,
+        function_index: _builtins.int = ...,
         inputs: _abc.Iterable[_builtins.int] | None = ...,
         outputs: _abc.Iterable[_builtins.int] | None = ...,
         donated: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["donated", b"donated", "function_id", b"function_id", "inputs", b"inputs", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["donated", b"donated", "function_index", b"function_index", "inputs", b"inputs", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1235,7 +1260,7 @@ class Send(_message.Message):
     edge_id: _builtins.int
     """the same number on both ends, unique in the program"""
     peer: _builtins.int
-    """slice_id"""
+    """slice index"""
     def __init__(
         self,
         *,
@@ -1261,7 +1286,7 @@ class Receive(_message.Message):
     slot: _builtins.int
     edge_id: _builtins.int
     peer: _builtins.int
-    """slice_id"""
+    """slice index"""
     def __init__(
         self,
         *,
@@ -1293,7 +1318,7 @@ class AllReduce(_message.Message):
     edge_id: _builtins.int
     @_builtins.property
     def members(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
-        """slice ids, this slice's among them"""
+        """slice indices, this slice's among them"""
 
     def __init__(
         self,
@@ -1338,23 +1363,23 @@ Global___ResultSlot: _TypeAlias = ResultSlot  # noqa: Y015
 class Peer(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    SLICE_INDEX_FIELD_NUMBER: _builtins.int
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     DATA_ADDRESS_FIELD_NUMBER: _builtins.int
-    SLICE_ID_FIELD_NUMBER: _builtins.int
+    slice_index: _builtins.int
+    """hosts of one slice are in their order"""
     executor_id: _builtins.str
     data_address: _builtins.str
-    slice_id: _builtins.int
-    """executors of one slice are in the order of its hosts"""
     def __init__(
         self,
         *,
+        slice_index: _builtins.int = ...,
         executor_id: _builtins.str = ...,
         data_address: _builtins.str = ...,
-        slice_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "executor_id", b"executor_id", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data_address", b"data_address", "executor_id", b"executor_id", "slice_index", b"slice_index"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -48,6 +48,11 @@ class BufferSpec:
         return getattr(torch, self.dtype)
 
     @property
+    def form(self) -> str:
+        """The logical dtype and shape as text; buffers of one form can stand in for each other."""
+        return f"{self.dtype}{list(self.shape)}"
+
+    @property
     def nbytes(self) -> int:
         """Logical size in bytes."""
         return self.torch_dtype.itemsize * torch.Size(self.shape).numel()

@@ -7,13 +7,16 @@ from hypothesis import strategies as st
 
 from tests.unit.executor.test_state import BASE, World, _Buffer
 from torchways.executor import state as core
-from torchways.executor.engine import _instructions, spec_of
-from torchways.executor.plan import ComputeInstruction, ReceiveInstruction, SendInstruction, load_program
+from torchways.executor.loading import read_program
+from torchways.executor.plan import load_program
+from torchways.executor.routes import Routes
 from torchways.ids import BufferId, PartId, ProgramId, RunId, SliceId
+from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
 from torchways.ir.program import AllReduce, Arg, Compute, Function, Program, Result, SliceSpec, Value
 from torchways.passes.lower import lower
 from torchways.passes.preflight import check_order, peak_memory
-from torchways.rpc.programs import PeerAddress, register_message
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.programs import HostAddress, register_message
 
 PROGRAM = ProgramId(BASE + 1)
 SLICES = {0: SliceId(11), 1: SliceId(12)}
@@ -72,38 +75,28 @@ class Executors(World):
         super().carry_out(name, command)
 
 
-def load(part, peers, limit):
+def load(part, hosts, limit):
     """Returns a part as its executor loads it."""
-    mesh = (1,)
-    message = register_message(PROGRAM, "p", [(SLICES[part.slice_index], mesh, part)], peers)
+    message = register_message(PROGRAM, "p", [(SLICES[part.slice_index], (1,), part)], hosts)
     [program] = message.register_program.slices
     name = "ab"[part.slice_index]
-    hosts = {peer.slice_id: [peer.executor_id] for peer in program.peers}
-    slots = [spec_of(slot, mesh) for slot in program.slots]
-    return name, load_program(
-        PartId(PROGRAM, SLICES[part.slice_index]),
-        "p",
-        program.num_args,
-        [slot.device_nbytes for slot in slots],
-        _instructions(program, name, hosts),
-        [(result.slot, result.result_index) for result in program.results],
-        limit_bytes=limit,
-    )
+    loaded, _ = read_program(pb.LoadProgram(program_id=PROGRAM, name="p", program=program), name, 1, limit)
+    return name, loaded
 
 
 def run_program(dice, program, num_runs, spare):
     lowered = lower(program)
     check_order(lowered.parts)
-    peers = {index: PeerAddress(slice_id=SLICES[index], executors=(("ab"[index], ""),)) for index in SLICES}
+    hosts = {index: [HostAddress(executor_id="ab"[index], data_address="")] for index in SLICES}
     sizes = {part.slice_index: peak_memory(part, program.slices[0]).nbytes for part in lowered.parts}
     budgets = {}
     for part in lowered.parts:
         # The budget is what pre-flight says, beside the arguments and results of the other runs.
-        kept = [*range(len(part.args)), *(slot for slot, _ in part.results)]
+        kept = [*range(part.num_args), *(slot for slot, _ in part.results)]
         beside = (num_runs - 1) * sum(part.slots[slot].nbytes for slot in kept)
         budgets["ab"[part.slice_index]] = sizes[part.slice_index] + beside + spare
     world = Executors(dice.choice, budgets)
-    loaded = dict(load(part, peers, sizes[part.slice_index] + spare) for part in lowered.parts)
+    loaded = dict(load(part, hosts, sizes[part.slice_index] + spare) for part in lowered.parts)
     for name, item in loaded.items():
         world.post(f"scheduler of {name}", name, core.ProgramArrived(program=item))
     for number in range(num_runs):
@@ -151,13 +144,20 @@ def test_what_passes_preflight_keeps_its_order_and_is_never_starved_nor_stuck(se
 def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
     """A receive is awaited by a unit of 32 bytes; a later one of 60 could run at once, in a budget of 100."""
     instructions = [
-        ReceiveInstruction(slot=1, edge_id=0, peer="b"),
+        ReceiveInstruction(slot=1, edge_id=0, peer=1),
         ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=()),
-        SendInstruction(slot=2, edge_id=1, peers=("b",)),
+        SendInstruction(slot=2, edge_id=1, peer=1),
         ComputeInstruction(function_index=0, inputs=(0,), outputs=(3,), donated=()),
     ]
     program = load_program(
-        PartId(PROGRAM, SliceId(1)), "p", 1, [10, 20, 32, 60], instructions, [(3, 0)], limit_bytes=100
+        PartId(PROGRAM, SliceId(1)),
+        "p",
+        1,
+        [10, 20, 32, 60],
+        instructions,
+        [(3, 0)],
+        routes=Routes(targets={1: ("b",)}, senders={0: "b"}),
+        limit_bytes=100,
     )
     state = core.ExecutorState("a", budget_bytes=100)
     state.handle(core.ProgramArrived(program=program))

@@ -1,13 +1,8 @@
 """Units: what is grouped, what they share, and what they allocate."""
 
-from torchways.executor.plan import (
-    AllReduceInstruction,
-    ComputeInstruction,
-    ReceiveInstruction,
-    SendInstruction,
-    load_program,
-)
+from torchways.executor.plan import load_program
 from torchways.ids import PartId, ProgramId, SliceId
+from torchways.ir.part import AllReduceInstruction, ComputeInstruction, ReceiveInstruction, SendInstruction
 
 PART = PartId(ProgramId(1), SliceId(1))
 
@@ -24,7 +19,7 @@ def test_a_chain_is_one_unit_that_shares_only_its_ends():
 
 
 def test_what_is_sent_does_not_wait_for_what_follows():
-    items = [compute((0,), (1,)), SendInstruction(slot=1, edge_id=0, peers=("b",)), compute((1,), (2,))]
+    items = [compute((0,), (1,)), SendInstruction(slot=1, edge_id=0, peer=1), compute((1,), (2,))]
     units = load_program(PART, "sends", 1, [8] * 3, items, [(2, 0)]).units
     assert [unit.position for unit in units] == [0, 1, 2]
     assert units[0].writes == (1,)
@@ -32,7 +27,7 @@ def test_what_is_sent_does_not_wait_for_what_follows():
 
 def test_what_waits_for_a_transfer_does_not_delay_what_does_not():
     items = [
-        ReceiveInstruction(slot=1, edge_id=0, peer="b"),
+        ReceiveInstruction(slot=1, edge_id=0, peer=1),
         compute((0,), (2,)),
         compute((2,), (3,)),
         compute((1, 3), (4,)),
@@ -46,7 +41,7 @@ def test_what_waits_for_a_transfer_does_not_delay_what_does_not():
 def test_a_reduction_stands_between_computations():
     items = [
         compute((0,), (1,)),
-        AllReduceInstruction(input=1, output=2, edge_id=0, members=("a", "b")),
+        AllReduceInstruction(input=1, output=2, edge_id=0, members=(0, 1)),
         compute((2,), (3,)),
     ]
     program = load_program(PART, "sum", 1, [8] * 4, items, [(3, 0)])

@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tests.sizes import sizes
 from torchways.errors import Failure
 from torchways.executor import state as core
-from torchways.executor.plan import ComputeInstruction, ReceiveInstruction, SendInstruction, load_program
+from torchways.executor.plan import load_program
+from torchways.executor.routes import Routes
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
 
 CLIENT = 1
 BASE = CLIENT << 40
@@ -40,11 +42,12 @@ def train_parts():
         [10] * 5,  # w, x, y, v', w'
         (
             ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=()),
-            SendInstruction(slot=2, edge_id=0, peers=("b",)),
-            ReceiveInstruction(slot=3, edge_id=1, peer="b"),
+            SendInstruction(slot=2, edge_id=0, peer=1),
+            ReceiveInstruction(slot=3, edge_id=1, peer=1),
             ComputeInstruction(function_index=0, inputs=(0, 3), outputs=(4,), donated=(0,)),
         ),
         ((4, 0), (2, 1)),
+        routes=Routes(targets={0: ("b",)}, senders={1: "b"}),
     )
     b = load_program(
         PART,
@@ -52,11 +55,12 @@ def train_parts():
         1,
         [10] * 3,  # v, y, v'
         (
-            ReceiveInstruction(slot=1, edge_id=0, peer="a"),
+            ReceiveInstruction(slot=1, edge_id=0, peer=0),
             ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=(0,)),
-            SendInstruction(slot=2, edge_id=1, peers=("a",)),
+            SendInstruction(slot=2, edge_id=1, peer=0),
         ),
         ((2, 2),),
+        routes=Routes(targets={1: ("a",)}, senders={0: "a"}),
     )
     return {"a": a, "b": b}
 
@@ -99,7 +103,7 @@ class World:
         match command:
             case core.Compile():
                 failure = Failure(kind="CaptureError", message="injected") if name == self.uncompilable else None
-                self.post(None, name, core.ProgramCompiled(part=command.part, failure=failure))
+                self.post(None, name, core.ProgramCompiled(part=command.program.part, failure=failure))
             case core.Place():
                 data = command.data
                 command.cell.buffer = data if isinstance(data, _Buffer) else _Buffer(int(data[1:]))
@@ -311,7 +315,7 @@ def test_status_says_what_a_run_waits_for():
 
 def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
     for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
-        item = kind or SendInstruction(slot=0, edge_id=0, peers=("b",))
+        item = kind or SendInstruction(slot=0, edge_id=0, peer=1)
         program = load_program(PART, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
         state = core.ExecutorState("a")
         state.handle(core.ProgramArrived(program=program))

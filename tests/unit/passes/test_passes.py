@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from torchways.errors import ConfigError, InternalError, PlacementError, ResourceExhausted
+from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction, freed_slots
 from torchways.ir.program import (
     UNPLACED,
     Arg,
@@ -23,7 +24,7 @@ from torchways.passes.lower import lower
 from torchways.passes.place import place
 from torchways.passes.preflight import check_memory, check_order, peak_memory
 from torchways.passes.sequential import sequential
-from torchways.passes.split import ComputeStep, FreeStep, ReceiveStep, SendStep, split
+from torchways.passes.split import slice_args, split
 
 
 def value(slice_index, *shape):
@@ -78,15 +79,30 @@ def test_only_the_last_reader_donates():
     ]
 
 
-def test_split_pairs_the_ends_of_transfers_and_frees():
+def test_split_pairs_the_ends_of_transfers():
+    program = donate(insert_transfers(two_stages()))
+    first, second = split(program)
+    assert first.instructions == (
+        ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,)),
+        SendInstruction(slot=2, edge_id=0, peer=1),
+        ReceiveInstruction(slot=3, edge_id=1, peer=1),
+        ComputeInstruction(function_index=1, inputs=(0, 3), outputs=(4,), donated=(0,)),
+    )
+    assert second.instructions == (
+        ReceiveInstruction(slot=1, edge_id=0, peer=0),
+        ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2, 3), donated=(0,)),
+        SendInstruction(slot=2, edge_id=1, peer=0),
+    )
+    assert [function.name for function in (*first.functions, *second.functions)] == ["f", "h", "g"]
+    assert (first.results, second.results) == (((4, 0),), ((3, 1),))
+    assert (first.num_args, second.num_args) == (2, 1)
+    assert slice_args(program) == [[0, 1], [2]]
+
+
+def test_what_nothing_reads_any_more_is_freed():
     first, second = split(donate(insert_transfers(two_stages())))
-    assert [type(step) for step in first.steps] == [ComputeStep, SendStep, FreeStep, ReceiveStep, ComputeStep, FreeStep]
-    assert [type(step) for step in second.steps] == [ReceiveStep, ComputeStep, FreeStep, SendStep, FreeStep]
-    assert first.steps[1] == SendStep(slot=2, edge_id=0, peer=1)
-    assert second.steps[0] == ReceiveStep(slot=1, edge_id=0, peer=0)
-    assert first.steps[-2].donated == (0,)
-    assert (first.results, second.results) == ([(4, 0)], [(3, 1)])
-    assert first.args == [0, 1]
+    assert freed_slots(first) == [(), (2,), (), (3,)]  # w, slot 0, is donated; x, slot 1, is an argument
+    assert freed_slots(second) == [(), (1,), (2,)]
 
 
 def test_the_text_and_the_parts_do_not_grow_with_devices():
@@ -182,12 +198,13 @@ def test_sequential_keeps_arguments_that_are_results():
 def test_a_program_that_waits_for_itself_is_refused():
     first, second = lower(two_stages()).parts
     check_order((first, second))
-    crossed = replace(first, steps=[first.steps[3], *first.steps[:3], *first.steps[4:]])
-    with pytest.raises(InternalError, match=r"slice 0 at step 0: ReceiveStep.*slice 1 at step 0: ReceiveStep"):
+    compute, send, receive, last = first.instructions
+    crossed = replace(first, instructions=(receive, compute, send, last))
+    with pytest.raises(InternalError, match=r"slice 0 at instruction 0: Receive.*slice 1 at instruction 0: Receive"):
         check_order((crossed, second))
-    silent = replace(second, steps=[step for step in second.steps if not isinstance(step, ReceiveStep)])
+    silent = replace(second, instructions=second.instructions[1:2])
     with pytest.raises(InternalError, match="edge 0 to slice 1 is never received"):
-        check_order((replace(first, steps=first.steps[:3]), replace(silent, steps=silent.steps[:1])))
+        check_order((replace(first, instructions=(compute, send)), silent))
 
 
 def test_peak_memory_follows_the_schedule():

@@ -1,10 +1,10 @@
 """The pass that unrolls a loop, by the program's text after it."""
 
 from tests.unit.passes.test_passes import body, function, value
+from torchways.ir.part import ComputeInstruction, freed_slots
 from torchways.ir.program import UNPLACED, Arg, Compute, Program, Result, SliceSpec, Value, node_inputs, verify
 from torchways.passes.donate import donate
 from torchways.passes.lower import lower
-from torchways.passes.split import ComputeStep, FreeStep
 from torchways.passes.unroll import Loop, unroll
 
 
@@ -65,9 +65,8 @@ def test_what_is_fed_back_is_split_as_the_argument_and_donated():
     assert first.donated == ()  # its buffer is the user's
     assert [node.donated for node in others] == [(0,), (0,)]
     [part] = lower(program).parts
-    # What is donated is not freed as well: nothing is.
-    assert [type(step) for step in part.steps] == [ComputeStep] * 3
-    assert not any(isinstance(step, FreeStep) for step in part.steps)
+    assert [type(instruction) for instruction in part.instructions] == [ComputeInstruction] * 3
+    assert freed_slots(part) == [(), (), ()]  # what is donated is not freed as well
 
 
 def test_what_each_turn_keeps_no_turn_donates():

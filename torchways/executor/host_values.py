@@ -1,0 +1,52 @@
+"""Values on the host, as messages and peers bring them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from torchways.errors import Failure
+from torchways.rpc import torchways_pb2 as pb
+from torchways.runtime.base import BufferSpec, Runtime
+
+
+def spec_of(message: pb.TensorSpec, mesh: Sequence[int]) -> BufferSpec:
+    """Returns a message as a spec on a mesh whose axes have these sizes."""
+    return BufferSpec(
+        dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements), mesh=tuple(mesh)
+    )
+
+
+def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
+    """Copies a value to the devices; returns its buffer.
+
+    Args:
+        runtime: the devices.
+        data: a message of the controller, or the bytes that a peer sent, which must not change any more.
+        spec: of the buffer.
+
+    Raises:
+        ValueError: the number of bytes is not that of `spec`.
+    """
+    if isinstance(data, torch.Tensor):
+        return runtime.put(_typed(data, spec), spec)
+    if data.WhichOneof("content") == "fill":
+        return runtime.fill(spec, data.fill)
+    return runtime.put(_typed(_bytes_tensor(data.data), spec), spec)
+
+
+def as_sent(value: torch.Tensor | Failure) -> torch.Tensor | Failure:
+    """Returns a value as a peer would send it: a copy of its bytes, since its own memory may be a buffer's."""
+    return value if isinstance(value, Failure) else value.clone().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _bytes_tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+
+
+def _typed(data: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
+    if data.nbytes != spec.nbytes:
+        raise ValueError(f"{data.nbytes} bytes came, but {spec.dtype}{list(spec.shape)} has {spec.nbytes}")
+    return data.view(spec.torch_dtype).reshape(spec.shape)

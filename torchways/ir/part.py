@@ -1,0 +1,191 @@
+"""One slice's part of a program: instructions over slots. It crosses processes, and executors carry it out as it is.
+
+A slot is a position in the part's own table of values: arguments come first, then values in the order in which they
+are made. Other slices are named by their index in the program, so a part stays the same when slices move to other
+devices. Which hosts exchange the value of an edge is worked out where it is needed (executor/routes.py).
+
+Like the rest of this package, it knows neither torch nor gRPC.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+from torchways.ir.program import Function, Value
+
+#: Position of a value in `SlicePart.slots`.
+Slot: TypeAlias = int
+#: Identifies a transfer or a sum: the same number in each part that takes part, unique in the program.
+EdgeId: TypeAlias = int
+#: Position of a slice in `Program.slices`.
+SliceIndex: TypeAlias = int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComputeInstruction:
+    """Calls a compiled function.
+
+    Attributes:
+        function_index: position in `SlicePart.functions`.
+        inputs, outputs: slots, in the graph's order.
+        donated: positions in `inputs` whose buffers the computation may reuse.
+    """
+
+    function_index: int
+    inputs: tuple[Slot, ...]
+    outputs: tuple[Slot, ...]
+    donated: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SendInstruction:
+    """Sends a slot to the slice `peer`."""
+
+    slot: Slot
+    edge_id: EdgeId
+    peer: SliceIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReceiveInstruction:
+    """Fills a slot with the value that the slice `peer` sends."""
+
+    slot: Slot
+    edge_id: EdgeId
+    peer: SliceIndex
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AllReduceInstruction:
+    """Fills the slot `output` with the sum of `input` over the slices `members`.
+
+    The slice itself is a member. All members list each other in the same order.
+    """
+
+    input: Slot
+    output: Slot
+    edge_id: EdgeId
+    members: tuple[SliceIndex, ...]
+
+
+#: A consumer that needs only slots and peers calls `reads`, `writes`, `donated_slots` and `peers`, and so goes on to
+#: work when there is another kind.
+Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstruction | AllReduceInstruction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SlicePart:
+    """Everything that one slice does in a run.
+
+    Attributes:
+        slice_index: the slice.
+        functions: the compiled functions that it calls.
+        slots: all values that it sees.
+        num_args: the first so many slots are its arguments, which each run binds.
+        instructions: in program order.
+        results: (slot, result number) pairs.
+    """
+
+    slice_index: SliceIndex
+    functions: tuple[Function, ...]
+    slots: tuple[Value, ...]
+    num_args: int
+    instructions: tuple[Instruction, ...]
+    results: tuple[tuple[Slot, int], ...]
+
+    def __str__(self) -> str:
+        return "\n".join(_lines(self))
+
+
+def reads(instruction: Instruction) -> tuple[Slot, ...]:
+    """Returns the slots that an instruction reads."""
+    match instruction:
+        case ComputeInstruction():
+            return instruction.inputs
+        case SendInstruction():
+            return (instruction.slot,)
+        case AllReduceInstruction():
+            return (instruction.input,)
+        case ReceiveInstruction():
+            return ()
+
+
+def writes(instruction: Instruction) -> tuple[Slot, ...]:
+    """Returns the slots that an instruction fills."""
+    match instruction:
+        case ComputeInstruction():
+            return instruction.outputs
+        case ReceiveInstruction():
+            return (instruction.slot,)
+        case AllReduceInstruction():
+            return (instruction.output,)
+        case SendInstruction():
+            return ()
+
+
+def donated_slots(instruction: Instruction) -> tuple[Slot, ...]:
+    """Returns the slots whose buffers an instruction may reuse; nothing reads them afterwards."""
+    if isinstance(instruction, ComputeInstruction):
+        return tuple(instruction.inputs[position] for position in instruction.donated)
+    return ()
+
+
+def peers(instruction: Instruction) -> tuple[SliceIndex, ...]:
+    """Returns the slices that an instruction exchanges values with; of a sum, all members."""
+    match instruction:
+        case SendInstruction() | ReceiveInstruction():
+            return (instruction.peer,)
+        case AllReduceInstruction():
+            return instruction.members
+        case ComputeInstruction():
+            return ()
+
+
+def freed_slots(part: SlicePart) -> list[tuple[Slot, ...]]:
+    """Returns, for each instruction, the slots that are no longer needed after it.
+
+    Arguments and results are kept, and a donated buffer belongs to the computation that reuses it.
+    """
+    kept = {*range(part.num_args), *(slot for slot, _ in part.results)}
+    last: dict[Slot, int] = {}
+    for position, instruction in enumerate(part.instructions):
+        last.update((slot, position) for slot in (*reads(instruction), *writes(instruction)))
+        kept.update(donated_slots(instruction))
+    freed: list[list[Slot]] = [[] for _ in part.instructions]
+    for slot, position in last.items():
+        if slot not in kept:
+            freed[position].append(slot)
+    return [tuple(sorted(slots)) for slots in freed]
+
+
+def _lines(part: SlicePart) -> Iterator[str]:
+    yield f"part of slice @{part.slice_index}"
+    for slot, value in enumerate(part.slots):
+        yield f"  ${slot}: {value}" + (" arg" if slot < part.num_args else "")
+    for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
+        yield f"  {_instruction_text(part, instruction)}"
+        if freed:
+            yield f"  free {_slots_text(freed)}"
+    yield f"  results {', '.join(f'${slot} as {number}' for slot, number in part.results)}"
+
+
+def _instruction_text(part: SlicePart, instruction: Instruction) -> str:
+    match instruction:
+        case ComputeInstruction():
+            donated = donated_slots(instruction)
+            donating = f" donating {_slots_text(donated)}" if donated else ""
+            name = part.functions[instruction.function_index].name
+            return f"{_slots_text(instruction.outputs)} = {name}({_slots_text(instruction.inputs)}){donating}"
+        case SendInstruction():
+            return f"send ${instruction.slot} to @{instruction.peer} over edge {instruction.edge_id}"
+        case ReceiveInstruction():
+            return f"${instruction.slot} = receive from @{instruction.peer} over edge {instruction.edge_id}"
+        case AllReduceInstruction():
+            members = ", ".join(f"@{member}" for member in instruction.members)
+            return f"${instruction.output} = sum of ${instruction.input} over {members}, edge {instruction.edge_id}"
+
+
+def _slots_text(slots: Sequence[Slot]) -> str:
+    return ", ".join(f"${slot}" for slot in slots)
