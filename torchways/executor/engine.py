@@ -7,7 +7,6 @@ completion callbacks) only posts events.
 
 from __future__ import annotations
 
-import collections
 import concurrent.futures
 import functools
 import logging
@@ -21,14 +20,18 @@ from typing import Any, TypeAlias, TypeVar
 import torch
 
 from torchways.errors import Failure, failure_from
-from torchways.executor import state as core
+from torchways.executor import events
 from torchways.executor.compiler import Compiler
 from torchways.executor.host_values import as_sent, to_device
 from torchways.executor.loading import PartCode, read_program
+from torchways.executor.local_sums import LocalSums
 from torchways.executor.plan import LoadedProgram
 from torchways.executor.reduce import Reducer
+from torchways.executor.runs import Cell, Task, lowest
+from torchways.executor.spans import Spans
+from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
-from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.link.inbox import Inbox
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
@@ -36,14 +39,11 @@ from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
-#: name, track, start and end (Unix nanoseconds), run.
-Span: TypeAlias = tuple[str, str, int, int, int]
 #: Called with the value on the host, or why there is none.
 OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
 
 _T = TypeVar("_T")
 
-_MAX_SPANS = 50_000
 #: With more runs in flight nobody waits for a single report: it may wait this long for company, which costs each less.
 _RUNS_AHEAD = 8
 _COMPANY_SECONDS = 0.001
@@ -85,27 +85,23 @@ class Engine:
     ) -> None:
         self.executor_id = executor_id
         self.runtime = runtime
-        self.core = core.ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
-        self._inbox: Inbox[core.Event | Callable[[], None]] = Inbox()
+        self.core = ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
+        self._inbox: Inbox[events.Event | Callable[[], None]] = Inbox()
         self.data_plane = DataPlane(executor_id, host, link_key, self._inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
-        self.spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
+        self.spans = Spans()
         self.num_devices = num_devices
         self._memory_wait = memory_wait
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
         self._reported = 0.0
-        self._programs: dict[PartId, PartCode] = {}
-        #: Programs that were dropped but still have runs in flight.
-        self._dropped: set[PartId] = set()
-        #: Sums to which several slices of these devices add: what they have brought so far.
-        self._local_sums: dict[tuple[RunId, int], _LocalSum] = {}
+        #: Of the parts that the core knows: it says when one can go.
+        self._codes: dict[PartId, PartCode] = {}
+        self._local_sums = LocalSums()
         self._fetches: dict[int, OnFetched] = {}
         self._num_fetches = 0
         self._starved_since = 0.0
-        self._starved_spans: dict[int, tuple[str, int]] = {}
-        self._device_free_ns = 0
         #: An event is being handled: its commands come before what they lead to.
         self._handling = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -113,7 +109,7 @@ class Engine:
 
     # ---- from any thread
 
-    def post(self, event: core.Event) -> None:
+    def post(self, event: events.Event) -> None:
         """Gives the core an event."""
         self._inbox.put(event)
 
@@ -125,17 +121,10 @@ class Engine:
         """Loads a program: compiles it, and opens the links that it needs."""
         self.call(lambda: self._load(message))
 
-    def drop_program(self, program_id: ProgramId) -> None:
-        """Forgets a program once its last run is over."""
-        self.call(lambda: self._drop_program(program_id))
-
-    def drop_slice(self, slice_id: SliceId) -> None:
-        """Frees what is on a slice that is given back."""
-        self.call(lambda: self._drop_slice(slice_id))
-
     def drop_client(self, client_id: ClientId) -> None:
         """Frees all that a client owned."""
-        self.call(lambda: self._drop_client(client_id))
+        self.call(lambda: self.reducer.drop_client(client_id))
+        self.post(events.ClientDropped(client_id=client_id))
 
     def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
         """Waits for a buffer and copies it to the host."""
@@ -157,7 +146,7 @@ class Engine:
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has, of the core and of the engine. On the engine's thread."""
         sums = self.reducer.num_open + len(self._local_sums)
-        mine = {"fetches": len(self._fetches), "loaded": len(self._programs), "sums": sums}
+        mine = {"fetches": len(self._fetches), "loaded": len(self._codes), "sums": sums}
         return {**self.core.num_entries(), **mine}
 
     def _on_thread(self, work: Callable[[], _T], /) -> _T:
@@ -167,7 +156,7 @@ class Engine:
         """Calls back once a buffer is computed or poisoned; not at all if nobody makes it yet."""
 
         def ask() -> None:
-            cell = self.core.named.get(buffer_id)
+            cell = self.core.names.cells.get(buffer_id)
             if cell is not None and cell.failure is not None:
                 callback()
             elif cell is not None and cell.scheduled:
@@ -183,7 +172,7 @@ class Engine:
             try:
                 busy = self.runtime.progress()
                 self._give_out()
-                timeout = _COMPANY_SECONDS if self._events else 1.0 if self.core.starved else None
+                timeout = _COMPANY_SECONDS if self._events else 1.0 if self.core.memory.starved else None
                 if busy:
                     now = time.monotonic()
                     idle_since = idle_since or now
@@ -212,52 +201,53 @@ class Engine:
         now = time.monotonic()
         if self._events and (len(self.core.runs) <= _RUNS_AHEAD or now > self._reported + _COMPANY_SECONDS):
             self._reported = now
-            events, self._events = self._events, []
-            self._report(events)
-        if self.core.starved or self._starved_spans:
-            self._note_starved()
+            reported, self._events = self._events, []
+            self._report(reported)
+        self.spans.note_waits(self.core.memory.starved)
+        if not self.core.memory.starved:
+            self._starved_since = 0.0
 
-    def _soon(self, item: core.Event | Callable[[], None]) -> None:
+    def _soon(self, item: events.Event | Callable[[], None]) -> None:
         """Takes an item at once on the engine's thread, where no event is being handled; else queues it."""
         if self._handling or threading.get_ident() != self._thread.ident:
             self._inbox.put(item)
         else:
             self._take(item)
 
-    def _take(self, item: core.Event | Callable[[], None]) -> None:
+    def _take(self, item: events.Event | Callable[[], None]) -> None:
         if callable(item):
             item()
         else:
             self._handle(item)
 
-    def _handle(self, event: core.Event) -> None:
+    def _handle(self, event: events.Event) -> None:
         outer, self._handling = self._handling, True
         for command in self.core.handle(event):
             match command:
-                case core.Execute():
+                case events.Execute():
                     self._execute(command)
-                case core.Place():
+                case events.Place():
                     self._place(command)
-                case core.Send():
+                case events.Send():
                     self._send(command)
-                case core.Reduce():
+                case events.Reduce():
                     self._reduce(command)
-                case core.Deliver():
+                case events.Deliver():
                     self._deliver(command)
-                case core.Compile():
+                case events.Compile():
                     self.compiler.submit(functools.partial(self._compile, command.program))
-                case core.ReportEnded():
+                case events.Unload():
+                    del self._codes[command.part]
+                case events.ReportEnded():
                     self._report_later(run_ended=pb.RunEnded(**_ids(command.run), failure=_optional(command.failure)))
-                    if self._dropped:
-                        self._forget_dropped()
-                case core.ReportLoaded():
+                case events.ReportLoaded():
                     loaded = pb.ProgramLoaded(**command.part._asdict(), failure=_optional(command.failure))
                     self._report_later(program_loaded=loaded)
-                case core.ReportReady():
+                case events.ReportReady():
                     self._report_later(unit_ready=pb.UnitReady(**_ids(command.run), unit=command.unit))
-                case core.ReportPassed():
+                case events.ReportPassed():
                     self._report_later(unit_passed=pb.UnitPassed(**_ids(command.run), unit=command.unit))
-                case core.ReportIdle():
+                case events.ReportIdle():
                     self._report_later(idle=pb.Idle())
         self._handling = outer
 
@@ -267,50 +257,36 @@ class Engine:
     # ---- memory
 
     def _check_starved(self) -> None:
-        if not self.core.starved:
+        if not self.core.memory.starved:
             self._starved_since = 0.0
         elif not self._starved_since:
             self._starved_since = time.monotonic()
         elif time.monotonic() - self._starved_since > self._memory_wait:
             self._starved_since = 0.0
-            self.post(core.MemoryStalled(seconds=self._memory_wait))
-
-    def _note_starved(self) -> None:
-        """Keeps a span of every wait for memory, for the trace."""
-        now = time.time_ns()
-        waiting = {id(item): item for item in self.core.starved}
-        for key, item in waiting.items():
-            if key not in self._starved_spans:
-                logger.info("%s waits for %d bytes of device memory", item, item.need_bytes)
-                self._starved_spans[key] = (f"waits for memory: {item}", now)
-        for key in [key for key in self._starved_spans if key not in waiting]:
-            name, started = self._starved_spans.pop(key)
-            self._note(name, "memory", started, now, 0)
-        if not waiting:
-            self._starved_since = 0.0
+            self.post(events.MemoryStalled(seconds=self._memory_wait))
 
     # ---- programs
 
     def _load(self, message: pb.LoadProgram) -> None:
         part = PartId(ProgramId(message.program_id), SliceId(message.program.slice_id))
-        if part in self._programs:
+        if part in self._codes:
             logger.warning("%s is loaded already", part)
             return
         try:
-            program, code = read_program(message, self.executor_id, self.num_devices, self.core.budget_bytes)
+            program, code = read_program(message, self.executor_id, self.num_devices, self.core.memory.budget_bytes)
         except Exception as error:  # whatever is wrong with it, others go on
             failure = failure_from(error, process=f"executor {self.executor_id}")
             self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))
             return
-        self._programs[part] = code
+        self._codes[part] = code
         for peer, address in code.peers:
             if peer != self.executor_id:
                 self.data_plane.connect(peer, address)
-        self._handle(core.ProgramArrived(program=program))
+        self._handle(events.ProgramArrived(program=program))
 
     def _compile(self, program: LoadedProgram) -> None:
         """Compiles a program; on the compiler's thread."""
-        code = self._programs.get(program.part)
+        code = self._codes.get(program.part)
         if code is None:  # dropped before any run
             return
         failure: Failure | None = None
@@ -324,38 +300,16 @@ class Engine:
         except Exception as error:
             failure = self.failure("RemoteError", f"{program.name} could not be compiled: {error}", error)
         code.drop_graphs()
-        self._note(f"compile {program.name}", "host", started, time.time_ns(), 0)
-        self.post(core.ProgramCompiled(part=program.part, failure=failure))
-
-    def _drop_program(self, program_id: ProgramId) -> None:
-        self._dropped.update(part for part in self._programs if part.program_id == program_id)
-        self._handle(core.ProgramDropped(program_id=program_id))
-        self._forget_dropped()
-
-    def _drop_slice(self, slice_id: SliceId) -> None:
-        self._dropped.update(part for part in self._programs if part.slice_id == slice_id)
-        self._handle(core.SliceDropped(slice_id=slice_id))
-        self._forget_dropped()
-
-    def _drop_client(self, client_id: ClientId) -> None:
-        self._dropped.update(part for part in self._programs if owner(part.program_id) == client_id)
-        self.reducer.drop_client(client_id)
-        self._handle(core.ClientDropped(client_id=client_id))
-        self._forget_dropped()
-
-    def _forget_dropped(self) -> None:
-        """Frees what was compiled for dropped programs once their last run is over."""
-        for part in [part for part in self._dropped if not self.core.is_needed(part)]:
-            self._dropped.discard(part)
-            self._programs.pop(part, None)
+        self.spans.note(f"compile {program.name}", "host", started, time.time_ns(), 0)
+        self.post(events.ProgramCompiled(part=program.part, failure=failure))
 
     # ---- computations
 
-    def _execute(self, command: core.Execute) -> None:
+    def _execute(self, command: events.Execute) -> None:
         task = command.task
         run_id = task.run.run_id
-        program = self._programs[task.run.program.part]
-        calls = program.calls[task.number]
+        code = self._codes[task.run.program.part]
+        calls = code.calls[task.number]
         key = f"{run_id}.{task.run.program.part.slice_id}"
         issued = time.time_ns()
         poisoned: dict[int, Failure] = {}
@@ -367,7 +321,7 @@ class Engine:
         leaves: list[Sequence[Any]] = []
         execute = self.runtime.execute
         for number, call in enumerate(calls):
-            failure = core.lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
+            failure = lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
             if failure is None:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
@@ -377,7 +331,7 @@ class Engine:
                     if call.is_leaf and computed:
                         leaves.append(computed)
                 except Exception as error:
-                    function = program.functions[call.function_index]
+                    function = code.functions[call.function_index]
                     message = f"compiled function {function.name} failed: {error}"
                     failure = self.failure("RemoteError", message, error, function.name, function.source, run_id)
             if failure is not None:
@@ -387,11 +341,11 @@ class Engine:
                 values.pop(slot, None)
         for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
             cell.buffer, cell.failure = values[slot], poisoned.get(slot)
-        self._await_leaves(task, leaves, core.lowest(list(poisoned.values())) if poisoned else None, issued)
+        self._await_leaves(task, leaves, lowest(list(poisoned.values())) if poisoned else None, issued)
 
-    def _await_leaves(self, task: core.Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
+    def _await_leaves(self, task: Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
         if not leaves:
-            self.post(core.UnitFinished(task=task, failure=failure))
+            self.post(events.UnitFinished(task=task, failure=failure))
             return
         left = len(leaves)
 
@@ -400,32 +354,27 @@ class Engine:
             left -= 1
             if left == 0:
                 self._note_computed(task, issued, time.time_ns())
-                self._soon(core.UnitFinished(task=task, failure=failure))
+                self._soon(events.UnitFinished(task=task, failure=failure))
 
         for buffers in leaves:
             self.runtime.on_ready(buffers, finished)
 
-    def _note_computed(self, task: core.Task, issued: int, ended: int) -> None:
-        started = max(issued, self._device_free_ns)
-        self._device_free_ns = ended
-        program = self._programs.get(task.run.program.part)
-        if program is None:
-            return
+    def _note_computed(self, task: Task, issued: int, ended: int) -> None:
+        code = self._codes[task.run.program.part]
         instructions = task.unit.instructions
-        name = program.functions[instructions[0].function_index].name  # type: ignore[union-attr]
+        name = code.functions[instructions[0].function_index].name  # type: ignore[union-attr]
         if len(instructions) > 1:
             name += f" and {len(instructions) - 1} more"
-        for device in range(self.num_devices):
-            self.spans.append((name, f"device {device}", started, ended, task.run.run_id))
+        self.spans.note_computed(name, self.num_devices, issued, ended, task.run.run_id)
 
-    def _place(self, command: core.Place) -> None:
+    def _place(self, command: events.Place) -> None:
         cell = command.cell
         spec = command.spec
         if spec is None:
-            program = self._programs.get(command.part) if command.part is not None else None
-            if program is None:  # its run is over, and nobody reads this
+            code = self._codes.get(command.part) if command.part is not None else None
+            if code is None:  # its run is over, and nobody reads this
                 return
-            spec = program.slots[command.slot]
+            spec = code.slots[command.slot]
         try:
             cell.buffer = to_device(self.runtime, command.data, spec)
         except Exception as error:
@@ -434,7 +383,7 @@ class Engine:
 
     # ---- transfers, sums and fetches
 
-    def _send(self, command: core.Send) -> None:
+    def _send(self, command: events.Send) -> None:
         task, edge, cell = command.task, command.instruction.edge_id, command.cell
         run_id = task.run.run_id
         peers = task.run.program.routes.targets[edge]
@@ -449,8 +398,8 @@ class Engine:
             failures.extend([failure] if failure is not None else [])
             if left == 0:
                 name = f"send edge {edge} to {', '.join(peers)}"
-                self._note(name, "transfer", started, time.time_ns(), run_id)
-                self._soon(core.UnitFinished(task=task, failure=core.lowest(failures)))
+                self.spans.note(name, "transfer", started, time.time_ns(), run_id)
+                self._soon(events.UnitFinished(task=task, failure=lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
             for peer in peers:
@@ -462,37 +411,35 @@ class Engine:
                 self.data_plane.send(peer, outgoing)
 
         if not peers:  # another host sends it
-            self._inbox.put(core.UnitFinished(task=task))
+            self._inbox.put(events.UnitFinished(task=task))
             return
         self._when_on_host(cell, send)
 
-    def _reduce(self, command: core.Reduce) -> None:
+    def _reduce(self, command: events.Reduce) -> None:
         task, instruction = command.task, command.instruction
-        program = self._programs[task.run.program.part]
-        spec = program.slots[instruction.input]
-        started = time.time_ns()
-
+        spec = self._codes[task.run.program.part].slots[instruction.input]
         run_id, edge = task.run.run_id, instruction.edge_id
         route = task.run.program.routes.sums[edge]
-        members = tuple(dict.fromkeys(route.members))
-
-        def done(total: torch.Tensor | None, failure: Failure | None) -> None:
-            self._note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id)
-            result = total if failure is None else failure
-            assert result is not None
-            for peer in route.followers:
-                self.reducer.give(peer, run_id, edge, result)
-            for number, member in enumerate(local.tasks):
-                own = total if number == 0 or total is None else total.clone()
-                self._soon(core.Reduced(task=member, data=own, failure=failure))
+        started = time.time_ns()
 
         def start(value: torch.Tensor | Failure) -> None:
-            local.add(task, value)
-            if len(local.tasks) == route.num_local:
-                del self._local_sums[run_id, edge]
-                self.reducer.start(run_id, edge, members, local.total, spec.shape, spec.torch_dtype, done)
+            local = self._local_sums.add(task, edge, value, route.num_local)
+            if local is None:
+                return
 
-        local = self._local_sums.setdefault((run_id, edge), _LocalSum())
+            def done(total: torch.Tensor | None, failure: Failure | None) -> None:
+                self.spans.note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id)
+                result = total if failure is None else failure
+                assert result is not None
+                for peer in route.followers:
+                    self.reducer.give(peer, run_id, edge, result)
+                for number, member in enumerate(local.tasks):
+                    own = total if number == 0 or total is None else total.clone()
+                    self._soon(events.Reduced(task=member, data=own, failure=failure))
+
+            members = tuple(dict.fromkeys(route.members))
+            self.reducer.start(run_id, edge, members, local.total, spec.shape, spec.torch_dtype, done)
+
         self._when_on_host(command.cell, start)
 
     def _send_piece(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
@@ -503,7 +450,7 @@ class Engine:
         else:
             self._inbox.put(lambda: self.data_plane.send(peer, outgoing))
 
-    def _when_on_host(self, cell: core.Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
+    def _when_on_host(self, cell: Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
         """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""
         if cell.failure is not None:
             take(cell.failure)
@@ -521,14 +468,14 @@ class Engine:
     def _fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
         self._num_fetches += 1
         self._fetches[self._num_fetches] = on_fetched
-        self._handle(core.FetchRequested(fetch_id=self._num_fetches, buffer_id=buffer_id))
+        self._handle(events.FetchRequested(fetch_id=self._num_fetches, buffer_id=buffer_id))
 
-    def _deliver(self, command: core.Deliver) -> None:
+    def _deliver(self, command: events.Deliver) -> None:
         on_fetched, cell = self._fetches.pop(command.fetch_id), command.cell
 
         def take(value: torch.Tensor | Failure) -> None:
             on_fetched(value)
-            self._handle(core.FetchEnded(cell=cell))
+            self._handle(events.FetchEnded(cell=cell))
 
         self._when_on_host(cell, take)
 
@@ -537,19 +484,16 @@ class Engine:
             self.reducer.arrived(peer, run_id, edge_id, phase, value)
             return
         now = time.time_ns()
-        self._note(f"receive edge {edge_id}", "transfer", now, now, run_id)
+        self.spans.note(f"receive edge {edge_id}", "transfer", now, now, run_id)
         data, failure = (None, value) if isinstance(value, Failure) else (value, None)
-        self._soon(core.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
+        self._soon(events.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 
     def _on_lost(self, peer: str, reason: str) -> None:
         failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")
         self.reducer.lose(peer, failure)
-        self._inbox.put(core.PeerLost(peer=peer, failure=failure))
+        self._inbox.put(events.PeerLost(peer=peer, failure=failure))
 
     # ---- helpers
-
-    def _note(self, name: str, track: str, start_ns: int, end_ns: int, run_id: int) -> None:
-        self.spans.append((name, track, start_ns, end_ns, run_id))
 
     def failure(
         self,
@@ -571,22 +515,6 @@ class Engine:
             run_id=run_id,
             process=f"executor {self.executor_id}",
         )
-
-
-class _LocalSum:
-    """What slices of one executor bring to a sum, added up before it goes to others."""
-
-    def __init__(self) -> None:
-        self.tasks: list[core.Task] = []
-        self.total: torch.Tensor | Failure = torch.empty(0)
-
-    def add(self, task: core.Task, value: torch.Tensor | Failure) -> None:
-        """Adds a slice's value."""
-        if not self.tasks or isinstance(value, Failure):
-            self.total = value
-        elif not isinstance(self.total, Failure):
-            self.total = self.total + value
-        self.tasks.append(task)
 
 
 def _ids(run: RunPart) -> dict[str, int]:

@@ -24,7 +24,7 @@ import torch
 from google.protobuf.message import DecodeError
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
-from torchways.executor import state as core
+from torchways.executor import events
 from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import spec_of
@@ -54,12 +54,12 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self._num_messages = 0
         self._num_batches = 0
 
-    def report(self, events: list[pb.ExecutorEvent]) -> None:
+    def report(self, reported: list[pb.ExecutorEvent]) -> None:
         """Queues events for the scheduler; on the engine's thread."""
-        self.loop.call_soon_threadsafe(self._queue_events, events)
+        self.loop.call_soon_threadsafe(self._queue_events, reported)
 
-    def _queue_events(self, events: list[pb.ExecutorEvent]) -> None:
-        for event in events:
+    def _queue_events(self, reported: list[pb.ExecutorEvent]) -> None:
+        for event in reported:
             self._events.put_nowait(event)
 
     # ---- service
@@ -92,18 +92,18 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         engine.post(_run_enqueued(command.enqueue))
                     case "grant":
                         run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
-                        engine.post(core.UnitGranted(run=run, unit=command.grant.unit))
+                        engine.post(events.UnitGranted(run=run, unit=command.grant.unit))
                     case "set_grants_needed":
-                        engine.post(core.GrantsNeeded(needed=command.set_grants_needed.needed))
+                        engine.post(events.GrantsNeeded(needed=command.set_grants_needed.needed))
                     case "load_program":
                         engine.load(command.load_program)
                     case "drop_buffers":
                         ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
-                        engine.post(core.BuffersDropped(buffer_ids=ids))
+                        engine.post(events.BuffersDropped(buffer_ids=ids))
                     case "drop_program":
-                        engine.drop_program(ProgramId(command.drop_program.program_id))
+                        engine.post(events.ProgramDropped(program_id=ProgramId(command.drop_program.program_id)))
                     case "drop_slice":
-                        engine.drop_slice(SliceId(command.drop_slice.slice_id))
+                        engine.post(events.SliceDropped(slice_id=SliceId(command.drop_slice.slice_id)))
                     case "drop_client":
                         engine.drop_client(ClientId(command.drop_client.client_id))
 
@@ -134,7 +134,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         if parts:
             value.data = b"".join([value.data, *parts])
         self.engine.post(
-            core.BufferPut(
+            events.BufferPut(
                 buffer_id=BufferId(first.buffer_id),
                 data=value,
                 spec=spec,
@@ -206,11 +206,11 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     def _status(self) -> pb.ExecutorStatus:
         state = self.engine.core
-        buffers = [cell.buffer for cell in state.named.values() if cell.buffer is not None]
+        buffers = [cell.buffer for cell in state.names.cells.values() if cell.buffer is not None]
         return pb.ExecutorStatus(
             executor_id=self.engine.executor_id,
             rss_bytes=psutil.Process().memory_info().rss,
-            num_buffers=len(state.named),
+            num_buffers=len(state.names.cells),
             buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
             num_runs_in_flight=len(state.runs),
             num_messages=self._num_messages,
@@ -219,17 +219,17 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
             waiting_for=state.waiting_for(),
-            budget_bytes=state.budget_bytes,
-            used_bytes=state.used_bytes,
+            budget_bytes=state.memory.budget_bytes,
+            used_bytes=state.memory.used_bytes,
             num_entries=self.engine.num_entries(),
-            client_bytes={int(client): size for client, size in state.client_bytes().items()},
+            client_bytes={int(client): size for client, size in state.names.client_bytes().items()},
         )
 
     async def CollectTrace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext) -> pb.TraceResponse:
         """Returns the spans since a time."""
         # Computations of others are seen, and not what they are.
         mine = channel.caller(context, self.key).client_id
-        spans = [span for span in list(self.engine.spans) if span[3] >= request.since_ns]
+        spans = self.engine.spans.since(request.since_ns)
         spans = [span if owner(span[4]) in (mine, 0) else ("of another client", *span[1:4], 0) for span in spans]
         return pb.TraceResponse(
             spans=[
@@ -244,7 +244,7 @@ def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
         future.set_result(value)
 
 
-def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
+def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
     bound: list[Any] | None
     try:
         arguments = pb.Arguments.FromString(message.arguments)
@@ -254,7 +254,7 @@ def _run_enqueued(message: pb.Enqueue) -> core.RunEnqueued:
             bound = [buffer_id or next(values) for buffer_id in bound]
     except (DecodeError, StopIteration):  # a scheduler passes on unread what a client sent
         bound = None
-    return core.RunEnqueued(
+    return events.RunEnqueued(
         part=PartId(ProgramId(message.program_id), SliceId(message.slice_id)),
         run_id=RunId(message.run_id),
         sequence=message.sequence,

@@ -6,10 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.executor.test_state import BASE, World, _Buffer
-from torchways.executor import state as core
+from torchways.executor import events
 from torchways.executor.loading import read_program
 from torchways.executor.plan import load_program
 from torchways.executor.routes import Routes
+from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, PartId, ProgramId, RunId, SliceId
 from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
 from torchways.ir.program import AllReduce, Arg, Compute, Function, Program, Result, SliceSpec, Value
@@ -57,20 +58,20 @@ class Executors(World):
     def __init__(self, pick, budgets):
         super().__init__(pick)
         for name, budget in budgets.items():
-            self.states[name] = core.ExecutorState(name, budget_bytes=budget)
+            self.states[name] = ExecutorState(name, budget_bytes=budget)
         self.order = {}
         self.sums = {}
 
     def carry_out(self, name, command):
-        if isinstance(command, core.Execute):
+        if isinstance(command, events.Execute):
             part = (name, command.task.run.run_id)
             self.order.setdefault(part, []).append(command.task.unit.position)
-        if isinstance(command, core.Reduce):
+        if isinstance(command, events.Reduce):
             brought = self.sums.setdefault((command.task.run.run_id, command.instruction.edge_id), [])
             brought.append((name, command))
             if len(brought) == len(command.instruction.members):
                 for member, item in brought:
-                    self.post(None, member, core.Reduced(task=item.task, data=_Buffer(1)))
+                    self.post(None, member, events.Reduced(task=item.task, data=_Buffer(1)))
             return
         super().carry_out(name, command)
 
@@ -98,13 +99,13 @@ def run_program(dice, program, num_runs, spare):
     world = Executors(dice.choice, budgets)
     loaded = dict(load(part, hosts, sizes[part.slice_index] + spare) for part in lowered.parts)
     for name, item in loaded.items():
-        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=item))
+        world.post(f"scheduler of {name}", name, events.ProgramArrived(program=item))
     for number in range(num_runs):
         first = BASE + 1000 * (1 + number)
         for name, item in loaded.items():
             arguments = [BufferId(first + 100 * "ab".index(name) + slot) for slot in range(item.num_args)]
             for slot, buffer_id in enumerate(arguments):
-                put = core.BufferPut(
+                put = events.BufferPut(
                     buffer_id=buffer_id,
                     data=_Buffer(1),
                     spec=None,
@@ -112,7 +113,7 @@ def run_program(dice, program, num_runs, spare):
                     nbytes=item.slot_bytes[slot],
                 )
                 world.post(None, name, put)
-            run = core.RunEnqueued(
+            run = events.RunEnqueued(
                 part=item.part,
                 run_id=RunId(first),
                 sequence=number,
@@ -131,7 +132,7 @@ def test_what_passes_preflight_keeps_its_order_and_is_never_starved_nor_stuck(se
     world, loaded, budgets = run_program(dice, random_program(dice, num_nodes), num_runs, spare)
     for name, item in loaded.items():
         state = world.states[name]
-        assert state.starved == []
+        assert state.memory.starved == []
         assert state.runs == {}
         assert len(world.ended[name]) == num_runs
         assert [failure for _, failure in world.ended[name]] == [None] * num_runs
@@ -159,12 +160,12 @@ def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
         routes=Routes(targets={1: ("b",)}, senders={0: "b"}),
         limit_bytes=100,
     )
-    state = core.ExecutorState("a", budget_bytes=100)
-    state.handle(core.ProgramArrived(program=program))
-    state.handle(core.ProgramCompiled(part=program.part, failure=None))
-    put = core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SliceId(1), nbytes=10)
+    state = ExecutorState("a", budget_bytes=100)
+    state.handle(events.ProgramArrived(program=program))
+    state.handle(events.ProgramCompiled(part=program.part, failure=None))
+    put = events.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SliceId(1), nbytes=10)
     state.handle(put)
-    run = core.RunEnqueued(
+    run = events.RunEnqueued(
         part=program.part,
         run_id=RunId(BASE + 7),
         sequence=0,
@@ -172,10 +173,10 @@ def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
         arguments=[put.buffer_id],
     )
     assert state.handle(run) == []
-    arrived = core.TransferArrived(run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))
+    arrived = events.TransferArrived(run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))
     placed, executed, sent = state.handle(arrived)
-    assert (type(placed), executed.task.number, type(sent)) == (core.Place, 1, core.Send)
-    state.handle(core.UnitFinished(task=executed.task))
-    [last] = state.handle(core.UnitFinished(task=sent.task))
+    assert (type(placed), executed.task.number, type(sent)) == (events.Place, 1, events.Send)
+    state.handle(events.UnitFinished(task=executed.task))
+    [last] = state.handle(events.UnitFinished(task=sent.task))
     assert last.task.number == 3
-    assert state.starved == []
+    assert state.memory.starved == []

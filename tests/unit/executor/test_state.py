@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from tests.sizes import sizes
 from torchways.errors import Failure
-from torchways.executor import state as core
+from torchways.executor import events
 from torchways.executor.plan import load_program
 from torchways.executor.routes import Routes
+from torchways.executor.runs import lowest
+from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
 
@@ -70,11 +72,10 @@ class World:
 
     def __init__(self, pick, budget=0, max_remembered=1000):
         self.pick = pick
-        self.states = {
-            name: core.ExecutorState(name, budget_bytes=budget, max_remembered=max_remembered) for name in "ab"
-        }
+        self.states = {name: ExecutorState(name, budget_bytes=budget, max_remembered=max_remembered) for name in "ab"}
         self.pending = []  # (queue, executor, event or work): within a queue, order is kept
         self.ended = {name: [] for name in "ab"}
+        self.unloaded = {name: [] for name in "ab"}
         self.delivered = {}
         self.executed = 0
         self.fail_at = None
@@ -97,43 +98,46 @@ class World:
                 continue
             for command in self.states[name].handle(event):
                 self.carry_out(name, command)
-            self.peak = max(self.peak, *(state.used_bytes for state in self.states.values()))
+            self.peak = max(self.peak, *(state.memory.used_bytes for state in self.states.values()))
 
     def carry_out(self, name, command):
         match command:
-            case core.Compile():
+            case events.Compile():
                 failure = Failure(kind="CaptureError", message="injected") if name == self.uncompilable else None
-                self.post(None, name, core.ProgramCompiled(part=command.program.part, failure=failure))
-            case core.Place():
+                self.post(None, name, events.ProgramCompiled(part=command.program.part, failure=failure))
+            case events.Place():
                 data = command.data
                 command.cell.buffer = data if isinstance(data, _Buffer) else _Buffer(int(data[1:]))
-            case core.Execute():
+            case events.Execute():
                 self.execute(name, command)
-            case core.Send():  # the value is read when it is computed, which is later
+            case events.Send():  # the value is read when it is computed, which is later
                 self.post(f"device {name}", name, lambda: self.send(name, command))
-            case core.Deliver():
+            case events.Deliver():
                 self.post(f"device {name}", name, lambda: self.deliver(name, command))
-            case core.ReportEnded():
+            case events.ReportEnded():
                 self.ended[name].append((command.run.run_id, command.failure))
+            case events.Unload():
+                assert not any(run.program.part == command.part for run in self.states[name].runs.values())
+                self.unloaded[name].append(command.part)
 
     def send(self, name, command):
         other = "b" if name == "a" else "a"
         failure = command.cell.failure
         data = None if failure else _Buffer(command.cell.buffer.read())
         edge_id = command.instruction.edge_id
-        arrived = core.TransferArrived(run_id=command.task.run.run_id, edge_id=edge_id, data=data, failure=failure)
+        arrived = events.TransferArrived(run_id=command.task.run.run_id, edge_id=edge_id, data=data, failure=failure)
         self.post(f"link to {other}", other, arrived)
-        self.post(None, name, core.UnitFinished(task=command.task))
+        self.post(None, name, events.UnitFinished(task=command.task))
 
     def deliver(self, name, command):
         cell = command.cell
         self.delivered[command.fetch_id] = cell.failure or cell.buffer.read()
-        self.post(None, name, core.FetchEnded(cell=cell))
+        self.post(None, name, events.FetchEnded(cell=cell))
 
     def execute(self, name, command):
         task = command.task
         self.executed += 1
-        failure = core.lowest([cell.failure for cell in command.inputs])
+        failure = lowest([cell.failure for cell in command.inputs])
         if self.executed == self.fail_at:
             failure = Failure(kind="RemoteError", message="injected", run_id=task.run.run_id)
         total = 0 if failure else sum(cell.buffer.read() for cell in command.inputs)
@@ -141,7 +145,7 @@ class World:
             command.inputs[task.unit.reads.index(slot)].buffer.alive = False
         for cell in command.outputs:
             cell.buffer, cell.failure = None if failure else _Buffer(total), failure
-        self.post(f"device {name}", name, core.UnitFinished(task=task, failure=failure))
+        self.post(f"device {name}", name, events.UnitFinished(task=task, failure=failure))
 
 
 def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False, budget=0):
@@ -151,24 +155,24 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program
     world.uncompilable = uncompilable
     for name in lost:
         failure = Failure(kind="ExecutorLost", message="injected")
-        world.post(None, "b" if name == "a" else "a", core.PeerLost(peer=name, failure=failure))
+        world.post(None, "b" if name == "a" else "a", events.PeerLost(peer=name, failure=failure))
     for name, program in train_parts().items():
-        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
+        world.post(f"scheduler of {name}", name, events.ProgramArrived(program=program))
     w, v = BufferId(BASE + 2), BufferId(BASE + 3)
-    world.post(None, "a", core.BufferPut(buffer_id=w, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-    world.post(None, "b", core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    world.post(None, "a", events.BufferPut(buffer_id=w, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    world.post(None, "b", events.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     for number in range(num_runs):
         first = BASE + 100 + 10 * number
         run = {"part": PART, "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", core.RunEnqueued(arguments=[w, f"={number}"], **run))
-        world.post("scheduler of b", "b", core.RunEnqueued(arguments=[v], **run))
-        world.post(None, "a", core.FetchRequested(fetch_id=number, buffer_id=BufferId(first + 1)))
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[w, f"={number}"], **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[v], **run))
+        world.post(None, "a", events.FetchRequested(fetch_id=number, buffer_id=BufferId(first + 1)))
         w, v = BufferId(first), BufferId(first + 2)
-    world.post(None, "a", core.FetchRequested(fetch_id=1000, buffer_id=w))
+    world.post(None, "a", events.FetchRequested(fetch_id=1000, buffer_id=w))
     if drop_program:  # in the stream's order: behind the last run, maybe before the compilation ends
         for name in "ab":
-            world.post(f"scheduler of {name}", name, core.ProgramDropped(program_id=ProgramId(BASE + 1)))
+            world.post(f"scheduler of {name}", name, events.ProgramDropped(program_id=ProgramId(BASE + 1)))
     world.run()
     return world
 
@@ -190,9 +194,10 @@ def test_any_order_of_events_gives_the_same_values(data, num_runs, drop_program)
         ]
         assert all(failure is None for _, failure in world.ended[name])
         assert world.states[name].runs == {}
-        assert world.states[name].is_needed(PART) is not drop_program
+        assert list(world.states[name].programs) == ([] if drop_program else [PART])
+        assert world.unloaded[name] == ([PART] if drop_program else [])
         # Donated state is gone: what is named is what the last run left, and the y's that were not dropped.
-        assert len(world.states[name].named) == (num_runs + 1 if name == "a" else 1)
+        assert len(world.states[name].names.cells) == (num_runs + 1 if name == "a" else 1)
 
 
 @settings(max_examples=100, deadline=None)
@@ -220,22 +225,22 @@ def test_a_program_that_does_not_compile_fails_all_its_runs(data, num_runs, unco
 def test_a_dropped_client_leaves_nothing(data, num_runs):
     world = drive(data.draw, num_runs)
     for state in world.states.values():
-        state.handle(core.ClientDropped(client_id=ClientId(CLIENT)))
-        assert state.named == {}
+        state.handle(events.ClientDropped(client_id=ClientId(CLIENT)))
+        assert state.names.cells == {}
         assert state.programs == {}
 
 
 def test_a_lost_peer_fails_receives_now_and_later():
-    state = core.ExecutorState("b")
-    state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    state.handle(core.ProgramCompiled(part=PART, failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    state = ExecutorState("b")
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     lost = Failure(kind="ExecutorLost", message="executor a is lost")
     commands = []
     for number in range(2):
         run_id = RunId(BASE + 50 + number)
         commands += state.handle(
-            core.RunEnqueued(
+            events.RunEnqueued(
                 part=PART,
                 run_id=run_id,
                 sequence=number,
@@ -244,23 +249,23 @@ def test_a_lost_peer_fails_receives_now_and_later():
             )
         )
         if number == 0:
-            commands += state.handle(core.PeerLost(peer="a", failure=lost))
-    for command in [command for command in commands if isinstance(command, core.Send)]:
+            commands += state.handle(events.PeerLost(peer="a", failure=lost))
+    for command in [command for command in commands if isinstance(command, events.Send)]:
         assert command.cell.failure == lost
-        commands += state.handle(core.UnitFinished(task=command.task))
-    ended = [command for command in commands if isinstance(command, core.ReportEnded)]
+        commands += state.handle(events.UnitFinished(task=command.task))
+    ended = [command for command in commands if isinstance(command, events.ReportEnded)]
     assert [command.failure for command in ended] == [lost, lost]
 
 
 def test_a_program_that_cannot_be_compiled_donates_nothing():
-    state = core.ExecutorState("b")
-    state.handle(core.ProgramArrived(program=train_parts()["b"]))
+    state = ExecutorState("b")
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
     v, refused = BufferId(BASE + 3), Failure(kind="CaptureError", message="no lowering")
-    state.handle(core.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    state.handle(events.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
 
     def run(number, argument):
         first = BASE + 50 + 10 * number
-        return core.RunEnqueued(
+        return events.RunEnqueued(
             part=PART,
             run_id=RunId(first),
             sequence=number,
@@ -270,22 +275,58 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
 
     state.handle(run(0, v))  # these wait for the compilation, the second for what the first makes
     state.handle(run(1, BufferId(BASE + 53)))
-    state.handle(core.ProgramCompiled(part=PART, failure=refused))
+    state.handle(events.ProgramCompiled(part=PART, failure=refused))
     state.handle(run(2, v))  # this comes when it is known
     for fetch_id, (buffer_id, failure) in enumerate({v: None, BASE + 53: refused, BASE + 73: refused}.items()):
-        [delivered] = state.handle(core.FetchRequested(fetch_id=fetch_id, buffer_id=BufferId(buffer_id)))
+        [delivered] = state.handle(events.FetchRequested(fetch_id=fetch_id, buffer_id=BufferId(buffer_id)))
         assert delivered.cell.failure == failure
-        state.handle(core.FetchEnded(cell=delivered.cell))
-    assert state.named[v].buffer is not None or state.named[v].scheduled
-    assert state.used_bytes == 10
+        state.handle(events.FetchEnded(cell=delivered.cell))
+    assert state.names.cells[v].buffer is not None or state.names.cells[v].scheduled
+    assert state.memory.used_bytes == 10
+
+
+def test_a_program_that_is_dropped_before_it_is_compiled_leaves_nothing():
+    state = ExecutorState("b")
+    before = sizes(state)
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
+    assert state.handle(events.ProgramDropped(program_id=PART.program_id)) == [events.Unload(part=PART)]
+    assert sizes(state) == before
+    # Its compilation may have been under way.
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    assert sizes(state) == before
+
+
+def test_a_run_of_a_dropped_program_is_refused_while_an_earlier_one_goes_on():
+    state = ExecutorState("b")
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+
+    def run(number):
+        return events.RunEnqueued(
+            part=PART,
+            run_id=RunId(BASE + 50 + number),
+            sequence=number,
+            first_buffer_id=BufferId(BASE + 60 + 10 * number),
+            arguments=[BufferId(BASE + 3)],
+        )
+
+    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    state.handle(run(0))
+    assert state.handle(events.ProgramDropped(program_id=PART.program_id)) == []
+    [refused] = state.handle(run(1))
+    assert "is not loaded" in refused.failure.message
+    lost = events.PeerLost(peer="a", failure=Failure(kind="ExecutorLost", message="executor a is lost"))
+    [sent] = state.handle(lost)
+    ended, unload = state.handle(events.UnitFinished(task=sent.task))
+    assert (type(ended), unload) == (events.ReportEnded, events.Unload(part=PART))
 
 
 def test_a_donated_buffer_cannot_be_read_again():
-    state = core.ExecutorState("b")
-    state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    state.handle(core.ProgramCompiled(part=PART, failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-    run = core.RunEnqueued(
+    state = ExecutorState("b")
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    run = events.RunEnqueued(
         part=PART,
         run_id=RunId(BASE + 50),
         sequence=0,
@@ -293,14 +334,14 @@ def test_a_donated_buffer_cannot_be_read_again():
         arguments=[BufferId(BASE + 3)],
     )
     state.handle(run)
-    [delivered] = state.handle(core.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 3)))
+    [delivered] = state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 3)))
     assert "was donated to a later computation" in delivered.cell.failure.message
 
 
 def test_status_says_what_a_run_waits_for():
-    state = core.ExecutorState("b")
-    state.handle(core.ProgramArrived(program=train_parts()["b"]))
-    run = core.RunEnqueued(
+    state = ExecutorState("b")
+    state.handle(events.ProgramArrived(program=train_parts()["b"]))
+    run = events.RunEnqueued(
         part=PART,
         run_id=RunId(BASE + 7),
         sequence=0,
@@ -309,7 +350,7 @@ def test_status_says_what_a_run_waits_for():
     )
     state.handle(run)
     assert state.waiting_for() == [f"run {BASE + 7} of step: its compilation"]
-    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
     assert "receives edges [0]" in state.waiting_for()[0]
 
 
@@ -317,14 +358,14 @@ def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewh
     for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
         item = kind or SendInstruction(slot=0, edge_id=0, peer=1)
         program = load_program(PART, "step", 1, [8, 8], [item], [], ["float32[2]", "float32[2]"])
-        state = core.ExecutorState("a")
-        state.handle(core.ProgramArrived(program=program))
-        state.handle(core.ProgramCompiled(part=PART, failure=None))
-        put = core.BufferPut(
+        state = ExecutorState("a")
+        state.handle(events.ProgramArrived(program=program))
+        state.handle(events.ProgramCompiled(part=PART, failure=None))
+        put = events.BufferPut(
             buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=8, form="float16[2]"
         )
         state.handle(put)
-        run = core.RunEnqueued(
+        run = events.RunEnqueued(
             part=PART,
             run_id=RunId(BASE + 7),
             sequence=0,
@@ -349,18 +390,18 @@ def test_a_budget_delays_computations_and_is_never_exceeded(data, num_runs, spar
     while stalled:  # the controller reads, and drops what it has read
         stalled = False
         for name, state in world.states.items():
-            names = [b for b, cell in state.named.items() if cell.buffer is not None and (b - BASE) % 10 == 1]
-            if state.starved and names:
-                world.post(None, name, core.BuffersDropped(buffer_ids=names))
+            names = [b for b, cell in state.names.cells.items() if cell.buffer is not None and (b - BASE) % 10 == 1]
+            if state.memory.starved and names:
+                world.post(None, name, events.BuffersDropped(buffer_ids=names))
                 stalled = True
         world.run()
-    assert not any(state.starved for state in world.states.values())
+    assert not any(state.memory.starved for state in world.states.values())
     assert world.peak <= budget
     assert world.delivered[1000] == drive(data.draw, num_runs).delivered[1000]
     for name, state in world.states.items():
         assert len(world.ended[name]) == num_runs
-        state.handle(core.ClientDropped(client_id=ClientId(CLIENT)))
-        assert state.used_bytes == 0
+        state.handle(events.ClientDropped(client_id=ClientId(CLIENT)))
+        assert state.memory.used_bytes == 0
 
 
 def _one_call(slot_bytes, num_args=1):
@@ -369,13 +410,13 @@ def _one_call(slot_bytes, num_args=1):
 
 
 def _starving(budget, slot_bytes):
-    state = core.ExecutorState("a", budget_bytes=budget)
-    state.handle(core.ProgramArrived(program=_one_call(slot_bytes)))
-    state.handle(core.ProgramCompiled(part=PART, failure=None))
+    state = ExecutorState("a", budget_bytes=budget)
+    state.handle(events.ProgramArrived(program=_one_call(slot_bytes)))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
     state.handle(
-        core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=slot_bytes[0])
+        events.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=slot_bytes[0])
     )
-    run = core.RunEnqueued(
+    run = events.RunEnqueued(
         part=PART,
         run_id=RunId(BASE + 3),
         sequence=1,
@@ -391,7 +432,7 @@ def test_a_computation_larger_than_the_budget_is_refused_at_once_with_sizes():
     assert ended.failure.kind == "ResourceExhausted"
     assert "101 bytes" in ended.failure.message
     assert "100 bytes" in ended.failure.message
-    assert state.starved == []
+    assert state.memory.starved == []
 
 
 def test_a_computation_waits_for_memory_and_status_says_so():
@@ -399,15 +440,15 @@ def test_a_computation_waits_for_memory_and_status_says_so():
     assert commands == []
     assert "waits for 60 bytes of device memory: 50 of 100 are used" in state.waiting_for()[0]
     # Its input stays in memory until it has run: only another array's end can help. There is none, so it fails.
-    [ended] = state.handle(core.MemoryStalled(seconds=3))
+    [ended] = state.handle(events.MemoryStalled(seconds=3))
     assert ended.failure.kind == "ResourceExhausted"
     assert f"client {CLIENT}: 50 bytes" in ended.failure.message
 
 
 def test_a_released_array_lets_the_next_computation_go():
     state, _ = _starving(100, [50, 10])
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=40))
-    run = core.RunEnqueued(
+    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=40))
+    run = events.RunEnqueued(
         part=PART,
         run_id=RunId(BASE + 21),
         sequence=2,
@@ -415,8 +456,8 @@ def test_a_released_array_lets_the_next_computation_go():
         arguments=[BufferId(BASE + 2)],
     )
     assert state.handle(run) == []
-    commands = state.handle(core.BuffersDropped(buffer_ids=[BufferId(BASE + 20)]))
-    assert [type(command) for command in commands] == [core.Execute]
+    commands = state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 20)]))
+    assert [type(command) for command in commands] == [events.Execute]
 
 
 # ---- gangs
@@ -424,14 +465,16 @@ def test_a_released_array_lets_the_next_computation_go():
 
 def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
     for role in ("leader", "member"):
-        state = core.ExecutorState("a", gang=role)
-        state.handle(core.ProgramArrived(program=_one_call([1, 1])))
-        state.handle(core.ProgramCompiled(part=PART, failure=None))
-        state.handle(core.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=1))
+        state = ExecutorState("a", gang=role)
+        state.handle(events.ProgramArrived(program=_one_call([1, 1])))
+        state.handle(events.ProgramCompiled(part=PART, failure=None))
+        state.handle(
+            events.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=1)
+        )
         asked = []
         for number in range(2):
             asked += state.handle(
-                core.RunEnqueued(
+                events.RunEnqueued(
                     part=PART,
                     run_id=RunId(BASE + 30 + number),
                     sequence=number,
@@ -439,31 +482,31 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
                     arguments=[BufferId(BASE + 2)],
                 )
             )
-        expected = [core.ReportReady] * 2 if role == "leader" else []
+        expected = [events.ReportReady] * 2 if role == "leader" else []
         assert [type(command) for command in asked] == expected
         # Granted the other way round.
-        commands = state.handle(core.UnitGranted(run=RunPart(RunId(BASE + 31), SLICE), unit=0))
-        commands += state.handle(core.UnitGranted(run=RunPart(RunId(BASE + 30), SLICE), unit=0))
-        ran = [command.task.run.run_id for command in commands if isinstance(command, core.Execute)]
+        commands = state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 31), SLICE), unit=0))
+        commands += state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 30), SLICE), unit=0))
+        ran = [command.task.run.run_id for command in commands if isinstance(command, events.Execute)]
         assert ran == [BASE + 31, BASE + 30]
-        assert sum(isinstance(command, core.ReportPassed) for command in commands) == 2
+        assert sum(isinstance(command, events.ReportPassed) for command in commands) == 2
 
 
 def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
-    state = core.ExecutorState("b")
+    state = ExecutorState("b")
     call = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
-    state.handle(core.ProgramArrived(program=load_program(PART, "step", 1, [10, 10], [call], [(0, 0)])))
-    state.handle(core.ProgramCompiled(part=PART, failure=None))
-    state.handle(core.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-    assert state.handle(core.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
-    run = core.RunEnqueued(
+    state.handle(events.ProgramArrived(program=load_program(PART, "step", 1, [10, 10], [call], [(0, 0)])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    assert state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
+    run = events.RunEnqueued(
         part=PART,
         run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
         arguments=[BufferId(BASE + 3)],
     )
-    delivered = [command for command in state.handle(run) if isinstance(command, core.Deliver)]
+    delivered = [command for command in state.handle(run) if isinstance(command, events.Deliver)]
     assert [command.fetch_id for command in delivered] == [1]
 
 
@@ -480,31 +523,31 @@ def _round(world, number, client_id, fails):
         world.post(
             f"scheduler of {name}",
             name,
-            core.ProgramArrived(program=replace(program, part=PartId(ProgramId(base + 1), SLICE))),
+            events.ProgramArrived(program=replace(program, part=PartId(ProgramId(base + 1), SLICE))),
         )
     for name, buffer_id in zip("aba", names, strict=True):
         if (name, fails) != ("a", "put"):  # a client that dies before it has sent its values
             world.post(
-                None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
+                None, name, events.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
             )
     w, v, unused = names
     for step in range(4):
         first = base + 100 + 10 * step
         run = {"part": PartId(ProgramId(base + 1), SLICE), "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", core.RunEnqueued(arguments=[w, f"={step}"], **run))
-        world.post("scheduler of b", "b", core.RunEnqueued(arguments=[v], **run))
-        world.post(None, "a", core.FetchRequested(fetch_id=first, buffer_id=BufferId(first + world.pick((0, 1)))))
-        world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[w, f"={step}"], **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[v], **run))
+        world.post(None, "a", events.FetchRequested(fetch_id=first, buffer_id=BufferId(first + world.pick((0, 1)))))
+        world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
         w, v = BufferId(first), BufferId(first + 2)
-    world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[w, unused]))
-    world.post("scheduler of b", "b", core.BuffersDropped(buffer_ids=[v]))
+    world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[w, unused]))
+    world.post("scheduler of b", "b", events.BuffersDropped(buffer_ids=[v]))
     for name in "ab":
-        world.post(f"scheduler of {name}", name, core.ProgramDropped(program_id=ProgramId(base + 1)))
+        world.post(f"scheduler of {name}", name, events.ProgramDropped(program_id=ProgramId(base + 1)))
     if fails != "put":
         world.run()
     for name in "ab":  # whatever is still under way
-        world.post(f"scheduler of {name}", name, core.ClientDropped(client_id=ClientId(client_id)))
+        world.post(f"scheduler of {name}", name, events.ClientDropped(client_id=ClientId(client_id)))
     world.run()
     world.delivered.clear()
 
@@ -518,7 +561,7 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed, fail
         _round(world, number, CLIENT + number, fails)
         after.append({name: sizes(state) for name, state in world.states.items()})
     assert after[-1] == after[1]
-    assert {name: state.used_bytes for name, state in world.states.items()} == {"a": 0, "b": 0}
+    assert {name: state.memory.used_bytes for name, state in world.states.items()} == {"a": 0, "b": 0}
 
 
 @settings(max_examples=60, deadline=None)
@@ -526,20 +569,20 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed, fail
 def test_a_client_that_goes_on_for_ever_leaves_nothing_behind_either(seed):
     world = World(random.Random(seed).choice, max_remembered=2)
     for name, program in train_parts().items():
-        world.post(f"scheduler of {name}", name, core.ProgramArrived(program=program))
+        world.post(f"scheduler of {name}", name, events.ProgramArrived(program=program))
     names = {"a": BufferId(BASE + 2), "b": BufferId(BASE + 3)}
     for name, buffer_id in names.items():
         world.post(
-            None, name, core.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
+            None, name, events.BufferPut(buffer_id=buffer_id, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10)
         )
     after = []
     for step in range(40):
         first = BASE + 100 + 10 * step
         run = {"part": PART, "run_id": RunId(first + 9), "sequence": step}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", core.RunEnqueued(arguments=[names["a"], f"={step}"], **run))
-        world.post("scheduler of b", "b", core.RunEnqueued(arguments=[names["b"]], **run))
-        world.post("scheduler of a", "a", core.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[names["a"], f"={step}"], **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[names["b"]], **run))
+        world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
         names = {"a": BufferId(first), "b": BufferId(first + 2)}
         if step % 4 == 3:  # the controller runs ahead in between
             world.run()

@@ -1,0 +1,153 @@
+"""The device memory that an executor's runs and values take, against a budget.
+
+A run reserves the most that it will ever need before it begins, and begins when that is left beside what older runs may
+still take. So no run is stopped half way, and a program that pre-flight found to fit does fit. The oldest run may
+always begin.
+
+Pure: it counts bytes. The core (state.py) decides what happens to a task or value that has no room.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from typing import TypeAlias
+
+from torchways.executor.runs import Cell, Placing, Run, Task
+from torchways.ids import RunPart
+
+#: Something that takes memory.
+Taker: TypeAlias = Task | Placing
+
+
+class Memory:
+    """See the module's docstring.
+
+    Args:
+        budget_bytes: device memory, bytes per device; 0 means no limit.
+        runs: the runs in flight; the core's.
+
+    Attributes:
+        used_bytes: bytes per device that are in use.
+        starved: tasks and values that wait for memory, oldest first.
+    """
+
+    def __init__(self, budget_bytes: int, runs: Mapping[RunPart, Run]) -> None:
+        self.budget_bytes = budget_bytes
+        self.used_bytes = 0
+        self.starved: list[Taker] = []
+        self._runs = runs
+        #: Runs that have not begun, in their order.
+        self._unadmitted: deque[Run] = deque()
+        #: The most that the runs that have begun may still allocate.
+        self._promised_bytes = 0
+
+    # ---- runs
+
+    def enqueue(self, run: Run) -> None:
+        """Lets a run begin, now or when it has room."""
+        self._unadmitted.append(run)
+        self._admit()
+
+    def end(self, run: Run) -> None:
+        """Gives up the reservation of a run."""
+        if run.admitted:
+            self._promised_bytes -= run.most_unpaid_bytes
+        else:
+            self._unadmitted.remove(run)
+
+    def _admit(self) -> None:
+        """Lets runs begin, in their order, while there is room beside what those before may still take."""
+        while self._unadmitted:
+            run = self._unadmitted[0]
+            if self.budget_bytes and self.used_bytes + self._promised_bytes + run.reserved_bytes > self.budget_bytes:
+                admitted = [other for other in self._runs.values() if other.admitted]
+                kept = sum(other.unpaid_bytes for other in admitted)
+                is_alone = all(other.run_id == run.run_id for other in admitted)
+                if not is_alone and self.used_bytes + kept + run.reserved_bytes > self.budget_bytes:
+                    return
+            self._unadmitted.popleft()
+            run.admitted = True
+            self._promised_bytes += run.most_unpaid_bytes
+
+    # ---- whoever takes memory
+
+    def need_bytes(self, taker: Taker) -> int:
+        """Returns what a task or value adds to the memory in use."""
+        if isinstance(taker, Task):
+            return taker.need_bytes - sum(cell.nbytes for cell in _reused(taker))
+        return taker.need_bytes
+
+    def has_room(self, taker: Taker) -> bool:
+        """Whether a task or value fits into the budget, beside what other runs may still take."""
+        if not self.budget_bytes or taker.need_bytes == 0:
+            return True
+        wanted, run = self.used_bytes + self.need_bytes(taker), self.run_of(taker)
+        if run is not None and not run.admitted:
+            return False
+        if wanted + self._promised_bytes <= self.budget_bytes:
+            return True  # the usual case: no sum over runs is needed
+        kept = sum(other.unpaid_bytes for other in self._runs.values() if other.admitted and other is not run)
+        return wanted + kept <= self.budget_bytes
+
+    def run_of(self, taker: Taker) -> Run | None:
+        """Returns the run that a task's or value's memory counts for."""
+        return taker.run if isinstance(taker, Task) else self._payer(taker.cell)
+
+    def priority(self, taker: Taker) -> tuple[int, int]:
+        """Returns a key that sorts by the order of runs, then by that of the program."""
+        run = self.run_of(taker)
+        return (run.sequence if run is not None else 0, taker.unit.position if isinstance(taker, Task) else -1)
+
+    # ---- bytes in use
+
+    def charge(self, cell: Cell) -> None:
+        """Counts a cell's bytes as used."""
+        self.used_bytes += cell.nbytes
+        cell.is_charged = True
+        payer = self._payer(cell)
+        if payer is not None:
+            payer.own_bytes += cell.nbytes
+
+    def release(self, cell: Cell) -> None:
+        """Gives back a cell's bytes."""
+        cell.is_charged = False
+        self.used_bytes -= cell.nbytes
+        payer = self._payer(cell)
+        if payer is not None:
+            payer.own_bytes -= cell.nbytes
+
+    def begin_compute(self, task: Task, outputs: Sequence[Cell]) -> None:
+        """Counts all that a unit of computations allocates; its outputs take over what it reuses."""
+        reused = _reused(task)
+        taken = task.unit.need_bytes - sum(cell.nbytes for cell in reused)
+        self.used_bytes += taken
+        task.run.own_bytes += taken
+        for cell in reused:
+            cell.is_charged = False
+        for cell in outputs:
+            cell.is_charged = True
+
+    def end_compute(self, task: Task) -> None:
+        """Gives back what a unit of computations allocated beside its outputs."""
+        sizes = task.run.program.slot_bytes
+        freed = task.unit.need_bytes - sum(sizes[slot] for slot in task.unit.writes)
+        self.used_bytes -= freed
+        task.run.own_bytes -= freed
+
+    def freed(self) -> Sequence[Taker]:
+        """Lets runs begin after memory was given back; returns what waited for it, to be looked at again."""
+        if self._unadmitted:
+            self._admit()
+        if not self.starved:
+            return ()
+        starved, self.starved = self.starved, []
+        return starved
+
+    def _payer(self, cell: Cell) -> Run | None:
+        return self._runs.get(cell.payer) if cell.payer is not None else None
+
+
+def _reused(task: Task) -> list[Cell]:
+    """Returns the inputs whose memory the outputs take over."""
+    return [cell for cell in task.cells_of(task.unit.donated) if cell.holders == 1 and cell.is_charged]

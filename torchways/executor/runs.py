@@ -1,0 +1,182 @@
+"""What the executor's core and its shell both hold in hand: cells, runs and their tasks, programs.
+
+Mutable; only the core changes them, but for the buffer and the failure of a cell, which the shell sets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from torchways.errors import Failure
+from torchways.executor.plan import LoadedProgram, Unit
+from torchways.ids import BufferId, RunId, RunPart, SliceId
+from torchways.ir.part import Slot
+
+if TYPE_CHECKING:
+    from torchways.executor.events import Place
+
+
+@dataclass(eq=False, slots=True)
+class Cell:
+    """One logical buffer: empty, scheduled (a command that was given fills it), filled or poisoned.
+
+    Attributes:
+        nbytes: its size, bytes per device.
+        scheduled: units that read it may be issued.
+        buffer: the device buffer; set by the shell.
+        failure: the reason why there is no buffer; set by the shell or the core.
+        readers: units that will read it and host copies under way; a donation waits until its own unit is the last.
+        holders: names, runs and copies that keep its memory.
+        is_charged: its bytes count as used.
+        form: dtype and shape as text; "" if they are not known.
+        awaits_put: the controller's Put fills it, not a run, if it has not come yet.
+        slice_id: the slice that it is on; 0 while that is not known.
+        payer: the run that its bytes count for, while that run is in flight.
+        waiters: tasks to look at again when something changes.
+        fetches: reads of the controller that wait for it.
+    """
+
+    nbytes: int = 0
+    scheduled: bool = False
+    buffer: Any = None
+    failure: Failure | None = None
+    readers: int = 0
+    holders: int = 0
+    is_charged: bool = False
+    form: str = ""
+    awaits_put: bool = False
+    slice_id: SliceId = SliceId(0)
+    payer: RunPart | None = None
+    waiters: list[Task | Placing] = field(default_factory=list)
+    fetches: list[int] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class KnownProgram:
+    """A program's part, from its arrival until it is dropped and its last run is over.
+
+    Attributes:
+        program: its plan.
+        num_runs: its runs in flight.
+        is_compiled: compilation has ended, well or not.
+        failure: why it could not be compiled.
+        is_dropped: no run will come.
+        waiting: tasks of runs that came before it was compiled.
+        to_donate: names that these runs give up if it can be compiled; if it cannot, nothing was donated.
+    """
+
+    program: LoadedProgram
+    num_runs: int = 0
+    is_compiled: bool = False
+    failure: Failure | None = None
+    is_dropped: bool = False
+    waiting: list[Task] = field(default_factory=list)
+    to_donate: list[BufferId] = field(default_factory=list)
+
+
+@dataclass(eq=False, slots=True)
+class Run:
+    """One run of a program's part.
+
+    Attributes:
+        program: the plan of its part.
+        known: its part.
+        sequence: its place in the island's order.
+        cells: by slot; None once the run has no use for the slot.
+        reads_left: for each slot, the number of units that have not finished reading it.
+        units_left: the number of units that are not over.
+        in_order: the tasks that pass one after the other; see `Task.has_passed`.
+        num_passed: how many of them have passed.
+        reserved_bytes: the most that it allocates at a time, bytes per device.
+        own_bytes: the bytes that it has allocated now.
+        admitted: `reserved_bytes` are kept for it.
+        failure: the lowest of its units' failures.
+    """
+
+    program: LoadedProgram
+    known: KnownProgram
+    run_id: RunId
+    sequence: int
+    cells: list[Cell | None]
+    reads_left: dict[int, int]
+    units_left: int
+    tasks: list[Task] = field(default_factory=list)
+    in_order: list[Task] = field(default_factory=list)
+    num_passed: int = 0
+    reserved_bytes: int = 0
+    own_bytes: int = 0
+    admitted: bool = False
+    failure: Failure | None = None
+
+    @property
+    def part(self) -> RunPart:
+        """Its identity."""
+        return RunPart(self.run_id, self.program.part.slice_id)
+
+    @property
+    def unpaid_bytes(self) -> int:
+        """The bytes that it may still allocate beside those that it has."""
+        return max(0, self.reserved_bytes - self.own_bytes)
+
+    @property
+    def most_unpaid_bytes(self) -> int:
+        """A bound of `unpaid_bytes`."""
+        return self.reserved_bytes + self.program.donated_bytes
+
+
+@dataclass(eq=False, slots=True)
+class Task:
+    """One unit of one run.
+
+    Attributes:
+        issued: it is under way, or over.
+        has_passed: it has its memory, or needs none; the tasks behind it in its run need not wait for it.
+        arrived: the value that it received, until it has passed.
+        has_ended: it is over.
+    """
+
+    run: Run
+    unit: Unit
+    number: int
+    issued: bool = False
+    has_passed: bool = False
+    arrived: Place | None = None
+    has_ended: bool = False
+
+    @property
+    def need_bytes(self) -> int:
+        """Device memory that it allocates, bytes per device."""
+        return self.unit.need_bytes
+
+    def cells_of(self, slots: Sequence[Slot]) -> list[Cell]:
+        """Returns the cells of its run in these slots."""
+        cells = self.run.cells
+        return [cells[slot] for slot in slots]  # type: ignore[misc]
+
+    def __str__(self) -> str:
+        return f"unit {self.number} of run {self.run.run_id} of {self.run.program.name}"
+
+
+@dataclass(eq=False, slots=True)
+class Placing:
+    """A host value on its way to the devices."""
+
+    cell: Cell
+    command: Place
+    issued: bool = False
+
+    @property
+    def need_bytes(self) -> int:
+        """Device memory that it takes, bytes per device."""
+        return self.cell.nbytes
+
+    def __str__(self) -> str:
+        return "a value from a host"
+
+
+def lowest(failures: Sequence[Failure | None]) -> Failure | None:
+    """Returns the failure of the lowest run: of several, the one that came first."""
+    real = [failure for failure in failures if failure is not None]
+    return min(real, key=lambda failure: failure.run_id) if real else None

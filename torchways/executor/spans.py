@@ -1,0 +1,60 @@
+"""An executor's part of the trace: what its devices, transfers and compilations did when."""
+
+from __future__ import annotations
+
+import collections
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from typing import TypeAlias
+
+from torchways.executor.memory import Taker
+
+logger = logging.getLogger(__name__)
+
+#: name, track, start and end (Unix nanoseconds), run.
+Span: TypeAlias = tuple[str, str, int, int, int]
+
+_MAX_SPANS = 50_000
+
+
+class Spans:
+    """The newest spans. All methods but `since` and `note` are for the engine's thread."""
+
+    def __init__(self) -> None:
+        self._spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
+        self._device_free_ns = 0
+        #: Waits for memory that are not over, by the identity of what waits.
+        self._waits: dict[int, tuple[str, int]] = {}
+
+    def since(self, start_ns: int) -> list[Span]:
+        """Returns the spans that ended at a time or later."""
+        return [span for span in list(self._spans) if span[3] >= start_ns]
+
+    def note(self, name: str, track: str, start_ns: int, end_ns: int, run_id: int = 0) -> None:
+        """Keeps a span."""
+        self._spans.append((name, track, start_ns, end_ns, run_id))
+
+    def note_computed(self, name: str, num_devices: int, issued_ns: int, ended_ns: int, run_id: int) -> None:
+        """Keeps a computation's span for each device: it began when it was issued, or behind the one before it."""
+        started = max(issued_ns, self._device_free_ns)
+        self._device_free_ns = ended_ns
+        for device in range(num_devices):
+            self.note(name, f"device {device}", started, ended_ns, run_id)
+
+    def note_waits(self, starved: Sequence[Taker]) -> None:
+        """Keeps a span of every wait for memory that is over, given those that are not."""
+        if not starved and not self._waits:
+            return
+        now = time.time_ns()
+        waiting = {id(item) for item in starved}
+        for item in starved:
+            if id(item) not in self._waits:
+                logger.info("%s waits for %d bytes of device memory", item, item.need_bytes)
+                self._waits[id(item)] = (f"waits for memory: {item}", now)
+        self._end_waits([key for key in self._waits if key not in waiting], now)
+
+    def _end_waits(self, keys: Iterable[int], now: int) -> None:
+        for key in keys:
+            name, started = self._waits.pop(key)
+            self.note(name, "memory", started, now)
