@@ -15,7 +15,7 @@ from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.channel import TOKEN_VARIABLE
-from torchways.rpc.identity import Caller, Role, metadata
+from torchways.rpc.identity import CLUSTER_KEY_VARIABLE, Caller, Role, metadata, new_cluster_key
 
 ELEMENTS = torch.arange(4.0).numpy().tobytes()
 SPEC = {"dtype": "float32", "shape": [4], "placements": ["R"]}
@@ -24,10 +24,13 @@ SPEC = {"dtype": "float32", "shape": [4], "placements": ["R"]}
 @pytest.fixture(scope="module")
 def victim():
     """A session that computes; yields what an attacker may have learnt of it, and a check that it is undisturbed."""
-    cluster = start_cluster(ClusterConfig(islands=1, devices_per_island=1))
     tw.shutdown()
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as stack:
+        key = new_cluster_key()
+        patch.setenv(CLUSTER_KEY_VARIABLE, key.hex())
+        cluster = start_cluster(ClusterConfig(islands=1, devices_per_island=1))
         stack.callback(cluster.close)
+        patch.delenv(CLUSTER_KEY_VARIABLE)
         patch.setenv("TORCHWAYS_ADDRESS", cluster.address)
         patch.setenv(TOKEN_VARIABLE, cluster.token)
         stack.enter_context(tw.init())
@@ -43,11 +46,11 @@ def victim():
             assert step(torch.ones(4)).item() == 8.0
 
         is_well()
-        yield Victim(cluster, mesh, weight._buffer.buffer_id, is_well)
+        yield Victim(cluster, key, mesh, weight._buffer.buffer_id, is_well)
 
 
 class Victim:
-    def __init__(self, cluster, mesh, buffer_id, is_well):
+    def __init__(self, cluster, key, mesh, buffer_id, is_well):
         session = current_session()
         address = session.slice_address(mesh)
         self.manager, self.token = cluster.address, cluster.token
@@ -55,7 +58,12 @@ class Victim:
         self.client_id, self.slice_id, self.buffer_id = session.manager.client_id, mesh.slice_id, buffer_id
         self.program_ids = list(session._islands_of)
         self.executor_id = address.executors[0].executor_id
-        self.is_well = is_well
+        self.is_well, self.key = is_well, key
+
+    def metadata_of(self, role):
+        """What a process of the cluster calls with."""
+        caller = Caller(role)
+        return metadata(self.token, caller, self.key.secret_of(caller))
 
 
 @contextlib.asynccontextmanager
@@ -179,6 +187,25 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
                 await scheduler.RemoveSlice(pb.RemoveSliceRequest(slice_id=victim.slice_id), metadata=known)
             with refused():
                 await scheduler.RemoveExecutor(pb.RemoveExecutorRequest(executor_id=victim.executor_id), metadata=known)
+
+    attack(victim, action)
+
+
+def test_what_is_too_large_is_refused(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        large = bytes(channel.MAX_MESSAGE_BYTES)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            await executor.PutBuffer(iter([pb.PutChunk(more=large)]), metadata=mine)
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            message = pb.ClientMessage(register_program=pb.RegisterProgram(name=large.decode()))
+            await scheduler.Connect(iter([pb.ClientMessages(messages=[message])]), metadata=mine).read()
+        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
+            await manager.Attach(pb.AttachRequest(name=large.decode()), metadata=metadata(victim.token)).read()
+        # More than the value that was announced.
+        value = pb.HostValue(spec=pb.TensorSpec(**SPEC), data=ELEMENTS)
+        chunk = pb.PutChunk(buffer_id=(client_id << 40) + 1, slice_id=1, mesh_shape=[1], value=value)
+        with refused(grpc.StatusCode.INVALID_ARGUMENT):
+            await executor.PutBuffer(iter([chunk, pb.PutChunk(more=b"x")]), metadata=mine)
 
     attack(victim, action)
 

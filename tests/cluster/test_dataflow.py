@@ -93,3 +93,16 @@ def test_a_slice_moves_with_its_arrays_and_programs_are_not_traced_again(cluster
     assert step.num_traces == traces
     assert str(step) == text
     moving.close()
+
+
+def test_a_value_that_is_larger_than_a_message_goes_with_its_run(meshes):
+    large = torch.randn(5_000_000)  # 20 MB; messages have 8
+
+    @tw.program(mesh=meshes[0])
+    def total(x):
+        return x.sum(), x[-3:] + 1
+
+    for _ in range(2):
+        result, end = total(large)
+        torch.testing.assert_close(end.cpu(), large[-3:] + 1)
+        torch.testing.assert_close(result.cpu(), large.sum(), rtol=1e-4, atol=0.1)

@@ -1,13 +1,21 @@
-"""Random messages to every method that a client may call: no process ends, and another client's results stay right."""
+"""Random messages to every method: no process ends, and another client's results stay right.
+
+What a client may call is tried as a client; what only the cluster's processes may call, as they would, but for what
+names the victim: they could end it in good order.
+"""
 
 import asyncio
+import contextlib
 import random
 
 import grpc
 import pytest
 
 from tests.cluster.test_access import attacker, victim  # noqa: F401 (a fixture)
+from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import Role
 
 _LABELS = ("float32", "int64", "R", "S(0)", "S(7)", "dp", "", "\x00", "os", "x" * 300)
 
@@ -49,7 +57,7 @@ def _value(dice, field, numbers):
             return dice.choice((0, 1, 2, 4, -1, 1 << 20, (1 << 31) - 1))
         case field.TYPE_UINT32:
             return dice.choice((0, 1, 2, 3, 7, 1 << 20, (1 << 32) - 1))
-    return dice.choice((*numbers, 0, 1, 2, (1 << 64) - 1))
+    return dice.choice((*numbers, 0, (1 << 64) - 1))
 
 
 async def fuzz(victim, dice, num_messages):  # noqa: F811
@@ -59,7 +67,16 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
         await manager.WaitSlice(pb.WaitSliceRequest(slice_id=slice_id), metadata=mine)
         first = (client_id << 40) + 1
         own = [first, first + 1, first + 2, slice_id]
-        numbers = [*own, *own, victim.buffer_id, victim.slice_id, victim.program_ids[0], victim.program_ids[0] + 5]
+        numbers = [
+            1,
+            2,
+            *own,
+            *own,
+            victim.buffer_id,
+            victim.slice_id,
+            victim.program_ids[0],
+            victim.program_ids[0] + 5,
+        ]
 
         codes = []
 
@@ -96,16 +113,74 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
             await connect()
             await one_call(executor.PutBuffer, pb.PutChunk(), streams_in=True)
             await one_call(executor.FetchBuffer, pb.FetchRequest(), streams_out=True)
-            await one_call(executor.CollectTrace, pb.TraceRequest())
+            await one_call(executor.CollectTrace, pb.TraceRequest(), streams_out=True)
+            await one_call(executor.GetStatus, pb.StatusRequest())
+            await one_call(manager.ReleaseSlice, pb.ReleaseSliceRequest())
+            await one_call(manager.DescribeCluster, pb.DescribeClusterRequest())
             await one_call(manager.ReserveSlice, pb.ReserveSliceRequest())
             await one_call(manager.WaitSlice, pb.WaitSliceRequest())
-            sent += 25
+            sent += 28
         # Refused, answered with an error, or waiting for what never comes; the processes are there.
+        assert grpc.StatusCode.UNAVAILABLE not in codes
+
+
+async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
+    """Random messages with the roles of the cluster's own processes."""
+    foreign = 77 << 40
+    numbers = [foreign + number for number in range(4)] + [900, 901]
+    codes = []
+    async with contextlib.AsyncExitStack() as stack:
+        manager, scheduler, executor = [
+            stub(await stack.enter_async_context(channel.open_channel(address)))
+            for stub, address in (
+                (pb_grpc.ResourceManagerStub, victim.manager),
+                (pb_grpc.SchedulerStub, victim.scheduler),
+                (pb_grpc.ExecutorStub, victim.executor),
+            )
+        ]
+
+        async def one_call(role, method, message):
+            random_message(dice, message, numbers)
+            try:
+                await method(message, metadata=victim.metadata_of(role), timeout=0.5)
+            except grpc.aio.AioRpcError as error:
+                codes.append(error.code())
+
+        async def stream(role, method, messages):
+            call = method(iter(messages), metadata=victim.metadata_of(role), timeout=5)
+            try:
+                await asyncio.wait_for(call.read(), 0.2)
+            except TimeoutError:
+                pass
+            except grpc.aio.AioRpcError as error:
+                codes.append(error.code())
+            finally:
+                call.cancel()
+
+        sent = 0
+        while sent < num_messages:
+            await one_call(Role.MANAGER, scheduler.AddSlice, pb.AddSliceRequest())
+            await one_call(Role.MANAGER, scheduler.RemoveSlice, pb.RemoveSliceRequest())
+            await one_call(Role.MANAGER, scheduler.RemoveExecutor, pb.RemoveExecutorRequest())
+            commands = [random_message(dice, pb.ExecutorCommand(), numbers) for _ in range(20)]
+            # These it would rightly do: hold its computations back, and drop the victim.
+            rightly = {"set_grants_needed", "drop_client"}
+            commands = [item for item in commands if item.WhichOneof("command") not in rightly]
+            await stream(Role.SCHEDULER, executor.Control, [pb.ExecutorCommands(commands=commands)])
+            events = [random_message(dice, pb.NodeEvent(), numbers) for _ in range(2)]
+            await stream(Role.NODE, manager.JoinNode, [event for event in events if not event.HasField("joined")])
+            sent += 25
         assert grpc.StatusCode.UNAVAILABLE not in codes
 
 
 def run(victim, seed, num_messages):  # noqa: F811
     asyncio.run(asyncio.wait_for(fuzz(victim, random.Random(seed), num_messages), 500))
+    victim.is_well()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_random_messages_of_the_clusters_own_processes_disturb_nobody(victim, seed):  # noqa: F811
+    asyncio.run(asyncio.wait_for(fuzz_as_the_cluster(victim, random.Random(seed), 250), 500))
     victim.is_well()
 
 
@@ -118,3 +193,5 @@ def test_random_messages_disturb_nobody(victim, seed):  # noqa: F811
 def test_ten_thousand_random_messages_disturb_nobody(victim):  # noqa: F811
     for seed in range(10):
         run(victim, 100 + seed, 1000)
+        asyncio.run(asyncio.wait_for(fuzz_as_the_cluster(victim, random.Random(200 + seed), 1000), 500))
+        victim.is_well()

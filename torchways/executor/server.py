@@ -34,11 +34,15 @@ from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
+from torchways.rpc.streams import Joiner, Outbox
 from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
+_SPANS_PER_MESSAGE = 5_000
+#: Of the runs in flight, those that the status says what they wait for.
+_MAX_WAITING_FOR = 1_000
 #: A fetch may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
 _UNKNOWN_BUFFER_SECONDS = 60.0
 
@@ -50,7 +54,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.key = key
         self.loop = asyncio.get_running_loop()
         self.engine: Engine
-        self._events: asyncio.Queue[pb.ExecutorEvent] = asyncio.Queue()
+        #: For the scheduler.
+        self._events = Outbox(pb.ExecutorEvent)
         self._num_messages = 0
         self._num_batches = 0
 
@@ -60,7 +65,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     def _queue_events(self, reported: list[pb.ExecutorEvent]) -> None:
         for event in reported:
-            self._events.put_nowait(event)
+            self._events.put(event)
 
     # ---- service
 
@@ -69,24 +74,26 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
     ) -> AsyncIterator[pb.ExecutorEvents]:
         """The scheduler's stream."""
         reading = asyncio.create_task(self._read_commands(request_iterator), name="control")
+        batches = self._events.batches()
         try:
             while True:
-                getting = asyncio.create_task(self._events.get(), name="next event")
+                getting = asyncio.ensure_future(anext(batches))
                 await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
                 if not getting.done():
                     getting.cancel()
                     reading.result()
                     return
-                yield pb.ExecutorEvents(events=[getting.result(), *channel.drain(self._events)])
+                yield pb.ExecutorEvents(events=getting.result())
         finally:
             reading.cancel()
 
     async def _read_commands(self, batches: AsyncIterator[pb.ExecutorCommands]) -> None:
         engine = self.engine
+        joiner = Joiner(pb.ExecutorCommand)
         async for batch in batches:
             self._num_batches += 1
-            self._num_messages += len(batch.commands)
-            for command in batch.commands:
+            for command in filter(None, map(joiner.join, batch.commands)):
+                self._num_messages += 1
                 match command.WhichOneof("command"):
                     case "enqueue":
                         engine.post(_run_enqueued(command.enqueue))
@@ -111,28 +118,30 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self, request_iterator: AsyncIterator[pb.PutChunk], context: grpc.aio.ServicerContext
     ) -> pb.PutResponse:
         """Stores a host value as a named buffer; returns when it is here."""
-        first: pb.PutChunk | None = None
-        parts: list[bytes] = []
-        async for chunk in request_iterator:
-            if first is None:
-                first = chunk
-            else:
-                parts.append(chunk.more)
+        chunks = aiter(request_iterator)
+        first = await anext(chunks, None)
         if first is None:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "PutBuffer without a chunk")
             raise AssertionError
-        caller = channel.caller(context, self.key)
         value = first.value
+        parts = [value.data]
         try:
-            check_owner(caller.client_id, ids=[BufferId(first.buffer_id)])
+            check_owner(channel.caller(context, self.key).client_id, ids=[BufferId(first.buffer_id)])
             spec = spec_of(value.spec, first.mesh_shape)
             check_spec(spec, spec.mesh)
             if math.prod(first.mesh_shape) != self.engine.num_devices:
                 raise UserError(f"a mesh {tuple(first.mesh_shape)} is not one of {self.engine.num_devices} devices")
+            left = spec.nbytes - len(value.data)
+            async for chunk in chunks:
+                left -= len(chunk.more)
+                if left < 0:
+                    raise UserError(f"more came than the {spec.nbytes:,} bytes of {spec.form}")
+                parts.append(chunk.more)
         except TorchwaysError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        if parts:
-            value.data = b"".join([value.data, *parts])
+            raise AssertionError from error
+        if len(parts) > 1:
+            value.data = b"".join(parts)
         self.engine.post(
             events.BufferPut(
                 buffer_id=BufferId(first.buffer_id),
@@ -218,25 +227,28 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             num_compiled=self.engine.compiler.num_compiled,
             compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
-            waiting_for=state.waiting_for(),
+            waiting_for=state.waiting_for()[:_MAX_WAITING_FOR],
             budget_bytes=state.memory.budget_bytes,
             used_bytes=state.memory.used_bytes,
             num_entries=self.engine.num_entries(),
             client_bytes={int(client): size for client, size in state.names.client_bytes().items()},
         )
 
-    async def CollectTrace(self, request: pb.TraceRequest, context: grpc.aio.ServicerContext) -> pb.TraceResponse:
+    async def CollectTrace(
+        self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TraceResponse]:
         """Returns the spans since a time."""
         # Computations of others are seen, and not what they are.
         mine = channel.caller(context, self.key).client_id
         spans = self.engine.spans.since(request.since_ns)
         spans = [span if owner(span[4]) in (mine, 0) else ("of another client", *span[1:4], 0) for span in spans]
-        return pb.TraceResponse(
-            spans=[
-                pb.Span(name=name, track=track, start_ns=start, end_ns=end, run_id=run_id)
-                for name, track, start, end, run_id in spans
-            ]
-        )
+        for start in range(0, len(spans), _SPANS_PER_MESSAGE):
+            yield pb.TraceResponse(
+                spans=[
+                    pb.Span(name=name, track=track, start_ns=start_ns, end_ns=end_ns, run_id=run_id)
+                    for name, track, start_ns, end_ns, run_id in spans[start : start + _SPANS_PER_MESSAGE]
+                ]
+            )
 
 
 def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import assert_never
 
 import grpc
@@ -22,8 +22,12 @@ from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, ClusterKey, Role, check_owner, metadata, take_cluster_key
+from torchways.rpc.streams import Joiner, Outbox
 
 logger = logging.getLogger(__name__)
+
+#: What a client has not read yet: beyond this nothing more is taken from it.
+_MAX_UNREAD_BYTES = 16 << 20
 
 
 class _ExecutorLink:
@@ -32,24 +36,21 @@ class _ExecutorLink:
     def __init__(self, server: SchedulerServer, executor: pb.ExecutorInfo) -> None:
         self.executor_id = executor.executor_id
         self._server = server
-        self._queue: asyncio.Queue[pb.ExecutorCommand | None] = asyncio.Queue()
+        self.outbox = Outbox(pb.ExecutorCommand)
         self._channel = channel.open_channel(executor.address)
         self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=server.metadata)
         self._task = asyncio.create_task(self._read(), name=f"executor {executor.executor_id}")
 
-    def send(self, command: pb.ExecutorCommand) -> None:
-        """Queues a command; order is kept."""
-        self._queue.put_nowait(command)
-
     async def _outgoing(self) -> AsyncIterator[pb.ExecutorCommands]:
-        while (command := await self._queue.get()) is not None:
-            yield pb.ExecutorCommands(commands=[command, *filter(None, channel.drain(self._queue))])
+        async for batch in self.outbox.batches():
+            yield pb.ExecutorCommands(commands=batch)
 
     async def _read(self) -> None:
         reason = "it closed its stream"
+        joiner = Joiner(pb.ExecutorEvent)
         try:
             async for batch in self._stream:
-                for event in batch.events:
+                for event in filter(None, map(joiner.join, batch.events)):
                     self._server.on_executor_event(self.executor_id, event)
         except grpc.aio.AioRpcError as error:
             reason = f"its connection broke ({error.code().name})"
@@ -61,6 +62,7 @@ class _ExecutorLink:
 
     async def close(self) -> None:
         """Ends the stream."""
+        self.outbox.close()  # nobody waits for room in it any more
         self._task.cancel()
         await self._channel.close(None)
 
@@ -74,8 +76,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         me = Caller(Role.SCHEDULER)
         self.metadata = metadata(token, me, key.secret_of(me))
         self._links: dict[str, _ExecutorLink] = {}
-        #: None: the client's stream has ended.
-        self._clients: dict[ClientId, asyncio.Queue[pb.SchedulerMessage | None]] = {}
+        self._clients: dict[ClientId, Outbox[pb.SchedulerMessage]] = {}
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
@@ -107,12 +108,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     def _send(self, executor_id: str, command: pb.ExecutorCommand) -> None:
         link = self._links.get(executor_id)
         if link is not None:
-            link.send(command)
+            link.outbox.put(command)
 
     def _tell(self, client_id: ClientId, message: pb.SchedulerMessage) -> None:
-        queue = self._clients.get(client_id)
-        if queue is not None:
-            queue.put_nowait(message)
+        outbox = self._clients.get(client_id)
+        if outbox is not None:
+            outbox.put(message)
 
     def on_executor_event(self, executor_id: str, event: pb.ExecutorEvent) -> None:
         """Takes what an executor reports."""
@@ -145,19 +146,15 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         if client_id in self._clients:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
             return
-        queue: asyncio.Queue[pb.SchedulerMessage | None] = asyncio.Queue()
-        self._clients[client_id] = queue
+        outbox = self._clients[client_id] = Outbox(pb.SchedulerMessage, max_bytes=_MAX_UNREAD_BYTES)
         reading = asyncio.create_task(
-            self._read_client(client_id, first.messages[1:], request_iterator), name=f"client {client_id}"
+            self._read_client(client_id, first.messages[1:], request_iterator, outbox), name=f"client {client_id}"
         )
-        reading.add_done_callback(lambda _: queue.put_nowait(None))
+        reading.add_done_callback(lambda _: outbox.close())
         logger.info("client %d connected; waiting for its programs", client_id)
         try:
-            while (message := await queue.get()) is not None:
-                rest = channel.drain(queue)
-                yield pb.SchedulerMessages(messages=[message, *filter(None, rest)])
-                if None in rest:
-                    break
+            async for batch in outbox.batches():
+                yield pb.SchedulerMessages(messages=batch)
             reading.result()  # what was not foreseen breaks the stream
         finally:
             reading.cancel()
@@ -166,18 +163,28 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             logger.info("client %d is gone", client_id)
 
     async def _read_client(
-        self, client_id: ClientId, first: Sequence[pb.ClientMessage], batches: AsyncIterator[pb.ClientMessages]
+        self,
+        client_id: ClientId,
+        first: Sequence[pb.ClientMessage],
+        batches: AsyncIterator[pb.ClientMessages],
+        outbox: Outbox[pb.SchedulerMessage],
     ) -> None:
+        joiner = Joiner(pb.ClientMessage)
         try:
             self._take(client_id, first)
             async for batch in batches:
-                self._take(client_id, batch.messages)
+                self._take(client_id, filter(None, map(joiner.join, batch.messages)))
+                # What a client queues without end, or never reads, holds up that client alone.
+                await outbox.room()
+                for executor_id in self.core.executors_of(client_id):
+                    if executor_id in self._links:
+                        await self._links[executor_id].outbox.room()
         except InternalError as error:
             logger.error("client %d is given up: %s", client_id, error)
             failure = convert.failure_to_proto(failure_from(error))
             self._tell(client_id, pb.SchedulerMessage(client_failure=pb.ClientFailure(failure=failure)))
 
-    def _take(self, client_id: ClientId, messages: Sequence[pb.ClientMessage]) -> None:
+    def _take(self, client_id: ClientId, messages: Iterable[pb.ClientMessage]) -> None:
         for message in messages:
             try:
                 check_message(client_id, message, self.core.owners)

@@ -17,6 +17,7 @@ dropped meanwhile are no errors.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, assert_never
@@ -27,6 +28,8 @@ from torchways.island.policy import FirstComeFirstServed, PendingRun
 
 #: Slices that are gone and are remembered, for messages about them.
 _MAX_GONE_SLICES = 1_000
+#: Runs of a client that may be in flight on an island. Controllers keep far below (`Session.max_runs_in_flight`).
+_MAX_RUNS_OF_CLIENT = 4_096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,11 +276,14 @@ class SchedulerState:
 
     policy: FirstComeFirstServed = field(default_factory=FirstComeFirstServed)
     max_gone_slices: int = _MAX_GONE_SLICES
+    max_runs_of_client: int = _MAX_RUNS_OF_CLIENT
     slices: dict[SliceId, _DeviceSet] = field(default_factory=dict)
     #: Of each slice: its client.
     owners: dict[SliceId, ClientId] = field(default_factory=dict)
     programs: dict[ProgramId, _Program] = field(default_factory=dict)
     runs: dict[RunId, _Run] = field(default_factory=dict)
+    #: Of those in flight, by client.
+    _num_runs: Counter[ClientId] = field(default_factory=Counter)
     _gone_slices: dict[SliceId, str] = field(default_factory=dict)
     _sequence: int = 0
     #: Of sets that have slices: the island's devices, and whether computations there need grants.
@@ -393,6 +399,10 @@ class SchedulerState:
     def _request(self, event: RunRequested) -> list[Command]:
         if event.run_id in self.runs:
             raise InternalError(f"run {event.run_id} was requested twice; {self.runs[event.run_id].history()}")
+        if self._num_runs[event.client_id] >= self.max_runs_of_client:
+            message = f"{self.max_runs_of_client} runs of this client are in flight already; wait for some to end"
+            failure = Failure(kind="ResourceExhausted", message=message)
+            return [TellFinished(client_id=event.client_id, run_id=event.run_id, failure=failure)]
         self.policy.add(PendingRun(client_id=event.client_id, request=event))
         commands: list[Command] = []
         while (pending := self.policy.next()) is not None:
@@ -410,6 +420,7 @@ class SchedulerState:
             return [TellFinished(client_id=request.client_id, run_id=request.run_id, failure=failure)]
         self._sequence += 1
         self.runs[request.run_id] = _Run(request.client_id, self._sequence, set(targets), failure=failure)
+        self._num_runs[request.client_id] += 1
         return [
             SendEnqueue(executor_id=e, sequence=self._sequence, run=request, slice_id=s, arguments=request.arguments[s])
             for e, s in targets
@@ -435,6 +446,9 @@ class SchedulerState:
         if run.running:
             return []
         del self.runs[run_id]
+        self._num_runs[run.client_id] -= 1
+        if not self._num_runs[run.client_id]:
+            del self._num_runs[run.client_id]
         return [TellFinished(client_id=run.client_id, run_id=run_id, failure=run.failure)]
 
     def _forget(self, program_id: ProgramId) -> list[Command]:
@@ -558,6 +572,10 @@ class SchedulerState:
         # Its runs end by themselves, and have devices until then.
         executors = dict.fromkeys(executor_id for devices in self._devices for executor_id in devices)
         return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
+
+    def executors_of(self, client_id: ClientId) -> set[str]:
+        """Returns the executors that a client has slices of."""
+        return {e for slice_id, devices in self.slices.items() if self.owners[slice_id] == client_id for e in devices}
 
     def _missing(self, slices: Collection[SliceId]) -> Failure | None:
         if not slices:

@@ -31,6 +31,7 @@ from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import CLUSTER_KEY_VARIABLE, Caller, Role, metadata, new_cluster_key, take_cluster_key
+from torchways.runtime.device_simulator import SECRET_VARIABLE
 
 logger = logging.getLogger(__name__)
 
@@ -209,10 +210,14 @@ class NodeAgent:
     async def _start_simulator(self, island_id: int) -> None:
         self._simulators[island_id] = asyncio.get_running_loop().create_future()
         name = f"device simulator i{island_id}"
-        ready = await self._spawn(name, "torchways.runtime.device_simulator", [], dict(os.environ))
+        environment = {**os.environ, **self._simulator_secret()}
+        ready = await self._spawn(name, "torchways.runtime.device_simulator", [], environment)
         if ready is None:
             raise ClusterLost(f"{name} ended while it was starting")
         self._simulators[island_id].set_result(str(ready["address"]))
+
+    def _simulator_secret(self) -> dict[str, str]:
+        return {SECRET_VARIABLE: self._key.derive("device simulator").hex()}
 
     async def _start_executor(self, order: pb.StartExecutor) -> None:
         flags = [
@@ -228,10 +233,11 @@ class NodeAgent:
         if self._arguments.platform == "simulated":
             flags += ["--simulator", await self._simulators[order.island_id], "--num-hosts", str(len(order.gang))]
             flags += ["--set-name", order.gang[0]]
+        simulator = self._simulator_secret() if self._arguments.platform == "simulated" else {}
         environment = executor_environment(
             self._arguments.platform,
             order.device_indices,
-            os.environ,
+            {**os.environ, **simulator},
             host_number=list(order.gang).index(order.executor_id),
             addresses=tpu_addresses(self._arguments.host, order.set_number, len(order.gang)),
         )

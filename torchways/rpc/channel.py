@@ -6,12 +6,11 @@ Keepalive pings notice a peer whose machine is gone within about ten seconds; a 
 
 from __future__ import annotations
 
-import asyncio
 import hmac
 import logging
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -21,16 +20,14 @@ from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, ClusterKey, 
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
 TOKEN_VARIABLE = "TORCHWAYS_TOKEN"
 
-#: Messages in a batch.
-_MAX_BATCH = 256
+#: A larger message is refused before it is parsed. What may be larger goes in chunks (streams.py, `PutBuffer`).
+MAX_MESSAGE_BYTES = 8 << 20
 
 _OPTIONS: list[tuple[str, Any]] = [
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 4_000),
     ("grpc.keepalive_permit_without_calls", 1),
@@ -109,7 +106,7 @@ class _Gatekeeper(grpc.aio.ServerInterceptor):
 
 
 def _refusal_like(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, reason: str) -> grpc.RpcMethodHandler:
-    """Returns a handler of the same arity as `handler` that refuses every call."""
+    """Returns a handler of the same arity as `handler` that refuses every call, and parses nothing of it."""
 
     async def refuse(request_or_iterator: object, context: grpc.aio.ServicerContext) -> None:
         await context.abort(code, reason)
@@ -124,7 +121,7 @@ def _refusal_like(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, reason:
     make = getattr(grpc, f"{name}_rpc_method_handler")
     return make(
         refuse_stream if handler.response_streaming else refuse,
-        request_deserializer=handler.request_deserializer,
+        request_deserializer=None,
         response_serializer=handler.response_serializer,
     )
 
@@ -139,11 +136,6 @@ async def start_server(server: grpc.aio.Server, host: str) -> str:
     port = server.add_insecure_port(f"{host}:0")
     await server.start()
     return f"{host}:{port}"
-
-
-def drain(queue: asyncio.Queue[_T]) -> list[_T]:
-    """Returns what is in a queue now: what was to be said while the message before was on its way goes as one."""
-    return [queue.get_nowait() for _ in range(min(queue.qsize(), _MAX_BATCH))]
 
 
 def lost(what: str, error: grpc.aio.AioRpcError) -> ClusterLost:

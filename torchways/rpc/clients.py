@@ -23,6 +23,7 @@ from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
+from torchways.rpc.streams import Joiner, Outbox
 
 logger = logging.getLogger(__name__)
 
@@ -238,8 +239,8 @@ class SchedulerClient:
 
     def __init__(self, address: str, metadata: Metadata) -> None:
         self._channel = channel.open_channel(address)
+        self._outbox = Outbox(pb.ClientMessage)
         self._stream = pb_grpc.SchedulerStub(self._channel).Connect(self._outgoing(), metadata=metadata)
-        self._queue: asyncio.Queue[pb.ClientMessage | None] = asyncio.Queue()
         self._address = address
         #: Messages sent so far, by kind; what a test counts.
         self.num_sent: dict[str, int] = {}
@@ -250,18 +251,16 @@ class SchedulerClient:
         """Queues a message; order is kept."""
         kind = message.WhichOneof("message") or ""
         self.num_sent[kind] = self.num_sent.get(kind, 0) + 1
-        self._queue.put_nowait(message)
+        self._outbox.put(message)
 
     def say_hello(self) -> None:
         """Must be the first message."""
         self.send(pb.ClientMessage(hello=pb.ClientHello()))
 
     async def _outgoing(self) -> AsyncIterator[pb.ClientMessages]:
-        while (message := await self._queue.get()) is not None:
-            # While one batch is on its way, what follows becomes the next.
-            batch = pb.ClientMessages(messages=[message, *filter(None, channel.drain(self._queue))])
+        async for batch in self._outbox.batches():
             self.num_batches += 1
-            yield batch
+            yield pb.ClientMessages(messages=batch)
 
     async def read(
         self,
@@ -270,9 +269,10 @@ class SchedulerClient:
         on_lost: Callable[[str], None],
     ) -> None:
         """Reads the stream until it ends; it ends by `close`, or because the scheduler is gone."""
+        joiner = Joiner(pb.SchedulerMessage)
         try:
             async for batch in self._stream:
-                for message in batch.messages:
+                for message in filter(None, map(joiner.join, batch.messages)):
                     match message.WhichOneof("message"):
                         case "run_finished":
                             on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
@@ -287,7 +287,7 @@ class SchedulerClient:
 
     async def close(self) -> None:
         """Ends the stream."""
-        self._queue.put_nowait(None)
+        self._outbox.close()
         self._stream.cancel()
         await self._channel.close(None)
 
@@ -364,9 +364,10 @@ class ExecutorClient:
     async def trace(self, since_ns: int) -> list[Span]:
         """Returns the spans that ended after a time."""
         request = pb.TraceRequest(since_ns=since_ns)
-        response = await self._stub.CollectTrace(request, metadata=self._metadata, timeout=_CALL_SECONDS)
+        responses = self._stub.CollectTrace(request, metadata=self._metadata, timeout=_CALL_SECONDS)
         return [
             Span(name=s.name, track=s.track, start_ns=s.start_ns, end_ns=s.end_ns, run_id=s.run_id)
+            async for response in responses
             for s in response.spans
         ]
 

@@ -28,6 +28,34 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
+class Chunk(_message.Message):
+    """---------------------------------------------------------------- streams
+
+    Part of a serialized message of the stream that it comes on: a large message goes in chunks, with nothing between them
+    (rpc/streams.py).
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DATA_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    data: _builtins.bytes
+    is_last: _builtins.bool
+    def __init__(
+        self,
+        *,
+        data: _builtins.bytes = ...,
+        is_last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "is_last", b"is_last"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+
+@_typing.final
 class TensorSpec(_message.Message):
     """---------------------------------------------------------------- values
 
@@ -984,6 +1012,7 @@ class ClientMessage(_message.Message):
     RELEASE_BUFFERS_FIELD_NUMBER: _builtins.int
     FORGET_PROGRAM_FIELD_NUMBER: _builtins.int
     CLOSE_SLICE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ClientHello:
         """always the first"""
@@ -1000,6 +1029,8 @@ class ClientMessage(_message.Message):
     def forget_program(self) -> Global___ForgetProgram: ...
     @_builtins.property
     def close_slice(self) -> Global___CloseSlice: ...
+    @_builtins.property
+    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
@@ -1009,12 +1040,13 @@ class ClientMessage(_message.Message):
         release_buffers: Global___ReleaseBuffers | None = ...,
         forget_program: Global___ForgetProgram | None = ...,
         close_slice: Global___CloseSlice | None = ...,
+        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1528,6 +1560,7 @@ class SchedulerMessage(_message.Message):
     PROGRAM_READY_FIELD_NUMBER: _builtins.int
     RUN_FINISHED_FIELD_NUMBER: _builtins.int
     CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_ready(self) -> Global___ProgramReady:
         """every executor of the island has compiled it"""
@@ -1540,18 +1573,21 @@ class SchedulerMessage(_message.Message):
     def client_failure(self) -> Global___ClientFailure:
         """the client's stream is unusable from here"""
 
+    @_builtins.property
+    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
         program_ready: Global___ProgramReady | None = ...,
         run_finished: Global___RunFinished | None = ...,
         client_failure: Global___ClientFailure | None = ...,
+        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["program_ready", "run_finished", "client_failure"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["program_ready", "run_finished", "client_failure", "chunk"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1778,6 +1814,7 @@ class ExecutorCommand(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     SET_GRANTS_NEEDED_FIELD_NUMBER: _builtins.int
     DROP_SLICE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_program(self) -> Global___LoadProgram: ...
     @_builtins.property
@@ -1794,6 +1831,8 @@ class ExecutorCommand(_message.Message):
     def set_grants_needed(self) -> Global___SetGrantsNeeded: ...
     @_builtins.property
     def drop_slice(self) -> Global___DropSlice: ...
+    @_builtins.property
+    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
@@ -1805,12 +1844,13 @@ class ExecutorCommand(_message.Message):
         grant: Global___Grant | None = ...,
         set_grants_needed: Global___SetGrantsNeeded | None = ...,
         drop_slice: Global___DropSlice | None = ...,
+        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "chunk"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -2037,6 +2077,7 @@ class ExecutorEvent(_message.Message):
     UNIT_READY_FIELD_NUMBER: _builtins.int
     UNIT_PASSED_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
+    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_loaded(self) -> Global___ProgramLoaded: ...
     @_builtins.property
@@ -2047,6 +2088,8 @@ class ExecutorEvent(_message.Message):
     def unit_passed(self) -> Global___UnitPassed: ...
     @_builtins.property
     def idle(self) -> Global___Idle: ...
+    @_builtins.property
+    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
@@ -2055,12 +2098,13 @@ class ExecutorEvent(_message.Message):
         unit_ready: Global___UnitReady | None = ...,
         unit_passed: Global___UnitPassed | None = ...,
         idle: Global___Idle | None = ...,
+        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_passed", "idle"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_passed", "idle", "chunk"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 

@@ -564,7 +564,7 @@ class ExecutorStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.StatusRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorStatus.FromString,
                 _registered_method=True)
-        self.CollectTrace = channel.unary_unary(
+        self.CollectTrace = channel.unary_stream(
                 '/torchways.v1.Executor/CollectTrace',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
@@ -631,7 +631,7 @@ def add_ExecutorServicer_to_server(servicer, server):
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.StatusRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorStatus.SerializeToString,
             ),
-            'CollectTrace': grpc.unary_unary_rpc_method_handler(
+            'CollectTrace': grpc.unary_stream_rpc_method_handler(
                     servicer.CollectTrace,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.SerializeToString,
@@ -768,7 +768,7 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/torchways.v1.Executor/CollectTrace',

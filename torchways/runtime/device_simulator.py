@@ -1,13 +1,15 @@
 """The simulated devices of one island, as a process that the executors of all its hosts share (fifo_devices.py).
 
-A line of JSON a message: `{"enqueue": key, "devices": [...], "parts": n, "seconds": s}` is answered by `{"enqueued":
-key}` when it is in the queues, and by `{"done": key}` when it has run.
+The first line of a connection is the secret that the node agent gave both ends; who does not know it is not served.
+Then a line of JSON a message: `{"enqueue": key, "devices": [...], "parts": n, "seconds": s}` is answered by
+`{"enqueued": key}` when it is in the queues, and by `{"done": key}` when it has run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import hmac
 import json
 import logging
 import os
@@ -18,11 +20,14 @@ from torchways.runtime.fifo_devices import FifoDevices
 
 logger = logging.getLogger(__name__)
 
+SECRET_VARIABLE = "TORCHWAYS_SIMULATOR_SECRET"
+
 _CHECK_SECONDS = 2.0
 
 
 class _Simulator:
-    def __init__(self) -> None:
+    def __init__(self, secret: str) -> None:
+        self._secret = secret.encode()
         self._devices = FifoDevices()
         self._members: dict[str, list[asyncio.StreamWriter]] = {}
         self._seconds: dict[str, float] = {}
@@ -31,16 +36,22 @@ class _Simulator:
     async def serve_executor(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Takes the computations of one executor."""
         try:
+            if not hmac.compare_digest((await reader.readline()).strip(), self._secret):
+                logger.warning("refused a connection that does not know the secret")
+                return
             while line := await reader.readline():
                 message = json.loads(line)
-                key = message["enqueue"]
+                key, devices, num_parts = message["enqueue"], list(message["devices"]), int(message["parts"])
+                seconds = float(message["seconds"])
                 self._members.setdefault(key, []).append(writer)
-                self._seconds[key] = message["seconds"]
-                started = self._devices.enqueue(key, message["devices"], message["parts"])
+                self._seconds[key] = seconds
+                started = self._devices.enqueue(key, devices, num_parts)
                 _tell(writer, {"enqueued": key})
                 self._start(started)
         except ConnectionError:
             pass
+        except (ValueError, KeyError, TypeError) as error:  # a line that is too long, or no such message
+            logger.warning("lost a connection: %s", error)
         finally:
             self._drop(writer)
             writer.close()
@@ -87,7 +98,7 @@ def _tell(writer: asyncio.StreamWriter, message: dict[str, str]) -> None:
 
 async def serve(host: str, ready_fd: int) -> None:
     """Runs until it is told to end."""
-    simulator = _Simulator()
+    simulator = _Simulator(os.environ.pop(SECRET_VARIABLE))
     server = await asyncio.start_server(simulator.serve_executor, host, 0)
     port = server.sockets[0].getsockname()[1]
     with os.fdopen(ready_fd, "w") as pipe:

@@ -20,6 +20,7 @@ import torch
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph, run_graph
 from torchways.runtime.base import BufferSpec, OnDevice
+from torchways.runtime.device_simulator import SECRET_VARIABLE
 
 #: How long each simulated computation takes, seconds.
 SECONDS_VARIABLE = "TORCHWAYS_SIMULATED_SECONDS"
@@ -58,6 +59,7 @@ class SimulatedRuntime:
         host, _, port = address.rpartition(":")
         self._socket = socket.create_connection((host, int(port)))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self._socket.sendall(os.environ.pop(SECRET_VARIABLE).encode() + b"\n")
         self._set_name = set_name
         self._devices = list(devices)
         self._num_hosts = num_hosts

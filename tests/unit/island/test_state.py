@@ -368,3 +368,16 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
             scheduler.handle(core.ExecutorRemoved(executor_id=executor_id, reason="it was idle"))
         after.append(sizes(scheduler))
     assert after[-1] == after[2]
+
+
+def test_runs_without_end_are_refused_and_hold_up_nobody_else():
+    scheduler = make_scheduler(("a",))
+    scheduler.max_runs_of_client = 2
+    register(scheduler, 5, 1)
+    run(scheduler, 1, 1)
+    run(scheduler, 2, 1)
+    [refusal] = run(scheduler, 3, 1)
+    assert refusal.failure.kind == "ResourceExhausted"
+    assert any(isinstance(command, core.SendEnqueue) for command in run(scheduler, 4, 1, client=2))
+    end(scheduler, "a", 1)
+    assert any(isinstance(command, core.SendEnqueue) for command in run(scheduler, 6, 1))

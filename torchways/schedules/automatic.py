@@ -1,0 +1,156 @@
+"""`schedule="auto"`: searches for the schedule with the shortest makespan that fits into memory.
+
+Knowing what each action takes, a list scheduler runs the pipeline forward in time: whenever a slice is free, it takes
+the action that is best by some rule among those that it could begin first. No rule is best everywhere, so several are
+tried, together with the schedules that have names; `dry_run` decides between them.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from torchways.errors import ConfigError
+from torchways.schedules.actions import Action, Kind, Schedule
+from torchways.schedules.dry_run import Costs, Timeline, dry_run
+from torchways.schedules.named import SCHEDULES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """The best schedule, how it runs, and the makespan of every other that was tried and fits."""
+
+    schedule: Schedule
+    timeline: Timeline
+    tried: Mapping[str, float]
+
+
+def find_schedule(
+    slice_of_stage: Sequence[int], num_microbatches: int, costs: Costs, max_held: Sequence[int] | None = None
+) -> Found:
+    """Returns the schedule with the shortest makespan.
+
+    Args:
+        slice_of_stage: the slice of each stage.
+        num_microbatches: to run.
+        costs: what each action takes.
+        max_held: for each slice, the most microbatches whose activations it may hold at a time, over all its stages
+            (see `Timeline.held`); None: any number.
+
+    Raises:
+        ConfigError: no schedule fits: some slice may hold fewer than it has stages.
+    """
+    homes = tuple(slice_of_stage)
+    num_slices = 1 + max(homes)
+    limits = list(max_held) if max_held is not None else [len(homes) * num_microbatches] * num_slices
+    for index, limit in enumerate(limits):
+        if limit < homes.count(index):
+            raise ConfigError(
+                f"slice {index} has {homes.count(index)} stages and memory for the activations of "
+                f"{limit} microbatches of a stage: take smaller microbatches, or checkpoint activations"
+            )
+    best: tuple[tuple[float, int], Schedule, Timeline] | None = None
+    tried: dict[str, float] = {}
+    for candidate in _candidates(homes, num_microbatches, costs, limits):
+        timeline = dry_run(candidate, costs)
+        if any(held > limit for held, limit in zip(timeline.held, limits, strict=True)):
+            continue
+        tried[candidate.name] = timeline.makespan
+        length = (round(timeline.makespan, 9), sum(timeline.held))
+        if best is None or length < best[0]:
+            best = (length, candidate, timeline)
+    assert best is not None  # one microbatch after the other always fits
+    return Found(schedule=best[1], timeline=best[2], tried=tried)
+
+
+def _candidates(
+    slice_of_stage: tuple[int, ...], num_microbatches: int, costs: Costs, limits: Sequence[int]
+) -> Iterator[Schedule]:
+    num_stages, num_slices = len(slice_of_stage), 1 + max(slice_of_stage)
+    for make in SCHEDULES.values():
+        try:
+            made = make(num_stages, num_slices, num_microbatches)
+        except ConfigError:
+            continue
+        if [made.slice_of_stage[stage] for stage in range(num_stages)] == list(slice_of_stage):
+            yield made
+    for name, rule in _RULES.items():
+        for splits in (True, False):
+            listed = _list_schedule(slice_of_stage, num_microbatches, costs, limits, rule, splits=splits)
+            yield Schedule(f"auto: {name}{', weight gradients apart' if splits else ''}", listed)
+
+
+_ORDER: Mapping[Kind, int] = {Kind.INPUT: 0, Kind.BACKWARD: 0, Kind.FORWARD: 1, Kind.WEIGHT: 2}
+#: What orders the actions that a slice could begin at one time; the lowest is taken.
+_Rule = Callable[[Action], tuple[int, ...]]
+
+_RULES: Mapping[str, _Rule] = {
+    # Backward passes first: they free memory, and other slices wait for them. Of several, the earliest microbatch.
+    "backward first": lambda a: (_ORDER[a.kind], a.microbatch, -a.stage),
+    # Of forward passes the latest stage: microbatches come to their backward pass as soon as they can.
+    "deep first": lambda a: (_ORDER[a.kind], -a.stage, a.microbatch),
+    # Of forward passes the earliest stage: the next slices have work as soon as they can.
+    "wide first": lambda a: (_ORDER[a.kind], a.stage, a.microbatch),
+    "forward first": lambda a: (a.kind is not Kind.FORWARD, _ORDER[a.kind], a.microbatch, -a.stage),
+}
+
+
+def _list_schedule(
+    slice_of_stage: tuple[int, ...],
+    num_microbatches: int,
+    costs: Costs,
+    limits: Sequence[int],
+    rule: _Rule,
+    *,
+    splits: bool,
+) -> tuple[tuple[Action, ...], ...]:
+    """Returns the rows that taking the best action by a rule comes to."""
+    num_stages, num_slices = len(slice_of_stage), 1 + max(slice_of_stage)
+    #: Stages behind each one on its slice. So much room is left for them, or all of it might go to microbatches that
+    #: then wait for each other.
+    later_stages = [slice_of_stage[stage + 1 :].count(home) for stage, home in enumerate(slice_of_stage)]
+    backward = Kind.INPUT if splits else Kind.BACKWARD
+    rows: list[list[Action]] = [[] for _ in range(num_slices)]
+    #: Of each slice: actions that it can take, with the time from which it can.
+    ready: list[dict[Action, float]] = [{} for _ in range(num_slices)]
+    free_at = [0.0] * num_slices
+    held = [0] * num_slices
+    ready[slice_of_stage[0]] = {Action(0, Kind.FORWARD, number): 0.0 for number in range(num_microbatches)}
+    #: When to look at which slice.
+    events = [(0.0, index) for index in range(num_slices)]
+    while events:
+        time, index = heapq.heappop(events)
+        if time < free_at[index]:
+            continue
+        now = [
+            action
+            for action, since in ready[index].items()
+            if since <= time
+            and (action.kind is not Kind.FORWARD or held[index] < limits[index] - later_stages[action.stage])
+        ]
+        if not now:
+            continue
+        action = min(now, key=rule)
+        del ready[index][action]
+        rows[index].append(action)
+        held[index] += (action.kind is Kind.FORWARD) - (Kind.WEIGHT in action.kind.parts)
+        free_at[index] = done = time + costs.of(action.stage, action.kind)
+        heapq.heappush(events, (done, index))
+        for following in _following(action, num_stages, backward):
+            home = slice_of_stage[following.stage]
+            ready[home][following] = since = done + costs.transfer * (home != index)
+            heapq.heappush(events, (since, home))
+    return tuple(map(tuple, rows))
+
+
+def _following(action: Action, num_stages: int, backward: Kind) -> Iterator[Action]:
+    """Yields the actions that can begin when one has ended, if nothing else is missing."""
+    stage, number = action.stage, action.microbatch
+    if action.kind is Kind.FORWARD:
+        yield Action(stage + 1, Kind.FORWARD, number) if stage + 1 < num_stages else Action(stage, backward, number)
+    elif action.kind is backward:
+        if stage:
+            yield Action(stage - 1, backward, number)
+        if backward is Kind.INPUT:
+            yield Action(stage, Kind.WEIGHT, number)
