@@ -18,6 +18,7 @@ from torchways.controller.buffers import RemoteBuffer, tensor_from_bytes
 from torchways.errors import UserError
 from torchways.graphs import deserialize_graph, run_graph
 from torchways.ids import SliceId
+from torchways.ir.loops import unrolled
 from torchways.ir.part import (
     AllReduceInstruction,
     ComputeInstruction,
@@ -102,6 +103,7 @@ class LocalSession:
 
     def register_program(self, name, parts, meshes, traced_seconds=0.0):
         program_id = self.new_ids(1)
+        parts = [unrolled(part) for part in parts]
         graphs = [[deserialize_graph(function.graph) for function in part.functions] for part in parts]
         self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
         return program_id
@@ -130,7 +132,7 @@ class LocalSession:
         wires, runners = {}, []
         for part, part_graphs in zip(parts, graphs, strict=True):
             slice_id = slice_ids[part.slice_index]
-            slots = {}
+            slots = {slot: torch.tensor(number) for slot, number in part.numbers}
             for slot, binding in enumerate(arguments[slice_id]):
                 if isinstance(binding, InlineValue):
                     slots[slot] = _tensor(binding)

@@ -18,6 +18,7 @@ from torchways.controller.parity.observe import observed
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.ids import ProgramId, SliceId
+from torchways.ir.loops import unrolled
 from torchways.ir.program import Arg, Compute, Program, Value, ValueIndex
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
@@ -222,7 +223,8 @@ class Variant:
         found = {index: self.session.slice_address(mesh).executors for index, mesh in enumerate(self.meshes)}
         budgets = {index: min(item.budget_bytes for item in executors) for index, executors in found.items()}
         leaders = {index: executors[0].executor_id for index, executors in found.items()}
-        check_memory(program.name, piece.lowered.parts, program.slices, budgets, leaders)
+        parts = [unrolled(part) for part in piece.lowered.parts]
+        check_memory(program.name, parts, program.slices, budgets, leaders)
 
     def holds(self, session: Session, signature: Signature) -> bool:
         """Whether the trace is valid for Python's state now, and a call with its signature."""

@@ -11,9 +11,9 @@ from torchways.errors import UserError
 from torchways.ir.part import (
     AllReduceInstruction,
     ComputeInstruction,
+    FlatPart,
     Instruction,
     SliceIndex,
-    SlicePart,
     donated_slots,
     peers,
     reads,
@@ -42,7 +42,7 @@ def check_size(message: pb.SliceProgram) -> None:
 
 
 def check_part(
-    part: SlicePart,
+    part: FlatPart,
     mesh: Sequence[int],
     hosts: Mapping[SliceIndex, Sequence[str]],
     *,
@@ -52,7 +52,7 @@ def check_part(
     """Checks that a part can be carried out: every value is made once, before it is read, and everything is there.
 
     Args:
-        part: as it was read.
+        part: as it was read, and unrolled.
         mesh: sizes of its slice's axes.
         hosts: the executors of the slices that it may name, its own among them.
         num_devices: devices of this executor's set, on all hosts.
@@ -66,7 +66,7 @@ def check_part(
     for value in part.slots:
         check_spec(value, mesh)
     _require(executor_id in hosts[part.slice_index], "it is for another executor")
-    made = set(range(part.num_args))
+    made = {*range(part.num_args), *(slot for slot, _ in part.numbers)}
     gone: set[int] = set()
     edges: set[int] = set()
     for instruction in part.instructions:
@@ -105,7 +105,7 @@ def check_spec(spec: Value | BufferSpec, mesh: Sequence[int]) -> None:
 
 
 def _check_instruction(
-    instruction: Instruction, part: SlicePart, hosts: Mapping[SliceIndex, Sequence[str]], edges: set[int]
+    instruction: Instruction, part: FlatPart, hosts: Mapping[SliceIndex, Sequence[str]], edges: set[int]
 ) -> None:
     """Checks what an instruction names beside slots; adds its edge to those that are used."""
     for peer in peers(instruction):

@@ -19,12 +19,12 @@ def spec_of(message: pb.TensorSpec, mesh: Sequence[int]) -> BufferSpec:
     )
 
 
-def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> Any:
+def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor | int, spec: BufferSpec) -> Any:
     """Copies a value to the devices; returns its buffer.
 
     Args:
         runtime: the devices.
-        data: a message of the controller, or the bytes that a peer sent, which must not change any more.
+        data: a message of the controller, the bytes that a peer sent, which must not change any more, or a number.
         spec: of the buffer.
 
     Raises:
@@ -32,6 +32,8 @@ def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor, spec: BufferS
     """
     if isinstance(data, torch.Tensor):
         return runtime.put(_typed(data, spec), spec)
+    if isinstance(data, int):
+        return runtime.fill(spec, data)
     if data.WhichOneof("content") == "fill":
         return runtime.fill(spec, data.fill)
     return runtime.put(_typed(_bytes_tensor(data.data), spec), spec)

@@ -10,6 +10,7 @@ from torchways.executor.compiler import Call
 from torchways.executor.plan import LoadedProgram, load_program
 from torchways.executor.routes import find_routes
 from torchways.ids import PartId, ProgramId, SliceId
+from torchways.ir.loops import unrolled
 from torchways.ir.part import SliceIndex
 from torchways.ir.program import Function
 from torchways.rpc import torchways_pb2 as pb
@@ -54,7 +55,7 @@ def read_program(
     """
     program = message.program
     check_size(program)
-    part = part_from_proto(program.part)
+    part = unrolled(part_from_proto(program.part))
     mesh = tuple(program.mesh_shape)
     hosts: dict[SliceIndex, list[str]] = {}
     for peer in program.peers:
@@ -73,6 +74,7 @@ def read_program(
         part.instructions,
         part.results,
         [spec.form for spec in slots],
+        numbers=part.numbers,
         routes=find_routes(part, executor_id, hosts),
         limit_bytes=budget_bytes // num_slices,
     )

@@ -57,6 +57,7 @@ class LoadedProgram:
         units: in program order.
         read_counts: (slot, number of units that read it).
         results: (slot, result number) pairs.
+        numbers: (slot, number) pairs: values that are the same in each run, and are kept as long as the program.
         slot_forms: dtype and shape of every slot's value, as text, which an argument's buffer must have. May be empty.
         routes: the executors at the other ends of its edges.
         peak_bytes: the most that its units, run in order, have allocated at a time, bytes per device. Arguments are not
@@ -71,6 +72,7 @@ class LoadedProgram:
     units: tuple[Unit, ...]
     read_counts: tuple[tuple[Slot, int], ...]
     results: tuple[tuple[Slot, int], ...]
+    numbers: tuple[tuple[Slot, int], ...] = ()
     slot_forms: tuple[str, ...] = ()
     routes: Routes = field(default_factory=Routes)
     peak_bytes: int = 0
@@ -86,13 +88,14 @@ def load_program(
     results: Sequence[tuple[Slot, int]],
     slot_forms: Sequence[str] = (),
     *,
+    numbers: Sequence[tuple[Slot, int]] = (),
     routes: Routes | None = None,
     limit_bytes: int = 0,
 ) -> LoadedProgram:
     """Returns a program's part as units.
 
     Args:
-        part, name, num_args, slot_bytes, results, slot_forms, routes: see `LoadedProgram`.
+        part, name, num_args, slot_bytes, results, slot_forms, numbers, routes: see `LoadedProgram`.
         instructions: in program order.
         limit_bytes: the most that the arguments and all that the part allocates may take, bytes per device; 0 means no
             limit. A unit of several computations frees the values that it shares with other units only at its end. If
@@ -115,6 +118,7 @@ def load_program(
         units=tuple(units),
         read_counts=tuple(sorted(counts.items())),
         results=tuple(results),
+        numbers=tuple(numbers),
         slot_forms=tuple(slot_forms),
         routes=routes or Routes(),
         peak_bytes=peak - arg_bytes,

@@ -12,10 +12,10 @@ from dataclasses import dataclass, field
 from torchways.ir.part import (
     AllReduceInstruction,
     EdgeId,
+    FlatPart,
     ReceiveInstruction,
     SendInstruction,
     SliceIndex,
-    SlicePart,
 )
 
 
@@ -51,7 +51,7 @@ class Routes:
     sums: Mapping[EdgeId, SumRoute] = field(default_factory=dict)
 
 
-def find_routes(part: SlicePart, executor_id: str, hosts: Mapping[SliceIndex, Sequence[str]]) -> Routes:
+def find_routes(part: FlatPart, executor_id: str, hosts: Mapping[SliceIndex, Sequence[str]]) -> Routes:
     """Returns the routes of one host of a part's slice.
 
     Host r of a receiving slice gets a value from host r, counted around, of the sending slice. Sums are taken between

@@ -65,6 +65,7 @@ class KnownProgram:
         is_dropped: no run will come.
         waiting: tasks of runs that came before it was compiled.
         to_donate: names that these runs give up if it can be compiled; if it cannot, nothing was donated.
+        numbers: the cells of the slots that hold the same number in each run.
     """
 
     program: LoadedProgram
@@ -74,6 +75,7 @@ class KnownProgram:
     is_dropped: bool = False
     waiting: list[Task] = field(default_factory=list)
     to_donate: list[BufferId] = field(default_factory=list)
+    numbers: dict[Slot, Cell] = field(default_factory=dict)
 
 
 @dataclass(eq=False, slots=True)

@@ -123,8 +123,7 @@ class ExecutorState:
                 for buffer_id in event.buffer_ids:
                     self._drop(buffer_id, "was released")
             case ProgramArrived():
-                self.programs[event.program.part] = KnownProgram(event.program)
-                self._commands.append(Compile(program=event.program))
+                self._take_program(event.program)
             case ProgramCompiled():
                 self._program_compiled(event)
             case PeerLost():
@@ -215,6 +214,9 @@ class ExecutorState:
                 inline.append(Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=argument)))
                 reserved += sizes[slot]
             cells[slot] = cell
+        for slot, cell in known.numbers.items():
+            cell.holders += 1
+            cells[slot] = cell
         for slot, number in program.results:
             result = cells[slot]
             assert result is not None
@@ -237,7 +239,7 @@ class ExecutorState:
             self._try_place(item)
         for slot, count in program.read_counts:
             cells[slot].readers += count  # type: ignore[union-attr]
-        for slot in range(program.num_args):
+        for slot in (*range(program.num_args), *known.numbers):
             if slot not in reads_left:
                 self._leave(run, slot)
         self._drop_donated(known, arguments)
@@ -622,6 +624,13 @@ class ExecutorState:
         self._try_place(Placing(cell, Place(cell=cell, data=event.data, spec=event.spec)))
 
     # ---- programs, transfers, fetches, drops
+
+    def _take_program(self, program: LoadedProgram) -> None:
+        known = self.programs[program.part] = KnownProgram(program)
+        for slot, number in program.numbers:
+            cell = known.numbers[slot] = Cell(scheduled=True, holders=1, slice_id=program.part.slice_id)
+            self._commands.append(Place(cell=cell, part=program.part, slot=slot, data=number))
+        self._commands.append(Compile(program=program))
 
     def _program_compiled(self, event: ProgramCompiled) -> None:
         known = self.programs.get(event.part)

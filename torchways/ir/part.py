@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from torchways.ir.program import Function, Value
+from torchways.schedules.actions import Kind, Repeat
 
 #: Position of a value in `SlicePart.slots`.
 Slot: TypeAlias = int
@@ -76,6 +77,62 @@ Instruction: TypeAlias = ComputeInstruction | SendInstruction | ReceiveInstructi
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BodyInstruction:
+    """An instruction of a loop's body and the action of the schedule that it belongs to.
+
+    Attributes:
+        stage, kind: of the action; every turn has one action of each stage and kind.
+        instruction: its slots are the body's, its edges and functions the part's.
+    """
+
+    stage: int
+    kind: Kind
+    instruction: Instruction
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopBody:
+    """What one turn of a loop does on a slice.
+
+    Attributes:
+        slots: all values of a turn. The first are its inputs, the values that it does not make.
+        inputs: the slots of the part that these are, for the first turn.
+        number_slots: of the other slots, those that hold the number of the turn, int64[].
+        instructions: in an order in which they can run.
+        carried: for each value that turns hand on, the input and the slot that is this input in the next turn.
+        last: the slots whose values in the last turn outlive the loop.
+    """
+
+    slots: tuple[Value, ...]
+    inputs: tuple[Slot, ...]
+    number_slots: tuple[Slot, ...]
+    instructions: tuple[BodyInstruction, ...]
+    carried: tuple[tuple[Slot, Slot], ...]
+    last: tuple[Slot, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopInstruction:
+    """Turns of a body: the microbatches of a pipeline, in the order of a schedule. See `unrolled` (loops.py).
+
+    Attributes:
+        bodies: what turns do. If there are two, the last turn has the second: a microbatch of another size.
+        num_turns: at least one.
+        order: the actions of this slice.
+        outputs: the slots that the loop fills: with what the last turn hands on, then with what `last` names.
+        donated: positions in `inputs` whose buffers the first turn may reuse.
+        edge_stride: an edge of a body is, in turn t, the edge whose number is higher by t times this.
+    """
+
+    bodies: tuple[LoopBody, ...]
+    num_turns: int
+    order: tuple[Repeat, ...]
+    outputs: tuple[Slot, ...]
+    donated: tuple[int, ...]
+    edge_stride: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SlicePart:
     """Everything that one slice does in a run.
 
@@ -86,20 +143,29 @@ class SlicePart:
         num_args: the first so many slots are its arguments, which each run binds.
         instructions: in program order.
         results: (slot, result number) pairs.
+        numbers: (slot, number) pairs: slots that hold the same number in each run, int64[].
     """
 
     slice_index: SliceIndex
     functions: tuple[Function, ...]
     slots: tuple[Value, ...]
     num_args: int
-    instructions: tuple[Instruction, ...]
+    instructions: tuple[Instruction | LoopInstruction, ...]
     results: tuple[tuple[Slot, int], ...]
+    numbers: tuple[tuple[Slot, int], ...] = ()
 
     def __str__(self) -> str:
         return "\n".join(_lines(self))
 
 
-def reads(instruction: Instruction) -> tuple[Slot, ...]:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatPart(SlicePart):
+    """A part without loops; see `unrolled` (loops.py)."""
+
+    instructions: tuple[Instruction, ...]
+
+
+def reads(instruction: Instruction | LoopInstruction) -> tuple[Slot, ...]:
     """Returns the slots that an instruction reads."""
     match instruction:
         case ComputeInstruction():
@@ -110,9 +176,11 @@ def reads(instruction: Instruction) -> tuple[Slot, ...]:
             return (instruction.input,)
         case ReceiveInstruction():
             return ()
+        case LoopInstruction():
+            return tuple(dict.fromkeys(slot for body in instruction.bodies for slot in body.inputs))
 
 
-def writes(instruction: Instruction) -> tuple[Slot, ...]:
+def writes(instruction: Instruction | LoopInstruction) -> tuple[Slot, ...]:
     """Returns the slots that an instruction fills."""
     match instruction:
         case ComputeInstruction():
@@ -123,16 +191,20 @@ def writes(instruction: Instruction) -> tuple[Slot, ...]:
             return (instruction.output,)
         case SendInstruction():
             return ()
+        case LoopInstruction():
+            return instruction.outputs
 
 
-def donated_slots(instruction: Instruction) -> tuple[Slot, ...]:
+def donated_slots(instruction: Instruction | LoopInstruction) -> tuple[Slot, ...]:
     """Returns the slots whose buffers an instruction may reuse; nothing reads them afterwards."""
     if isinstance(instruction, ComputeInstruction):
         return tuple(instruction.inputs[position] for position in instruction.donated)
+    if isinstance(instruction, LoopInstruction):
+        return tuple(instruction.bodies[0].inputs[position] for position in instruction.donated)
     return ()
 
 
-def peers(instruction: Instruction) -> tuple[SliceIndex, ...]:
+def peers(instruction: Instruction | LoopInstruction) -> tuple[SliceIndex, ...]:
     """Returns the slices that an instruction exchanges values with; of a sum, all members."""
     match instruction:
         case SendInstruction() | ReceiveInstruction():
@@ -141,6 +213,9 @@ def peers(instruction: Instruction) -> tuple[SliceIndex, ...]:
             return instruction.members
         case ComputeInstruction():
             return ()
+        case LoopInstruction():
+            inner = (item.instruction for body in instruction.bodies for item in body.instructions)
+            return tuple(dict.fromkeys(peer for item in inner for peer in peers(item)))
 
 
 def freed_slots(part: SlicePart) -> list[tuple[Slot, ...]]:
@@ -164,14 +239,18 @@ def _lines(part: SlicePart) -> Iterator[str]:
     yield f"part of slice @{part.slice_index}"
     for slot, value in enumerate(part.slots):
         yield f"  ${slot}: {value}" + (" arg" if slot < part.num_args else "")
+    for slot, number in part.numbers:
+        yield f"  ${slot} = {number}"
     for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
         yield f"  {_instruction_text(part, instruction)}"
+        if isinstance(instruction, LoopInstruction):
+            yield from _loop_lines(part, instruction)
         if freed:
             yield f"  free {_slots_text(freed)}"
     yield f"  results {', '.join(f'${slot} as {number}' for slot, number in part.results)}"
 
 
-def _instruction_text(part: SlicePart, instruction: Instruction) -> str:
+def _instruction_text(part: SlicePart, instruction: Instruction | LoopInstruction) -> str:
     match instruction:
         case ComputeInstruction():
             donated = donated_slots(instruction)
@@ -185,6 +264,24 @@ def _instruction_text(part: SlicePart, instruction: Instruction) -> str:
         case AllReduceInstruction():
             members = ", ".join(f"@{member}" for member in instruction.members)
             return f"${instruction.output} = sum of ${instruction.input} over {members}, edge {instruction.edge_id}"
+
+        case LoopInstruction():
+            return f"{_slots_text(instruction.outputs)} = loop of {instruction.num_turns} turns"
+
+
+def _loop_lines(part: SlicePart, loop: LoopInstruction) -> Iterator[str]:
+    for repeat in loop.order:
+        times = f" {repeat.times} times, each {repeat.step:+d}" if repeat.times > 1 else ""
+        yield f"    do {' '.join(map(str, repeat.actions))}{times}"
+    for number, body in enumerate(loop.bodies):
+        yield f"    {'body' if number == 0 else 'body of the last turn'}"
+        for slot, value in enumerate(body.slots):
+            note = f" is ${body.inputs[slot]}" if slot < len(body.inputs) else ""
+            yield f"      ${slot}: {value}{note}" + (" the turn's number" if slot in body.number_slots else "")
+        for item in body.instructions:
+            yield f"      {item.stage}{item.kind}: {_instruction_text(part, item.instruction)}"
+        for read, made in body.carried:
+            yield f"      ${made} is ${read} of the next turn"
 
 
 def _slots_text(slots: Sequence[Slot]) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from torchways.errors import ConfigError
+from torchways.ir.loops import unrolled
 from torchways.ir.part import SlicePart
 from torchways.ir.program import Program, verify
 from torchways.passes.donate import donate
@@ -59,5 +60,5 @@ def lower(program: Program, *, print_after: str | None = None) -> LoweredProgram
     parts = tuple(split(program))
     if print_after == "split":
         print(f"--- before split\n{program}\n--- after split\n" + "\n".join(map(str, parts)))
-    check_order(parts)
+    check_order([unrolled(part) for part in parts])
     return LoweredProgram(program=program, parts=parts)

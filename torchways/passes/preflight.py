@@ -14,9 +14,9 @@ from torchways.ir.memory import InstructionStep, footprints
 from torchways.ir.part import (
     AllReduceInstruction,
     ComputeInstruction,
+    FlatPart,
     ReceiveInstruction,
     SendInstruction,
-    SlicePart,
 )
 from torchways.ir.program import SliceSpec, Value
 from torchways.mesh import mesh_text, shard_shape
@@ -43,7 +43,7 @@ class Peak:
     largest_nbytes: int
 
 
-def check_order(parts: Sequence[SlicePart]) -> None:
+def check_order(parts: Sequence[FlatPart]) -> None:
     """Proves that every transfer and sum has its two ends, and that no instructions wait for each other in a circle.
 
     Raises:
@@ -87,7 +87,7 @@ def value_bytes(value: Value, spec: SliceSpec) -> int:
     return math.prod(shard_shape(value.shape, value.placements, spec.shape)) * value.item_bytes
 
 
-def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:
+def peak_memory(part: FlatPart, spec: SliceSpec) -> Peak:
     """Returns the most that a part holds at a time, not counting what XLA needs inside a computation."""
     sizes = [value_bytes(value, spec) for value in part.slots]
     args = range(part.num_args)
@@ -114,7 +114,7 @@ def peak_memory(part: SlicePart, spec: SliceSpec) -> Peak:
 
 def check_memory(
     name: str,
-    parts: Sequence[SlicePart],
+    parts: Sequence[FlatPart],
     slices: Sequence[SliceSpec],
     budgets: Mapping[int, int],
     executors: Mapping[int, str] | None = None,

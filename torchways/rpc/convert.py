@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import assert_never
 
 from torchways.errors import Failure, UserError
 from torchways.ir.part import (
     AllReduceInstruction,
+    BodyInstruction,
     ComputeInstruction,
     Instruction,
+    LoopBody,
+    LoopInstruction,
     ReceiveInstruction,
     SendInstruction,
     SlicePart,
 )
 from torchways.ir.program import Function, Value
 from torchways.rpc import torchways_pb2 as pb
+from torchways.schedules.actions import Action, Kind, Repeat
 
 
 def failure_to_proto(failure: Failure) -> pb.Failure:
@@ -53,11 +58,14 @@ def part_to_proto(part: SlicePart) -> pb.Part:
             )
             for function in part.functions
         ],
-        slots=[
-            pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements) for value in part.slots
-        ],
+        slots=_specs(part.slots),
         num_args=part.num_args,
-        instructions=[_instruction_to_proto(instruction) for instruction in part.instructions],
+        instructions=[
+            pb.Instruction(loop=_loop_to_proto(instruction))
+            if isinstance(instruction, LoopInstruction)
+            else _instruction_to_proto(instruction)
+            for instruction in part.instructions
+        ],
         results=[pb.ResultSlot(slot=slot, result_index=number) for slot, number in part.results],
     )
 
@@ -76,19 +84,98 @@ def part_from_proto(message: pb.Part) -> SlicePart:
             )
             for function in message.functions
         ),
-        slots=tuple(
-            Value(
-                dtype=spec.dtype,
-                shape=tuple(spec.shape),
-                slice_index=message.slice_index,
-                placements=tuple(spec.placements),
-            )
-            for spec in message.slots
-        ),
+        slots=_values(message.slots, message.slice_index),
         num_args=message.num_args,
-        instructions=tuple(map(_instruction_from_proto, message.instructions)),
+        instructions=tuple(
+            _loop_from_proto(item.loop, message.slice_index) if item.HasField("loop") else _instruction_from_proto(item)
+            for item in message.instructions
+        ),
         results=tuple((result.slot, result.result_index) for result in message.results),
     )
+
+
+def _specs(values: Sequence[Value]) -> list[pb.TensorSpec]:
+    return [pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements) for value in values]
+
+
+def _values(specs: Sequence[pb.TensorSpec], slice_index: int) -> tuple[Value, ...]:
+    return tuple(
+        Value(dtype=spec.dtype, shape=tuple(spec.shape), slice_index=slice_index, placements=tuple(spec.placements))
+        for spec in specs
+    )
+
+
+def _loop_to_proto(loop: LoopInstruction) -> pb.Loop:
+    return pb.Loop(
+        bodies=[
+            pb.LoopBody(
+                slots=_specs(body.slots),
+                inputs=body.inputs,
+                number_slots=body.number_slots,
+                instructions=[
+                    pb.BodyInstruction(
+                        stage=item.stage, kind=item.kind, instruction=_instruction_to_proto(item.instruction)
+                    )
+                    for item in body.instructions
+                ],
+                carried=[pb.Carried(input=read, made=made) for read, made in body.carried],
+                last=body.last,
+            )
+            for body in loop.bodies
+        ],
+        num_turns=loop.num_turns,
+        order=[
+            pb.Repeat(
+                actions=[pb.Action(stage=a.stage, kind=a.kind, microbatch=a.microbatch) for a in repeat.actions],
+                times=repeat.times,
+                step=repeat.step,
+            )
+            for repeat in loop.order
+        ],
+        outputs=loop.outputs,
+        donated=loop.donated,
+        edge_stride=loop.edge_stride,
+    )
+
+
+def _loop_from_proto(message: pb.Loop, slice_index: int) -> LoopInstruction:
+    return LoopInstruction(
+        bodies=tuple(
+            LoopBody(
+                slots=_values(body.slots, slice_index),
+                inputs=tuple(body.inputs),
+                number_slots=tuple(body.number_slots),
+                instructions=tuple(
+                    BodyInstruction(
+                        stage=item.stage, kind=_kind(item.kind), instruction=_instruction_from_proto(item.instruction)
+                    )
+                    for item in body.instructions
+                ),
+                carried=tuple((item.input, item.made) for item in body.carried),
+                last=tuple(body.last),
+            )
+            for body in message.bodies
+        ),
+        num_turns=message.num_turns,
+        order=tuple(
+            Repeat(
+                tuple(Action(action.stage, _kind(action.kind), action.microbatch) for action in repeat.actions),
+                repeat.times,
+                repeat.step,
+            )
+            for repeat in message.order
+        ),
+        outputs=tuple(message.outputs),
+        donated=tuple(message.donated),
+        edge_stride=message.edge_stride,
+    )
+
+
+def _kind(text: str) -> Kind:
+    try:
+        return Kind(text)
+    except ValueError:
+        raise UserError(f"a program cannot be loaded: there is no kind of action {text[:40]!r}") from None
 
 
 def _instruction_to_proto(instruction: Instruction) -> pb.Instruction:

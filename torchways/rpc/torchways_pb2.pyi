@@ -1217,6 +1217,7 @@ class Instruction(_message.Message):
     SEND_FIELD_NUMBER: _builtins.int
     RECEIVE_FIELD_NUMBER: _builtins.int
     ALL_REDUCE_FIELD_NUMBER: _builtins.int
+    LOOP_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def compute(self) -> Global___Compute: ...
     @_builtins.property
@@ -1225,6 +1226,8 @@ class Instruction(_message.Message):
     def receive(self) -> Global___Receive: ...
     @_builtins.property
     def all_reduce(self) -> Global___AllReduce: ...
+    @_builtins.property
+    def loop(self) -> Global___Loop: ...
     def __init__(
         self,
         *,
@@ -1232,12 +1235,13 @@ class Instruction(_message.Message):
         send: Global___Send | None = ...,
         receive: Global___Receive | None = ...,
         all_reduce: Global___AllReduce | None = ...,
+        loop: Global___Loop | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "loop", b"loop", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "receive", b"receive", "send", b"send"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["all_reduce", b"all_reduce", "compute", b"compute", "instruction", b"instruction", "loop", b"loop", "receive", b"receive", "send", b"send"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "all_reduce"]  # noqa: Y015
+    _WhichOneofReturnType_instruction: _TypeAlias = _typing.Literal["compute", "send", "receive", "all_reduce", "loop"]  # noqa: Y015
     _WhichOneofArgType_instruction: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_instruction) -> _WhichOneofReturnType_instruction | None: ...
 
@@ -1367,6 +1371,210 @@ class AllReduce(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AllReduce: _TypeAlias = AllReduce  # noqa: Y015
+
+@_typing.final
+class Loop(_message.Message):
+    """Turns of a body, in the order of a schedule; nothing here grows with their number."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BODIES_FIELD_NUMBER: _builtins.int
+    NUM_TURNS_FIELD_NUMBER: _builtins.int
+    ORDER_FIELD_NUMBER: _builtins.int
+    OUTPUTS_FIELD_NUMBER: _builtins.int
+    DONATED_FIELD_NUMBER: _builtins.int
+    EDGE_STRIDE_FIELD_NUMBER: _builtins.int
+    num_turns: _builtins.int
+    edge_stride: _builtins.int
+    """an edge of a body is, in turn t, the one with t times this added"""
+    @_builtins.property
+    def bodies(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoopBody]:
+        """if there are two, the last turn has the second"""
+
+    @_builtins.property
+    def order(self) -> _containers.RepeatedCompositeFieldContainer[Global___Repeat]:
+        """this slice's actions"""
+
+    @_builtins.property
+    def outputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slots: what the last turn hands on, then what `last` names"""
+
+    @_builtins.property
+    def donated(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """positions in LoopBody.inputs whose buffers the first turn may reuse"""
+
+    def __init__(
+        self,
+        *,
+        bodies: _abc.Iterable[Global___LoopBody] | None = ...,
+        num_turns: _builtins.int = ...,
+        order: _abc.Iterable[Global___Repeat] | None = ...,
+        outputs: _abc.Iterable[_builtins.int] | None = ...,
+        donated: _abc.Iterable[_builtins.int] | None = ...,
+        edge_stride: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bodies", b"bodies", "donated", b"donated", "edge_stride", b"edge_stride", "num_turns", b"num_turns", "order", b"order", "outputs", b"outputs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Loop: _TypeAlias = Loop  # noqa: Y015
+
+@_typing.final
+class LoopBody(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLOTS_FIELD_NUMBER: _builtins.int
+    INPUTS_FIELD_NUMBER: _builtins.int
+    NUMBER_SLOTS_FIELD_NUMBER: _builtins.int
+    INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    CARRIED_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def slots(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]:
+        """all values of a turn: inputs first"""
+
+    @_builtins.property
+    def inputs(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slots of the part that these are, for the first turn"""
+
+    @_builtins.property
+    def number_slots(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slots that hold the number of the turn"""
+
+    @_builtins.property
+    def instructions(self) -> _containers.RepeatedCompositeFieldContainer[Global___BodyInstruction]: ...
+    @_builtins.property
+    def carried(self) -> _containers.RepeatedCompositeFieldContainer[Global___Carried]: ...
+    @_builtins.property
+    def last(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """slots whose values in the last turn outlive the loop"""
+
+    def __init__(
+        self,
+        *,
+        slots: _abc.Iterable[Global___TensorSpec] | None = ...,
+        inputs: _abc.Iterable[_builtins.int] | None = ...,
+        number_slots: _abc.Iterable[_builtins.int] | None = ...,
+        instructions: _abc.Iterable[Global___BodyInstruction] | None = ...,
+        carried: _abc.Iterable[Global___Carried] | None = ...,
+        last: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["carried", b"carried", "inputs", b"inputs", "instructions", b"instructions", "last", b"last", "number_slots", b"number_slots", "slots", b"slots"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LoopBody: _TypeAlias = LoopBody  # noqa: Y015
+
+@_typing.final
+class BodyInstruction(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    INSTRUCTION_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    """the action that it belongs to"""
+    kind: _builtins.str
+    """"F", "B", "I" or "W" """
+    @_builtins.property
+    def instruction(self) -> Global___Instruction:
+        """of any kind but a loop"""
+
+    def __init__(
+        self,
+        *,
+        stage: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        instruction: Global___Instruction | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["instruction", b"instruction", "kind", b"kind", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BodyInstruction: _TypeAlias = BodyInstruction  # noqa: Y015
+
+@_typing.final
+class Carried(_message.Message):
+    """What a turn makes of an input is that input in the next turn."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INPUT_FIELD_NUMBER: _builtins.int
+    MADE_FIELD_NUMBER: _builtins.int
+    input: _builtins.int
+    """slots of the body"""
+    made: _builtins.int
+    def __init__(
+        self,
+        *,
+        input: _builtins.int = ...,
+        made: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["input", b"input", "made", b"made"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Carried: _TypeAlias = Carried  # noqa: Y015
+
+@_typing.final
+class Repeat(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ACTIONS_FIELD_NUMBER: _builtins.int
+    TIMES_FIELD_NUMBER: _builtins.int
+    STEP_FIELD_NUMBER: _builtins.int
+    times: _builtins.int
+    step: _builtins.int
+    """the actions' microbatches rise by this each time"""
+    @_builtins.property
+    def actions(self) -> _containers.RepeatedCompositeFieldContainer[Global___Action]: ...
+    def __init__(
+        self,
+        *,
+        actions: _abc.Iterable[Global___Action] | None = ...,
+        times: _builtins.int = ...,
+        step: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actions", b"actions", "step", b"step", "times", b"times"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Repeat: _TypeAlias = Repeat  # noqa: Y015
+
+@_typing.final
+class Action(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STAGE_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    MICROBATCH_FIELD_NUMBER: _builtins.int
+    stage: _builtins.int
+    kind: _builtins.str
+    microbatch: _builtins.int
+    def __init__(
+        self,
+        *,
+        stage: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        microbatch: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["kind", b"kind", "microbatch", b"microbatch", "stage", b"stage"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Action: _TypeAlias = Action  # noqa: Y015
 
 @_typing.final
 class ResultSlot(_message.Message):
