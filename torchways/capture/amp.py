@@ -16,8 +16,8 @@ import torch.utils._pytree as pytree
 from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.capture.current_trace import current_trace
 from torchways.capture.replacement import Replacement, replaced
-from torchways.capture.tracer import current_trace
 
 
 @contextmanager

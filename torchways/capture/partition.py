@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchways.capture.collectives import ALL_REDUCE
-from torchways.capture.tracer import REGION_KEY, UPDATE_KEY, Region
+from torchways.capture.regions import REGION_KEY, UPDATE_KEY, Region
 from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, computation_of, serialize
 from torchways.ir.program import (

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
+from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 
@@ -32,8 +33,6 @@ def _matrix(operator: Any, size: int, out_size: int, dim: int, num_dims: int, re
 
 
 def _constant(matrix: torch.Tensor) -> torch.Tensor:
-    from torchways.capture.tracer import current_trace  # which applies these decompositions
-
     trace = current_trace()
     assert trace is not None
     return trace.constant(matrix)

@@ -19,11 +19,11 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.amp import scalers
+from torchways.capture.current_trace import current_trace
 from torchways.capture.python_state.gradients import gradient_of
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import user_line
-from torchways.capture.tracer import current_trace
 from torchways.errors import CaptureError
 
 #: Options that put torch.optim's optimizers on the path that reads no tensor on the host.

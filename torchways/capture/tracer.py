@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -29,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
 from torchways.capture.collectives import ALL_REDUCE
+from torchways.capture.current_trace import as_current_trace
 from torchways.capture.decompositions import decomposition_table, taken_apart
 from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.known_values import ArgumentRead, KnownValues
@@ -40,6 +40,7 @@ from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.ragged import RaggedRows, RowsInPython
 from torchways.capture.random_numbers import RandomNumbers
 from torchways.capture.recorder import Recorder, returned
+from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY, Region
 from torchways.capture.repeated_layers import repeated_layers
 from torchways.capture.rewrites import Rewrites
 from torchways.capture.source import user_line
@@ -48,15 +49,6 @@ from torchways.errors import CaptureError, DataDependentError, PlacementError, S
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import Placements, VirtualSlice, tensor_text
 from torchways.operators import CONSTRAIN
-
-#: Key of `node.meta`: the `Region` that a node belongs to; absent where the partitioner is to infer it.
-REGION_KEY = "tw_region"
-
-#: Key of `node.meta`: whether the operator computes anew, within backward, what forward computed (a checkpoint).
-RECOMPUTED_KEY = "tw_recomputed"
-
-#: Key of `node.meta`: whether the operator is part of an optimizer's step.
-UPDATE_KEY = "tw_update"
 
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
@@ -86,27 +78,6 @@ _CONSTANT_VALUE: dict[Any, Callable[[Any], float]] = {
     torch.ops.aten.full.default: lambda args: float(args[1]),
     torch.ops.aten.full_like.default: lambda args: float(args[1]),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Region:
-    """Where and as part of what an operator runs.
-
-    Attributes:
-        mesh: slice that it runs on; None: to be inferred.
-        call: number of the compiled-function call that it belongs to, or -1 for what runs between calls. Operators of
-            one call are next to each other in the order of the trace.
-        name: that function's name.
-        backward: whether autograd made it.
-        is_repeated: whether the call is of a region that is compiled once (`torch.compiler.nested_compile_region`);
-            its backward is a call of its own then.
-    """
-
-    mesh: VirtualSlice | None
-    call: int
-    name: str
-    backward: bool = False
-    is_repeated: bool = False
 
 
 @dataclass(eq=False, slots=True)
@@ -145,14 +116,6 @@ class Trace:
     reads: list[ArgumentRead] = field(default_factory=list)
     #: What it gives torch.manual_seed.
     seed: int | None = None
-
-
-_active: ContextVar[_TraceMode | None] = ContextVar("torchways_trace", default=None)
-
-
-def current_trace() -> _TraceMode | None:
-    """Returns the trace under way in this thread, if any."""
-    return _active.get()
 
 
 @dataclass(frozen=True, slots=True)
@@ -596,7 +559,6 @@ def trace(
         CaptureError: the function cannot be captured.
     """
     mode = _TraceMode(FakeTensorMode(), watcher, gradients, host_arguments, reads_positions)
-    token = _active.set(mode)
     # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
     _FAKE_TENSOR_LOGGER.disabled = True
     saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
@@ -604,6 +566,7 @@ def trace(
     torch.set_autocast_cache_enabled(False)
     try:
         with (
+            as_current_trace(mode),
             mode.fake_mode,
             RowsInPython(mode.ragged),
             Windows(mode.ragged),
@@ -620,7 +583,6 @@ def trace(
         torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
-        _active.reset(token)
 
 
 def _traced(

@@ -12,8 +12,8 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
+from torchways.capture.current_trace import current_trace
 from torchways.capture.python_state.tokens import TensorSource
-from torchways.capture.tracer import current_trace
 from torchways.controller.control_flow import copy_of, kind_text
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session

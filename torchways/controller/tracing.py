@@ -14,6 +14,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.array import Array
+from torchways.capture.current_trace import current_trace
 from torchways.capture.decompositions import decompositions_of
 from torchways.capture.objects import may_open, open_objects
 from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
@@ -27,7 +28,7 @@ from torchways.capture.python_state.tokens import TensorSource, Token, is_contai
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.state import HostContent, StateTracker
-from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
+from torchways.capture.tracer import NumberInput, Trace, trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state

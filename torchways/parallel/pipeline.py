@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
 from torchways.errors import PlacementError
 from torchways.mesh import VirtualSlice
 
