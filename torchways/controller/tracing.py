@@ -15,10 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.array import Array
 from torchways.capture.current_trace import current_trace
-from torchways.capture.decompositions import decompositions_of
-from torchways.capture.objects import may_open, open_objects
-from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
-from torchways.capture.pure_graph import tidy
+from torchways.capture.host_content import HostContent
+from torchways.capture.lowering.decompositions import decompositions_of
+from torchways.capture.partitioning.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
@@ -27,8 +26,10 @@ from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixe
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
 from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import is_user_file, user_line
-from torchways.capture.state import HostContent, StateTracker
-from torchways.capture.tracer import NumberInput, Trace, trace
+from torchways.capture.tracing.objects import may_open, open_objects
+from torchways.capture.tracing.optimizers import StateTracker
+from torchways.capture.tracing.pure_graph import tidy
+from torchways.capture.tracing.tracer import NumberInput, Trace, trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state

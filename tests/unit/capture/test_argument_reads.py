@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from tests.local_session import LocalSession
-from torchways.capture.known_values import ArgumentRead
+from torchways.capture.tracing.known_values import ArgumentRead
 from torchways.controller.function import make_function
 from torchways.controller.program import ProgramFunction
 from torchways.controller.variants import VariantOptions

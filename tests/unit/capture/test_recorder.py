@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchways.capture.decompositions import decomposition_table
-from torchways.capture.recorder import Recorder
+from torchways.capture.lowering.decompositions import decomposition_table
+from torchways.capture.tracing.recorder import Recorder
 from torchways.graphs import run_graph
 
 VIEWS = {

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchways.capture.complex_numbers import call_on_pairs, can_be_pairs, has_rule
-from torchways.capture.decompositions import decomposition_table
-from torchways.capture.recorder import Recorder
+from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
+from torchways.capture.lowering.decompositions import decomposition_table
 from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
+from torchways.capture.tracing.recorder import Recorder
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import BARRIER, is_random
 

@@ -1,7 +1,7 @@
 """Packed sequences and what recurrent layers compute of them, in shapes that do not depend on the lengths.
 
 `pack_padded_sequence` drops the elements behind the end of each sequence; how many are left depends on the lengths.
-Here they are rows that a mask selects (`ragged.py`), in the order in which a packed sequence has them. A recurrent
+Here they are rows that a mask selects (`rows/rules.py`), in the order in which a packed sequence has them. A recurrent
 layer puts them back in their places and goes through all time steps; a sequence that has not begun or is over keeps its
 state. So one graph serves all lengths with the same maximum, which is read from the lengths: results have its size.
 """
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import _VF
 from torch.overrides import TorchFunctionMode
 
-from torchways.capture.ragged import RaggedRows
+from torchways.capture.rows.rules import RaggedRows
 
 #: One step of a layer: the input's part of the gates, the state, the weights for the state; returns the new state.
 Cell = Callable[[torch.Tensor, Sequence[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]], list[torch.Tensor]]

@@ -20,10 +20,10 @@ from torch.distributions.constraints import Constraint, positive_definite, posit
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
-from torchways.capture.ctc import ctc_loss
-from torchways.capture.ragged import RaggedRows
-from torchways.capture.recurrent import PackedSequences
-from torchways.capture.replacement import Replacement, replaced
+from torchways.capture.library.ctc import ctc_loss
+from torchways.capture.library.recurrent import PackedSequences
+from torchways.capture.library.replacement import Replacement, replaced
+from torchways.capture.rows.rules import RaggedRows
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch._decomp import core_aten_decompositions, get_decompositions
 
-from torchways.capture.accumulation import HALVES
-from torchways.capture.gamma import gamma_decompositions
-from torchways.capture.kept_whole import kept_whole
-from torchways.capture.linear_algebra import linear_algebra_decompositions
-from torchways.capture.neighbours import neighbour_decompositions
-from torchways.capture.order_statistics import extreme_decompositions, order_decompositions
-from torchways.capture.resizing import resizing_decompositions
-from torchways.capture.scaling import scaler_decompositions
+from torchways.capture.lowering.accumulation import HALVES
+from torchways.capture.lowering.gamma import gamma_decompositions
+from torchways.capture.lowering.grad_scaler import scaler_decompositions
+from torchways.capture.lowering.kept_whole import kept_whole
+from torchways.capture.lowering.linear_algebra import linear_algebra_decompositions
+from torchways.capture.lowering.neighbours import neighbour_decompositions
+from torchways.capture.lowering.order_statistics import extreme_decompositions, order_decompositions
+from torchways.capture.lowering.resizing import resizing_decompositions
 from torchways.errors import CaptureError
 
 #: Not in PyTorch's core set of decompositions, but without a lowering in torch-xla (they would run on the host).

@@ -21,7 +21,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from torchways.capture.accumulation import HALVES, adds_up
+from torchways.capture.lowering.accumulation import HALVES, adds_up
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 

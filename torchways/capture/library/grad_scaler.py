@@ -17,7 +17,7 @@ from torch.amp.grad_scaler import GradScaler
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.capture.current_trace import current_trace
-from torchways.capture.replacement import Replacement, replaced
+from torchways.capture.library.replacement import Replacement, replaced
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from torchways.capture.replacement import Replacement, replaced
+from torchways.capture.library.replacement import Replacement, replaced
 
 #: So many layers that are alike are compiled once.
 FEWEST_LAYERS = 4

@@ -1,8 +1,7 @@
-"""Optimizers in a trace: their tensor-only path, hyperparameters as inputs, and state that their first step makes.
+"""Optimizers in a trace: hooks around `Optimizer.step` that let one trace serve all steps.
 
-Hooks around every `Optimizer.step` put the optimizer on the path that reads no tensor on the host, note its
-hyperparameters as numbers that each call reads anew, and turn state that the step creates as a constant (Adam's zeros)
-into arrays of that constant, so that the first step's trace serves all.
+The hooks put the optimizer on its path that reads no tensor on the host. Its hyperparameters become numbers that each
+call reads anew. State that the first step makes as a constant (Adam's zeros) becomes an array of that constant.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.array import Array
-from torchways.capture.amp import scalers
 from torchways.capture.current_trace import current_trace
+from torchways.capture.host_content import HostContent
+from torchways.capture.library.grad_scaler import scalers
 from torchways.capture.python_state.gradients import gradient_of
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
 from torchways.capture.python_state.watcher import Watcher, Write
@@ -28,15 +28,6 @@ from torchways.errors import CaptureError
 
 #: Options that put torch.optim's optimizers on the path that reads no tensor on the host.
 _TRACED_OPTIONS = {"capturable": True, "foreach": True, "fused": False}
-
-
-@dataclass(frozen=True, eq=False, slots=True)
-class HostContent:
-    """A value on the host: a tensor, or one number everywhere."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    content: torch.Tensor | float
 
 
 @dataclass(slots=True)

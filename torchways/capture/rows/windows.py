@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from torchways.capture.ragged import RaggedRows, Rows, refuse
+from torchways.capture.rows.rules import RaggedRows, Rows, refuse
 from torchways.errors import DataDependentError
 
 

@@ -29,22 +29,22 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torchways.array import Array
 from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.current_trace import as_current_trace
-from torchways.capture.decompositions import decomposition_table, taken_apart
-from torchways.capture.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
-from torchways.capture.known_values import ArgumentRead, KnownValues
-from torchways.capture.library_modes import library_modes
+from torchways.capture.library.modes import library_modes
+from torchways.capture.library.rewrites import Rewrites
+from torchways.capture.lowering.decompositions import decomposition_table, taken_apart
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
-from torchways.capture.ragged import RaggedRows, RowsInPython
-from torchways.capture.random_numbers import RandomNumbers
-from torchways.capture.recorder import Recorder, returned
 from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY, Region
-from torchways.capture.repeated_layers import repeated_layers
-from torchways.capture.rewrites import Rewrites
+from torchways.capture.rows.rules import RaggedRows, RowsInPython
+from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
-from torchways.capture.windows import Windows
+from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
+from torchways.capture.tracing.known_values import ArgumentRead, KnownValues
+from torchways.capture.tracing.random_numbers import RandomNumbers
+from torchways.capture.tracing.recorder import Recorder, returned
+from torchways.capture.tracing.repeated_layers import repeated_layers
 from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import Placements, VirtualSlice, tensor_text
