@@ -17,7 +17,8 @@ from torchways.array import Array
 from torchways.capture.current_trace import current_trace
 from torchways.capture.host_content import HostContent
 from torchways.capture.lowering.decompositions import decompositions_of
-from torchways.capture.partitioning.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
+from torchways.capture.partitioning.partition import PartitionedProgram, meshes_of, partition
+from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
