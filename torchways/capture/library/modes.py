@@ -23,13 +23,13 @@ from torch.overrides import TorchFunctionMode
 from torchways.capture.library.ctc import ctc_loss
 from torchways.capture.library.recurrent import PackedSequences
 from torchways.capture.library.replacement import Replacement, replaced
-from torchways.capture.rows.rules import RaggedRows
+from torchways.capture.rows.ragged_tensors import RaggedTensors
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError, DataDependentError
 
 
 @contextmanager
-def library_modes(ragged: RaggedRows) -> Iterator[None]:
+def library_modes(ragged: RaggedTensors) -> Iterator[None]:
     """While it is open, PyTorch's library takes paths that can be traced."""
     without_onednn = torch.backends.mkldnn.flags(
         enabled=False, deterministic=None, allow_tf32=None, fp32_precision=None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import _VF
 from torch.overrides import TorchFunctionMode
 
-from torchways.capture.rows.rules import RaggedRows
+from torchways.capture.rows.ragged_tensors import RaggedTensors
 
 #: One step of a layer: the input's part of the gates, the state, the weights for the state; returns the new state.
 Cell = Callable[[torch.Tensor, Sequence[torch.Tensor], Callable[[torch.Tensor], torch.Tensor]], list[torch.Tensor]]
@@ -25,7 +25,7 @@ Cell = Callable[[torch.Tensor, Sequence[torch.Tensor], Callable[[torch.Tensor], 
 class PackedSequences(TorchFunctionMode):
     """While it is active, sequences can be packed, unpacked and given to recurrent layers."""
 
-    def __init__(self, ragged: RaggedRows) -> None:
+    def __init__(self, ragged: RaggedTensors) -> None:
         super().__init__()
         self._ragged = ragged
         #: By the node of the batch sizes, with which PyTorch hands a packed sequence on.
@@ -115,7 +115,7 @@ class _Packing:
         num_rows: how many these are, if that is known.
     """
 
-    def __init__(self, ragged: RaggedRows, mask: torch.Tensor, num_rows: int | None = None) -> None:
+    def __init__(self, ragged: RaggedTensors, mask: torch.Tensor, num_rows: int | None = None) -> None:
         self.mask = mask
         self._ragged = ragged
         flat = mask.reshape(-1)
@@ -142,7 +142,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, ragged: RaggedRows, order: torch.Tensor, place: torch.Tensor, data: torch.Tensor
+        ctx: Any, ragged: RaggedTensors, order: torch.Tensor, place: torch.Tensor, data: torch.Tensor
     ) -> torch.Tensor:
         ctx.order = order
         rows = data.clone()

@@ -1,9 +1,9 @@
 """Rows between bounds that values decide: `x.split(sizes.tolist())`, `x[start:end]` and `y[start:end] = rows`.
 
 Grouped products of experts work so: tokens are sorted by expert, and each expert computes the rows of its window. A
-window is a tensor of all rows of which those within mean something (`ragged.py`); rows stay where they are. What is
-computed for all windows of a split is joined again by torch.cat. That the sizes of a split add up to the number of rows
-is not checked.
+window is a ragged tensor (`values.py`) of all rows, of which those within mean something; rows stay where they are.
+What is computed for all windows of a split is joined again by torch.cat. Nothing checks that the sizes of a split add
+up to the number of rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 
-from torchways.capture.rows.rules import RaggedRows, Rows, refuse
+from torchways.capture.rows.ragged_tensors import RaggedTensors
+from torchways.capture.rows.values import Rows, refuse
 from torchways.errors import DataDependentError
 
 
@@ -39,7 +40,7 @@ class WindowSize:
 class Windows(TorchFunctionMode):
     """While it is active, windows can be cut out of tensors, and written or joined."""
 
-    def __init__(self, ragged: RaggedRows) -> None:
+    def __init__(self, ragged: RaggedTensors) -> None:
         super().__init__()
         self._ragged = ragged
         #: The windows of a split, by its sizes and the number of rows.
@@ -139,7 +140,7 @@ class _Cut(torch.autograd.Function):
     """A tensor as one of its windows."""
 
     @staticmethod
-    def forward(ctx: Any, ragged: RaggedRows, rows: Rows, value: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, ragged: RaggedTensors, rows: Rows, value: torch.Tensor) -> torch.Tensor:
         ctx.ragged, ctx.rows = ragged, rows
         result = value.clone()
         ragged.mark(result, rows)
@@ -155,7 +156,7 @@ class _Join(torch.autograd.Function):
     """All windows of a split as one tensor."""
 
     @staticmethod
-    def forward(ctx: Any, ragged: RaggedRows, windows: list[Rows], *values: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, ragged: RaggedTensors, windows: list[Rows], *values: torch.Tensor) -> torch.Tensor:
         ctx.ragged, ctx.windows = ragged, windows
         result = torch.zeros_like(values[0])
         ragged.forget(result)
@@ -170,7 +171,7 @@ class _Join(torch.autograd.Function):
         return None, None, *(_within(ctx.ragged, rows, grad) for rows in ctx.windows)
 
 
-def _within(ragged: RaggedRows, rows: Rows, value: torch.Tensor) -> torch.Tensor:
+def _within(ragged: RaggedTensors, rows: Rows, value: torch.Tensor) -> torch.Tensor:
     """Returns a tensor with zeros outside of a window."""
     result = torch.where(rows.valid(value.dim()), value, 0)
     ragged.forget(result)

@@ -37,7 +37,10 @@ from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY, Region
-from torchways.capture.rows.rules import RaggedRows, RowsInPython
+from torchways.capture.rows.loops import RowLoops
+from torchways.capture.rows.ragged_tensors import RaggedTensors
+from torchways.capture.rows.rules import RowRules
+from torchways.capture.rows.tensor_methods import RowsInPython
 from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
@@ -166,7 +169,9 @@ class _TraceMode(Recorder):
         self._of_sequence: dict[int, tuple[Region | None, str]] = {}
         self._known = KnownValues(self._start_of)
         self.random = RandomNumbers()
-        self.ragged = RaggedRows(self.node_of, self._positions_of)
+        self.ragged = RaggedTensors(self.node_of)
+        self.row_loops = RowLoops(self.ragged)
+        self._row_rules = RowRules(self.ragged, self.row_loops, self._positions_of)
 
     # ---- regions
 
@@ -268,7 +273,7 @@ class _TraceMode(Recorder):
             return self.record(func, args, kwargs)
         _check_dtypes(func, args)
         new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
-        self.ragged.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
+        self.row_loops.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
         outer, self._label = self._label, self._label_now()
         try:
             result = self._run(func, new_args, new_kwargs, is_foreach)
@@ -281,7 +286,7 @@ class _TraceMode(Recorder):
             self._label = outer
         if func is ALL_REDUCE:  # no part of a call
             self.region, self._backward = self._another_call(self.region), None
-        self.ragged.note_result(func, result)
+        self.row_loops.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
             node = self.node_of(result)
             assert node is not None
@@ -290,7 +295,7 @@ class _TraceMode(Recorder):
 
     def _run(self, func: Any, args: Any, kwargs: Any, is_foreach: bool) -> Any:
         try:
-            if self.ragged.concerns(func, args, kwargs) or self.ragged.writes_by_mask(func, args):
+            if self.ragged.concerns(func, args, kwargs) or self._row_rules.writes_by_mask(func, args):
                 return self._on_rows(func, args, kwargs)
             if is_foreach:
                 return self.record_foreach(func, args, kwargs, lambda *call: self._one_by_one(func, *call))
@@ -302,10 +307,10 @@ class _TraceMode(Recorder):
             try:
                 return self._on_known(func, args, kwargs)
             except DataDependentError:
-                if not self.ragged.selects(func, args):
+                if not self._row_rules.selects(func, args):
                     raise
                 with self.inside():
-                    return self.ragged.call(func, args, kwargs)
+                    return self._row_rules.call(func, args, kwargs)
 
     @contextmanager
     def _anew(self) -> Iterator[None]:
@@ -335,9 +340,9 @@ class _TraceMode(Recorder):
 
     def _on_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Calls an operator on rows that a mask selects."""
-        if self.ragged.has_rule(func):
+        if self._row_rules.has_rule(func):
             with self.inside():
-                return self.ragged.call(func, args, kwargs)
+                return self._row_rules.call(func, args, kwargs)
         with self._anew():
             return taken_apart()[func](*args, **kwargs)
 
@@ -568,7 +573,7 @@ def trace(
         with (
             as_current_trace(mode),
             mode.fake_mode,
-            RowsInPython(mode.ragged),
+            RowsInPython(mode.ragged, mode.row_loops),
             Windows(mode.ragged),
             Rewrites(),
             library_modes(mode.ragged),
@@ -598,7 +603,7 @@ def _traced(
     flat, out_spec = pytree.tree_flatten(function(fakes))
     outputs = [value for value in flat if isinstance(value, torch.Tensor)]
     results = [*outputs, *escaped()]
-    mode.ragged.check_results(results)
+    mode.row_loops.check_results(results)
     nodes: list[Any] = [mode.node_of(mode.stand_in(tensor)) for tensor in results]
     values = [mode.node_of(item.fake) for item in mode.inputs]
     written = [position for position, item in enumerate(mode.inputs) if values[position] is not item.node]
