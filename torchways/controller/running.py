@@ -14,7 +14,7 @@ from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.source import user_line
 from torchways.capture.tracing.objects import set_attributes
-from torchways.capture.tracing.tracer import NumberInput
+from torchways.capture.tracing.trace import NumberInput
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.parity.check import ParityCheck
 from torchways.controller.parity.report import ParityReport, active_parity

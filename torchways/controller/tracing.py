@@ -30,7 +30,8 @@ from torchways.capture.source import is_user_file, user_line
 from torchways.capture.tracing.objects import may_open, open_objects
 from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import tidy
-from torchways.capture.tracing.tracer import NumberInput, Trace, trace
+from torchways.capture.tracing.trace import NumberInput, Trace
+from torchways.capture.tracing.tracer import trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state

@@ -1,10 +1,9 @@
 """Records the operators of a Python function as a graph without side effects, in one pass.
 
 Every operator that reaches PyTorch's dispatch (below autograd) is run on fake tensors, for its shape, and recorded as a
-node; those that the table of decompositions names are taken apart first. Tensors that share memory are told apart from
-the values that they have: a `_Memory` has one value at a time, and each tensor on it is a chain of views of that. An
-operator that writes gives its target's memory a new value, and views are taken of it again where they are read later.
-So the graph has no in-place operator, and no second pass removes any.
+node. Operators in the table of decompositions are taken apart first. An operator that writes gives its target's memory
+(memory.py) a new value, and views of it are taken again where they are read later. So the graph has no in-place
+operator, and no second pass removes any.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,52 +21,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from torchways.capture.lowering.accumulation import HALVES, adds_up
 from torchways.capture.source import user_line
+from torchways.capture.tracing.memory import Memory, Place, Step, place_of
+from torchways.capture.tracing.traits import Traits, is_composite, returned, traits_of
 from torchways.errors import CaptureError
 
 aten = torch.ops.aten
 
 _CPU = torch.device("cpu")
 _ALIASES = {aten.alias.default, aten.detach.default, aten.lift_fresh.default, aten.lift_fresh_copy.default}
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A view of a tensor: an operator, what it gets beside the tensor, and which of its results it is."""
-
-    func: Any
-    rest: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    index: int | None
-
-    def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
-        result = self.func(tensor, *self.rest, **self.kwargs)
-        return result if self.index is None else result[self.index]
-
-
-@dataclass(slots=True, eq=False)
-class _Memory:
-    """What tensors share: the node of its present value, and the geometry of the tensor that it was made for."""
-
-    node: torch.fx.Node
-    shape: torch.Size
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    version: int = 0
-
-
-@dataclass(slots=True, eq=False)
-class _Place:
-    """A tensor as views of a memory, and the node of its value when the memory had `version`."""
-
-    memory: _Memory
-    steps: tuple[_Step, ...]
-    node: torch.fx.Node
-    version: int
-
-
-def _place_of(tensor: Any) -> _Place:
-    place: _Place = tensor._tw_place
-    return place
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -156,12 +116,12 @@ class Recorder(TorchDispatchMode):
 
     def bind(self, fake: Any, node: torch.fx.Node) -> None:
         """Makes a fake tensor one of its own memory, whose value is a node's."""
-        memory = _Memory(node, fake.shape, fake.stride(), fake.dtype)
-        fake._tw_place = _Place(memory, (), node, 0)
+        memory = Memory(node, fake.shape, fake.stride(), fake.dtype)
+        fake._tw_place = Place(memory, (), node, 0)
 
     def node_of(self, tensor: Any) -> torch.fx.Node | None:
         """Returns the node of a tensor's present value, or None if it is none of this recorder's."""
-        place: _Place | None = getattr(tensor, "_tw_place", None)
+        place: Place | None = getattr(tensor, "_tw_place", None)
         if place is None or place.memory.node.graph is not self.graph:
             return None
         if place.version != place.memory.version:
@@ -177,7 +137,7 @@ class Recorder(TorchDispatchMode):
                 found = self._values[key] = torch.empty(key[0], dtype=dtype)  # type: ignore[assignment]
         return found  # type: ignore[return-value]
 
-    def _take_views_again(self, place: _Place) -> None:
+    def _take_views_again(self, place: Place) -> None:
         memory = place.memory
         node = memory.node
         if place.steps:
@@ -191,7 +151,7 @@ class Recorder(TorchDispatchMode):
         old, place.node, place.version = place.node, node, memory.version
         self.moved(old, node)
 
-    def _copy_of_memory(self, memory: _Memory) -> FakeTensor:
+    def _copy_of_memory(self, memory: Memory) -> FakeTensor:
         return self.stands_for(memory.node, memory.shape, memory.strides, memory.dtype)
 
     def _strided_as(self, target: Any, value: Any) -> Any:
@@ -230,7 +190,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func is aten.copy.default:
             return self._converted(args[1], args[0])
-        traits = _traits(func)
+        traits = traits_of(func)
         if traits.is_mutable:
             return self._record_write(func, traits, args, kwargs)
         if adds_up(func, args, kwargs) and any(_is_half(leaf) for leaf in pytree.tree_leaves((args, kwargs))):
@@ -267,7 +227,7 @@ class Recorder(TorchDispatchMode):
             node.meta["val"] = None
         return result
 
-    def _shaped(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+    def _shaped(self, func: Any, traits: Traits, args: Any, kwargs: Any) -> Any:
         """Runs an operator on fake tensors; what it gives for these shapes, dtypes and numbers is computed once."""
         if traits.is_view:
             return self._view(func, args, kwargs)
@@ -315,12 +275,12 @@ class Recorder(TorchDispatchMode):
         return value
 
     def _bind_result(
-        self, result: Any, node: torch.fx.Node, traits: _Traits, args: Any, kwargs: Any, index: int | None
+        self, result: Any, node: torch.fx.Node, traits: Traits, args: Any, kwargs: Any, index: int | None
     ) -> None:
         if traits.is_view and result is not args[0]:
-            place = _place_of(args[0])
-            step = _Step(traits.func, tuple(args[1:]), kwargs, index)
-            result._tw_place = _Place(place.memory, (*place.steps, step), node, place.memory.version)
+            place = place_of(args[0])
+            step = Step(traits.func, tuple(args[1:]), kwargs, index)
+            result._tw_place = Place(place.memory, (*place.steps, step), node, place.memory.version)
         elif all(result is not item for item in args):
             self.bind(result, node)
 
@@ -329,8 +289,8 @@ class Recorder(TorchDispatchMode):
             return self.constant(tensor)
         result = self._view(func, (tensor,), {}) if tensor.constant is None else func(tensor)
         if result is not tensor and (node := self.node_of(tensor)) is not None:
-            place = _place_of(tensor)
-            result._tw_place = _Place(place.memory, place.steps, node, place.memory.version)
+            place = place_of(tensor)
+            result._tw_place = Place(place.memory, place.steps, node, place.memory.version)
         return result
 
     def _decomposed(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -341,19 +301,19 @@ class Recorder(TorchDispatchMode):
                 result = decomposition(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if _is_composite(func):
+        if is_composite(func):
             with self.inside():
                 return func.decompose(*args, **kwargs)
         return NotImplemented
 
-    def _as_view(self, func: Any, traits: _Traits, args: Any, kwargs: Any, result: Any) -> Any:
+    def _as_view(self, func: Any, traits: Traits, args: Any, kwargs: Any, result: Any) -> Any:
         """Returns the view that an operator makes, with the value that its decomposition computed."""
         first = args[0]
         if not isinstance(first, torch.Tensor):
             return result
-        memory = _place_of(first).memory
+        memory = place_of(first).memory
         items = result if isinstance(result, (list, tuple)) else [result]
-        if all(_place_of(item).memory is memory for item in items):
+        if all(place_of(item).memory is memory for item in items):
             return result
         views = self._view(func, args, kwargs)
         several = isinstance(views, (list, tuple))
@@ -363,7 +323,7 @@ class Recorder(TorchDispatchMode):
             self._bind_result(view, node, traits, args, kwargs, index if several else None)
         return views
 
-    def _in_float32(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+    def _in_float32(self, func: Any, traits: Traits, args: Any, kwargs: Any) -> Any:
         """Runs an operator on float32 in place of 16 bits, and rounds its results."""
         shapes = self._shaped(func, traits, args, kwargs)
         with self.inside():
@@ -405,7 +365,7 @@ class Recorder(TorchDispatchMode):
             operands = [mine[position][0] for position in lists]
             tensors = [item for item in operands if isinstance(item, torch.Tensor)]
             nodes = [self.node_of(item) for item in tensors]
-            is_whole = not (func._schema.is_mutable and _place_of(tensors[0]).steps)
+            is_whole = not (func._schema.is_mutable and place_of(tensors[0]).steps)
             key = (tuple(map(_kind, operands)), tuple(nodes.index(node) for node in nodes))
             template = templates.get(key) if is_whole else None
             if template is None:
@@ -420,7 +380,7 @@ class Recorder(TorchDispatchMode):
                 made = self._copy_nodes(template, nodes)
                 if func._schema.is_mutable:
                     target = tensors[0]
-                    self._write_memory(_place_of(target), made)
+                    self._write_memory(place_of(target), made)
                 else:
                     like = template.result
                     target = self.stands_for(made, like.shape, like.stride(), like.dtype)
@@ -439,7 +399,7 @@ class Recorder(TorchDispatchMode):
 
     # ---- writes
 
-    def _record_write(self, func: Any, traits: _Traits, args: Any, kwargs: Any) -> Any:
+    def _record_write(self, func: Any, traits: Traits, args: Any, kwargs: Any) -> Any:
         if func is aten.copy_.default:
             self.write(args[0], self._converted(args[1], args[0]))
             return args[0]
@@ -478,7 +438,7 @@ class Recorder(TorchDispatchMode):
     def write(self, target: Any, value: Any) -> None:
         """Gives a tensor the value of another of its shape and dtype, and what shares its memory along with it."""
         node = self.node_of(value)
-        place = _place_of(target)
+        place = place_of(target)
         assert node is not None
         if target.constant is not None:
             target.constant = None
@@ -502,7 +462,7 @@ class Recorder(TorchDispatchMode):
         old, place.node = place.node, node
         self.moved(old, node)
 
-    def _write_memory(self, place: _Place, node: torch.fx.Node) -> None:
+    def _write_memory(self, place: Place, node: torch.fx.Node) -> None:
         memory = place.memory
         old, memory.node = memory.node, node
         memory.version += 1
@@ -605,69 +565,3 @@ def _nodes_after(before: torch.fx.Node, graph: torch.fx.Graph) -> list[torch.fx.
     while (before := before.next) is not graph._root:
         nodes.append(before)
     return nodes
-
-
-@dataclass(frozen=True, slots=True)
-class _Traits:
-    """What `Recorder` asks of an operator."""
-
-    func: Any
-    is_view: bool
-    is_mutable: bool
-    #: The operator that returns what this one writes, of the same arguments.
-    functional: Any
-    has_dim: bool
-    returns_tensors: bool
-    returns_something: bool
-
-
-@cache
-def _traits(func: Any) -> _Traits:
-    schema = func._schema
-    returns = [str(item.type) for item in schema.returns]
-    return _Traits(
-        func,
-        is_view=func.is_view and not _is_composite(func),  # which return a view or a copy, as the case may be
-        is_mutable=schema.is_mutable,
-        functional=_functional(func) if schema.is_mutable else None,
-        has_dim=any(argument.name == "dim" for argument in schema.arguments),
-        returns_tensors=any("Tensor" in text for text in returns),
-        returns_something=bool(returns),
-    )
-
-
-@cache
-def _is_composite(func: Any) -> bool:
-    return bool(func._can_decompose())
-
-
-def _functional(func: Any) -> Any:
-    schema = func._schema
-    namespace, name = schema.name.split("::")
-    first = schema.arguments[0] if schema.arguments else None
-    writes = [item for item in schema.arguments if item.alias_info is not None and item.alias_info.is_write]
-    is_in_place = name.endswith("_") and not name.endswith("__") and name != "resize_" and writes == [first]
-    if not is_in_place or str(schema.arguments[0].type) != "Tensor":
-        return None
-    packet = getattr(getattr(torch.ops, namespace), name[:-1], None)
-    wanted = _signature(schema)
-    overloads = [] if packet is None else sorted(packet.overloads(), key=lambda item: item != func._overloadname)
-    for other in (getattr(packet, overload) for overload in overloads):
-        if _signature(other._schema) == wanted and not other._schema.is_mutable and len(other._schema.returns) == 1:
-            return other
-    return None
-
-
-def _signature(schema: Any) -> list[tuple[Any, ...]]:
-    return [(item.name, str(item.type), item.has_default_value(), item.default_value) for item in schema.arguments]
-
-
-def returned(func: Any, args: Any, kwargs: Any, result: Any) -> Any:
-    """An operator that writes to an argument returns that very argument, also where it was replaced."""
-    returns = func._schema.returns
-    if len(returns) == 1 and returns[0].alias_info is not None and returns[0].alias_info.is_write:
-        for value, argument in zip(args, func._schema.arguments, strict=False):
-            if argument.alias_info is not None and argument.alias_info.is_write:
-                return value
-        return kwargs.get("out", result)
-    return result

@@ -1,10 +1,9 @@
-"""Traces a Python function of tensors, whole: forward, autograd's backward, the optimizer.
+"""Traces a Python function of tensors as a whole: forward, autograd's backward and the optimizer.
 
-`_TraceMode` records operators on fake tensors (recorder.py), as a graph without side effects. It turns what the
-function reads but was not passed (parameters and optimizer state as arrays, tensors of the closure) into graph inputs
-the moment they are first touched, so nothing must be declared; and it notes with each node which compiled function,
-mesh and user line it belongs to. Backward nodes inherit these from the forward node whose gradient they compute,
-through autograd's sequence numbers.
+`_TraceMode` sees every operator that the function calls. It records it on fake tensors (recorder.py), as a graph
+without side effects, with labels on each node (labels.py). Tensors that the function reads without being passed them
+(parameters and optimizer state as arrays, tensors of the closure) become graph inputs when they are first touched, so
+nothing has to be declared.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +34,6 @@ from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
-from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY, Region
 from torchways.capture.rows.loops import RowLoops
 from torchways.capture.rows.ragged_tensors import RaggedTensors
 from torchways.capture.rows.rules import RowRules
@@ -44,20 +41,16 @@ from torchways.capture.rows.tensor_methods import RowsInPython
 from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
-from torchways.capture.tracing.known_values import ArgumentRead, KnownValues
+from torchways.capture.tracing.labels import LabellingRecorder
 from torchways.capture.tracing.random_numbers import RandomNumbers
-from torchways.capture.tracing.recorder import Recorder, returned
 from torchways.capture.tracing.repeated_layers import repeated_layers
-from torchways.errors import CaptureError, DataDependentError, PlacementError, ShapeError
-from torchways.graphs import SOURCE_KEY
-from torchways.mesh import Placements, VirtualSlice, tensor_text
-from torchways.operators import CONSTRAIN
+from torchways.capture.tracing.trace import GraphInput, NumberInput, Trace
+from torchways.capture.tracing.traits import returned
+from torchways.capture.tracing.value_reads import ValueReads, is_known_constant, tensors_in
+from torchways.errors import CaptureError, DataDependentError, ShapeError
 
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
-
-#: Of elements that a trace's condition on a call's tensors may compare.
-_MAX_POSITIONS = 1024
 
 _HOST_READS = {
     torch.ops.aten._local_scalar_dense.default,
@@ -83,55 +76,7 @@ _CONSTANT_VALUE: dict[Any, Callable[[Any], float]] = {
 }
 
 
-@dataclass(eq=False, slots=True)
-class GraphInput:
-    """A placeholder of a traced graph and the thing that it stands for."""
-
-    node: torch.fx.Node
-    #: The program's argument at this position (flattened), a tensor of Python's state, a number that is computed on the
-    #: host, or the tensor itself where it is the same in each run.
-    source: int | TensorSource | NumberInput | torch.Tensor
-    fake: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class NumberInput:
-    """A host number as an input of the graph: the step that computes it, and the dtype that the graph wants."""
-
-    step: int
-    dtype: torch.dtype
-
-
-@dataclass(slots=True)
-class Trace:
-    """What tracing a function found."""
-
-    #: Pure; its outputs are those that the function returned, `escaped`, and the new values of `written`.
-    graph: torch.fx.Graph
-    inputs: list[GraphInput]
-    num_outputs: int
-    out_spec: pytree.TreeSpec
-    #: Positions of the inputs that the function changed in place.
-    written: list[int] = field(default_factory=list)
-    #: Positions in the flattened result, and the values there, that are not tensors.
-    constants: dict[int, Any] = field(default_factory=dict)
-    #: What it read of values of tensors: the trace holds for calls where these are the same.
-    reads: list[ArgumentRead] = field(default_factory=list)
-    #: What it gives torch.manual_seed.
-    seed: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class _Label:
-    """What an operator is part of."""
-
-    region: Region | None
-    line: str
-    is_recomputed: bool
-    is_update: bool
-
-
-class _TraceMode(Recorder):
+class _TraceMode(LabellingRecorder):
     """Sees every operator of the traced function; see the module's docstring."""
 
     def __init__(
@@ -145,116 +90,20 @@ class _TraceMode(Recorder):
         super().__init__(fake_mode, decomposition_table())
         self.watcher = watcher
         self.gradients = gradients
-        #: The call's tensors whose values it may read, by position.
-        self._host_arguments = host_arguments
-        self._reads_positions = reads_positions
-        #: What it read of them.
-        self.reads: list[ArgumentRead] = []
         self.inputs: list[GraphInput] = []
-        self._label = _Label(None, "", False, False)
-        self.region: Region | None = None
         self._scalars: dict[NumberInput, torch.Tensor] = {}
-        #: Whether an optimizer's step is running: its operators are labelled, and constants made there may be its
-        #: initial state.
-        self.in_optimizer = False
         #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
         self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
         self._by_identity: dict[int, GraphInput] = {}
         #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
         self._alive: list[torch.Tensor] = []
-        self._calls = 0
-        #: The repeated region whose backward runs, and the region that its operators get.
-        self._backward: tuple[Region, Region] | None = None
-        #: Region and line of the forward operator that made an autograd node, by its sequence number.
-        self._of_sequence: dict[int, tuple[Region | None, str]] = {}
-        self._known = KnownValues(self._start_of)
+        self.value_reads = ValueReads(
+            self.inputs, lambda tensor: self.node_of(self._as_traced(tensor)), host_arguments, reads_positions
+        )
         self.random = RandomNumbers()
         self.ragged = RaggedTensors(self.node_of)
         self.row_loops = RowLoops(self.ragged)
         self._row_rules = RowRules(self.ragged, self.row_loops, self._positions_of)
-
-    # ---- regions
-
-    @contextmanager
-    def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
-        """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
-        outer = self.region
-        if outer is not None and outer.call >= 0 and outer.mesh is not None:
-            yield  # a function called by a function is part of it
-            return
-        with self._call_of(Region(mesh, self._next_call(), name)):
-            yield
-
-    @contextmanager
-    def repeated_region(self, name: str) -> Iterator[None]:
-        """Everything that runs inside, and its backward, is a compiled function each; equal ones are compiled once."""
-        mesh = self.region.mesh if self.region is not None else None
-        with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True)):
-            yield
-
-    @contextmanager
-    def _call_of(self, region: Region) -> Iterator[None]:
-        outer, self.region = self.region, region
-        try:
-            yield
-        finally:
-            inner = self.region
-            if (outer is None or outer.call < 0) and inner.mesh is not region.mesh:  # another stage began
-                outer = Region(inner.mesh, -1, inner.name) if inner.mesh is not None else None
-            self.region = self._another_call(outer)
-
-    def _another_call(self, region: Region | None) -> Region | None:
-        """Returns the region of what is left of a call after something that is no part of it."""
-        return replace(region, call=self._next_call()) if region is not None and region.call >= 0 else region
-
-    def _next_call(self) -> int:
-        self._calls += 1
-        return self._calls - 1
-
-    @contextmanager
-    def stage(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
-        """What runs inside is placed on `mesh`, until other stages begin within it."""
-        outer = self.region
-        self.enter_stage(mesh, name)
-        try:
-            yield
-        finally:
-            self.region = self._another_call(outer)
-
-    def is_alone(self) -> bool:
-        """Whether what is called now is training on one device, outside a repeated region."""
-        region = self.region
-        if region is None or region.mesh is None or region.is_repeated:
-            return False
-        return region.mesh.root.size() == 1 and torch.is_grad_enabled()
-
-    def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
-        """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""
-        if self.region is None or self.region.call < 0:
-            self.region = Region(mesh, -1, name) if mesh is not None else None
-        elif self.region.mesh is not mesh and (self.region.is_repeated or self.region.mesh is None):
-            self.region = replace(self.region, mesh=mesh, call=self._next_call())
-
-    def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
-        """Returns the tensor, on `mesh` and sharded so.
-
-        Raises:
-            PlacementError: a compiled function of another slice is being called.
-        """
-        saved = self.region
-        if saved is None or saved.call < 0:
-            self.region = Region(mesh, -1, "" if saved is None else saved.name)
-        elif saved.mesh is None:
-            self.region = replace(saved, mesh=mesh)
-        elif saved.mesh.root is not mesh.root:
-            raise PlacementError(
-                f"{saved.name} runs on mesh {saved.mesh} as a whole, and cannot place a tensor on another slice, mesh "
-                f"{mesh}, at {user_line()}"
-            )
-        try:
-            return CONSTRAIN(tensor, " ".join(placements))
-        finally:
-            self.region = saved
 
     # ---- operators
 
@@ -267,7 +116,7 @@ class _TraceMode(Recorder):
         is_foreach = func._schema.name.startswith("aten::_foreach_")
         if not is_foreach and has_numbers(args, kwargs):
             return call_with_numbers(func, args, kwargs, self.scalar, self._again)
-        if func in _HOST_READS and not all(map(_is_known_constant, _tensors(args))):
+        if func in _HOST_READS and not all(map(is_known_constant, tensors_in(args))):
             return self._on_known(func, args, kwargs)
         if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code
             return self.record(func, args, kwargs)
@@ -285,7 +134,7 @@ class _TraceMode(Recorder):
         finally:
             self._label = outer
         if func is ALL_REDUCE:  # no part of a call
-            self.region, self._backward = self._another_call(self.region), None
+            self._end_call()
         self.row_loops.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
             node = self.node_of(result)
@@ -314,7 +163,7 @@ class _TraceMode(Recorder):
 
     @contextmanager
     def _anew(self) -> Iterator[None]:
-        """What is called inside is seen as what the traced function calls itself."""
+        """Sees what is called inside as if the traced function called it itself."""
         depth, self._depth = self._depth, 0
         try:
             with self:
@@ -352,71 +201,21 @@ class _TraceMode(Recorder):
         Raises:
             DataDependentError: they are not.
         """
-        values: dict[int, torch.Tensor] = {}
-        nodes: dict[int, torch.fx.Node] = {}
-        for tensor in _tensors((args, kwargs)):
-            value = tensor.constant if _is_known_constant(tensor) else None  # type: ignore[attr-defined]
-            if value is None and (node := self.node_of(self._as_traced(tensor))) is not None:
-                value = self._known.value_of(node)
-                nodes[id(tensor)] = node
-            if value is None:
-                raise DataDependentError(_data_dependent(func, tensor, self._is_input(nodes.get(id(tensor)))))
-            values[id(tensor)] = value
-        with _disable_current_modes(), torch.no_grad():
-            known_args, known_kwargs = pytree.tree_map_only(
-                torch.Tensor, lambda tensor: values[id(tensor)], (args, kwargs)
-            )
-            result = func(*known_args, **known_kwargs)
-            read = self._known.read(func, nodes, values, args, kwargs, result, user_line())
-        if read is not None:
-            if not self._may_be_kept(result, read):
-                raise DataDependentError(_many_values(func))
-            self.reads.append(read)
-        return pytree.tree_map_only(torch.Tensor, self._lift, result)
+        return pytree.tree_map_only(torch.Tensor, self._lift, self.value_reads.ask(func, args, kwargs))
 
     def _positions_of(self, mask: torch.Tensor) -> torch.Tensor | None:
         """Returns the positions that a mask selects, if they are the same in each call."""
-        num_reads = len(self.reads)
+        reads = self.value_reads.reads
+        num_reads = len(reads)
         try:
             positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
         except DataDependentError:
             return None
-        asked = [source for read in self.reads[num_reads:] for source in read.sources]
+        asked = [source for read in reads[num_reads:] for source in read.sources]
         if any(isinstance(source, int) for source in asked):  # other masks of other calls would each need a graph
-            del self.reads[num_reads:]
+            del reads[num_reads:]
             return None
         return positions
-
-    def _may_be_kept(self, value: Any, read: ArgumentRead) -> bool:
-        """Whether a trace may hold for calls whose tensors have this value in common."""
-        is_state = not any(isinstance(source, int) for source in read.sources)
-        if type(value) in (bool, int) or (is_state and type(value) is float):
-            return True
-        leaves = pytree.tree_leaves(value)
-        return (is_state or self._reads_positions) and all(
-            isinstance(leaf, torch.Tensor) and leaf.dtype == torch.int64 and leaf.numel() <= _MAX_POSITIONS
-            for leaf in leaves
-        )
-
-    def _is_input(self, node: torch.fx.Node | None) -> bool:
-        """Whether a node is given to the graph, and not computed."""
-        return any(item.node is node for item in self.inputs)
-
-    def _start_of(self, node: torch.fx.Node) -> tuple[Any, torch.Tensor | None]:
-        """Returns what a placeholder stands for, and its value where the trace may read that.
-
-        Of arrays it may read those of one element: counters and flags. A parameter never has the same value again.
-        """
-        source: Any = next((item.source for item in self.inputs if item.node is node), None)
-        if isinstance(source, int):
-            return source, self._host_arguments[source]
-        if isinstance(source, TensorSource):
-            tensor = source.tensor
-            if not isinstance(tensor, Array):
-                return source, tensor
-            is_small = tensor.numel() == 1 and not tensor.requires_grad
-            return source, tensor._buffer.read() if is_small else None
-        return None, source if type(source) is torch.Tensor else None
 
     def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns the fake tensor that stands for `tensor` in this trace."""
@@ -489,51 +288,6 @@ class _TraceMode(Recorder):
                 fake = item.fake
                 found[id(after.fake)] = self.stands_for(item.node, fake.shape, fake.stride(), fake.dtype)
         return found
-
-    # ---- labels
-
-    def _label_now(self) -> _Label:
-        autograd_node = torch._C._current_autograd_node()
-        if autograd_node is not None:
-            region, line = self._of_sequence.get(autograd_node._sequence_nr(), (None, ""))  # type: ignore[attr-defined]
-            region = self._backward_region(region)
-        elif self._backward is not None and torch._C._current_graph_task_id() != -1:  # it adds up gradients
-            region, line = self._backward[1], ""
-        else:
-            region, line = self.region, user_line()
-            self._backward = None
-        # The sequence number was raised when the operator's autograd node was made, just before this dispatch. An
-        # operator that needs no gradient makes none, and finds the number of the one before. Within backward, nodes
-        # are made where a checkpoint computes its forward again.
-        sequence = torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
-        self._of_sequence.setdefault(sequence, (region, line))
-        # Backward's own formulas run without gradients, the forward of a checkpoint with.
-        is_recomputed = autograd_node is not None and torch.is_grad_enabled()
-        return _Label(region, line, is_recomputed, self.in_optimizer)
-
-    def _backward_region(self, forward: Region | None) -> Region | None:
-        """Returns the region of an operator that autograd made for one of a region."""
-        if forward is None and self._backward is not None:  # it adds up gradients
-            return self._backward[1]
-        if forward is not None and forward.call >= 0 and forward == self.region:
-            return forward  # a function that computes gradients itself, and goes on with them, is one node
-        if forward is None or not forward.is_repeated:
-            self._backward = None
-            return replace(forward, backward=True) if forward is not None and not forward.backward else forward
-        if self._backward is None or forward not in self._backward:
-            self.region = self._another_call(self.region)
-            self._backward = forward, replace(forward, backward=True, call=self._next_call())
-        return self._backward[1]
-
-    def label(self, node: torch.fx.Node) -> None:
-        label, meta = self._label, node.meta
-        if label.is_recomputed:
-            meta[RECOMPUTED_KEY] = True
-        if label.is_update:
-            meta[UPDATE_KEY] = True
-        if label.region is not None:
-            meta[REGION_KEY] = label.region
-        meta[SOURCE_KEY] = label.line
 
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         self.ragged.follow(old, new)
@@ -620,13 +374,9 @@ def _traced(
         out_spec=out_spec,
         written=written,
         constants={position: value for position, value in enumerate(flat) if not isinstance(value, torch.Tensor)},
-        reads=mode.reads,
+        reads=mode.value_reads.reads,
         seed=mode.random.seed,
     )
-
-
-def _tensors(tree: Any) -> list[torch.Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 def _identity(tensor: torch.Tensor) -> int:
@@ -636,10 +386,6 @@ def _identity(tensor: torch.Tensor) -> int:
 
 def _storage_of(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-def _is_known_constant(value: Any) -> bool:
-    return isinstance(value, FakeTensor) and value.constant is not None
 
 
 def _check_dtypes(func: Any, args: Any) -> None:
@@ -654,20 +400,3 @@ def _check_dtypes(func: Any, args: Any) -> None:
     if func is torch.ops.aten.embedding.default and args[1].dtype not in (torch.int32, torch.int64):
         dtype = str(args[1].dtype).removeprefix("torch.")
         raise ShapeError(f"embedding needs indices of dtype int64 or int32, not {dtype}, at {user_line()}")
-
-
-def _data_dependent(operator: Any, tensor: torch.Tensor, is_array: bool) -> str:
-    what = "the array" if is_array else "a computed tensor"
-    text = f"{what} {tensor_text(tensor.dtype, tensor.shape)}"
-    return (
-        f"the program depends on the value of {text} ({operator}) at {user_line()}, and has no one graph for all "
-        "values: select with torch.where, or return the tensor and decide outside the program"
-    )
-
-
-def _many_values(operator: Any) -> str:
-    return (
-        f"the program depends on the value of a host tensor ({operator}) at {user_line()}, where only bools and "
-        "integers may be asked for: other values seldom come again, and each would need a graph of its own; pass a "
-        "Python number, or compute with the tensor"
-    )
