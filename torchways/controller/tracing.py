@@ -23,9 +23,10 @@ from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
+from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
-from torchways.capture.python_state.watcher import Watcher, Write
+from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.tracing.objects import may_open, open_objects
 from torchways.capture.tracing.optimizers import StateTracker

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from torchways.array import Array
+from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import Call, Gradient, Place
 from torchways.capture.python_state.tokens import Exactly, OneOf, TensorSource, Token
-from torchways.capture.python_state.watcher import Watcher, Write, active_watcher
+from torchways.capture.python_state.watcher import Watcher, active_watcher
 from torchways.signals import uninterrupted
 
 

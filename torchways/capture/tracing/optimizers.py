@@ -21,8 +21,9 @@ from torchways.capture.current_trace import current_trace
 from torchways.capture.host_content import HostContent
 from torchways.capture.library.grad_scaler import scalers
 from torchways.capture.python_state.gradients import gradient_of
+from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import Attribute, Entry, Fixed, Place
-from torchways.capture.python_state.watcher import Watcher, Write
+from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import user_line
 from torchways.errors import CaptureError
 
