@@ -21,7 +21,7 @@ from torchways.mesh import Placements, VirtualSlice
 class CurrentTrace(Protocol):
     """What code that is being traced may ask of its trace."""
 
-    #: The region that operators get which are called now.
+    #: The region of operators that are called now.
     region: Region | None
     #: Whether an optimizer's step is running.
     in_optimizer: bool
@@ -33,13 +33,13 @@ class CurrentTrace(Protocol):
     # ---- regions
 
     def function_call(self, mesh: VirtualSlice, name: str) -> AbstractContextManager[None]:
-        """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
+        """Makes all that runs inside part of one call of the compiled function `name` on `mesh`."""
 
     def stage(self, mesh: VirtualSlice, name: str) -> AbstractContextManager[None]:
         """Places what runs inside on `mesh`, until other stages begin within it."""
 
     def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
-        """Places what runs from here on on `mesh`, as part of whatever runs there; None: placed by its inputs."""
+        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs."""
 
     def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
         """Returns the tensor on `mesh`, with these placements."""

@@ -1,7 +1,7 @@
 """The loss of connectionist temporal classification, as a recursion that autograd can differentiate.
 
 PyTorch's kernels look at the lengths and have no lowering. Here sequences of all lengths go through the same steps
-(`ALIGNMENTS` in operators.py), and the state of each is taken where it is over.
+(`ALIGNMENTS` in operators.py), and the result of each is its state at the step where it ends.
 """
 
 from __future__ import annotations

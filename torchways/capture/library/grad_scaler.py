@@ -1,8 +1,7 @@
-"""`torch.amp.GradScaler` within a program: what it decides by values is selected by `torch.where`.
+"""`torch.amp.GradScaler` within a program: `torch.where` selects where eager PyTorch decides by values.
 
-Whether gradients are finite is known only on the slice. So the optimizer's step is always computed, and where a
-gradient was not finite, parameters and state keep what they were. The scale and its growth counter are arrays, as
-parameters are.
+Only the slice knows whether gradients are finite. So the optimizer's step is always computed, and if a gradient was not
+finite, parameters and state keep their values. The scale and its growth counter are arrays, as parameters are.
 """
 
 from __future__ import annotations

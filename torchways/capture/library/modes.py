@@ -1,9 +1,9 @@
-"""Settings and checks of PyTorch's own library that stand in a trace's way; all are put back after it.
+"""Changes settings and checks of PyTorch's library that stand in a trace's way, and puts all back after it.
 
-oneDNN's recurrent layers are operators of their own, of which torch-xla knows nothing; without it, PyTorch takes them
-apart. `torch.distributions` asks for the values of its arguments; where a trace cannot know them, they are taken for
-right, as with `validate_args=False`. Functions that decide by values, or have operators without lowering, get another
-form that gives the same numbers, or are refused by name.
+oneDNN's recurrent layers are operators that torch-xla does not know; without oneDNN, PyTorch takes them apart.
+`torch.distributions` asks for the values of its arguments. If a trace cannot know them, they are accepted, as with
+`validate_args=False`. Functions that decide by values, or have operators without lowering, get another form that gives
+the same numbers, or are refused by name.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _grid_sample(
     padding_mode: str = "zeros",
     align_corners: bool | None = None,
 ) -> Any:
-    """The gradient of PyTorch's operator has no lowering; those of what it is made of have."""
+    """Computes what PyTorch's operator does by operators whose gradients have a lowering, which its own has not."""
     F.grid_sample(value, grid, mode, padding_mode, bool(align_corners))  # it checks; nobody uses its result
     modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
     return _grid_sampler(value, grid, modes.index(mode), paddings.index(padding_mode), bool(align_corners))
@@ -196,7 +196,7 @@ _REPLACED = (
 
 
 class ArgumentChecks(TorchFunctionMode):
-    """While it is active, the checks of torch.distributions hold where they depend on computed values."""
+    """While it is active, checks of torch.distributions that depend on computed values pass."""
 
     def __enter__(self) -> Any:
         self._saved = [(constraint, constraint.check) for constraint in _OF_MATRICES]

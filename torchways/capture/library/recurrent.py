@@ -1,9 +1,9 @@
-"""Packed sequences and what recurrent layers compute of them, in shapes that do not depend on the lengths.
+"""Packed sequences and recurrent layers on them, in shapes that do not depend on the lengths.
 
 `pack_padded_sequence` drops the elements behind the end of each sequence; how many are left depends on the lengths.
 Here they are rows that a mask selects (`rows/rules.py`), in the order in which a packed sequence has them. A recurrent
 layer puts them back in their places and goes through all time steps; a sequence that has not begun or is over keeps its
-state. So one graph serves all lengths with the same maximum, which is read from the lengths: results have its size.
+state. The maximum of the lengths is read, and results have its size: one graph serves all lengths with that maximum.
 """
 
 from __future__ import annotations
@@ -138,7 +138,7 @@ class _Packing:
 
 
 class _Spread(torch.autograd.Function):
-    """Packed rows, each at its place among all; what stands at other places means nothing, and has no gradient."""
+    """Puts packed rows at their places among all. The rows at other places mean nothing, and have no gradient."""
 
     @staticmethod
     def forward(
@@ -181,7 +181,7 @@ def _layer(
     has_biases: bool,
     steps: range,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Goes through the time steps of one layer in one direction; returns what it says at each, and the last state."""
+    """Goes through the time steps of one layer in one direction; returns its output at each, and the last state."""
     of_input, of_state, *rest = weights
     biases = (rest.pop(0), rest.pop(0)) if has_biases else (None, None)
     project = rest[0] if rest else None

@@ -1,4 +1,4 @@
-"""Functions and methods of PyTorch that are others while a trace runs."""
+"""Replaces functions and methods of PyTorch while a trace runs."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A function of PyTorch's library that is another one within a trace.
+    """A function of PyTorch's library that another one takes the place of within a trace.
 
     Attributes:
         owner: the class or module that has it.
         name: its name there.
-        make: makes the other one of it.
+        make: returns the other one, given the original.
     """
 
     owner: Any

@@ -1,9 +1,10 @@
-"""Calls of the user's code that are rewritten above autograd, since what reaches the tracer could not be captured.
+"""Rewrites calls of the user's code above autograd whose operators the tracer could not capture.
 
-`x[mask] = value` finds the selected elements first, and how many these are depends on values; `torch.where` gives the
-same result in one shape for all masks. `x.fill_diagonal_` writes through strides, of which no pure form is known; by
-`torch.where` it has one. `x.data` makes a tensor behind the tracer's back; `x.detach()` makes the same. `tensor_split`
-takes numbers where it can read none.
+- `x[mask] = value` finds the selected elements first, and how many these are depends on values. `torch.where` gives the
+  same result in one shape for all masks.
+- `x.fill_diagonal_` writes through strides, for which no pure form is known. `torch.where` has one.
+- `x.data` makes a tensor behind the tracer's back. `x.detach()` makes the same tensor.
+- `tensor_split` reads its sizes from a tensor; here they are asked for as numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class Rewrites(TorchFunctionMode):
-    """While it is active, calls run in the form that can be captured, where that is the same."""
+    """While it is active, calls run in a form that can be captured, if it gives the same result."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

@@ -1,7 +1,8 @@
-"""Operators that add up, or multiply, many elements: of 16 bits, XLA on CPU rounds every partial sum to 16 bits.
+"""Operators that accumulate many elements: on 16-bit ones, they are captured in float32.
 
-A sum of 32,768 numbers in bfloat16 was half of what it should be. PyTorch's kernels accumulate in float32, and so does
-what is captured. Products of matrices and convolutions need no help: XLA accumulates them in float32.
+XLA on CPU rounds every partial sum of 16-bit elements to 16 bits: a sum of 32,768 numbers in bfloat16 was half of the
+true one. PyTorch's kernels accumulate in float32. Products of matrices and convolutions need no help: XLA accumulates
+them in float32 too.
 """
 
 from __future__ import annotations

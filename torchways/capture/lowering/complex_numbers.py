@@ -1,4 +1,4 @@
-"""Complex numbers as pairs of real ones: torch-xla lowers few operators on complex tensors, and devices have few.
+"""Complex numbers as pairs of real ones: torch-xla lowers few operators on complex tensors.
 
 Rotary embeddings multiply by complex numbers, and Fourier transforms make them. In a pure graph each complex value
 becomes two real ones; transforms become products with matrices of cosines and sines.
@@ -68,7 +68,7 @@ def _real_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 
 def _apart(func: Any, args: Any, kwargs: Any) -> Any:
-    """Operators that do the same to both parts; what is real has no imaginary part."""
+    """Calls an operator that does the same to both parts; real arguments go to both calls."""
     kwargs = {name: _real_dtype(value) if name == "dtype" else value for name, value in kwargs.items()}
 
     def part(choose: Callable[[Pair], Any]) -> Any:

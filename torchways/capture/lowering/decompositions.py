@@ -111,7 +111,7 @@ def _zeros(size: Sequence[int], *, dtype: torch.dtype | None = None, **options: 
 
 
 def _replication_pad_backward(grad: torch.Tensor, value: torch.Tensor, padding: Sequence[int]) -> Any:
-    """torch-xla has it for what only adds elements."""
+    """torch-xla has it for padding that only adds elements."""
     if min(padding) >= 0:
         return NotImplemented
     for number in range(len(padding) // 2):
@@ -155,7 +155,7 @@ def taken_apart() -> dict[Any, Any]:
 
 @cache
 def decomposition_table() -> dict[Any, Any]:
-    """Returns what takes operators apart at capture: PyTorch's core ATen set and what torch-xla lacks beyond it."""
+    """Returns the functions that take operators apart at capture: PyTorch's core ATen set, and what torch-xla lacks."""
     return {
         **taken_apart(),
         **kept_whole(taken_apart),

@@ -116,7 +116,7 @@ def _polygamma(n: int, value: torch.Tensor) -> Any:
 
 
 def gamma_decompositions() -> dict[Any, Any]:
-    """Returns decompositions of what belongs to gamma distributions."""
+    """Returns decompositions of the operators of gamma distributions."""
     return {
         aten._standard_gamma.default: _standard_gamma,
         aten._standard_gamma_grad.default: _standard_gamma_grad,

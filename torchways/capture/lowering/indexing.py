@@ -12,7 +12,7 @@ aten = torch.ops.aten
 
 
 def _neutral(reduce: str, dtype: torch.dtype) -> float:
-    """Returns what changes no result of a reduction."""
+    """Returns the number that changes no result of a reduction."""
     if reduce in ("sum", "prod"):
         return 0 if reduce == "sum" else 1
     if dtype.is_floating_point:
@@ -23,7 +23,7 @@ def _neutral(reduce: str, dtype: torch.dtype) -> float:
 def _scatter_reduce(
     value: torch.Tensor, dim: int, index: torch.Tensor, source: torch.Tensor, reduce: str, *, include_self: bool = True
 ) -> Any:
-    """torch-xla lowers what includes the old values, but for "mean", which is a sum over a count."""
+    """torch-xla lowers reductions that include the old values, but not "mean", which is a sum over a count."""
     if not index.numel():
         return value.clone()
     if not value.dim():
@@ -72,7 +72,7 @@ def _masked_scatter(value: torch.Tensor, mask: torch.Tensor, source: torch.Tenso
 
 
 def _masked_scatter_backward(grad: torch.Tensor, mask: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-    """The gradient of the source; what is not selected is written behind its end, which is cut off."""
+    """The gradient of the source; elements that are not selected are written behind its end, which is cut off."""
     size = math.prod(sizes)
     grad, mask = torch.broadcast_tensors(grad, mask)
     selected = mask.reshape(-1)
@@ -81,7 +81,7 @@ def _masked_scatter_backward(grad: torch.Tensor, mask: torch.Tensor, sizes: Sequ
 
 
 def _gather(value: torch.Tensor, dim: int, index: torch.Tensor, *, sparse_grad: bool = False) -> Any:
-    """No elements may be asked for in any number of dimensions."""
+    """An index without elements may have any number of dimensions."""
     return NotImplemented if index.numel() else value.new_empty(index.shape)
 
 

@@ -1,8 +1,8 @@
 """Operators that PyTorch's core set takes apart and this capture keeps: torch-xla lowers them whole.
 
-What is taken apart makes more nodes to trace, send and compile, and gives XLA no more to work with. `KEPT` and
+An operator that is taken apart makes more nodes to trace, send and compile, and XLA gains nothing by it. `KEPT` and
 `TAKEN_APART` together are all of PyTorch's core decompositions of operators that torch-xla (2.9) has a kernel for; a
-test says so. What has no kernel, or writes, or is a view, is always taken apart.
+test checks that. Operators that have no kernel, that write, or that make views are always taken apart.
 """
 
 from __future__ import annotations

@@ -25,7 +25,7 @@ def _info(value: torch.Tensor) -> torch.Tensor:
 
 
 def _cholesky_ex(value: torch.Tensor, *, upper: bool = False, check_errors: bool = False) -> Any:
-    """What is not positive definite has NaNs as its factor."""
+    """A matrix that is not positive definite has a factor of NaNs."""
     factor = aten.cholesky(value, upper)
     is_bad = factor.diagonal(dim1=-2, dim2=-1).isnan()
     return factor, is_bad.any(-1).to(torch.int32) if value.shape[-1] else _info(value)
@@ -219,7 +219,7 @@ def _slogdet(value: torch.Tensor) -> Any:
 
 
 def linear_algebra_decompositions() -> dict[Any, Any]:
-    """Returns decompositions of what torch-xla would run on the host, or gives other shapes or values for."""
+    """Returns decompositions of operators that torch-xla would run on the host, or computes otherwise than PyTorch."""
     return {
         aten.linalg_cholesky_ex.default: _cholesky_ex,
         aten.linalg_solve_triangular.default: _solve_triangular,

@@ -224,7 +224,7 @@ def _embedding_renorm(weight: torch.Tensor, indices: torch.Tensor, max_norm: flo
 
 
 def neighbour_decompositions() -> dict[Any, Any]:
-    """Returns decompositions of what torch-xla would run on the host, or gives other values for."""
+    """Returns decompositions of operators that torch-xla would run on the host, or computes otherwise than PyTorch."""
     return {
         aten._cdist_forward.default: _cdist,
         aten._cdist_backward.default: _cdist_backward,

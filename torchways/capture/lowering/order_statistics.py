@@ -1,7 +1,7 @@
 """Decompositions about order: extremes and where they are, medians, running extremes, places in sorted sequences.
 
-A NaN is greater than all else and is every extreme, as in PyTorch. Where several elements are equal, which of them a
-position names may differ from PyTorch, which does not say.
+A NaN is greater than all else and is every extreme, as in PyTorch. Where several elements are equal, a position may
+name another of them than in PyTorch, which leaves that open.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _position_of(extreme: Any) -> Callable[..., Any]:
 
 
 def _nan_where_any_is(extreme: Any) -> Callable[..., Any]:
-    """Between devices, XLA's sums of maxima leave NaNs out whatever it is told."""
+    """Makes an extreme NaN where any element is: between devices, XLA leaves NaNs out whatever it is told."""
     is_inside = False
 
     def reduce(value: torch.Tensor, dim: Sequence[int] = (), keepdim: bool = False) -> Any:
@@ -231,7 +231,7 @@ def extreme_decompositions() -> dict[Any, Any]:
 
 
 def order_decompositions() -> dict[Any, Any]:
-    """Returns decompositions of what torch-xla would run on the host, or gives other values for."""
+    """Returns decompositions of operators that torch-xla would run on the host, or computes otherwise than PyTorch."""
     return {
         aten.argmax.default: _position_of(aten.amax.default),
         aten.argmin.default: _position_of(aten.amin.default),

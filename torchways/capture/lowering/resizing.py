@@ -1,7 +1,7 @@
 """Resizing (interpolation, average pooling) as products with matrices, where torch-xla has no lowering for it.
 
-Each of these operators is linear and separable: one matrix for each spatial dimension says all. The matrix is read off
-the operator itself: it is what it makes of the identity. The gradient is the product with its transpose.
+Each of these operators is linear and separable, so it is a product with one matrix for each spatial dimension. The
+matrix is the operator's own result for the identity. The gradient is the product with its transpose.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Decompositions of views and writes through strides, and of diagonals, into indexing.
 
-That a result shares memory with what it is a view of is kept by the recorder.
+The recorder keeps track of the memory that a result shares with the tensor that it is a view of.
 """
 
 from __future__ import annotations

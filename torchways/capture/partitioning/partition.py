@@ -61,7 +61,7 @@ def partition(
         default_mesh: slice for operators that nothing else places.
 
     Raises:
-        PlacementError: nothing says where the program runs, or a host argument cannot be split.
+        PlacementError: nothing says where the program runs, or a sum has two tensors on one slice.
     """
     placed = place(graph, inputs, name, written, default_mesh)
     groups = cut(placed)

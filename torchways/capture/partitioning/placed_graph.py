@@ -1,4 +1,4 @@
-"""A graph whose operators have slices: what placement makes, and all later steps of the partitioner read."""
+"""A graph whose operators have slices: placement makes it, and all later steps of the partitioner read it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Patches of classes by which a trace sees that attributes are read.
+"""Patches of classes that let a trace see reads of attributes.
 
 `__getattribute__` of a class is replaced while a trace is under way; so are the attribute methods of `torch.nn.Module`.
-All calls go to the observer of the trace in this thread. This module does not know what it does with them.
+The observer of the trace in this thread is told of each read. This module does not know what it makes of it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _MISSING_OBJECT = object()
 
 
 class Observer(Protocol):
-    """What is told of reads of attributes.
+    """The receiver of reads of attributes.
 
     Attributes:
         paused: if it is not zero, reads do not matter.
@@ -32,7 +32,7 @@ class Observer(Protocol):
     thread: int
 
     def pause(self) -> AbstractContextManager[None]:
-        """What runs inside reads nothing that matters."""
+        """Makes reads inside not matter."""
 
     def note_attribute(self, owner: Any, name: str, value: Any) -> Any:
         """Notes that an attribute of an object was read; returns the value to go on with."""
@@ -67,7 +67,7 @@ class AttributePatches:
                 self._patches.clear()
 
     def patch(self, cls: type) -> None:
-        """Makes reads of attributes of a class's objects seen."""
+        """Patches a class, so that reads of its objects' attributes are seen."""
         if cls in self._patched:
             return
         self._patched.add(cls)

@@ -1,4 +1,7 @@
-"""Python's state as it was when a trace reached it: what the trace wrote is found by comparison, and put back."""
+"""Copies of Python's state, made when a trace reaches it.
+
+The writes of the trace are found by comparison with the copies, and undone. It does not matter how they were made.
+"""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ _UNNOTED = {"__class__", "__dict__", "__doc__", "__module__", "__weakref__"}
 
 @dataclass(eq=False)
 class Watcher:
-    """What one trace reads and writes.
+    """Notes what one trace reads and writes.
 
     Args:
         call: the call that is traced.
@@ -105,7 +105,7 @@ class Watcher:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside reads nothing that matters."""
+        """Makes reads inside not matter."""
         self.paused += 1
         try:
             yield
@@ -260,7 +260,7 @@ class Watcher:
             self.note_function(found.fget)
 
     def note_function(self, function: Any) -> None:
-        """Notes that a function may be called: what its code names is read."""
+        """Notes that a function may be called: the variables that its code names are read."""
         if isinstance(function, types.MethodType):
             self.note_object_or_function(Fixed(function.__self__, "self"), function.__self__)
             function = function.__func__
@@ -370,7 +370,7 @@ class Watcher:
         vars(self).clear()
 
     def free_containers_that_are_only_added_to(self, writes: list[Write]) -> None:
-        """Takes back the condition on what a container holds where the code only ever adds to it."""
+        """Takes back the condition on a container's content if the code only ever adds to it."""
         for write in writes:
             name = getattr(write.place, "name", None)
             if write.kind != "extend" or name is None:

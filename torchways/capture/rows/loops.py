@@ -1,7 +1,7 @@
 """Loops over rows of unknown number: `for row in mask.nonzero()`.
 
-The body runs for every position of the mask. Where that is not selected, all that the body selects is empty. So the
-body may write to what was there before only by selected rows.
+The body runs for every position of the mask. Where the position is not selected, everything that the body selects is
+empty. So the body may write to tensors from before the loop by selected rows only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class RowLoops:
 
     @property
     def condition(self) -> torch.Tensor | None:
-        """Under which the loop body that runs now has an effect; None: none runs."""
+        """The condition under which the loop body that runs now has an effect; None: none runs."""
         return self._body.condition if self._body is not None else None
 
     def iterate(self, tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -54,7 +54,7 @@ class RowLoops:
                 self._left_early |= not finished
 
     def check(self, func: Any, args: Any, kwargs: Any, in_backward: bool) -> None:
-        """Refuses what is not the same in a loop body that runs for all positions.
+        """Refuses an operator that acts otherwise in a loop body that runs for all positions.
 
         Raises:
             DataDependentError: it writes to what was there before, or uses what another run of the body made.
@@ -83,7 +83,7 @@ class RowLoops:
             refuse("a result")
 
     def note_result(self, func: Any, result: Any) -> None:
-        """Remembers what a loop body made."""
+        """Remembers the tensors that a loop body made."""
         if self._body is None or func._schema.is_mutable or func.is_view:
             return
         for tensor in pytree.tree_leaves(result):

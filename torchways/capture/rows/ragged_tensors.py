@@ -42,7 +42,7 @@ class RaggedTensors:
         return any(self.rows_of(leaf) is not None for leaf in pytree.tree_leaves((args, kwargs)))
 
     def agree(self, result: Any, found: list[tuple[Rows, int]]) -> Any:
-        """Makes results ragged as what they were computed from, if that is ragged in one way."""
+        """Makes results ragged as the tensors that they were computed from, if these agree."""
         if len({(dim, rows.size, id(rows.inside)) for rows, dim in found}) > 1:
             refuse("an operator on rows that two masks select")
         if found:
@@ -62,6 +62,6 @@ class RaggedTensors:
         self._rows.pop(self.node_of(tensor), None)  # type: ignore[arg-type]
 
     def follow(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
-        """A tensor that was written to is ragged as before."""
+        """Notes that a tensor was written to, and is ragged as before."""
         if old in self._rows:
             self._rows.setdefault(new, self._rows[old])

@@ -313,7 +313,10 @@ class RowRules:
         return result
 
     def _view(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Views: where the ragged dimension goes shows in the strides that they give to a tensor that has no other."""
+        """Runs an operator that makes views.
+
+        The strides that it gives to a tensor with strides in the ragged dimension alone show where that dimension goes.
+        """
         value = args[0]
         rows = self._ragged.rows_of(value)
         assert rows is not None
@@ -344,7 +347,7 @@ class RowRules:
     # ---- bookkeeping
 
     def _same(self, result: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """Makes a result that is the value itself ragged as that."""
+        """Makes a result that is a value itself ragged as the value is."""
         rows = self._ragged.rows_of(value)
         assert rows is not None
         self._ragged.mark(result, rows)

@@ -1,4 +1,4 @@
-"""What Python asks a ragged tensor itself: its size, to be iterated over, and the mean of its rows.
+"""Methods of ragged tensors that Python code calls: size, iteration, and means of rows.
 
 A size that depends on values is a `RowCount`. Means, and losses that end in one, divide by the number of rows that
 there are.

@@ -25,8 +25,8 @@ class Rows:
         size: the tensor's size there.
         count: how many rows mean something: a traced integer of no dimensions.
         mask: the mask of one dimension that selected the rows, as it was where that is known.
-        positions: what the rows would be, were all of them selected, in the shape of the tensor; not traced.
-        inside: which rows mean something, where these are not the first (`windows.py`).
+        positions: the rows if all of them were selected, in the shape of the tensor; not traced.
+        inside: which rows mean something, if these are not the first ones (`windows.py`).
     """
 
     dim: int
@@ -62,8 +62,8 @@ class Rows:
 class RowCount(int):
     """The number of rows of a ragged tensor, as far as Python may know it.
 
-    Where it decides whether there are any, it says yes: what is computed on none has no effect. It can be used as a
-    size; all else asks for the number itself, which is known where the mask is.
+    Asked whether there are any rows, it says yes: what is computed on none has no effect. It can be used as a size. All
+    other operations ask for the number itself, which is known if the mask is.
     """
 
     _read: Callable[[], int]

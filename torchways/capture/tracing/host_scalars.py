@@ -1,7 +1,7 @@
 """Host numbers (python_state/host_numbers.py) as operands of tensors: scalar inputs of the graph.
 
-An operator that takes a number is called in the form that takes a tensor of no dimensions. Where there is none, the
-operator gets the number itself, which makes that number a condition of the trace.
+An operator that takes a number is called in the form that takes a tensor of no dimensions. If it has no such form, it
+gets the number itself, which makes that number a condition of the trace.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Values that a traced function can read although it is only traced: those that no array has a part in.
+"""Values that are known at trace time, because they depend on no array.
 
-Library code asks tensors that it has just made from Python numbers: `if torch.rand([]) < self.layerdrop`,
+Library code asks for values of tensors that it has just made from Python numbers: `if torch.rand([]) < self.layerdrop`,
 `int(positions.max())`. A graph that reads no input and no random number has one value, so the question has an answer.
-So it has where the inputs are host tensors, which this call was given: `if torch.all(attention_mask == 1)`. That
-answer may be another one at the next call. `ArgumentRead` keeps how it was computed, to be asked again then.
+It also has one if the inputs are host tensors that this call was given: `if torch.all(attention_mask == 1)`. At the
+next call the answer may differ, so `ArgumentRead` keeps how it was computed, to ask again.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ArgumentRead:
         compute: computes it from those tensors.
         sources: which of the call's tensors these are, or which of Python's state.
         value: what it was: a bool, a number, or positions (tensors of integers).
-        line: of the user, that read it.
+        line: the user's, that read it.
     """
 
     compute: torch.fx.GraphModule
@@ -63,7 +63,7 @@ class ArgumentRead:
 
 
 class KnownValues:
-    """Computes nodes of a graph under construction that depend on no array, when somebody asks for one of them.
+    """Computes nodes of a graph under construction that depend on no array, when the function asks for one of them.
 
     Args:
         start_of: returns what a placeholder stands for (None: it is the same in each run), and its value if that may
@@ -107,7 +107,7 @@ class KnownValues:
         result: Any,
         line: str,
     ) -> ArgumentRead | None:
-        """Returns how a value was read of arguments, or None if none had a part in it.
+        """Returns how a value was computed from arguments, or None if it depends on none.
 
         Args:
             function: the operator that read it.
@@ -115,7 +115,7 @@ class KnownValues:
             values: of its tensors, also where they have no node.
             args, kwargs: its arguments.
             result: what it returned.
-            line: of the user.
+            line: the user's.
         """
         steps = self._steps_to(nodes.values())
         arguments = [step for step in steps if step in self._arguments]

@@ -57,7 +57,7 @@ class LabellingRecorder(Recorder):
 
     @contextmanager
     def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
-        """Everything that runs inside belongs to one call of the compiled function `name` on `mesh`."""
+        """Makes all that runs inside part of one call of the compiled function `name` on `mesh`."""
         outer = self.region
         if outer is not None and outer.call >= 0 and outer.mesh is not None:
             yield  # a function called by a function is part of it
@@ -67,7 +67,7 @@ class LabellingRecorder(Recorder):
 
     @contextmanager
     def repeated_region(self, name: str) -> Iterator[None]:
-        """Everything that runs inside, and its backward, is a compiled function each; equal ones are compiled once."""
+        """Makes what runs inside a compiled function, and its backward another; equal ones are compiled once."""
         mesh = self.region.mesh if self.region is not None else None
         with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True)):
             yield
@@ -84,7 +84,7 @@ class LabellingRecorder(Recorder):
             self.region = self._another_call(outer)
 
     def _another_call(self, region: Region | None) -> Region | None:
-        """Returns the region of what is left of a call after something that is no part of it."""
+        """Returns the region for the rest of a call, after something that is no part of it."""
         return replace(region, call=self._next_call()) if region is not None and region.call >= 0 else region
 
     def _next_call(self) -> int:
@@ -93,7 +93,7 @@ class LabellingRecorder(Recorder):
 
     @contextmanager
     def stage(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
-        """What runs inside is placed on `mesh`, until other stages begin within it."""
+        """Places what runs inside on `mesh`, until other stages begin within it."""
         outer = self.region
         self.enter_stage(mesh, name)
         try:
@@ -109,7 +109,7 @@ class LabellingRecorder(Recorder):
         return region.mesh.root.size() == 1 and torch.is_grad_enabled()
 
     def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
-        """What runs from here on is placed on `mesh`, as part of whatever runs there; None: placed by its inputs."""
+        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs."""
         if self.region is None or self.region.call < 0:
             self.region = Region(mesh, -1, name) if mesh is not None else None
         elif self.region.mesh is not mesh and (self.region.is_repeated or self.region.mesh is None):

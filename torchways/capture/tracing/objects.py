@@ -2,7 +2,7 @@
 
 A program's arguments and results are trees of tensors. An object with tensors among its attributes, at any depth,
 counts as a tree of its attributes; it is made anew, without its constructor, where the tree is put together again.
-What holds a module or an optimizer is no such object: it is the user's program, not its data.
+An object that holds a module or an optimizer does not count: it is the user's program, not its data.
 """
 
 from __future__ import annotations

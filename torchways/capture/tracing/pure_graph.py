@@ -1,4 +1,7 @@
-"""What a recorded graph still needs before it is cut into compiled functions."""
+"""Tidies a recorded graph before it is cut into compiled functions.
+
+Complex numbers become pairs, dead nodes go, and what torch-xla reads otherwise than PyTorch is written another way.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Random operators of a trace: the same state of PyTorch's generator gives the same numbers, as in eager PyTorch.
 
-Within a trace, that is. What a run draws comes from its seed (operators.py, `MANUAL_SEED`); a program that calls
-`torch.manual_seed` has the same one in each run.
+That holds within a trace. The numbers that a run draws come from its seed (operators.py, `MANUAL_SEED`); a program that
+calls `torch.manual_seed` has the same seed in each run.
 
 `torch.utils.checkpoint` computes a forward again in backward, and restores the generator's state before, so that
 dropout drops the same elements. Traced operators draw no numbers. So each one advances the generator by hand, and one

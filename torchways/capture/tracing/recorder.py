@@ -77,10 +77,10 @@ class Recorder(TorchDispatchMode):
     # ---- for subclasses
 
     def label(self, node: torch.fx.Node) -> None:
-        """Notes with a new node what it is part of."""
+        """Labels a new node."""
 
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
-        """A tensor whose value was `old` has the value `new`: it was written to, or what it is a view of."""
+        """Notes that a tensor has the value `new` in place of `old`: it was written to, or its memory was."""
 
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a host tensor that is the same in each run.
@@ -171,7 +171,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def inside(self) -> Iterator[None]:
-        """What is called inside is part of the operator under way."""
+        """Makes what is called inside part of the operator under way."""
         depth, self._depth = self._depth, self._depth + 1
         try:
             with self:
@@ -436,7 +436,7 @@ class Recorder(TorchDispatchMode):
         return self._strided_as(target, source)
 
     def write(self, target: Any, value: Any) -> None:
-        """Gives a tensor the value of another of its shape and dtype, and what shares its memory along with it."""
+        """Gives a tensor, and all that share its memory, the value of another of its shape and dtype."""
         node = self.node_of(value)
         place = place_of(target)
         assert node is not None
@@ -518,7 +518,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _geometry(value: Any) -> Any:
-    """Returns what of an argument decides the shape of an operator's result.
+    """Returns the part of an argument that decides the shape of an operator's result.
 
     Raises:
         TypeError: its value may.

@@ -1,10 +1,10 @@
-"""What is compiled once, however often a program has it: layers that repeat, and what users mark for torch.compile.
+"""Layers that repeat, and those that users mark for torch.compile: compiled once, however often a program has them.
 
-Marks are `torch.compiler.nested_compile_region`, `Module.compile()` and `torch.compile(module)`. Without a mark, so are
-the layers of a `ModuleList`, `Sequential` or `ModuleDict` that has several alike, in training on a slice of one device:
-there, a step of 24 layers compiles as fast as one of 4, and costs a few dispatches more. On several devices, what
-backward reads of forward would be values between computations, split in a way that has to be guessed: users mark layers
-there, or leave the whole to XLA.
+Marks are `torch.compiler.nested_compile_region`, `Module.compile()` and `torch.compile(module)`. Layers of a
+`ModuleList`, `Sequential` or `ModuleDict` that has several alike need no mark in training on a slice of one device.
+There, a step of 24 layers compiles as fast as one of 4, and costs a few dispatches more. On several devices, backward
+would read values of forward that are passed between computations, split in a way that has to be guessed. There, users
+mark layers, or leave the whole to XLA.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from torchways.capture.library.replacement import Replacement, replaced
 
-#: So many layers that are alike are compiled once.
+#: If at least so many layers are alike, they are compiled once.
 FEWEST_LAYERS = 4
 
 _CONTAINERS = (torch.nn.ModuleList, torch.nn.Sequential, torch.nn.ModuleDict)
@@ -31,7 +31,7 @@ _INVOKE_SUBGRAPH = importlib.import_module("torch._higher_order_ops.invoke_subgr
 
 @contextmanager
 def repeated_layers(region: Callable[[str], Any], is_automatic: Callable[[], bool]) -> Iterator[None]:
-    """While it is open, calls of such layers and of what is marked are regions.
+    """While it is open, calls of such layers and of marked functions are regions.
 
     Args:
         region: opens a region of the trace, by its name.

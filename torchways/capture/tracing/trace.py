@@ -1,4 +1,4 @@
-"""What tracing a function finds: a graph, and what its inputs and outputs stand for."""
+"""The result of tracing a function: a graph, and what its inputs and outputs stand for."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torchways.capture.tracing.known_values import ArgumentRead
 
 @dataclass(eq=False, slots=True)
 class GraphInput:
-    """A placeholder of a traced graph and the thing that it stands for."""
+    """A placeholder of a traced graph, and what it stands for."""
 
     node: torch.fx.Node
     #: The program's argument at this position (flattened), a tensor of Python's state, a number that is computed on the
@@ -33,7 +33,7 @@ class NumberInput:
 
 @dataclass(slots=True)
 class Trace:
-    """What tracing a function found."""
+    """The result of tracing a function."""
 
     #: Pure; its outputs are those that the function returned, `escaped`, and the new values of `written`.
     graph: torch.fx.Graph

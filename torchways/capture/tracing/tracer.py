@@ -275,7 +275,7 @@ class _TraceMode(LabellingRecorder):
         self._alive.append(array)
 
     def constants_before(self, first: int) -> dict[int, torch.Tensor]:
-        """Returns what constants that became inputs are before the graph changes them, by what they are after.
+        """Returns the values that constants which became inputs have before the graph changes them.
 
         Args:
             first: number of the first of these inputs.

@@ -1,4 +1,4 @@
-"""What the schemas of operators say: whether they make views, write, and in which pure form they exist."""
+"""Traits of operators, from their schemas: whether they make views or write, and which pure form they have."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""What a traced function asks of values: answered where they are known, and a condition of the trace where it holds
-for some calls only.
+"""Questions of a traced function about values.
+
+They are answered if the values are known. If an answer may differ at the next call, it is a condition of the trace.
 """
 
 from __future__ import annotations
