@@ -1,9 +1,8 @@
 """Changes settings and checks of PyTorch's library that stand in a trace's way, and puts all back after it.
 
 oneDNN's recurrent layers are operators that torch-xla does not know; without oneDNN, PyTorch takes them apart.
-`torch.distributions` asks for the values of its arguments. If a trace cannot know them, they are accepted, as with
-`validate_args=False`. Functions that decide by values, or have operators without lowering, get another form that gives
-the same numbers, or are refused by name.
+Functions that decide by values, or have operators without lowering, get another form that gives the same numbers, or
+are refused by name.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch._decomp.decompositions import _grid_sampler_2d
-from torch.distributions.constraints import Constraint, positive_definite, positive_semidefinite
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from torchways.capture.library.ctc import ctc_loss
+from torchways.capture.library.distributions import ArgumentChecks
 from torchways.capture.library.recurrent import PackedSequences
 from torchways.capture.library.replacement import Replacement, replaced
 from torchways.capture.rows.ragged_tensors import RaggedTensors
 from torchways.capture.source import user_line
-from torchways.errors import CaptureError, DataDependentError
+from torchways.errors import CaptureError
 
 
 @contextmanager
@@ -193,49 +192,3 @@ _REPLACED = (
     Replacement(torch.nn.utils.clip_grad, "_get_total_norm", _total_norm),
     Replacement(torch.autograd, "_engine_run_backward", _run_backward),
 )
-
-
-class ArgumentChecks(TorchFunctionMode):
-    """While it is active, checks of torch.distributions that depend on computed values pass."""
-
-    def __enter__(self) -> Any:
-        self._saved = [(constraint, constraint.check) for constraint in _OF_MATRICES]
-        for constraint, check in _OF_MATRICES.items():
-            constraint.check = check  # type: ignore[method-assign]
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for constraint, check in self._saved:
-            constraint.check = check  # type: ignore[method-assign]
-        super().__exit__(*error)
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch._is_all_true:  # distributions' alone; users have Tensor.all
-            try:
-                return bool(func(*args))
-            except DataDependentError:
-                return True
-        return func(*args, **(kwargs or {}))
-
-
-def _is_symmetric(value: torch.Tensor) -> torch.Tensor:
-    if value.shape[-1] != value.shape[-2]:
-        return torch.zeros(value.shape[:-2], dtype=torch.bool)
-    return torch.isclose(value, value.mT, atol=1e-6).all(-2).all(-1)
-
-
-def _is_positive_semidefinite(self: Constraint, value: torch.Tensor) -> torch.Tensor:
-    symmetric = _is_symmetric(value)
-    return symmetric & torch.linalg.eigvalsh(value).ge(0).all(-1) if value.shape[-1] == value.shape[-2] else symmetric
-
-
-def _is_positive_definite(self: Constraint, value: torch.Tensor) -> torch.Tensor:
-    symmetric = _is_symmetric(value)
-    return symmetric & torch.linalg.cholesky_ex(value).info.eq(0) if value.shape[-1] == value.shape[-2] else symmetric
-
-
-#: Constraints whose check decides by values whether to go on, and what they check, without a decision.
-_OF_MATRICES: dict[type[Constraint], Any] = {
-    type(positive_semidefinite): _is_positive_semidefinite,
-    type(positive_definite): _is_positive_definite,
-}

@@ -60,8 +60,6 @@ def _angle(value: torch.Tensor) -> Any:
 
 #: Of Lanczos' approximation, as XLA's own gamma functions have it; its g is 7.
 _LANCZOS_BASE = 0.99999999999980993227684700473478
-
-
 _LANCZOS = (
     676.520368121885098567009190444019,
     -1259.13921672240287047156078755283,
