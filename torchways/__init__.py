@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         init,
         init_device_mesh,
         is_eager,
+        microbatch,
         parallelize_module,
         parity,
         pipeline,
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from torchways.mesh import VirtualSlice
     from torchways.parallel.pipeline import SplitPoint
     from torchways.parallel.plans import fully_shard, tensor_parallel
+    from torchways.schedules import Schedule
 
 __version__ = "0.1.0"
 
@@ -69,6 +71,7 @@ _MODULE_OF = {
             "init",
             "init_device_mesh",
             "is_eager",
+            "microbatch",
             "parallelize_module",
             "parity",
             "pipeline",
@@ -87,10 +90,12 @@ _MODULE_OF = {
     "SplitPoint": "torchways.parallel.pipeline",
     "fully_shard": "torchways.parallel.plans",
     "tensor_parallel": "torchways.parallel.plans",
+    "Schedule": "torchways.schedules",
 }
 
 __all__ = [
     "Array",
+    "Schedule",
     "SplitPoint",
     "VirtualSlice",
     "all_reduce",
@@ -105,6 +110,7 @@ __all__ = [
     "init",
     "init_device_mesh",
     "is_eager",
+    "microbatch",
     "parallelize_module",
     "parity",
     "pipeline",

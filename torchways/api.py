@@ -42,10 +42,12 @@ from torchways.launch.embedded import start_cluster
 from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
 from torchways.observability.process import setup_logging
 from torchways.observability.trace import write_chrome_trace
+from torchways.parallel.microbatch import run_microbatches
 from torchways.parallel.pipeline import SplitPoint, add_stages
 from torchways.parallel.plans import PlanOrMaker, placements_of, plan_of
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
+from torchways.schedules import Schedule
 
 ADDRESS_VARIABLE = "TORCHWAYS_ADDRESS"
 EAGER_VARIABLE = "TORCHWAYS_EAGER"
@@ -539,6 +541,42 @@ def pipeline(
         add_stages(module, split_spec, meshes)
         return module
     return make_pipeline(module, split_spec, meshes, plan, _current)
+
+
+def microbatch(
+    function: Callable[..., Any],
+    *args: Any,
+    n_microbatches: int,
+    schedule: str | Schedule = "1F1B",
+    **kwargs: Any,
+) -> Any:
+    """Calls a function on each chunk of a batch, as the loop of gradient accumulation does.
+
+    Call it in a program, with a function that computes a loss and calls its ``backward()``. Gradients add up over the
+    chunks, so divide the loss by `n_microbatches`. The optimizer's step comes after it. With a module that
+    `tw.pipeline` has split, the slices work on different chunks at the same time, in the order of `schedule`. The
+    function is traced once, and a program does not grow with the number of chunks.
+
+    Args:
+        function: called with a chunk of each tensor; must not assign attributes, clear gradients or step an optimizer.
+        *args, **kwargs: tensors with dimensions are split along dimension 0, as `torch.chunk` splits them; all must
+            have the same size there. Everything else is passed as it is.
+        n_microbatches: number of chunks. There can be fewer, and the last can be smaller, as with `torch.chunk`.
+        schedule: for pipelines, the order in which each slice works on the chunks: "GPipe", "1F1B", "LoopedBFS",
+            "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble" or "DualPipeV", as in
+            torch.distributed.pipelining; or a `Schedule`.
+
+    Returns:
+        What the function returns, a pytree. Tensors without dimensions are stacked, one for each chunk; others are
+        concatenated along dimension 0. None of them needs gradients.
+
+    Raises:
+        ShapeError: the tensors have different sizes along dimension 0.
+        UserError: there is no such schedule, or values that are no tensors differ from chunk to chunk.
+        CaptureError: the function changes what is no tensor.
+        ConfigError: the schedule does not fit the pipeline.
+    """
+    return run_microbatches(function, args, kwargs, n_microbatches, schedule)
 
 
 def parallelize_module(

@@ -123,6 +123,36 @@ def _alignments_backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor
 _alignments.register_autograd(_alignments_backward, setup_context=_save_states)
 
 
+@torch.library.custom_op("torchways::turn", mutates_args=())
+def _turn() -> torch.Tensor:
+    raise NotImplementedError("only a loop has turns")
+
+
+@_turn.register_fake
+def _() -> torch.Tensor:
+    return torch.empty((), dtype=torch.int64)
+
+
+@torch.library.custom_op("torchways::carry", mutates_args=())
+def _carry(first: torch.Tensor) -> torch.Tensor:
+    raise NotImplementedError("only a loop hands values on")
+
+
+@_carry.register_fake
+def _(first: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(first)
+
+
+@torch.library.custom_op("torchways::exit", mutates_args=())
+def _exit(values: list[torch.Tensor]) -> torch.Tensor:
+    raise NotImplementedError("only a loop has an end")
+
+
+@_exit.register_fake
+def _(values: list[torch.Tensor]) -> torch.Tensor:
+    return torch.empty_like(values[0])
+
+
 #: The logarithm of zero in `ALIGNMENTS`: finite, so that gradients are.
 NEVER = -1e30
 
@@ -141,6 +171,15 @@ QR = torch.ops.torchways.qr.default
 
 #: ``svd(value, full)``: U, S and V (not its transpose) of matrices; as with `QR`.
 SVD = torch.ops.torchways.svd.default
+
+#: ``turn()``: the number of a loop's turn, int64[]. This and the next two exist only between capture and partitioning.
+TURN = torch.ops.torchways.turn.default
+
+#: ``carry(first)``: what the turn before hands on; in the first turn, `first`.
+CARRY = torch.ops.torchways.carry.default
+
+#: ``exit(values)``: what is left of a loop: what the last turn hands on, or made. One value for each body of the loop.
+EXIT = torch.ops.torchways.exit.default
 
 #: ``alignments(emitted, skipping)``: logarithms of the probabilities of all ways to a state, at each step; step 0 is
 #: `emitted[0]`. From a step [batch, states] to the next, a state stays, goes to the next one, or to the one after that

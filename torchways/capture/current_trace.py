@@ -6,7 +6,7 @@ Decorated functions and modules, optimizer hooks and decompositions ask `current
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Any, Protocol
@@ -16,6 +16,20 @@ import torch
 from torchways.array import Array
 from torchways.capture.regions import Region
 from torchways.mesh import Placements, VirtualSlice
+from torchways.schedules import Schedule
+
+
+class MicrobatchTrace(Protocol):
+    """A loop over microbatches that is being traced; see `torchways.capture.tracing.microbatches`."""
+
+    def body(self, call: Callable[[torch.Tensor], Any], *, is_remainder: bool) -> None:
+        """Traces a turn."""
+
+    def unplaced(self) -> AbstractContextManager[None]:
+        """Has what is called inside run wherever it is needed."""
+
+    def results(self) -> Any:
+        """Returns the results of all turns."""
 
 
 class CurrentTrace(Protocol):
@@ -35,11 +49,26 @@ class CurrentTrace(Protocol):
     def function_call(self, mesh: VirtualSlice, name: str) -> AbstractContextManager[None]:
         """Makes all that runs inside part of one call of the compiled function `name` on `mesh`."""
 
-    def stage(self, mesh: VirtualSlice, name: str) -> AbstractContextManager[None]:
+    def stage(self, mesh: VirtualSlice, name: str, stage_index: int = -1) -> AbstractContextManager[None]:
         """Places what runs inside on `mesh`, until other stages begin within it."""
 
-    def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
-        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs."""
+    def enter_stage(self, mesh: VirtualSlice | None, name: str = "", stage_index: int = -1) -> None:
+        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs.
+
+        Args:
+            stage_index: number of the pipeline's stage that begins here; -1: of none.
+        """
+
+    def microbatches(
+        self, num_turns: int, num_whole: int, schedule: str | Schedule
+    ) -> AbstractContextManager[MicrobatchTrace]:
+        """Opens a loop over microbatches.
+
+        Args:
+            num_turns: number of microbatches.
+            num_whole: how many of them are not smaller than the others.
+            schedule: the order in which a pipeline's slices work on them.
+        """
 
     def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
         """Returns the tensor on `mesh`, with these placements."""

@@ -1,4 +1,4 @@
-"""Labels on the nodes of a traced graph: the slice and the call that an operator belongs to.
+"""Labels on the nodes of a traced graph: the slice, the call and the loop that an operator belongs to.
 
 The tracer writes them, and the partitioner reads them. This module knows nothing of either.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchways.mesh import VirtualSlice
+from torchways.schedules import Schedule
 
 #: Key of `node.meta`: the `Region` of a node. A node without one is placed by the partitioner.
 REGION_KEY = "tw_region"
@@ -17,6 +18,33 @@ RECOMPUTED_KEY = "tw_recomputed"
 
 #: Key of `node.meta`: True where the operator is part of an optimizer's step.
 UPDATE_KEY = "tw_update"
+
+#: Key of `node.meta`: True where autograd made the operator.
+BACKWARD_KEY = "tw_backward"
+
+#: Key of `node.meta`: the (`LoopLabel`, number of the body) of a node that is part of a loop's body.
+LOOP_KEY = "tw_loop"
+
+#: Key of `node.meta`: the (`LoopLabel`, number) of the value that a CARRY or an EXIT node (operators.py) stands for.
+CARRY_KEY = "tw_carry"
+
+#: All keys that say what a node is part of.
+LABEL_KEYS = (REGION_KEY, RECOMPUTED_KEY, UPDATE_KEY, BACKWARD_KEY, LOOP_KEY, CARRY_KEY)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoopLabel:
+    """A loop over microbatches: its body is traced once, or twice if the last microbatch is smaller.
+
+    Attributes:
+        num_turns: number of microbatches.
+        schedule: name of the schedule, or the schedule.
+        line: the user's line.
+    """
+
+    num_turns: int
+    schedule: str | Schedule
+    line: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +59,7 @@ class Region:
         backward: whether autograd made it.
         is_repeated: whether the call is of a region that is compiled once (`torch.compiler.nested_compile_region`);
             its backward is a call of its own then.
+        stage: number of the pipeline's stage, or -1.
     """
 
     mesh: VirtualSlice | None
@@ -38,3 +67,4 @@ class Region:
     name: str
     backward: bool = False
     is_repeated: bool = False
+    stage: int = -1

@@ -25,7 +25,7 @@ from torchways.controller.variants import MAX_VARIANTS
 from torchways.errors import CaptureError, ShapeError, UserError
 from torchways.ir.program import Arg, node_inputs, with_nodes
 from torchways.mesh import VirtualSlice
-from torchways.passes.unroll import Loop, unroll
+from torchways.passes.unroll import ScanLoop, unroll
 
 #: The loops that were made of users' functions: they are traced once.
 _loops: weakref.WeakKeyDictionary[Any, _ScanFunction] = weakref.WeakKeyDictionary()
@@ -158,7 +158,7 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
             raise CaptureError(f"{name}, the body of tw.scan, makes optimizer state or gradients: use tw.program")
         fed[next(index for index, source in enumerate(body.sources) if source is target)] = number
     seeds = {index: source for index, source in enumerate(body.sources) if isinstance(source, Seed)}
-    loop = Loop(
+    loop = ScanLoop(
         length=length,
         num_inputs=len(body.sources),
         fed=fed,

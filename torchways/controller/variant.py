@@ -19,7 +19,7 @@ from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.ids import ProgramId, SliceId
 from torchways.ir.loops import unrolled
-from torchways.ir.program import Arg, Compute, Program, Value, ValueIndex
+from torchways.ir.program import Arg, Program, Value, ValueIndex, donated_values
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 from torchways.passes.preflight import check_memory
@@ -285,9 +285,7 @@ class KnownObject:
 
 def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> BoundPiece:
     lowered = lower(piece.program)
-    donated: set[ValueIndex] = {
-        node.inputs[index] for node in lowered.program.nodes if isinstance(node, Compute) for index in node.donated
-    }
+    donated = {value for node in lowered.program.nodes for value in donated_values(node)}
     sources: dict[ValueIndex, Source] = {}
     for node in lowered.program.nodes:
         if isinstance(node, Arg):

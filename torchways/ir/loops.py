@@ -206,7 +206,8 @@ def _check_loop(loop: LoopInstruction, num_slots: int) -> None:
         _require(all(slot in made for slot in (*body.last, *(slot for _, slot in body.carried))), "it makes no result")
         _require(all(read < len(body.inputs) for read, _ in body.carried), "it hands on what it does not read")
         _require(
-            len(body.carried) + len(body.last) == len(loop.outputs) and len(body.carried) == len(first.carried),
+            len(body.carried) + len(loop.bodies[-1].last) == len(loop.outputs)
+            and len(body.carried) == len(first.carried),
             "a loop has other results than its bodies",
         )
 

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from torchways.errors import InternalError
 from torchways.mesh import Placements, mesh_text, tensor_text
+from torchways.schedules.actions import Kind, Repeat
 
 #: Position of a value in `Program.values`.
 ValueIndex: TypeAlias = int
@@ -160,7 +161,72 @@ class Result:
     inputs: tuple[ValueIndex, ...]
 
 
-Node: TypeAlias = Arg | Compute | Transfer | AllReduce | Result
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BodyNode:
+    """A node of a loop's body.
+
+    Attributes:
+        stage, kind: the action of the schedule that it belongs to; of a transfer, the one that its value comes from.
+        node: a Compute, Transfer or AllReduce.
+    """
+
+    stage: int
+    kind: Kind
+    node: Compute | Transfer | AllReduce
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopBody:
+    """One turn of a loop. Values that it neither makes nor lists here are the program's, the same in each turn.
+
+    Attributes:
+        nodes: in an order in which they can run.
+        carried: for each value that turns hand on, the value that stands for what a turn gets, and what it makes of it.
+        last: the values whose content in the last turn outlives the loop.
+        numbers: values that hold the number of the turn, int64[], one a slice.
+    """
+
+    nodes: tuple[BodyNode, ...]
+    carried: tuple[tuple[ValueIndex, ValueIndex], ...]
+    last: tuple[ValueIndex, ...]
+    numbers: tuple[ValueIndex, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """Microbatches: turns of a body, whose actions each slice runs in an order of its own. One node, however many.
+
+    Attributes:
+        bodies: what turns do. If there are two, the last turn has the second.
+        num_turns: at least one.
+        orders: the actions of each slice that takes part.
+        firsts: what the first turn gets of each value that turns hand on.
+        outputs: what the last turn hands on, then what it made of `last`.
+        donated: positions in `firsts` whose buffers the first turn may reuse.
+        schedule: for people.
+        source: the user's line.
+    """
+
+    bodies: tuple[LoopBody, ...]
+    num_turns: int
+    orders: tuple[tuple[int, tuple[Repeat, ...]], ...]
+    firsts: tuple[ValueIndex, ...]
+    outputs: tuple[ValueIndex, ...]
+    donated: tuple[int, ...] = ()
+    schedule: str = ""
+    source: str = ""
+
+    def invariants(self) -> tuple[ValueIndex, ...]:
+        """Returns the values that are the same in each turn."""
+        found: dict[ValueIndex, None] = {}
+        for body in self.bodies:
+            own = {*body.numbers, *(entered for entered, _ in body.carried)}
+            own.update(value for item in body.nodes for value in node_outputs(item.node))
+            found.update((value, None) for item in body.nodes for value in node_inputs(item.node) if value not in own)
+        return tuple(found)
+
+
+Node: TypeAlias = Arg | Compute | Transfer | AllReduce | Loop | Result
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -186,6 +252,8 @@ def node_inputs(node: Node) -> tuple[ValueIndex, ...]:
             return (node.input,)
         case Compute() | AllReduce() | Result():
             return node.inputs
+        case Loop():
+            return tuple(dict.fromkeys((*node.firsts, *node.invariants())))
 
 
 def node_outputs(node: Node) -> tuple[ValueIndex, ...]:
@@ -193,9 +261,20 @@ def node_outputs(node: Node) -> tuple[ValueIndex, ...]:
     match node:
         case Arg() | Transfer():
             return (node.output,)
-        case Compute() | AllReduce():
+        case Compute() | AllReduce() | Loop():
             return node.outputs
         case Result():
+            return ()
+
+
+def donated_values(node: Node) -> tuple[ValueIndex, ...]:
+    """Returns the values whose buffers a node may reuse."""
+    match node:
+        case Compute():
+            return tuple(node.inputs[position] for position in node.donated)
+        case Loop():
+            return tuple(node.firsts[position] for position in node.donated)
+        case _:
             return ()
 
 
@@ -217,12 +296,33 @@ def verify(program: Program) -> Program:
             if value in made:
                 raise InternalError(f"%{value} is made twice in\n{program}")
             made.add(value)
+        if isinstance(node, Loop):
+            _verify_loop(program, node, made)
         homes = {program.values[value].slice_index for value in node_outputs(node)}
         if isinstance(node, Compute) and (len(homes) > 1 or UNPLACED in homes):
             raise InternalError(f"node {position} makes values on several slices, or on none, in\n{program}")
         if isinstance(node, Result) != (position == len(program.nodes) - 1):
             raise InternalError(f"Result must be the last node, and only that, in\n{program}")
     return program
+
+
+def _verify_loop(program: Program, loop: Loop, outside: set[ValueIndex]) -> None:
+    """Checks that every value of a body is made once and before it is read, and that all bodies hand on the same."""
+    for body in loop.bodies:
+        made = {*outside, *body.numbers, *(entered for entered, _ in body.carried)}
+        for item in body.nodes:
+            if not made.issuperset(node_inputs(item.node)) or not made.isdisjoint(node_outputs(item.node)):
+                raise InternalError(f"{item.node} of a loop reads what is not made, or makes what is, in\n{program}")
+            made.update(node_outputs(item.node))
+        handed_on = {value for _, value in body.carried}
+        if not made - outside >= {*body.last, *handed_on} or len(handed_on) < len(body.carried):
+            raise InternalError(f"a loop hands on, or leaves, what it does not make in\n{program}")
+        num_last = len(loop.bodies[-1].last)
+        if len(body.carried) != len(loop.firsts) or len(loop.firsts) + num_last != len(loop.outputs):
+            raise InternalError(f"a loop's bodies hand on, or leave, different values in\n{program}")
+        for first, (entered, value) in zip(loop.firsts, body.carried, strict=True):
+            if program.values[entered] != program.values[value] or program.values[first] != program.values[entered]:
+                raise InternalError(f"%{first}, %{entered} and %{value} must be alike, to be handed on, in\n{program}")
 
 
 def with_nodes(program: Program, nodes: list[Node], values: list[Value] | None = None) -> Program:
@@ -261,8 +361,25 @@ def _lines(program: Program) -> Iterator[str]:
             case AllReduce():
                 outputs = ", ".join(_made(program, value) for value in node.outputs)
                 yield f"  {outputs} = all_reduce({', '.join(f'%{value}' for value in node.inputs)})"
+            case Loop():
+                outputs = ", ".join(_made(program, value) for value in node.outputs)
+                yield f"  {outputs} = loop of {node.num_turns} turns by {node.schedule}"
+                yield f"      # {node.source}"
+                yield from _loop_lines(program, node)
             case Result():
                 yield f"  result {', '.join(f'%{value}' for value in node.inputs)}"
+
+
+def _loop_lines(program: Program, loop: Loop) -> Iterator[str]:
+    for number, body in enumerate(loop.bodies):
+        yield "    the last turn" if number else "    each turn"
+        for first, (entered, made) in zip(loop.firsts, body.carried, strict=True):
+            yield f"      {_made(program, entered)} = first %{first}, then %{made}"
+        for item in body.nodes:
+            [*lines] = _lines(with_nodes(program, [item.node]))
+            yield f"      {item.stage}{item.kind}: {lines[1 + len(program.slices)].strip()}"
+        if body.last:
+            yield f"      last {', '.join(f'%{value}' for value in body.last)}"
 
 
 def _made(program: Program, value: ValueIndex) -> str:

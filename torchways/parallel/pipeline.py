@@ -43,18 +43,18 @@ def add_stages(
     check_stages(module, split_spec, meshes)
     names = dict(module.named_modules())
     for stage_index, (name, point) in enumerate(split_spec.items(), start=1):
-        _add_boundary(names[name], point, meshes[stage_index], f"stage{stage_index}")
+        _add_boundary(names[name], point, meshes[stage_index], stage_index)
 
-    return stage_call(meshes[0], "stage0")
+    return stage_call(meshes[0], "stage0", 0)
 
 
-def stage_call(mesh: VirtualSlice, name: str) -> Callable[..., Any]:
+def stage_call(mesh: VirtualSlice, name: str, stage_index: int = -1) -> Callable[..., Any]:
     """Returns what runs a call of a module within a trace as a stage on `mesh`, until other stages begin within it."""
 
     def call(module: torch.nn.Module, plain_call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         mode = current_trace()
         assert mode is not None
-        with mode.stage(mesh, name):
+        with mode.stage(mesh, name, stage_index):
             return plain_call(*args, **kwargs)
 
     return call
@@ -90,11 +90,11 @@ def stages_of(module: torch.nn.Module, split_spec: Mapping[str, SplitPoint]) -> 
     return found
 
 
-def _add_boundary(submodule: torch.nn.Module, point: SplitPoint, mesh: VirtualSlice, name: str) -> None:
+def _add_boundary(submodule: torch.nn.Module, point: SplitPoint, mesh: VirtualSlice, stage_index: int) -> None:
     def enter(*_: Any) -> None:
         mode = current_trace()
         if mode is not None:
-            mode.enter_stage(mesh, name)
+            mode.enter_stage(mesh, f"stage{stage_index}", stage_index)
 
     if point is SplitPoint.BEGINNING:
         submodule.register_forward_pre_hook(enter)

@@ -5,9 +5,10 @@ That is replaced state, and what a turn of a loop gives to the next: the pass `u
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from torchways.ir.program import Arg, Compute, Node, Program, ValueIndex, node_inputs, with_nodes
+from torchways.ir.program import Arg, Compute, Loop, Node, Program, ValueIndex, node_inputs, with_nodes
 
 
 def donate(program: Program) -> Program:
@@ -17,6 +18,7 @@ def donate(program: Program) -> Program:
     result or that a transfer reads later.
     """
     replaced = {node.output for node in program.nodes if isinstance(node, Arg) and node.replaced}
+    arguments = {node.output for node in program.nodes if isinstance(node, Arg)}
     last_reader: dict[ValueIndex, int] = {}
     for position, node in enumerate(program.nodes):
         for value in node_inputs(node):
@@ -32,5 +34,37 @@ def donate(program: Program) -> Program:
                 and node.inputs.count(value) == 1
             )
             node = replace(node, donated=donated)
+        elif isinstance(node, Loop):
+            node = _in_place(node, last_reader, position, arguments - replaced)
         nodes.append(node)
     return with_nodes(program, nodes)
+
+
+def _in_place(loop: Loop, last_reader: Mapping[ValueIndex, int], position: int, kept: Collection[ValueIndex]) -> Loop:
+    """Returns a loop that updates in place what its turns hand on, and whose first turn does so where it may."""
+    bodies = []
+    for body in loop.bodies:
+        entered = {value for value, _ in body.carried}
+        last = {value: number for number, item in enumerate(body.nodes) for value in node_inputs(item.node)}
+        items = []
+        for number, item in enumerate(body.nodes):
+            node = item.node
+            if isinstance(node, Compute):
+                donated = tuple(
+                    index
+                    for index, value in enumerate(node.inputs)
+                    if value in entered and last[value] == number and node.inputs.count(value) == 1
+                )
+                item = replace(item, node=replace(node, donated=donated))
+            items.append(item)
+        bodies.append(replace(body, nodes=tuple(items)))
+    invariants = loop.invariants()
+    donated = tuple(
+        index
+        for index, value in enumerate(loop.firsts)
+        if last_reader[value] == position
+        and value not in kept
+        and value not in invariants
+        and loop.firsts.count(value) == 1
+    )
+    return replace(loop, bodies=tuple(bodies), donated=donated)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from torchways.ir.program import Compute, Node, Program, Transfer, Value, ValueIndex, node_outputs, with_nodes
+from torchways.ir.program import (
+    BodyNode,
+    Compute,
+    Loop,
+    Node,
+    Program,
+    Transfer,
+    Value,
+    ValueIndex,
+    node_outputs,
+    with_nodes,
+)
 
 
 def insert_transfers(program: Program) -> Program:
@@ -14,21 +26,57 @@ def insert_transfers(program: Program) -> Program:
     """
     values = list(program.values)
     moved: dict[tuple[ValueIndex, int], ValueIndex] = {}
-    nodes: list[Node] = []
-    for node in program.nodes:
-        if isinstance(node, Compute):
-            home = compute_slice(program, node)
-            node = replace(node, inputs=tuple(_on_slice(program, value, home, values, moved) for value in node.inputs))
-        nodes.append(node)
-    by_source: dict[ValueIndex, list[Transfer]] = {}
+
+    def move_inputs(node: Compute) -> Compute:
+        home = compute_slice(program, node)
+        return replace(node, inputs=tuple(_on_slice(program, value, home, values, moved) for value in node.inputs))
+
+    nodes = [with_computes(node, move_inputs) for node in program.nodes]
+    transfers: dict[ValueIndex, list[Transfer]] = {}
     for (value, _), copy in moved.items():
-        by_source.setdefault(value, []).append(Transfer(input=value, output=copy))
+        transfers.setdefault(value, []).append(Transfer(input=value, output=copy))
     placed: list[Node] = []
     for node in nodes:
-        placed.append(node)
+        placed.append(_with_transfers(node, transfers) if isinstance(node, Loop) else node)
         for value in node_outputs(node):
-            placed.extend(by_source.get(value, ()))
+            placed.extend(transfers.get(value, ()))
     return with_nodes(program, placed, values)
+
+
+def with_computes(node: Node, change: Callable[[Compute], Compute]) -> Node:
+    """Returns a node with its computations changed: itself, or those of a loop's bodies."""
+    if isinstance(node, Compute):
+        return change(node)
+    if not isinstance(node, Loop):
+        return node
+    bodies = []
+    for body in node.bodies:
+        items = [
+            replace(item, node=change(item.node)) if isinstance(item.node, Compute) else item for item in body.nodes
+        ]
+        bodies.append(replace(body, nodes=tuple(items)))
+    return replace(node, bodies=tuple(bodies))
+
+
+def _with_transfers(loop: Loop, transfers: Mapping[ValueIndex, Sequence[Transfer]]) -> Loop:
+    """Returns a loop with the transfers of values that its bodies make, or get from the turn before.
+
+    Values that are the same in each turn are moved once, before the loop.
+    """
+    bodies = []
+    for body in loop.bodies:
+        first = body.nodes[0]
+        items = [
+            BodyNode(stage=first.stage, kind=first.kind, node=transfer)
+            for value in (*body.numbers, *(entered for entered, _ in body.carried))
+            for transfer in transfers.get(value, ())
+        ]
+        for item in body.nodes:
+            items.append(item)
+            for value in node_outputs(item.node):
+                items += [replace(item, node=transfer) for transfer in transfers.get(value, ())]
+        bodies.append(replace(body, nodes=tuple(items)))
+    return replace(loop, bodies=tuple(bodies))
 
 
 def compute_slice(program: Program, node: Compute) -> int:

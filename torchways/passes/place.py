@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torchways.ir.program import UNPLACED, Arg, Compute, Node, Program, Value, ValueIndex, with_nodes
 from torchways.mesh import Placements, data_placements
-from torchways.passes.insert_transfers import compute_slice
+from torchways.passes.insert_transfers import compute_slice, with_computes
 
 
 def place(program: Program) -> Program:
@@ -18,16 +18,18 @@ def place(program: Program) -> Program:
     args = {node.output: node for node in program.nodes if isinstance(node, Arg)}
     values = list(program.values)
     placed: dict[tuple[ValueIndex, int], ValueIndex] = {}
+
+    def place_inputs(node: Compute) -> Compute:
+        home = compute_slice(program, node)
+        for value in node.inputs:
+            if values[value].slice_index == UNPLACED and (value, home) not in placed:
+                placed[value, home] = len(values)
+                values.append(_placed(program, args[value], values[value], home))
+        return replace(node, inputs=tuple(placed.get((value, home), value) for value in node.inputs))
+
     nodes: list[Node] = []
     for node in program.nodes:
-        if isinstance(node, Compute):
-            home = compute_slice(program, node)
-            for value in node.inputs:
-                if values[value].slice_index == UNPLACED and (value, home) not in placed:
-                    placed[value, home] = len(values)
-                    values.append(_placed(program, args[value], values[value], home))
-            node = replace(node, inputs=tuple(placed.get((value, home), value) for value in node.inputs))
-        nodes.append(node)
+        nodes.append(with_computes(node, place_inputs))
     homes: dict[ValueIndex, list[Arg]] = {}
     for (value, _), index in placed.items():
         homes.setdefault(value, []).append(replace(args[value], output=index, is_data=False, placements=None))

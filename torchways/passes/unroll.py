@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from torchways.errors import UserError
 from torchways.ir.program import (
     AllReduce,
     Arg,
     Compute,
+    Loop,
     Node,
     Program,
     Result,
@@ -27,7 +29,7 @@ from torchways.passes.place import place
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Loop:
+class ScanLoop:
     """How the turns of a loop hang together.
 
     Attributes:
@@ -55,7 +57,7 @@ class Loop:
         ]
 
 
-def unroll(body: Program, loop: Loop) -> Program:
+def unroll(body: Program, loop: ScanLoop) -> Program:
     """Returns the program of all turns.
 
     Its arguments are those of the first turn, and what each further turn gets of its own: its source is the turn's
@@ -92,7 +94,7 @@ def unroll(body: Program, loop: Loop) -> Program:
     return with_nodes(body, sorted(nodes, key=lambda node: not isinstance(node, Arg)), values)
 
 
-def _same_placements(body: Program, loop: Loop) -> Program:
+def _same_placements(body: Program, loop: ScanLoop) -> Program:
     """Gives what is fed back the placements of the argument that it becomes: every turn is then the same call."""
     values = list(body.values)
     results = node_inputs(body.nodes[-1])
@@ -114,7 +116,7 @@ def _node_of_turn(
     node: Node,
     turn: int,
     now: Mapping[ValueIndex, ValueIndex],
-    loop: Loop,
+    loop: ScanLoop,
     fed: Mapping[ValueIndex, ValueIndex],
     kept: set[ValueIndex],
 ) -> Node:
@@ -135,5 +137,7 @@ def _node_of_turn(
             return replace(node, inputs=inputs, outputs=tuple(now[value] for value in node.outputs))
         case Transfer():
             return replace(node, input=now[node.input], output=now[node.output])
+        case Loop():
+            raise UserError("tw.scan cannot have a tw.microbatch in its body: call it from a Python loop in a program")
         case Result():
             return node

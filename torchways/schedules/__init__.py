@@ -3,7 +3,7 @@
 What an action computes, and what flows between actions, others know: this package knows neither programs nor devices.
 """
 
-from torchways.schedules.actions import Action, Kind, Repeat, Schedule, compact, expanded, schedule_from_csv
+from torchways.schedules.actions import Action, Kind, Repeat, Schedule, compact, expanded
 from torchways.schedules.automatic import find_schedule
 from torchways.schedules.dry_run import UNIT_COSTS, Costs, dry_run
 from torchways.schedules.named import SCHEDULES, make_schedule
@@ -21,5 +21,4 @@ __all__ = [
     "expanded",
     "find_schedule",
     "make_schedule",
-    "schedule_from_csv",
 ]

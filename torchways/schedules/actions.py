@@ -98,6 +98,16 @@ class Schedule:
         """The row of each stage."""
         return {action.stage: index for index, row in enumerate(self.rows) for action in row}
 
+    @staticmethod
+    def from_csv(text: str, name: str = "from CSV") -> Schedule:
+        """Returns the schedule that a text in the CSV form of torch.distributed.pipelining describes.
+
+        Raises:
+            ConfigError: it describes none.
+        """
+        rows = [[action for field in row for action in parse_actions(field)] for row in csv.reader(io.StringIO(text))]
+        return Schedule(name, tuple(map(tuple, rows)))
+
     def to_csv(self) -> str:
         """Returns it in the CSV form of torch.distributed.pipelining."""
         text = io.StringIO()
@@ -106,16 +116,6 @@ class Schedule:
 
     def __str__(self) -> str:
         return grid(self.rows)
-
-
-def schedule_from_csv(text: str, name: str = "from CSV") -> Schedule:
-    """Returns the schedule that a text in the CSV form of torch.distributed.pipelining describes.
-
-    Raises:
-        ConfigError: it describes none.
-    """
-    rows = [[action for field in row for action in parse_actions(field)] for row in csv.reader(io.StringIO(text))]
-    return Schedule(name, tuple(map(tuple, rows)))
 
 
 def grid(rows: Sequence[Iterable[Action | None]]) -> str:

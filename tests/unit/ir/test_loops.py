@@ -15,7 +15,7 @@ from torchways.ir.part import (
 )
 from torchways.ir.program import Function, Value
 from torchways.passes.preflight import check_order
-from torchways.schedules import Kind, Repeat, compact, make_schedule, schedule_from_csv
+from torchways.schedules import Kind, Repeat, Schedule, compact, make_schedule
 
 F, I, W, B = Kind.FORWARD, Kind.INPUT, Kind.WEIGHT, Kind.BACKWARD  # noqa: E741
 
@@ -173,7 +173,7 @@ def test_the_part_does_not_grow_with_its_turns_and_prints():
     ],
 )
 def test_actions_that_are_not_those_of_the_body(csv, why):
-    made = parts(schedule_from_csv(csv), 2)
+    made = parts(Schedule.from_csv(csv), 2)
     if why is None:
         [unrolled(part) for part in made]
     else:

@@ -5,7 +5,7 @@ from torchways.ir.part import ComputeInstruction, freed_slots
 from torchways.ir.program import UNPLACED, Arg, Compute, Program, Result, SliceSpec, Value, node_inputs, verify
 from torchways.passes.donate import donate
 from torchways.passes.lower import lower
-from torchways.passes.unroll import Loop, unroll
+from torchways.passes.unroll import ScanLoop, unroll
 
 
 def counter(*, replaced=False):
@@ -31,7 +31,7 @@ def counter(*, replaced=False):
     )
 
 
-LOOP = Loop(length=3, num_inputs=3, fed={0: 0}, own=frozenset({1}), kept=frozenset({1}))
+LOOP = ScanLoop(length=3, num_inputs=3, fed={0: 0}, own=frozenset({1}), kept=frozenset({1}))
 
 
 def test_each_turn_reads_what_the_one_before_made_and_what_is_its_own():
@@ -72,13 +72,13 @@ def test_what_is_fed_back_is_split_as_the_argument_and_donated():
 def test_what_each_turn_keeps_no_turn_donates():
     """All turns are then the same call, also the first, whose argument could be donated."""
     program = unroll(
-        counter(replaced=True), Loop(length=2, num_inputs=3, fed={0: 0}, own=frozenset(), kept=frozenset({0}))
+        counter(replaced=True), ScanLoop(length=2, num_inputs=3, fed={0: 0}, own=frozenset(), kept=frozenset({0}))
     )
     assert "donate" not in "\n".join(body(donate(program)))
 
 
 def test_a_loop_of_one_turn_is_its_body():
-    once = Loop(length=1, num_inputs=3, fed={0: 0}, own=frozenset({1}), kept=frozenset({1}))
+    once = ScanLoop(length=1, num_inputs=3, fed={0: 0}, own=frozenset({1}), kept=frozenset({1}))
     program = unroll(counter(), once)
     assert len(program.nodes) == 5
     assert node_inputs(program.nodes[-1]) == (3, 4)

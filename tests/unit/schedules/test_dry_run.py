@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchways.errors import ConfigError
-from torchways.schedules import Costs, Kind, dry_run, find_schedule, make_schedule, schedule_from_csv
+from torchways.schedules import Costs, Kind, Schedule, dry_run, find_schedule, make_schedule
 
 
 @pytest.mark.parametrize("name", ["GPipe", "1F1B"])
@@ -35,7 +35,7 @@ def test_transfers_take_time():
 
 
 def test_a_deadlock_is_found_with_what_each_slice_waits_for():
-    schedule = schedule_from_csv("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "mine")
+    schedule = Schedule.from_csv("0F0,0B0,0F1,0B1\n1F0,1F1,1B0,1B1\n", "mine")
     with pytest.raises(ConfigError) as raised:
         dry_run(schedule)
     assert str(raised.value) == (
@@ -59,7 +59,7 @@ def test_a_deadlock_is_found_with_what_each_slice_waits_for():
 )
 def test_incomplete_schedules_are_refused(text, why):
     with pytest.raises(ConfigError, match=why):
-        dry_run(schedule_from_csv(text))
+        dry_run(Schedule.from_csv(text))
 
 
 @st.composite

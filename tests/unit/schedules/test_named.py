@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.distributed.pipelining import schedules as library
 
 from torchways.errors import ConfigError
-from torchways.schedules import SCHEDULES, Action, Kind, Schedule, compact, expanded, make_schedule, schedule_from_csv
+from torchways.schedules import SCHEDULES, Action, Kind, Schedule, compact, expanded, make_schedule
 
 SIZES = [
     *((name, size, size, count) for name in ("GPipe", "1F1B") for size in (1, 2, 4, 8) for count in (8, 13, 32)),
@@ -95,16 +95,16 @@ def test_every_pass_of_every_microbatch_comes_once(name, num_stages, num_slices,
 @pytest.mark.parametrize(("name", "num_stages", "num_slices", "num_microbatches"), SIZES[::5])
 def test_csv_both_ways_and_the_librarys(name, num_stages, num_slices, num_microbatches):
     made = make_schedule(name, num_stages, num_slices, num_microbatches)
-    assert schedule_from_csv(made.to_csv(), name) == made
+    assert Schedule.from_csv(made.to_csv(), name) == made
     rows = [[library._Action.from_str(field) for field in row] for row in csv.reader(io.StringIO(made.to_csv()))]
     assert [list(map(str, row)) for row in rows] == [list(map(str, row)) for row in made.rows]
 
 
 def test_csv_with_idle_steps_and_overlapped_passes():
-    found = schedule_from_csv("0F0,,0B0\n,1F0,(1F1;1B0)OVERLAP_F_B\n")
+    found = Schedule.from_csv("0F0,,0B0\n,1F0,(1F1;1B0)OVERLAP_F_B\n")
     assert [list(map(str, row)) for row in found.rows] == [["0F0", "0B0"], ["1F0", "1F1", "1B0"]]
     with pytest.raises(ConfigError, match="'0SEND_F1' is no action"):
-        schedule_from_csv("0F0,0SEND_F1\n")
+        Schedule.from_csv("0F0,0SEND_F1\n")
 
 
 def test_a_schedule_prints_as_a_grid():

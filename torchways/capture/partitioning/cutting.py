@@ -16,7 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from torchways.capture.partitioning.placed_graph import PlacedGraph
-from torchways.capture.regions import REGION_KEY, UPDATE_KEY, Region
+from torchways.capture.regions import LOOP_KEY, REGION_KEY, UPDATE_KEY, LoopLabel, Region
+from torchways.operators import EXIT
+from torchways.schedules import Kind
 
 #: Stand in for the number of a call: an update that comes after those of single calls' parameters, and one that
 #: concerns the parameters of several calls.
@@ -35,10 +37,18 @@ class GroupKey(NamedTuple):
 
 @dataclass(slots=True)
 class Group:
-    """The operators of one compiled function, in order."""
+    """The operators of one compiled function, in order.
+
+    Attributes:
+        key: see `GroupKey`.
+        nodes: the operators.
+        loop: the loop's body that they are part of, if they are of one, and the stage and kind of their action.
+    """
 
     key: GroupKey
     nodes: list[torch.fx.Node] = field(default_factory=list)
+    loop: tuple[LoopLabel, int] | None = None
+    action: tuple[int, Kind] = (0, Kind.FORWARD)
 
 
 def cut(placed: PlacedGraph) -> list[Group]:
@@ -56,14 +66,14 @@ def cut(placed: PlacedGraph) -> list[Group]:
     groups: dict[GroupKey, Group] = {}
     group_of: dict[Any, Group] = {}
     for node in placed.operators:
-        if node not in placed.slice_of or node in placed.of_sums:
+        if node not in placed.slice_of or node in placed.apart or LOOP_KEY in node.meta:
             continue
         if node.target is operator.getitem:  # an item is made where its tuple is
             maker = group_of[node.args[0]]
             maker.nodes.append(node)
             group_of[node] = maker
             continue
-        call = _call_of(node)
+        call = call_of(node)
         late = call < 0 and node not in awaited
         phase = call_phase[call] if call >= 0 else phase_of[node]
         if late:
@@ -79,10 +89,10 @@ def _dissolve_calls_of_several_slices(placed: PlacedGraph) -> None:
     """Takes the labels off a repeated region whose operators are on several slices: it is cut like all the rest."""
     slices: dict[int, set[int]] = {}
     for node in placed.operators:
-        if _call_of(node) >= 0 and node in placed.slice_of:
-            slices.setdefault(_call_of(node), set()).add(placed.slice_of[node])
+        if call_of(node) >= 0 and node in placed.slice_of:
+            slices.setdefault(call_of(node), set()).add(placed.slice_of[node])
     for node in placed.operators:
-        if len(slices.get(_call_of(node), ())) > 1:
+        if len(slices.get(call_of(node), ())) > 1:
             del node.meta[REGION_KEY]
 
 
@@ -93,14 +103,23 @@ def _call_phases(placed: PlacedGraph, phase_of: dict[torch.fx.Node, int]) -> dic
     """
     call_phase: dict[int, int] = {}
     members: dict[int, list[torch.fx.Node]] = {}
+    loop_phase: dict[LoopLabel, int] = {}
     for node in placed.operators:
+        if LOOP_KEY in node.meta:  # all of a loop comes after what any of it needs
+            label = node.meta[LOOP_KEY][0]
+            needed = [phase_of[item] + 1 for item in placed.placed_inputs(node) if item in phase_of]
+            loop_phase[label] = max([loop_phase.get(label, 0), *needed])
+            continue
+        if node.target is EXIT:
+            phase_of[node] = loop_phase[node.args[0][0].meta[LOOP_KEY][0]]
+            continue
         if node not in placed.slice_of:
             continue
-        call, phase = _call_of(node), 0
+        call, phase = call_of(node), 0
         for argument in placed.placed_inputs(node):
             if argument.op == "placeholder":
                 continue
-            other = _call_of(argument)
+            other = call_of(argument)
             if call >= 0 and other == call:
                 continue
             crosses = placed.slice_of[argument] != placed.slice_of[node] or call >= 0 or other >= 0
@@ -143,7 +162,7 @@ def _owners(placed: PlacedGraph, awaited: set[torch.fx.Node]) -> dict[torch.fx.N
                 serve(node, served[user])
     owners: dict[torch.fx.Node, int] = {}
     for node in placed.operators:
-        if node in awaited or _call_of(node) >= 0 or node not in placed.slice_of:
+        if node in awaited or call_of(node) >= 0 or node not in placed.slice_of:
             continue
         if served.get(node, _SEVERAL) != _SEVERAL:
             owners[node] = served[node]
@@ -175,10 +194,11 @@ def _awaited_elsewhere(placed: PlacedGraph) -> set[torch.fx.Node]:
             if (
                 user in awaited
                 or user in placed.sums
+                or (LOOP_KEY in user.meta and LOOP_KEY not in node.meta)
                 or (
                     user in placed.slice_of
                     and node in placed.slice_of
-                    and (placed.slice_of[user] != placed.slice_of[node] or _call_of(user) >= 0)
+                    and (placed.slice_of[user] != placed.slice_of[node] or call_of(user) >= 0)
                 )
             ):
                 awaited.add(node)
@@ -201,7 +221,7 @@ def _updates(placed: PlacedGraph) -> set[torch.fx.Node]:
     return updates
 
 
-def _call_of(node: torch.fx.Node) -> int:
+def call_of(node: torch.fx.Node) -> int:
     """Returns the function call that an operator belongs to, or -1."""
     region: Region | None = node.meta.get(REGION_KEY)
     return -1 if region is None or (region.backward and not region.is_repeated) else region.call

@@ -8,17 +8,21 @@ from typing import Any
 import torch
 
 from torchways.capture.partitioning.cutting import Group
+from torchways.capture.partitioning.loops import LoopPlan
 from torchways.capture.partitioning.placed_graph import PlacedGraph, summed
 from torchways.capture.partitioning.shardings import Shardings
-from torchways.capture.regions import REGION_KEY
+from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY
 from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, computation_of, serialize
 from torchways.ir.program import (
     UNPLACED,
     AllReduce,
     Arg,
+    BodyNode,
     Compute,
     Function,
+    Loop,
+    LoopBody,
     Node,
     Program,
     Result,
@@ -29,15 +33,16 @@ from torchways.ir.program import (
     node_outputs,
 )
 from torchways.mesh import Placements
+from torchways.operators import CARRY, EXIT, TURN
 
 
-def emit(placed: PlacedGraph, groups: list[Group]) -> Program:
-    """Returns the program whose computations are the groups of a placed graph.
+def emit(placed: PlacedGraph, groups: list[Group], loops: list[LoopPlan]) -> Program:
+    """Returns the program whose computations are the groups of a placed graph, and those of its loops' bodies.
 
     Raises:
         PlacementError: a sum has two tensors on one slice.
     """
-    return _Emitter(placed).program(groups)
+    return _Emitter(placed).program(groups, loops)
 
 
 class _Emitter:
@@ -53,9 +58,10 @@ class _Emitter:
         #: By slice, computation, and dtypes and shapes of values.
         self._function_of: dict[Any, int] = {}
 
-    def program(self, groups: list[Group]) -> Program:
+    def program(self, groups: list[Group], loops: list[LoopPlan]) -> Program:
         placed = self._placed
-        computes: list[Compute | AllReduce] = [*map(self._compute, groups), *map(self._sum, placed.sums)]
+        sums = [self._sum(node) for node in placed.sums if LOOP_KEY not in node.meta]
+        computes: list[Compute | AllReduce | Loop] = [*map(self._compute, groups), *map(self._loop, loops), *sums]
         results = tuple(self._value(node, placed.home_of(node)) for node in placed.outputs)
         nodes: list[Node] = [*self._args(), *_in_order(computes, set(self._arg_inputs)), Result(inputs=results)]
         return Program(
@@ -130,6 +136,53 @@ class _Emitter:
         graph = serialize(external, body, needed_outside)
         return Compute(function_index=self._function(graph, group, inputs, outputs), inputs=inputs, outputs=outputs)
 
+    def _loop(self, plan: LoopPlan) -> Loop:
+        ends: dict[int, torch.fx.Node] = {}
+        last: list[torch.fx.Node] = []
+        carries: dict[tuple[int, int], torch.fx.Node] = {}
+        for node in self._placed.operators:
+            if node.target is CARRY and node.meta[LOOP_KEY][0] is plan.label:
+                carries[node.meta[LOOP_KEY][1], node.meta[CARRY_KEY][1]] = node
+            elif node.target is EXIT and node.args[0][0].meta[LOOP_KEY][0] is plan.label:
+                if CARRY_KEY in node.meta:
+                    ends[node.meta[CARRY_KEY][1]] = node
+                else:
+                    last.append(node)
+        indices = sorted(ends)
+        bodies = []
+        for number, groups in enumerate(plan.bodies):
+            nodes = [
+                BodyNode(stage=group.action[0], kind=group.action[1], node=self._compute(group)) for group in groups
+            ]
+            is_last = number == len(plan.bodies) - 1
+            bodies.append(
+                LoopBody(
+                    nodes=tuple(nodes),
+                    carried=tuple(
+                        (self._own_value(carries[number, index]), self._own_value(ends[index].args[0][number]))  # type: ignore[index, arg-type]
+                        for index in indices
+                    ),
+                    last=tuple(self._own_value(node.args[0][0]) for node in last) if is_last else (),  # type: ignore[index, arg-type]
+                    numbers=tuple(
+                        value
+                        for (node, _), value in self._value_of.items()
+                        if node.target is TURN and node.meta[LOOP_KEY] == (plan.label, number)
+                    ),
+                )
+            )
+        return Loop(
+            bodies=tuple(bodies),
+            num_turns=plan.label.num_turns,
+            orders=tuple(sorted(plan.orders.items())),
+            firsts=tuple(self._own_value(carries[0, index].args[0]) for index in indices),  # type: ignore[arg-type]
+            outputs=tuple(map(self._own_value, (*(ends[index] for index in indices), *last))),
+            schedule=plan.schedule,
+            source=plan.label.line,
+        )
+
+    def _own_value(self, node: torch.fx.Node) -> ValueIndex:
+        return self._value(node, self._placed.slice_of[node])
+
     def _sum(self, node: torch.fx.Node) -> AllReduce:
         inputs: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
         slices = [self._placed.home_of(item) for item in inputs]
@@ -171,7 +224,8 @@ class _Emitter:
             waiting = [member]
             while waiting:
                 node = waiting[-1]
-                is_inside = node in members or (node not in self._placed.slice_of and node.op == "call_function")
+                floats = node not in self._placed.slice_of and node.op == "call_function" and node.target is not TURN
+                is_inside = node in members or floats
                 missing = [item for item in node.all_input_nodes if item not in seen] if is_inside else []
                 if missing:
                     waiting.extend(reversed(missing))
@@ -203,16 +257,16 @@ class _Emitter:
         return self._function_of[key]
 
 
-def _in_order(nodes: list[Compute | AllReduce], given: set[ValueIndex]) -> list[Compute | AllReduce]:
+def _in_order(nodes: list[Compute | AllReduce | Loop], given: set[ValueIndex]) -> list[Compute | AllReduce | Loop]:
     """Returns nodes in an order in which they can run: sums as early as they can, the rest as it was."""
     readers: dict[ValueIndex, list[int]] = {}
     missing = [set(node_inputs(node)) - given for node in nodes]
     for number, values in enumerate(missing):
         for value in values:
             readers.setdefault(value, []).append(number)
-    ready = [(isinstance(nodes[number], Compute), number) for number, values in enumerate(missing) if not values]
+    ready = [(not isinstance(nodes[number], AllReduce), number) for number, values in enumerate(missing) if not values]
     heapq.heapify(ready)
-    ordered: list[Compute | AllReduce] = []
+    ordered: list[Compute | AllReduce | Loop] = []
     while ready:
         node = nodes[heapq.heappop(ready)[1]]
         ordered.append(node)
@@ -220,7 +274,7 @@ def _in_order(nodes: list[Compute | AllReduce], given: set[ValueIndex]) -> list[
             for number in readers.get(value, ()):
                 missing[number].discard(value)
                 if not missing[number]:
-                    heapq.heappush(ready, (isinstance(nodes[number], Compute), number))
+                    heapq.heappush(ready, (not isinstance(nodes[number], AllReduce), number))
     if len(ordered) < len(nodes):
         raise InternalError(f"{len(nodes) - len(ordered)} nodes of a program wait for each other")
     return ordered

@@ -12,6 +12,7 @@ import torch
 
 from torchways.capture.partitioning.cutting import cut
 from torchways.capture.partitioning.emission import emit
+from torchways.capture.partitioning.loops import plan_loops
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.partitioning.placement import place
 from torchways.capture.partitioning.seeds import add_seeds
@@ -64,6 +65,6 @@ def partition(
         PlacementError: nothing says where the program runs, or a sum has two tensors on one slice.
     """
     placed = place(graph, inputs, name, written, default_mesh)
-    groups = cut(placed)
-    add_seeds(placed, groups)
-    return PartitionedProgram(program=emit(placed, groups), meshes=placed.meshes)
+    groups, loops = cut(placed), plan_loops(placed)
+    add_seeds(placed, [*groups, *(group for loop in loops for body in loop.bodies for group in body)])
+    return PartitionedProgram(program=emit(placed, groups, loops), meshes=placed.meshes)

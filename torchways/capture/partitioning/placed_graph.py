@@ -10,6 +10,9 @@ from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.regions import REGION_KEY
 from torchways.errors import PlacementError
 from torchways.mesh import Placements, VirtualSlice
+from torchways.operators import CARRY, EXIT, TURN
+
+_MARKS = {TURN, CARRY, EXIT}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +57,8 @@ class PlacedGraph:
         slice_of: the slice of each placed node. Nodes without an entry *float*: they are repeated wherever they are
             needed.
         sums: the operators that span slices (`tw.all_reduce`), with what they give to each slice.
-        of_sums: both of these; none of them belongs to a compiled function.
+        of_sums: both of these.
+        apart: these and the marks of loops: none of them belongs to a compiled function.
     """
 
     def __init__(
@@ -78,6 +82,7 @@ class PlacedGraph:
         self.of_sums = {node for users in self.sums.values() for node in users} | self.sums.keys()
         for node in self.of_sums:
             node.meta.pop(REGION_KEY, None)
+        self.apart = self.of_sums | {node for node in self.operators if node.target in _MARKS}
         self.outputs: list[torch.fx.Node] = list(graph.output_node().args[0])  # type: ignore[arg-type]
         self.slice_of: dict[torch.fx.Node, int] = {}
         self._default_mesh = default_mesh

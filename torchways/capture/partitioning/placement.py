@@ -8,12 +8,14 @@ and a buffer each where they are kept.
 
 from __future__ import annotations
 
+import operator
+
 import torch
 
 from torchways.capture.partitioning.placed_graph import PlacedGraph, PlaceholderSpec, summed
-from torchways.capture.regions import REGION_KEY, Region
+from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY, Region
 from torchways.mesh import VirtualSlice
-from torchways.operators import CONSTRAIN, is_random
+from torchways.operators import CARRY, CONSTRAIN, EXIT, TURN, is_random
 
 _VIEWS = {
     torch.ops.aten.expand.default,
@@ -70,7 +72,7 @@ def _float_repeatable(placed: PlacedGraph) -> set[torch.fx.Node]:
     constants: set[torch.fx.Node] = set()
     views = {node for node, spec in zip(placed.placeholders, placed.inputs, strict=True) if spec.is_state}
     for node in placed.operators:
-        if node in placed.of_sums or node.target is CONSTRAIN:
+        if node in placed.apart or node.target is CONSTRAIN:
             continue
         inputs = node.all_input_nodes
         if all(argument in constants for argument in inputs) and not is_random(node):
@@ -91,7 +93,9 @@ def _place_by_inputs(placed: PlacedGraph, free: set[torch.fx.Node]) -> None:
             _place_sum_inputs(placed, node)
         elif node in placed.of_sums:
             slice_of[node] = placed.home_of(summed(node))
-        elif node not in slice_of and node not in free:
+        elif node.target is EXIT:
+            _place_end(placed, node)
+        elif node.target is not TURN and node not in slice_of and node not in free:
             bytes_on: dict[int, int] = {}
             for argument in placed.placed_inputs(node):
                 if argument in slice_of:
@@ -123,6 +127,44 @@ def _place_sum_inputs(placed: PlacedGraph, node: torch.fx.Node) -> None:
         if home is None:
             inputs[number] = placed.copy_to(placed.default_slice(), inputs[number], node)
     node.args = (inputs,)
+
+
+def _place_end(placed: PlacedGraph, node: torch.fx.Node) -> None:
+    """Places what is left of a loop where its value is, and what turns hand on where the first turn gets it."""
+    values: list[torch.fx.Node] = list(node.args[0])  # type: ignore[arg-type]
+    carries = [_carry_of(placed, node, value) for value in values] if CARRY_KEY in node.meta else []
+    homes = [placed.slice_of[item] for item in (*carries, *values) if item in placed.slice_of]
+    home = homes[0] if homes else placed.default_slice()
+    for number, value in enumerate(values):
+        if placed.slice_of.get(value) != home:
+            values[number] = placed.copy_to(home, value, _behind(value))
+    for carry in carries:
+        placed.slice_of[carry] = home
+        first: torch.fx.Node = carry.args[0]  # type: ignore[assignment]
+        if placed.slice_of.get(first) != home:
+            copy = placed.copy_to(home, first, carry)
+            copy.meta.pop(LOOP_KEY, None)
+            carry.args = (copy,)
+    placed.slice_of[node] = home
+    node.args = (values,)
+
+
+def _carry_of(placed: PlacedGraph, end: torch.fx.Node, value: torch.fx.Node) -> torch.fx.Node:
+    """Returns what stands for what a turn gets, of a value that it hands on."""
+    return next(
+        node
+        for node in placed.operators
+        if node.target is CARRY
+        and node.meta[CARRY_KEY] == end.meta[CARRY_KEY]
+        and node.meta[LOOP_KEY] == value.meta[LOOP_KEY]
+    )
+
+
+def _behind(node: torch.fx.Node) -> torch.fx.Node:
+    following = node.next
+    while following.target is operator.getitem:  # which belongs to the tuple before it
+        following = following.next
+    return following
 
 
 def _place_outputs(placed: PlacedGraph) -> None:

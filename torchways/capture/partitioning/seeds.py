@@ -6,7 +6,11 @@ import torch
 
 from torchways.capture.partitioning.cutting import Group
 from torchways.capture.partitioning.placed_graph import PlacedGraph, PlaceholderSpec
-from torchways.operators import MANUAL_SEED, is_random
+from torchways.capture.regions import LOOP_KEY, LoopLabel
+from torchways.operators import MANUAL_SEED, TURN, is_random
+
+#: An odd number without pattern: the seeds of turns are far from each other, and from those of other computations.
+_STEP = -7046029254386353131
 
 
 def add_seeds(placed: PlacedGraph, groups: list[Group]) -> None:
@@ -21,6 +25,8 @@ def add_seeds(placed: PlacedGraph, groups: list[Group]) -> None:
         with graph.inserting_before(placed.operators[0]):
             seeding = graph.call_function(MANUAL_SEED, (seed,))
         seed.meta["val"] = torch.empty((), dtype=torch.int64, device="meta")
+        if group.loop is not None:
+            seeding.args = (_of_turn(placed, seed, seeding, group.loop),)
         seeding.meta["val"] = None
         placed.position_of[seed] = len(placeholders)
         placeholders.append(seed)
@@ -29,3 +35,17 @@ def add_seeds(placed: PlacedGraph, groups: list[Group]) -> None:
         )
         placed.slice_of[seeding] = group.key.slice_index
         group.nodes.insert(0, seeding)
+
+
+def _of_turn(
+    placed: PlacedGraph, seed: torch.fx.Node, seeding: torch.fx.Node, loop: tuple[LoopLabel, int]
+) -> torch.fx.Node:
+    """Returns a seed of each turn's own; its operators float."""
+    with placed.graph.inserting_before(seeding):
+        turn = placed.graph.call_function(TURN)
+        step = placed.graph.call_function(torch.ops.aten.mul.Tensor, (turn, _STEP))
+        total = placed.graph.call_function(torch.ops.aten.add.Tensor, (seed, step))
+    for node in (turn, step, total):
+        node.meta = {"val": seed.meta["val"], LOOP_KEY: loop}
+    placed.apart.add(turn)
+    return total

@@ -12,8 +12,9 @@ from collections import deque
 import torch
 
 from torchways.capture.partitioning.placed_graph import PlacedGraph
+from torchways.capture.regions import CARRY_KEY, LOOP_KEY
 from torchways.mesh import DATA_AXIS, MAX_SPLIT_DIMS, Placements, VirtualSlice
-from torchways.operators import CONSTRAIN
+from torchways.operators import CARRY, CONSTRAIN, EXIT, TURN
 
 
 class Shardings:
@@ -27,6 +28,20 @@ class Shardings:
             for node, spec in zip(placed.placeholders, placed.inputs, strict=True)
             if spec.is_data and node.meta["val"].dim() > 0
         }
+        self._data_sizes |= _chunk_sizes(placed)
+        #: By the loop's value: what stands for it in a turn; by what is handed on, or gotten: what is left of the loop.
+        self._carries = {node.meta[CARRY_KEY]: node for node in placed.operators if node.target is CARRY}
+        self._ends: dict[torch.fx.Node, torch.fx.Node] = {}
+        ends = [node for node in placed.operators if node.target is EXIT and CARRY_KEY in node.meta]
+        by_key = {node.meta[CARRY_KEY]: node for node in ends}
+        for node in placed.operators:
+            if node.target is CARRY and (end := by_key.get(node.meta[CARRY_KEY])) is not None:
+                self._ends[node] = end
+                first: torch.fx.Node = node.args[0]
+                if first.op == "call_function":
+                    self._ends[first] = end
+        for end in ends:
+            self._ends.update((value, end) for value in end.args[0])
 
     def of(self, node: torch.fx.Node, slice_index: int) -> Placements:
         """Returns the placements of a node's value on a slice; not for those of sums, which have their inputs'."""
@@ -47,6 +62,12 @@ class Shardings:
                 return self.of(old, slice_index) if placed.slice_of[old] == slice_index else ("R",) * mesh.ndim
         if node.target is CONSTRAIN:
             return _constraint(node)
+        if (end := self._ends.get(node)) is not None:  # what turns hand on is alike in all of them
+            return self.of(end, slice_index)
+        if node.target is EXIT and CARRY_KEY in node.meta:
+            first = self._carries[node.meta[CARRY_KEY]].args[0]
+            if isinstance(first, torch.fx.Node) and first.op == "placeholder":
+                return self.of(first, slice_index)
         state = self._updated_state(node, slice_index)
         return self.of(state, slice_index) if state is not None else self._derived(shape, mesh)
 
@@ -84,6 +105,17 @@ class Shardings:
             if batched and shape[0] % mesh.shape[axis] == 0:
                 texts[axis] = "S(0)"
         return tuple(texts)
+
+
+def _chunk_sizes(placed: PlacedGraph) -> set[int]:
+    """Returns the sizes of dimension 0 of what turns of loops select from the data."""
+    sizes = set()
+    for node in placed.operators:
+        if node.target is torch.ops.aten.index_select.default and LOOP_KEY in node.meta:
+            index: torch.fx.Node = node.args[2]
+            if any(item.target is TURN for item in index.all_input_nodes) and node.meta["val"].dim() > 1:
+                sizes.add(int(node.meta["val"].shape[1]))
+    return sizes
 
 
 def _constraint(node: torch.fx.Node) -> Placements:

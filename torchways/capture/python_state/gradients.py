@@ -7,7 +7,7 @@ there or not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,7 @@ class Gradients:
             was_added_to = gradient_of(array) is not found.initial
             found.is_read = found.is_read or (was_added_to and not found.is_written)
             found.is_written = True
-        _GRAD.__set__(array, value)
+        GRAD.__set__(array, value)
 
     def _zerogradient_of(self, original: Callable[..., None], parameters_of: Callable[[Any], Iterable[Any]]) -> Any:
         def zero_grad(owner: Any, set_to_none: bool = True) -> None:
@@ -121,6 +121,23 @@ class Gradients:
 
         zero_grad.unpatched = original  # type: ignore[attr-defined]
         return zero_grad
+
+    def now(self) -> dict[int, Any]:
+        """Returns the gradient of each tensor that was noted, by the tensor's identity."""
+        return {key: gradient_of(item.owner) for key, item in self._found.items()}
+
+    def changed_since(self, before: Mapping[int, Any]) -> list[tuple[torch.Tensor, Any]]:
+        """Returns the tensors that have another gradient than in `before`, and the one that they had."""
+        found = []
+        for key, item in self._found.items():
+            old = before.get(key, item.initial)
+            if gradient_of(item.owner) is not old:
+                found.append((item.owner, old))
+        return found
+
+    def assigned(self) -> set[int]:
+        """Returns the identities of the tensors whose gradients Python assigned or cleared."""
+        return {key for key, item in self._found.items() if item.is_written}
 
     def writes(self) -> list[Write]:
         """Returns the gradients that have changed, and those that were cleared."""
@@ -151,16 +168,16 @@ class Gradients:
         """Restores all gradients as they were."""
         for item in self._found.values():
             if gradient_of(item.owner) is not item.initial:
-                _GRAD.__set__(item.owner, item.initial)
+                GRAD.__set__(item.owner, item.initial)
 
 
 #: PyTorch's own attribute, which is not watched.
-_GRAD: Any = torch.Tensor.grad
+GRAD: Any = torch.Tensor.grad
 
 
 def gradient_of(tensor: torch.Tensor) -> Any:
     """Returns a tensor's gradient without a note that it was read."""
-    return _GRAD.__get__(tensor)
+    return GRAD.__get__(tensor)
 
 
 def _of_groups(optimizer: torch.optim.Optimizer) -> Iterator[Any]:

@@ -14,7 +14,15 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY, Region
+from torchways.capture.regions import (
+    BACKWARD_KEY,
+    LOOP_KEY,
+    RECOMPUTED_KEY,
+    REGION_KEY,
+    UPDATE_KEY,
+    LoopLabel,
+    Region,
+)
 from torchways.capture.source import user_line
 from torchways.capture.tracing.recorder import Recorder
 from torchways.errors import PlacementError
@@ -31,6 +39,7 @@ class _Label:
     line: str
     is_recomputed: bool
     is_update: bool
+    is_backward: bool
 
 
 class LabellingRecorder(Recorder):
@@ -46,7 +55,9 @@ class LabellingRecorder(Recorder):
         self.region: Region | None = None
         self.in_optimizer = False
         #: The label of the operator under way.
-        self._label = _Label(None, "", False, False)
+        self._label = _Label(None, "", False, False, False)
+        #: The loop whose body is traced, and the number of the body.
+        self.loop: tuple[LoopLabel, int] | None = None
         self._calls = 0
         #: The repeated region whose backward runs, and the region that its operators get.
         self._backward: tuple[Region, Region] | None = None
@@ -62,14 +73,14 @@ class LabellingRecorder(Recorder):
         if outer is not None and outer.call >= 0 and outer.mesh is not None:
             yield  # a function called by a function is part of it
             return
-        with self._call_of(Region(mesh, self._next_call(), name)):
+        with self._call_of(Region(mesh, self._next_call(), name, stage=self._stage())):
             yield
 
     @contextmanager
     def repeated_region(self, name: str) -> Iterator[None]:
         """Makes what runs inside a compiled function, and its backward another; equal ones are compiled once."""
         mesh = self.region.mesh if self.region is not None else None
-        with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True)):
+        with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True, stage=self._stage())):
             yield
 
     @contextmanager
@@ -80,22 +91,25 @@ class LabellingRecorder(Recorder):
         finally:
             inner = self.region
             if (outer is None or outer.call < 0) and inner.mesh is not region.mesh:  # another stage began
-                outer = Region(inner.mesh, -1, inner.name) if inner.mesh is not None else None
+                outer = Region(inner.mesh, -1, inner.name, stage=inner.stage) if inner.mesh is not None else None
             self.region = self._another_call(outer)
 
     def _another_call(self, region: Region | None) -> Region | None:
         """Returns the region for the rest of a call, after something that is no part of it."""
         return replace(region, call=self._next_call()) if region is not None and region.call >= 0 else region
 
+    def _stage(self) -> int:
+        return self.region.stage if self.region is not None else -1
+
     def _next_call(self) -> int:
         self._calls += 1
         return self._calls - 1
 
     @contextmanager
-    def stage(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
+    def stage(self, mesh: VirtualSlice, name: str, stage_index: int = -1) -> Iterator[None]:
         """Places what runs inside on `mesh`, until other stages begin within it."""
         outer = self.region
-        self.enter_stage(mesh, name)
+        self.enter_stage(mesh, name, stage_index)
         try:
             yield
         finally:
@@ -108,12 +122,20 @@ class LabellingRecorder(Recorder):
             return False
         return region.mesh.root.size() == 1 and torch.is_grad_enabled()
 
-    def enter_stage(self, mesh: VirtualSlice | None, name: str = "") -> None:
-        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs."""
+    def enter_stage(self, mesh: VirtualSlice | None, name: str = "", stage_index: int = -1) -> None:
+        """Places what runs from here on on `mesh`, as part of whatever runs there; None: places it by its inputs.
+
+        Args:
+            stage_index: number of the pipeline's stage that begins here; -1: it is the one that there is on `mesh`.
+        """
+        if stage_index < 0 and self.region is not None and self.region.mesh is mesh:
+            stage_index = self.region.stage
         if self.region is None or self.region.call < 0:
-            self.region = Region(mesh, -1, name) if mesh is not None else None
-        elif self.region.mesh is not mesh and (self.region.is_repeated or self.region.mesh is None):
-            self.region = replace(self.region, mesh=mesh, call=self._next_call())
+            self.region = Region(mesh, -1, name, stage=stage_index) if mesh is not None else None
+        elif (self.region.mesh is not mesh or self.region.stage != stage_index) and (
+            self.region.is_repeated or self.region.mesh is None
+        ):
+            self.region = replace(self.region, mesh=mesh, call=self._next_call(), stage=stage_index)
 
     def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
         """Returns the tensor, on `mesh` and sharded so.
@@ -123,7 +145,7 @@ class LabellingRecorder(Recorder):
         """
         saved = self.region
         if saved is None or saved.call < 0:
-            self.region = Region(mesh, -1, "" if saved is None else saved.name)
+            self.region = Region(mesh, -1, "" if saved is None else saved.name, stage=self._stage())
         elif saved.mesh is None:
             self.region = replace(saved, mesh=mesh)
         elif saved.mesh.root is not mesh.root:
@@ -159,7 +181,8 @@ class LabellingRecorder(Recorder):
         self._of_sequence.setdefault(sequence, (region, line))
         # Backward's own formulas run without gradients, the forward of a checkpoint with.
         is_recomputed = autograd_node is not None and torch.is_grad_enabled()
-        return _Label(region, line, is_recomputed, self.in_optimizer)
+        is_backward = torch._C._current_graph_task_id() != -1
+        return _Label(region, line, is_recomputed, self.in_optimizer, is_backward)
 
     def _backward_region(self, forward: Region | None) -> Region | None:
         """Returns the region of an operator that autograd made for one of a region."""
@@ -181,6 +204,10 @@ class LabellingRecorder(Recorder):
             meta[RECOMPUTED_KEY] = True
         if label.is_update:
             meta[UPDATE_KEY] = True
+        if label.is_backward:
+            meta[BACKWARD_KEY] = True
         if label.region is not None:
             meta[REGION_KEY] = label.region
+        if self.loop is not None:
+            meta[LOOP_KEY] = self.loop
         meta[SOURCE_KEY] = label.line

@@ -13,14 +13,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
 from torchways.capture.lowering.decompositions import decomposition_table
-from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
+from torchways.capture.regions import LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY
 from torchways.capture.tracing.recorder import Recorder
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import BARRIER, is_random
 
 aten = torch.ops.aten
 
-_KEYS = (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY, UPDATE_KEY)
+_KEYS = (SOURCE_KEY, *LABEL_KEYS)
 
 #: Reductions that go over all dimensions if they name none.
 _REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}

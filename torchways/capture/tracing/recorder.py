@@ -69,6 +69,8 @@ class Recorder(TorchDispatchMode):
         self._values: dict[tuple[Any, ...], FakeTensor] = {}
         #: What operators give, by their arguments' geometry: shapes, strides and dtypes.
         self._shapes: dict[Any, tuple[Any, ...]] = {}
+        #: Of memory that was written to: the node of its value before. Kept where somebody asks for it.
+        self.overwritten: dict[Memory, torch.fx.Node] | None = None
         #: The operator of which a pure form is sought.
         self._functionalizing: Any = None
         #: Operators within operators: those that one is taken apart into.
@@ -465,6 +467,8 @@ class Recorder(TorchDispatchMode):
     def _write_memory(self, place: Place, node: torch.fx.Node) -> None:
         memory = place.memory
         old, memory.node = memory.node, node
+        if self.overwritten is not None:
+            self.overwritten.setdefault(memory, old)
         memory.version += 1
         place.version = memory.version
         if not place.steps:

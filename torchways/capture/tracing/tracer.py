@@ -34,6 +34,7 @@ from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
+from torchways.capture.regions import LoopLabel
 from torchways.capture.rows.loops import RowLoops
 from torchways.capture.rows.ragged_tensors import RaggedTensors
 from torchways.capture.rows.rules import RowRules
@@ -42,12 +43,14 @@ from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.tracing.labels import LabellingRecorder
+from torchways.capture.tracing.microbatches import LoopTrace, close_loops
 from torchways.capture.tracing.random_numbers import RandomNumbers
 from torchways.capture.tracing.repeated_layers import repeated_layers
 from torchways.capture.tracing.trace import GraphInput, NumberInput, Trace
 from torchways.capture.tracing.traits import returned
 from torchways.capture.tracing.value_reads import ValueReads, is_known_constant, tensors_in
 from torchways.errors import CaptureError, DataDependentError, ShapeError
+from torchways.schedules import Schedule
 
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
 _FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
@@ -289,6 +292,18 @@ class _TraceMode(LabellingRecorder):
                 found[id(after.fake)] = self.stands_for(item.node, fake.shape, fake.stride(), fake.dtype)
         return found
 
+    @contextmanager
+    def microbatches(self, num_turns: int, num_whole: int, schedule: str | Schedule) -> Iterator[LoopTrace]:
+        """Opens a loop over microbatches.
+
+        Raises:
+            CaptureError: within another loop, or within an optimizer's step.
+        """
+        if self.loop is not None or self.in_optimizer:
+            raise CaptureError(f"tw.microbatch at {user_line()} is called within another loop over microbatches")
+        label = LoopLabel(num_turns, schedule, user_line())
+        yield LoopTrace(self, self.watcher, self.gradients, label, num_whole)
+
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         self.ragged.follow(old, new)
 
@@ -363,6 +378,7 @@ def _traced(
     written = [position for position, item in enumerate(mode.inputs) if values[position] is not item.node]
     graph = mode.graph
     graph.output((*nodes, *(values[position] for position in written)))
+    close_loops(graph)
     for item in reversed(mode.inputs):
         first = next(iter(graph.nodes))
         if first is not item.node:

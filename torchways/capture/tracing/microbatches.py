@@ -1,0 +1,354 @@
+"""Traces a loop over microbatches: its body once, with marks where values enter a turn, are handed on, and are left.
+
+The body is traced on the first microbatch, as part of the trace under way; its nodes have a label. What a turn hands on
+to the next is found by comparison: memory that the body wrote to (running statistics, gradients that were there), and
+gradients that it made, which add up. So the graph stays flat and without side effects, and the partitioner makes a loop
+of it (partitioning/loops.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import FakeTensor
+
+from torchways.capture.python_state.gradients import GRAD, Gradients, gradient_of
+from torchways.capture.python_state.watcher import Watcher
+from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY, LoopLabel
+from torchways.capture.tracing.labels import LabellingRecorder
+from torchways.capture.tracing.memory import Memory, place_of
+from torchways.errors import CaptureError, UserError
+from torchways.graphs import SOURCE_KEY
+from torchways.operators import CARRY, EXIT
+
+aten = torch.ops.aten
+
+_CPU = torch.device("cpu")
+
+
+@dataclass(slots=True)
+class _Carried:
+    """A value that turns hand on.
+
+    Attributes:
+        first: the node of the value that the first turn gets.
+        restore: makes a node the value that Python sees.
+        entered: for each body, the node that stands for what the turn gets.
+        made: for each body, the node of what it hands on.
+    """
+
+    first: torch.fx.Node
+    restore: Callable[[torch.fx.Node], None]
+    entered: dict[int, torch.fx.Node] = field(default_factory=dict)
+    made: dict[int, torch.fx.Node] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Result:
+    """A tensor of the body's result: collected over all turns, or that of the last."""
+
+    stacked: torch.Tensor | None
+    remainder: torch.Tensor | None = None
+
+
+class LoopTrace:
+    """A loop that is being traced.
+
+    Args:
+        recorder: of the trace under way.
+        watcher, gradients: of this trace.
+        label: the loop.
+        num_whole: turns whose microbatch is not smaller than the others.
+    """
+
+    def __init__(
+        self, recorder: LabellingRecorder, watcher: Watcher, gradients: Gradients, label: LoopLabel, num_whole: int
+    ) -> None:
+        self._recorder = recorder
+        self._watcher = watcher
+        self._gradients = gradients
+        self._label = label
+        self._num_whole = num_whole
+        self._num_bodies = 0
+        #: By the identity of a memory, a gradient's owner, or the position of a result.
+        self._carried: dict[Any, _Carried] = {}
+        self._results: list[_Result] = []
+        self._constants: dict[int, Any] = {}
+        self._spec: pytree.TreeSpec | None = None
+        #: Nodes that are handed on.
+        self._made: set[torch.fx.Node] = set()
+        #: Keeps what identities stand for.
+        self._alive: list[Any] = []
+
+    # ---- bodies
+
+    @contextmanager
+    def unplaced(self) -> Iterator[None]:
+        """What is called inside runs wherever it is needed."""
+        region, self._recorder.region = self._recorder.region, None
+        try:
+            yield
+        finally:
+            self._recorder.region = region
+
+    def body(self, call: Callable[[torch.Tensor], Any], *, is_remainder: bool) -> None:
+        """Traces a turn.
+
+        Args:
+            call: computes it, given the number of the turn, int64[]; returns its result.
+            is_remainder: whether it is the last turn, whose microbatch is smaller.
+
+        Raises:
+            CaptureError: it writes to what is no tensor, or assigns gradients.
+        """
+        number, self._num_bodies = self._num_bodies, self._num_bodies + 1
+        writes, assigned = self._writes(), self._gradients.assigned()
+        gradients = self._gradients.now()
+        with self._recording(number) as changed:
+            turn = torch.ops.torchways.turn.default()
+            result = call(turn)
+            self._check_writes(writes, assigned)
+            for memory, before in changed.items():
+                self._hand_on_memory(number, memory, before)
+            for owner, before_gradient in self._gradients.changed_since(gradients):
+                self._hand_on_gradient(number, owner, before_gradient)
+            self._take_results(number, turn, result, is_remainder=is_remainder)
+
+    @contextmanager
+    def _recording(self, number: int) -> Iterator[dict[Memory, torch.fx.Node]]:
+        recorder = self._recorder
+        outer_region = recorder.region
+        recorder.loop = (self._label, number)
+        changed: dict[Memory, torch.fx.Node] = {}
+        recorder.overwritten = changed
+        try:
+            yield changed
+        finally:
+            recorder.loop, recorder.overwritten, recorder.region = None, None, outer_region
+
+    def _is_inside(self, node: torch.fx.Node) -> bool:
+        return node.meta.get(LOOP_KEY, (None,))[0] is self._label
+
+    # ---- what is handed on
+
+    def _hand_on_memory(self, number: int, memory: Memory, before: torch.fx.Node) -> None:
+        made = memory.node
+        if self._is_inside(before):
+            return
+        self._alive.append(memory)
+
+        def restore(node: torch.fx.Node) -> None:
+            memory.node = node
+            memory.version += 1
+
+        carried = self._carried.setdefault(id(memory), _Carried(before, restore))
+        entered = self._enter(number, carried, made)
+        for node in self._nodes(number):
+            if node is not entered:
+                node.replace_input_with(before, entered)
+        self._hand_on(number, carried, entered if made is before else made)
+        restore(before)  # as it is for the next body
+
+    def _hand_on_gradient(self, number: int, owner: torch.Tensor, before: torch.Tensor | None) -> None:
+        now = gradient_of(owner)
+        if now is None or before is not None:
+            raise CaptureError(
+                f"a microbatch at {self._label.line} replaces a gradient: add to it in place, or change it afterwards"
+            )
+        recorder = self._recorder
+        made = recorder.node_of(now)
+        assert made is not None
+        self._alive.append(owner)
+
+        def restore(node: torch.fx.Node) -> None:
+            place_of(now).memory.node = node
+            place_of(now).memory.version += 1
+            GRAD.__set__(owner, now)
+
+        if id(owner) not in self._carried:
+            self._carried[id(owner)] = _Carried(self._zeros(now.shape, now.dtype), restore)
+        carried = self._carried[id(owner)]
+        entered = self._enter(number, carried, made)
+        total = recorder.graph.create_node("call_function", aten.add.Tensor, (entered, made))
+        total.meta = dict(made.meta)
+        self._hand_on(number, carried, total)
+        GRAD.__set__(owner, before)
+
+    def _zeros(self, shape: Sequence[int], dtype: torch.dtype) -> torch.fx.Node:
+        """Adds zeros before the loop."""
+        graph = self._recorder.graph
+        with graph.inserting_before(self._first_node(0)):
+            zeros = graph.call_function(aten.full.default, (list(shape), 0), {"dtype": dtype, "device": _CPU})
+        zeros.meta = {"val": self._recorder.value_like(shape, dtype), SOURCE_KEY: self._label.line}
+        return zeros
+
+    def _hand_on(self, number: int, carried: _Carried, made: torch.fx.Node) -> None:
+        """Notes what a turn hands on; it is a node of the body, and that of this value alone."""
+        if not self._is_inside(made) or made is carried.entered[number] or made in self._made:
+            made = self._copy_inside(number, made, carried.entered[number])
+        self._made.add(made)
+        carried.made[number] = made
+
+    def _copy_inside(self, number: int, value: torch.fx.Node, entered: torch.fx.Node) -> torch.fx.Node:
+        with self._recorder.graph.inserting_after(self._nodes(number)[-1]):
+            copy = self._recorder.graph.call_function(aten.clone.default, (value,))
+        copy.meta = {key: item for key, item in entered.meta.items() if key != CARRY_KEY}
+        return copy
+
+    def _enter(self, number: int, carried: _Carried, made: torch.fx.Node) -> torch.fx.Node:
+        """Returns the node for what a turn gets, which lives where `made` does."""
+        graph = self._recorder.graph
+        first = self._first_node(number)
+        with graph.inserting_before(first):
+            entered = graph.call_function(CARRY, (carried.first,))
+        entered.meta = {"val": carried.first.meta["val"], LOOP_KEY: made.meta[LOOP_KEY]}
+        if carried.first.op == "call_function" and REGION_KEY in made.meta:
+            entered.meta[REGION_KEY] = made.meta[REGION_KEY]
+        carried.entered[number] = entered
+        return entered
+
+    def _nodes(self, number: int) -> list[torch.fx.Node]:
+        return [node for node in self._recorder.graph.nodes if node.meta.get(LOOP_KEY) == (self._label, number)]
+
+    def _first_node(self, number: int) -> torch.fx.Node:
+        return next(node for node in self._recorder.graph.nodes if node.meta.get(LOOP_KEY) == (self._label, number))
+
+    # ---- results
+
+    def _take_results(self, number: int, turn: torch.Tensor, result: Any, *, is_remainder: bool) -> None:
+        leaves, spec = pytree.tree_flatten(result)
+        if self._spec is None:
+            self._spec = spec
+            self._results = [_Result(None) for _ in leaves]
+        if spec != self._spec:
+            raise UserError(f"the last microbatch at {self._label.line} returns another structure than the others")
+        for position, leaf in enumerate(leaves):
+            if not isinstance(leaf, torch.Tensor):
+                self._constants.setdefault(position, leaf)
+                if self._constants[position] != leaf:
+                    raise UserError(f"microbatches at {self._label.line} return different values that are no tensors")
+                continue
+            value = leaf.detach()
+            if value.dim() and is_remainder:
+                self._results[position].remainder = value
+            else:
+                num_rows = self._label.num_turns if value.dim() == 0 else self._num_whole
+                self._collect(number, position, turn, value, num_rows)
+
+    def _collect(self, number: int, position: int, turn: torch.Tensor, value: torch.Tensor, num_rows: int) -> None:
+        """Writes a turn's result into the row of its number."""
+        recorder = self._recorder
+        node = recorder.node_of(value)
+        assert node is not None
+        region, recorder.region = recorder.region, node.meta.get(REGION_KEY, recorder.region)
+        carried = self._carried.get(("result", position))
+        if carried is None:
+            shape = torch.Size((num_rows, *value.shape))
+            first = self._zeros(shape, value.dtype)
+            rows = recorder.stands_for(first, shape, value.new_empty(shape).stride(), value.dtype)
+            self._results[position].stacked = rows
+
+            def restore(last: torch.fx.Node) -> None:
+                place_of(rows).memory.node = last
+                place_of(rows).memory.version += 1
+
+            carried = self._carried["result", position] = _Carried(first, restore)
+        entered = self._enter(number, carried, node)
+        like = self._results[position].stacked
+        assert like is not None
+        buffer = recorder.stands_for(entered, like.shape, like.stride(), like.dtype)
+        made = recorder.node_of(buffer.index_copy(0, turn.reshape(1), value.unsqueeze(0)))
+        assert made is not None
+        self._hand_on(number, carried, made)
+        recorder.region = region
+
+    def results(self) -> Any:
+        """Ends the loop: what Python sees is what its last turn left. Returns the result of all turns.
+
+        Tensors without dimensions are stacked, others concatenated along dimension 0.
+        """
+        graph = self._recorder.graph
+        for index, carried in enumerate(self._carried.values()):
+            for number in range(self._num_bodies):
+                if number not in carried.made:
+                    self._pass_on(number, carried)
+                carried.entered[number].meta[CARRY_KEY] = (self._label, index)
+            end = graph.call_function(EXIT, ([carried.made[number] for number in range(self._num_bodies)],))
+            end.meta = {"val": carried.made[0].meta["val"], CARRY_KEY: (self._label, index)}
+            carried.restore(end)
+        leaves: list[Any] = []
+        for position, item in enumerate(self._results):
+            if position in self._constants:
+                leaves.append(self._constants[position])
+            elif item.stacked is None:
+                leaves.append(item.remainder)
+            elif item.stacked.dim() == 1 and item.remainder is None:
+                leaves.append(item.stacked.clone())
+            else:
+                rows = item.stacked.flatten(0, 1)
+                leaves.append(rows if item.remainder is None else torch.cat([rows, item.remainder]))
+        assert self._spec is not None
+        self._alive.clear()
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def _pass_on(self, number: int, carried: _Carried) -> None:
+        """Hands on, unchanged, what one of two bodies does not write to."""
+        entered = self._enter(number, carried, next(iter(carried.made.values())))
+        entered.meta[LOOP_KEY] = (self._label, number)
+        self._hand_on(number, carried, entered)
+
+    # ---- what a body may not do
+
+    def _writes(self) -> dict[Any, tuple[Any, ...]]:
+        return {
+            (write.kind, write.place.key): (write.place, _identity(write.value)) for write in self._watcher.writes()
+        }
+
+    def _check_writes(self, before: dict[Any, tuple[Any, ...]], assigned: set[int]) -> None:
+        for key, (place, value) in self._writes().items():
+            if key not in before or before[key][1] != value:
+                raise CaptureError(
+                    f"a microbatch at {self._label.line} assigns to {place}: it is traced once for all microbatches. "
+                    "Return the value, write to a tensor in place, or assign after the loop"
+                )
+        if self._gradients.assigned() - assigned:
+            raise CaptureError(
+                f"a microbatch at {self._label.line} clears or assigns gradients, which add up over microbatches: do "
+                "it before or after the loop"
+            )
+
+
+def close_loops(graph: torch.fx.Graph) -> None:
+    """Marks what is read behind a loop of what its bodies made: it is what the last turn made."""
+    for node in list(graph.nodes):
+        loop = node.meta.get(LOOP_KEY)
+        if loop is None or node.target is EXIT:
+            continue
+        outside = [user for user in node.users if user.target is not EXIT and user.meta.get(LOOP_KEY) != loop]
+        if not outside:
+            continue
+        value = node
+        if any(user.target is EXIT for user in node.users):  # it is handed on as well
+            with graph.inserting_after(node):
+                value = graph.call_function(aten.clone.default, (node,))
+            value.meta = dict(node.meta)
+        with graph.inserting_after(_last_of(graph, loop)):
+            end = graph.call_function(EXIT, ([value],))
+        end.meta = {"val": node.meta["val"]}
+        for user in outside:
+            user.replace_input_with(node, end)
+
+
+def _last_of(graph: torch.fx.Graph, loop: tuple[LoopLabel, int]) -> torch.fx.Node:
+    return [node for node in graph.nodes if node.meta.get(LOOP_KEY, (None,))[0] is loop[0]][-1]
+
+
+def _identity(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return tuple(map(id, value))
+    return id(value) if isinstance(value, (torch.Tensor, FakeTensor)) else repr(value)

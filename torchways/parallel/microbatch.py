@@ -1,0 +1,118 @@
+"""`tw.microbatch`: calls a function on each chunk of a batch, and puts its results together.
+
+In eager mode this is the loop of gradient accumulation. In a program the loop is traced once and becomes one node. Its
+turns run in the order of a schedule (torchways/schedules/).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+
+from torchways.capture.current_trace import current_trace
+from torchways.errors import ShapeError, UserError
+from torchways.schedules import SCHEDULES, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class _Chunks:
+    """How a batch is split: as `torch.chunk` does it.
+
+    Attributes:
+        size: rows of each chunk but the last.
+        num_whole: chunks of that size.
+        remainder: rows of the last chunk, if it is smaller; 0: it is not.
+    """
+
+    size: int
+    num_whole: int
+    remainder: int
+
+    @property
+    def num_turns(self) -> int:
+        return self.num_whole + bool(self.remainder)
+
+
+def run_microbatches(
+    function: Callable[..., Any], args: Any, kwargs: Any, n_microbatches: int, schedule: str | Schedule
+) -> Any:
+    """See `tw.microbatch`."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    chunks = _chunks_of(leaves, n_microbatches)
+    check_schedule(schedule)
+    trace = current_trace()
+
+    def call(select: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if _is_split(leaf) else leaf for leaf in leaves], spec)
+        return function(*mine, **mine_kwargs)
+
+    if trace is None or chunks.num_turns == 1:
+        rows = [slice(turn * chunks.size, (turn + 1) * chunks.size) for turn in range(chunks.num_turns)]
+        return _merged([call(operator.itemgetter(item)) for item in rows])
+    with trace.microbatches(chunks.num_turns, chunks.num_whole, schedule) as loop:
+
+        def whole(leaf: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
+            with loop.unplaced():
+                return _row(leaf, chunks, turn)
+
+        def rest(leaf: torch.Tensor) -> torch.Tensor:
+            with loop.unplaced():
+                return leaf[chunks.num_whole * chunks.size :]
+
+        loop.body(lambda turn: call(lambda leaf: whole(leaf, turn)), is_remainder=False)
+        if chunks.remainder:
+            loop.body(lambda _: call(rest), is_remainder=True)
+        return loop.results()
+
+
+def check_schedule(schedule: str | Schedule) -> None:
+    """Raises UserError if there is no such schedule."""
+    if isinstance(schedule, str) and schedule.lower() not in {name.lower() for name in SCHEDULES}:
+        raise UserError(f"tw.microbatch: there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+
+
+def _is_split(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
+
+
+def _chunks_of(leaves: list[Any], n_microbatches: int) -> _Chunks:
+    if not isinstance(n_microbatches, int) or n_microbatches < 1:
+        raise UserError(f"tw.microbatch: n_microbatches must be a whole number of at least 1, not {n_microbatches!r}")
+    sizes = sorted({int(leaf.shape[0]) for leaf in leaves if _is_split(leaf)})
+    if len(sizes) != 1 or not sizes[0]:
+        found = f"of sizes {sizes}" if sizes else "none"
+        raise ShapeError(
+            "tw.microbatch splits its tensor arguments along dimension 0, which must have one size in all of them; "
+            f"there are {found}. Pass tensors that belong to no row by the function's closure"
+        )
+    size = -(-sizes[0] // n_microbatches)
+    return _Chunks(size, sizes[0] // size, sizes[0] % size)
+
+
+def _row(leaf: torch.Tensor, chunks: _Chunks, turn: torch.Tensor) -> torch.Tensor:
+    """Returns the chunk of a turn."""
+    rows = leaf[: chunks.num_whole * chunks.size].reshape(chunks.num_whole, chunks.size, *leaf.shape[1:])
+    return rows.index_select(0, turn.reshape(1)).squeeze(0)
+
+
+def _merged(results: list[Any]) -> Any:
+    flat = [pytree.tree_flatten(result) for result in results]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
+        raise UserError("tw.microbatch: the function returns another structure for another chunk")
+    columns = zip(*(leaves for leaves, _ in flat), strict=True)
+    return pytree.tree_unflatten([_merged_leaf(list(column)) for column in columns], spec)
+
+
+def _merged_leaf(column: list[Any]) -> Any:
+    if isinstance(column[0], torch.Tensor):
+        values = [value.detach() for value in column]
+        return torch.stack(values) if values[0].dim() == 0 else torch.cat(values)
+    if any(value != column[0] for value in column):
+        raise UserError(f"tw.microbatch: the function returns different values that are no tensors: {column[:4]}")
+    return column[0]
