@@ -15,9 +15,7 @@ SIZES = (0, 1, 1000, CHUNK_BYTES - 10, CHUNK_BYTES, CHUNK_BYTES + 1, 3 * CHUNK_B
 
 
 def program(size):
-    return pb.ClientMessage(
-        register_program=pb.RegisterProgram(slices=[pb.SliceProgram(functions=[pb.Function(graph=b"g" * size)])])
-    )
+    return pb.ClientMessage(register_program=pb.RegisterProgram(name="g" * size))
 
 
 async def carried(messages):
