@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from torchways.array import Array
-from torchways.capture.decompositions import decomposition_table
+from torchways.capture.lowering.decompositions import decomposition_table
 from torchways.config import ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all

@@ -1,9 +1,9 @@
 """`Array`: the controller's handle and future of one logical sharded buffer.
 
 An array is a `torch.Tensor` without memory, so modules, optimizers and autograd take it for what it stands for.
-Inside a traced program, the tracer (capture/tracer.py) replaces it by a graph input. Outside, touching its values
-waits for them and reads them to the host; changing them in place changes them on the host, from where they go back to
-their slice at their next use.
+Inside a traced program, the tracer (capture/tracing/tracer.py) replaces it by a graph input. Outside, touching its
+values waits for them and reads them to the host; changing them in place changes them on the host, from where they go
+back to their slice at their next use.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ from transformers.models.auto import modeling_auto
 import torchways as tw
 from tests.architectures.batches import BATCH, NUM_LABELS, batch_of
 from tests.architectures.configurations import shrink
-from torchways.capture.objects import open_objects
+from torchways.capture.tracing.objects import open_objects
 from torchways.errors import UserError
 
 NUM_STEPS = 3

@@ -10,7 +10,7 @@ import torch
 
 import torchways as tw
 from tests.cluster.conftest import wait_gone
-from torchways.capture.state import HostContent
+from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer
 from torchways.errors import ClusterLost, ExecutorLost, PlacementError, RemoteError, SessionClosed, UserError
 

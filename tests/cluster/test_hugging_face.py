@@ -9,7 +9,7 @@ import transformers
 
 import torchways as tw
 from tests.architectures.sweep import train
-from torchways.capture.objects import open_objects
+from torchways.capture.tracing.objects import open_objects
 
 BATCH, LENGTH, VOCABULARY = 4, 12, 64
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
-from torchways.capture.decompositions import decomposition_table
+from torchways.capture.lowering.decompositions import decomposition_table
 from torchways.errors import ParityError
 
 

@@ -19,8 +19,8 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
-from torchways.capture.state import HostContent
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
+from torchways.capture.host_content import HostContent
 from torchways.errors import DeadlineExceeded, SessionClosed, UserError
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice

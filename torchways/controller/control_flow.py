@@ -9,8 +9,8 @@ from typing import Any
 import torch
 import torch.utils._pytree as pytree
 
+from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
-from torchways.capture.tracer import current_trace
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import DataDependentError, ShapeError

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.initialize import build_on_slices
 from torchways.controller.modules import make_placed, note_placed, placed_class

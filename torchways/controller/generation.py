@@ -17,7 +17,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
-from torchways.capture.state import HostContent
+from torchways.capture.host_content import HostContent
 from torchways.controller.beams import Beams, beam_results, next_beams
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.function import make_function

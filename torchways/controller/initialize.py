@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
-from torchways.capture.tracer import current_trace
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import UserError

@@ -15,7 +15,7 @@ import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from torchways.array import Array, set_grad_quietly
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
 from torchways.controller.buffers import get_all, host_array
 from torchways.errors import ShapeError, UserError
 

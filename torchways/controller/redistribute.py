@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from torchways.array import Array
-from torchways.capture.state import HostContent
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
+from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session

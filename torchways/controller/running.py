@@ -8,13 +8,13 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array, set_grad_quietly
-from torchways.capture.objects import set_attributes
+from torchways.capture.host_content import HostContent
 from torchways.capture.python_state.host_numbers import number_bytes
 from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.source import user_line
-from torchways.capture.state import HostContent
-from torchways.capture.tracer import NumberInput
+from torchways.capture.tracing.objects import set_attributes
+from torchways.capture.tracing.trace import NumberInput
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.parity.check import ParityCheck
 from torchways.controller.parity.report import ParityReport, active_parity

@@ -12,13 +12,14 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
+from torchways.capture.current_trace import current_trace
 from torchways.capture.python_state.tokens import TensorSource
-from torchways.capture.tracer import current_trace
 from torchways.controller.control_flow import copy_of, kind_text
 from torchways.controller.program import ProgramFunction
+from torchways.controller.registration import variant_of
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, signature_of
-from torchways.controller.tracing import trace_variant, variant_of
+from torchways.controller.tracing import trace_variant
 from torchways.controller.variant import Captured, ResultTarget, Seed, Variant
 from torchways.controller.variants import MAX_VARIANTS
 from torchways.errors import CaptureError, ShapeError, UserError

@@ -26,7 +26,7 @@ import grpc
 import grpc.aio
 import torch
 
-from torchways.capture.state import HostContent
+from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError

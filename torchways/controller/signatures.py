@@ -15,10 +15,10 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.array import Array
-from torchways.capture.objects import holds_program, holds_tensors, may_open, open_objects
 from torchways.capture.python_state.ambient import ambient_modes, modes_changed
 from torchways.capture.python_state.functions import is_tracked_class
 from torchways.capture.python_state.tokens import is_container, is_plain
+from torchways.capture.tracing.objects import holds_program, holds_tensors, may_open, open_objects
 from torchways.mesh import tensor_text
 
 #: Differences that one message lists.

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Call
 from torchways.capture.python_state.tokens import TensorSource, is_plain, same_plain, short
-from torchways.capture.tracer import NumberInput
+from torchways.capture.tracing.trace import NumberInput
 from torchways.controller.variant import Captured, NumberResult, SourceResult, WrittenValue
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph

@@ -1,11 +1,9 @@
-"""From a call of a Python function to a variant: traced, cut into compiled functions, lowered, registered."""
+"""From a call of a Python function to a variant: traced, and cut into compiled functions."""
 
 from __future__ import annotations
 
-import dis
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,24 +12,29 @@ import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.array import Array
-from torchways.capture.decompositions import decompositions_of
-from torchways.capture.objects import may_open, open_objects
-from torchways.capture.partition import PartitionedProgram, PlaceholderSpec, meshes_of, partition
-from torchways.capture.pure_graph import tidy
+from torchways.capture.current_trace import current_trace
+from torchways.capture.host_content import HostContent
+from torchways.capture.lowering.decompositions import decompositions_of
+from torchways.capture.partitioning.partition import PartitionedProgram, meshes_of, partition
+from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
+from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
-from torchways.capture.python_state.watcher import Watcher, Write
-from torchways.capture.source import is_user_file, user_line
-from torchways.capture.state import HostContent, StateTracker
-from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
+from torchways.capture.python_state.watcher import Watcher
+from torchways.capture.source import is_users_error, line_of_error, user_line
+from torchways.capture.tracing.objects import may_open, open_objects
+from torchways.capture.tracing.optimizers import StateTracker
+from torchways.capture.tracing.pure_graph import tidy
+from torchways.capture.tracing.trace import NumberInput, Trace
+from torchways.capture.tracing.tracer import trace
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state
-from torchways.controller.parity.report import active_parity
+from torchways.controller.registration import variant_of
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.controller.variant import (
@@ -46,7 +49,6 @@ from torchways.controller.variant import (
     SourceResult,
     Variant,
     WrittenValue,
-    make_piece,
     target_of,
 )
 from torchways.errors import CaptureError, DataDependentError, TorchwaysError
@@ -54,8 +56,6 @@ from torchways.graphs import SOURCE_KEY
 from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
 from torchways.observability.progress import progress
-from torchways.passes.lower import lower
-from torchways.passes.sequential import sequential, whole
 from torchways.signals import uninterrupted
 
 #: Traces change classes and modes of the whole process while they run: there is one at a time.
@@ -185,7 +185,7 @@ class _Tracing:
             self._traced = traced
             self._cut_up(traced, rewrite)
         except BaseException as error:
-            if isinstance(error, (TorchwaysError, KeyboardInterrupt)) or _is_users(error):
+            if isinstance(error, (TorchwaysError, KeyboardInterrupt)) or is_users_error(error):
                 raise
             raise _capture_error(self._name, error) from error
 
@@ -374,40 +374,6 @@ class _Tracing:
         return [target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
 
 
-def variant_of(
-    captured: Captured,
-    meshes: list[VirtualSlice],
-    session: Session,
-    state: Conditions,
-    reads: list[Any],
-    dispatch: Dispatch = "parallel",
-    traced_seconds: float = 0.0,
-) -> Variant:
-    """Lowers and registers what was captured."""
-    program = captured.program
-    pieces = [whole(program)] if dispatch == "parallel" else sequential(program)
-    variant = Variant(
-        captured=captured,
-        lowered=lower(program),
-        pieces=[make_piece(captured, piece, meshes) for piece in pieces],
-        meshes=meshes,
-        session=session,
-        state=state,
-        reads=reads,
-        traced_seconds=traced_seconds,
-    )
-    for piece in variant.pieces:
-        for slice_index, items in piece.arguments.items():
-            for item in items:
-                if isinstance(item.source, TensorSource):
-                    item.source.home = (meshes[slice_index], item.placements)
-    if active_parity() is None:
-        variant.bind(variant.pieces)
-    else:
-        variant.observed()
-    return variant
-
-
 def _adopted(source: TensorSource, value: torch.Tensor) -> Array | None:
     """Makes an array of a host tensor that took the place of an optimizer's state, as load_state_dict does."""
     place = source.places[0]
@@ -476,28 +442,9 @@ def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[Place
     return specs
 
 
-def _is_users(error: BaseException) -> bool:
-    """Whether the user's own code raised an exception, which eager PyTorch would raise as well."""
-    last = error.__traceback__
-    while last is not None and last.tb_next is not None:
-        last = last.tb_next
-    if last is None or not is_user_file(last.tb_frame.f_code.co_filename):
-        return False
-    operation = dis.opname[last.tb_frame.f_code.co_code[last.tb_lasti]]
-    return operation == "RAISE_VARARGS" or isinstance(error, (ArithmeticError, LookupError, NameError))
-
-
 def _capture_error(name: str, error: BaseException) -> CaptureError:
-    line = _line_of(error)
+    line = line_of_error(error)
     return CaptureError(
         f"{name} cannot be captured: {type(error).__name__}: {error}\n  at {line or user_line()}\n"
         "  TORCHWAYS_EAGER=1 runs the same script as plain PyTorch, with breakpoints"
     )
-
-
-def _line_of(error: BaseException) -> str:
-    """Returns the innermost user line of an exception's traceback."""
-    lines = [frame for frame in traceback.extract_tb(error.__traceback__) if is_user_file(frame.filename)]
-    if not lines:
-        return ""
-    return f"{lines[-1].filename.rsplit('/', 1)[-1]}:{lines[-1].lineno} in {lines[-1].name}"

@@ -9,11 +9,11 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.utils._pytree as pytree
 
-from torchways.capture.known_values import ArgumentRead
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Place
 from torchways.capture.python_state.tokens import TensorSource, short
+from torchways.capture.tracing.known_values import ArgumentRead
 from torchways.controller.parity.observe import observed
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature

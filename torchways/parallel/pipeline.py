@@ -1,7 +1,7 @@
 """`tw.pipeline`: a module split into stages, each on a slice of its own.
 
 Splitting only says where each operator runs: from the split point on, operators belong to the next stage's slice.
-What crosses is found when the program is cut (capture/partition.py), so skip connections and tied weights need no
+What crosses is found when the program is cut (capture/partitioning), so skip connections and tied weights need no
 special care.
 """
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from torchways.capture.tracer import current_trace
+from torchways.capture.current_trace import current_trace
 from torchways.errors import PlacementError
 from torchways.mesh import VirtualSlice
 

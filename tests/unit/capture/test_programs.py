@@ -1,7 +1,6 @@
 """What captured programs compute, against plain PyTorch; no processes (tests/local_session.py runs the parts)."""
 
 import copy
-from collections import Counter
 
 import pytest
 import torch
@@ -9,58 +8,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from tests.local_session import LocalSession
-from torchways.controller.function import make_function, make_parallel, make_pipeline
+from tests.unit.capture.models import Model, make_step, pipelined
+from torchways.controller.function import make_function, make_parallel
 from torchways.controller.program import ProgramFunction
-from torchways.errors import CaptureError, DataDependentError, PlacementError, UserError
-from torchways.ir.program import Compute, Transfer
+from torchways.errors import CaptureError, DataDependentError, UserError
 from torchways.parallel.pipeline import SplitPoint
-
-
-class Block(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, x):
-        batch, length, width = x.shape
-        q, k, v = self.qkv(self.norm(x)).view(batch, length, 3, 2, width // 2).permute(2, 0, 3, 1, 4)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return x + self.out(y.transpose(1, 2).reshape(batch, length, width))
-
-
-class Model(nn.Module):
-    def __init__(self, tied=False):
-        super().__init__()
-        self.embed = nn.Embedding(17, 8)
-        self.layers = nn.ModuleList(Block(8) for _ in range(3))
-        self.head = nn.Linear(8, 17, bias=False)
-        if tied:
-            self.head.weight = self.embed.weight
-
-    def forward(self, x):
-        x = self.embed(x)
-        for layer in self.layers:
-            x = layer(x)
-        return self.head(x)
-
-
-def pipelined(session, module, split_spec, meshes):
-    return make_pipeline(module, split_spec, meshes, None, lambda: session)
-
-
-def make_step(model, optimizer, clip):
-    def step(x, y):
-        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten())
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), 0.5) if clip else loss.detach() * 0
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss, norm
-
-    return step
-
 
 OPTIMIZERS = {
     "sgd": lambda parameters: torch.optim.SGD(parameters, lr=0.1),
@@ -103,57 +55,6 @@ def test_training_agrees_with_eager_with_a_schedule_and_without_tracing_again(op
     # Momentum's first step makes state that is not a constant, so its trace is for that step only.
     assert step.num_traces == 1
     assert session.num_transfers > 0
-
-
-def test_new_state_stays_on_its_slice_wherever_it_is_computed():
-    session = LocalSession()
-    home, other = session.mesh(), session.mesh()
-    norm = make_function(nn.BatchNorm1d(3), home, lambda: session)
-
-    def step(x):
-        with torch.no_grad():
-            norm.running_mean.copy_(double(norm.running_mean + x))
-        return norm.running_mean + 0
-
-    double = make_function(lambda value: value * 2, other, lambda: session)
-    step = ProgramFunction(step, home, lambda: session)
-    results = [step(torch.ones(3)).cpu() for _ in range(3)]
-    assert [result[0].item() for result in results] == [2.0, 6.0, 14.0]
-    assert norm.running_mean.mesh is home
-    assert step.num_traces == 1
-
-
-def test_adam_state_lives_where_its_parameter_does():
-    session = LocalSession()
-    meshes = [session.mesh(), session.mesh()]
-    model = pipelined(session, Model(), {"layers.1": SplitPoint.BEGINNING}, meshes)
-    opt = torch.optim.AdamW(model.parameters())
-    step = ProgramFunction(make_step(model, opt, clip=False), None, lambda: session)
-    x = torch.randint(0, 17, (4, 5))
-    step(x, x)
-    for parameter, state in opt.state.items():
-        assert {array.mesh for array in state.values()} == {parameter.mesh}
-    # forward, forward + backward, backward, gradients that no stage waits for, and an update of each stage.
-    assert str(step).count(" compute ") <= 6
-    assert str(step).count(" transfer ") == 2
-
-
-def test_backward_runs_where_its_forward_ran():
-    session = LocalSession()
-    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 10))
-    model = pipelined(session, model, {"2": SplitPoint.BEGINNING}, [session.mesh(), session.mesh()])
-    opt = torch.optim.SGD(model.parameters(), lr=0.1)
-
-    def train_step(x, y):
-        loss = F.cross_entropy(model(x), y)
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        return loss
-
-    step = ProgramFunction(train_step, None, lambda: session)
-    step(torch.randn(64, 32), torch.randint(0, 10, (64,)))
-    assert str(step).count(" transfer ") == 2  # the activation there, its gradient back
 
 
 def test_nothing_leaks_and_old_state_is_donated():
@@ -211,99 +112,6 @@ def test_buffers_views_and_inplace_operators():
     assert total.tolist() == [3, 3, 3]
     assert count.item() == 3
     assert cache.state_dict()["cache"].tolist() == [[0] * 3, [1] * 3, [2] * 3, [0] * 3]
-
-
-def test_functions_are_nodes_of_their_own_and_nest():
-    session = LocalSession()
-    a, b = session.mesh(), session.mesh()
-    double = make_function(lambda x: x * 2, a, lambda: session)
-    add_one = make_function(lambda x: x + 1, b, lambda: session)
-
-    def chain(x):
-        for _ in range(4):
-            x = double(x)
-        return {"sum": add_one(x), "label": "four doublings"}
-
-    program = ProgramFunction(chain, None, lambda: session)
-    result = program(torch.tensor([1.0, 2.0]))
-    assert result["sum"].tolist() == [17, 33]
-    assert result["label"] == "four doublings"
-    text = str(program)
-    assert text.count(" compute @0") == 4
-    assert text.count(" compute @1") == 1
-    assert text.count(" transfer ") == 1
-    assert len(program._last.captured.program.functions) == 2  # four calls share one compiled function
-
-
-def test_a_training_step_on_one_slice_is_one_computation_and_an_update_of_all_state_in_place():
-    session = LocalSession()
-    model = make_parallel(Model(tied=True), session.mesh(2), {}, lambda: session)
-    optimizer = torch.optim.AdamW(model.parameters())
-    program = ProgramFunction(make_step(model, optimizer, clip=True), None, lambda: session)
-    tokens = torch.randint(0, 17, (4, 6))
-    for _ in range(2):
-        program(tokens, tokens)
-        gradients, update = (node for node in program.lower().program.nodes if isinstance(node, Compute))
-        assert not gradients.donated  # to write where it reads again and again, it would have to copy that first
-        state = [array for slots in optimizer.state.values() for array in slots.values()]
-        assert len(update.donated) == len([*model.parameters(), *state])
-
-
-@pytest.mark.parametrize("clip", [False, True])
-def test_a_gradient_is_split_as_its_parameter_is_among_others_of_its_shape(clip):
-    session = LocalSession()
-    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.GELU(), nn.Linear(8, 8, bias=False))
-    plan = {"0.weight": ("tp", "dp"), "2.weight": ("dp", "tp")}
-    model = make_parallel(model, session.mesh(2, 2, names=("dp", "tp")), plan, lambda: session)
-    optimizer = torch.optim.AdamW(model.parameters())
-
-    def step(x):
-        model(x).square().mean().backward()
-        if clip:
-            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    program = ProgramFunction(step, None, lambda: session)
-    program(torch.randn(4, 8))
-    lowered = program.lower().program
-    _, update = (node for node in lowered.nodes if isinstance(node, Compute))
-    values = [lowered.values[index] for index in update.inputs]
-    splits = Counter(value.placements for value in values if value.shape == (8, 8))
-    assert splits == {("S(1)", "S(0)"): 4, ("S(0)", "S(1)"): 4}  # parameter, gradient and two moments
-
-
-def test_an_activation_with_a_parameters_shape_is_split_as_data_is():
-    session = LocalSession()
-    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
-    pipelined(session, model, {"1": SplitPoint.BEGINNING}, [session.mesh(2), session.mesh(2)])
-    program = ProgramFunction(model, None, lambda: session)
-    program(torch.randn(8, 8))
-    lowered = program.lower().program
-    (moved,) = (node for node in lowered.nodes if isinstance(node, Transfer))
-    assert lowered.values[moved.output].placements == ("S(0)",)
-
-
-def test_an_array_of_another_slice_is_transferred():
-    session = LocalSession()
-    a, b = session.mesh(), session.mesh()
-    first = make_function(lambda x: x + 1, a, lambda: session)
-    second = make_function(lambda x: x * 3, b, lambda: session)
-    y = second(first(torch.ones(2)))
-    assert y.tolist() == [6, 6]
-    assert y.mesh is b
-    assert session.num_transfers == 1
-
-
-def test_text_grows_with_nodes_only_not_with_devices():
-    texts = []
-    session = LocalSession()
-    for devices in (2, 8):
-        model = make_function(nn.Linear(16, 16), session.mesh(devices), lambda: session)
-        model(torch.ones(8, 16))
-        texts.append(str(model._torchways_entry))
-    assert texts[0] != texts[1]
-    assert texts[0].replace("'dp'=2", "'dp'=8") == texts[1]
 
 
 def test_changed_shapes_dtypes_and_modes_trace_again():
@@ -366,22 +174,6 @@ def test_gradients_need_a_graph():
     for _ in range(2):
         with pytest.raises(DataDependentError, match=r"test_programs\.py:\d+ in step"):
             ProgramFunction(step, None, lambda: session)(torch.full((1, 2), 100.0) * line.weight.cpu().sign())
-
-
-def test_what_is_computed_of_a_view_of_an_array_has_a_slice():
-    """Nothing is looked at again for each way that leads to it, of which there are 2^60 here."""
-    session = LocalSession()
-    array = make_function(torch.clone, session.mesh(), lambda: session)(torch.tensor([[1.0, -2.0, 3.0]]))
-
-    def program(x):
-        x = x.mT
-        for _ in range(60):
-            x = torch.where(x > 0, -x, x)
-        return x.sort(dim=0)
-
-    values, positions = ProgramFunction(program, session.mesh(), lambda: session)(array)
-    assert values.cpu().tolist() == [[-3.0], [-2.0], [-1.0]]
-    assert positions.cpu().tolist() == [[2], [1], [0]]
 
 
 def test_operator_without_lowering_is_refused_with_its_line():
@@ -460,19 +252,6 @@ def test_failed_trace_leaves_python_state_as_it_was():
     assert opt.param_groups[0]["capturable"] is False
 
 
-def test_batch_that_does_not_divide_is_refused():
-    session = LocalSession()
-    double = make_function(lambda x: x * 2, session.mesh(2), lambda: session)
-    with pytest.raises(PlacementError, match=r"axis 'dp' has size 2 but dimension 0 has 3[\s\S]*replicate"):
-        double(torch.ones(3))
-
-
-def test_nothing_says_where():
-    session = LocalSession()
-    with pytest.raises(PlacementError, match=r"tw\.program\(mesh="):
-        ProgramFunction(lambda x: x * 2, None, lambda: session)(torch.ones(3))
-
-
 def test_argument_changed_in_place_is_refused():
     session = LocalSession()
 
@@ -490,17 +269,3 @@ def test_state_can_be_loaded_and_is_used_next():
     model(x)
     model.load_state_dict({"weight": torch.eye(2) * 5})
     assert model(x).tolist() == [[5, 5]]
-
-
-def test_a_function_that_computes_gradients_itself_and_goes_on_with_them_is_one_node():
-    session = LocalSession()
-
-    def penalty(x):
-        x = x.detach().requires_grad_()
-        [gradient] = torch.autograd.grad(x.tanh().sum(), x)
-        return (gradient.norm() - 1).square() + x.sum()
-
-    step = ProgramFunction(make_function(penalty, session.mesh(), lambda: session), None, lambda: session)
-    x = torch.randn(3, 4)
-    torch.testing.assert_close(step(x).cpu(), penalty(x).detach())
-    assert len(step._last.captured.program.functions) == 1

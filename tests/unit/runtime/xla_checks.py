@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from torchways.capture.decompositions import taken_apart
-from torchways.capture.kept_whole import KEPT, TAKEN_APART
+from torchways.capture.lowering.decompositions import taken_apart
+from torchways.capture.lowering.kept_whole import KEPT, TAKEN_APART
 from torchways.controller.checks import operator_name
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import serialize_graph

@@ -37,7 +37,7 @@ NAMES = (
 
 
 def ambient_modes() -> tuple[Any, ...]:
-    """Returns the modes that hold now, by `NAMES`; what is equal and hashes alike traces alike."""
+    """Returns the modes that hold now, by `NAMES`; calls with equal modes are traced alike."""
     module = torch.nn.modules.module
     hooks = (
         module._global_forward_hooks,
@@ -66,7 +66,7 @@ def ambient_modes() -> tuple[Any, ...]:
 
 
 def modes_changed(now: tuple[Any, ...], was: tuple[Any, ...]) -> list[str]:
-    """Says which modes differ."""
+    """Returns a text of the modes that differ."""
     return [
         f"{name}: {_text(one)}, was {_text(other)}"
         for name, one, other in zip(NAMES, now, was, strict=True)

@@ -1,8 +1,8 @@
-"""The conditions under which a trace holds: that what it read of Python's state is as it was.
+"""The conditions under which a trace holds: the places of Python's state that it read have the values that they had.
 
-When nothing has changed, that is one check in C++ over the versions of the dictionaries that the state is kept in
-(PyTorch's own guards; Python counts the changes of each dict), and one of variables by identity. Only where a version
-differs are the places behind it compared one by one.
+When nothing has changed, checking this takes one call in C++ and one comparison of variables by identity. Python counts
+the changes of each dict, and PyTorch's own guards compare these versions for the dictionaries that the state is kept
+in. Only places behind a version that differs are compared one by one.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ class Conditions:
         return self._hold_all(call)
 
     def changes(self, call: Call) -> list[tuple[Place, str]]:
-        """Returns which places differ, and how."""
+        """Returns the places that differ, and how."""
         found = []
         for place, token in self._reads:
             change = token.change(place, place.get(call), call)
@@ -129,7 +129,7 @@ class Conditions:
         return values
 
     def _hold_all(self, call: Call) -> bool:
-        """Compares what is behind versions that differ, and notes the new ones."""
+        """Compares the places behind versions that differ, and notes the new versions."""
         flags_changed = Array.num_changes != self._num_changes
         classes_changed = [_version(found) for found in self._classes] != self._class_versions
         moved = []

@@ -1,4 +1,4 @@
-"""What the code of a function may read and write beside its arguments: globals, variables of its closure.
+"""The globals and closure variables that the code of a function may read and write.
 
 Python has no hook for these, so they are read off the bytecode. A name in a branch that is not taken counts too.
 """
@@ -52,7 +52,7 @@ _AS_IN_3_11 = {
 
 @dataclass(frozen=True, slots=True)
 class CodeReads:
-    """What a code object, with those inside it, names.
+    """The names in a code object and those inside it.
 
     Attributes:
         variables: globals that it loads.
@@ -73,7 +73,7 @@ class CodeReads:
 
 @functools.lru_cache(maxsize=4096)
 def reads_of(code: types.CodeType) -> CodeReads:
-    """Returns what a code object names."""
+    """Returns the names in a code object."""
     names: dict[str, set[str]] = {"variables": set(), "assigned": set(), "attributes": set(), "locals": set()}
     added: set[str] = set()
     read: set[str] = set()

@@ -1,8 +1,8 @@
 """Gradients that a trace reads and leaves behind.
 
-Autograd adds to `.grad` of a leaf in C++, so a gradient is compared with what it was when its tensor was first used.
-One that is cleared before anything reads it (`zero_grad()` at the start of a step) is no condition: it may be there or
-not.
+Autograd adds to `.grad` of a leaf in C++, so a gradient is compared with its value when its tensor was first used. A
+gradient that is cleared before anything reads it (`zero_grad()` at the start of a step) is no condition: it may be
+there or not.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 
 from torchways.array import Array
+from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import Call, Gradient, Place
 from torchways.capture.python_state.tokens import Exactly, OneOf, TensorSource, Token
-from torchways.capture.python_state.watcher import Watcher, Write, active_watcher
+from torchways.capture.python_state.watcher import Watcher, active_watcher
 from torchways.signals import uninterrupted
 
 
@@ -122,7 +123,7 @@ class Gradients:
         return zero_grad
 
     def writes(self) -> list[Write]:
-        """Returns the gradients that are not what they were, or that were cleared whatever they were."""
+        """Returns the gradients that have changed, and those that were cleared."""
         found = []
         for item in self._found.values():
             now = gradient_of(item.owner)

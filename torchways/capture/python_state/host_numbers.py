@@ -39,7 +39,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class NumberCondition:
-    """That a number is what the trace took it for."""
+    """The condition that a number has the value that the trace used."""
 
     step: int
     value: Number
@@ -66,7 +66,7 @@ class HostNumbers:
         return Node(self, self._add(Step(None, constant=value), value))
 
     def apply(self, function: Callable[..., Any], *operands: Node) -> Node:
-        """Returns what a function gives for numbers."""
+        """Returns the result of a function of numbers, as a number."""
         hint = function(*(self._hints[node.step] for node in operands))
         return Node(self, self._add(Step(function, tuple(node.step for node in operands)), hint))
 
@@ -291,7 +291,7 @@ def _unary(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 class _Arithmetic:
-    """What a number can do. Whatever is not here asks for the number itself."""
+    """The operations of a number. All others ask for the number itself."""
 
     __slots__ = ()
     node: Node

@@ -21,7 +21,7 @@ _MODULE_DICTS = ("_parameters", "_buffers", "_modules")
 
 
 class Call(Protocol):
-    """What places need to know of a call."""
+    """A call, as far as places need to know it."""
 
     @property
     def leaves(self) -> Sequence[Any]:

@@ -1,4 +1,4 @@
-"""What a trace found at a place, in a form that later values can be compared with."""
+"""Descriptions of the values that a trace found at places, to compare later values with."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def source_of(tensor: torch.Tensor) -> TensorSource:
 
 
 class Token:
-    """What was at a place."""
+    """Describes the value at a place."""
 
     __slots__ = ()
 
@@ -99,7 +99,7 @@ class Same(Token):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class OfType(Token):
-    """Anything of a type: what matters of it is compared elsewhere."""
+    """Anything of a type; all else that matters of it is compared elsewhere."""
 
     type: type
 

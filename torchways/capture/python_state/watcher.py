@@ -1,18 +1,17 @@
 """Notes what a function reads of Python's state, and what it writes there, while it is traced.
 
-Reads of attributes are seen by `__getattribute__` of the classes of objects that the function can reach; of globals
-and closures by what its code names (functions.py); of containers when they are reached. Writes are found at the end, by
-comparison with what everything was when it was reached, so it does not matter how they were made; all is put back
-then, and each run makes them.
+Reads of attributes are seen by patches of the classes of objects that the function can reach (attribute_patches.py);
+those of globals and closures by what its code names (functions.py); those of containers when they are reached. Writes
+are found at the end, by comparison with what everything was when it was reached (kept_state.py), so it does not matter
+how they were made. Then all is put back, and each run makes the writes again.
 """
 
 from __future__ import annotations
 
-import collections
 import functools
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.array import Array
+from torchways.capture.python_state.attribute_patches import AttributePatches, active_observer, unpatched
 from torchways.capture.python_state.functions import (
     CodeReads,
     is_our_function,
@@ -30,6 +30,7 @@ from torchways.capture.python_state.functions import (
     reads_of,
 )
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
+from torchways.capture.python_state.kept_state import KeptState, Write
 from torchways.capture.python_state.places import (
     MISSING,
     Argument,
@@ -40,7 +41,6 @@ from torchways.capture.python_state.places import (
     Fixed,
     Place,
     Variable,
-    dict_class,
 )
 from torchways.capture.python_state.tokens import (
     Contents,
@@ -58,41 +58,16 @@ from torchways.capture.python_state.tokens import (
     keys_of,
     source_of,
 )
-from torchways.signals import uninterrupted
 
 #: Attributes of an optimizer: of groups, numbers are inputs; state that its own step reads is noted after the trace.
 _OF_OPTIMIZERS = {"param_groups", "state", "defaults"}
 #: Attributes whose reading says nothing: how Python and torch.nn look things up.
 _UNNOTED = {"__class__", "__dict__", "__doc__", "__module__", "__weakref__"}
-_MISSING_OBJECT = object()
-
-
-@dataclass(frozen=True, slots=True)
-class Write:
-    """A place that the trace wrote to, and what it left there.
-
-    Attributes:
-        kind: "set": the value is there now, or nothing if it is `MISSING`; "extend": these items were added;
-            "replace": these are the items now.
-    """
-
-    kind: str
-    place: Place
-    value: Any
-
-
-@dataclass(slots=True)
-class _Kept:
-    """A container as it was when it was reached."""
-
-    place: Place
-    container: Any
-    content: Any
 
 
 @dataclass(eq=False)
 class Watcher:
-    """What one trace reads and writes.
+    """Notes what one trace reads and writes.
 
     Args:
         call: the call that is traced.
@@ -108,67 +83,34 @@ class Watcher:
     sources: dict[int, TensorSource] = field(default_factory=dict)
     paused: int = 0
     in_optimizer: bool = False
+    thread: int = field(default_factory=threading.get_ident)
     _owners: dict[int, Place] = field(default_factory=dict)
     _alive: list[Any] = field(default_factory=list)
     _attributes: set[tuple[int, str]] = field(default_factory=set)
-    _kept: dict[int, _Kept] = field(default_factory=dict)
-    _singles: dict[Any, tuple[Place, Any]] = field(default_factory=dict)
+    _kept: KeptState = field(default_factory=KeptState)
     _functions: set[int] = field(default_factory=set)
     _codes: list[CodeReads] = field(default_factory=list)
-    _patches: list[tuple[type, str, Any]] = field(default_factory=list)
-    _patched: set[type] = field(default_factory=set)
+    _patches: AttributePatches = field(default_factory=AttributePatches)
     _is_over: bool = False
     #: Tuples of numbers that stand in for a place's own.
     _stand_ins: list[Any] = field(default_factory=list)
-    _thread: int = field(default_factory=threading.get_ident)
 
     # ---- while tracing
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watches everything that runs inside, in this thread."""
-        global _active
-        saved, _active = _active, self
-        try:
-            self._patch(torch.nn.Module)
-            self._patch_function(torch.nn.Module, "__getattr__", _noting_getattr)
-            self._patch_function(torch.nn.Module, "__setattr__", _quietly)
-            self._patch_function(torch.nn.Module, "__delattr__", _quietly)
+        with self._patches.observed_by(self):
             yield
-        finally:
-            with uninterrupted():
-                _active = saved
-                for cls, name, old in reversed(self._patches):
-                    if old is _MISSING_OBJECT:
-                        delattr(cls, name)
-                    else:
-                        setattr(cls, name, old)
-                self._patches.clear()
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """What runs inside reads nothing that matters."""
+        """Makes reads inside not matter."""
         self.paused += 1
         try:
             yield
         finally:
             self.paused -= 1
-
-    def _patch(self, cls: type) -> None:
-        if cls in self._patched:
-            return
-        self._patched.add(cls)
-        if any(base in self._patched for base in cls.__mro__[1:]) and "__getattribute__" not in cls.__dict__:
-            return  # it has that of a class that is patched
-        self._patch_function(cls, "__getattribute__", _noting)
-
-    def _patch_function(self, cls: type, name: str, wrapper: Callable[[Any], Any]) -> None:
-        old = cls.__dict__.get(name, _MISSING_OBJECT)
-        try:
-            setattr(cls, name, wrapper(getattr(cls, name)))
-        except TypeError:  # a metaclass that keeps its classes as they are: their objects count as a whole
-            return
-        self._patches.append((cls, name, old))
 
     def source(self, tensor: torch.Tensor) -> TensorSource:
         """Returns the source of a tensor that is no part of the trace."""
@@ -211,12 +153,12 @@ class Watcher:
             return Exactly(value), value
         if is_function(value):
             self.note_function(value)
-            return Same(_unpatched(value)), value
+            return Same(unpatched(value)), value
         if isinstance(value, types.ModuleType):
             return Same(value), value
         if is_container(value):
             known = self._owners.get(id(value))
-            if known is not None and known.key != place.key and known.is_fixed and id(value) in self._kept:
+            if known is not None and known.key != place.key and known.is_fixed and value in self._kept:
                 return Same(value), value  # it is compared where it was reached first
             if is_tracked_class(type(value)):
                 self.note_object(place, value)
@@ -254,15 +196,11 @@ class Watcher:
         return Contents(tuple, keys_of(value), tuple(OfType(float) for _ in value))
 
     def _keep(self, place: Place, container: Any) -> None:
-        if isinstance(container, tuple) or id(container) in self._kept:
+        if isinstance(container, tuple) or container in self._kept:
             return
         self._owners.setdefault(id(container), place)
         self._alive.append(container)
-        if isinstance(container, types.SimpleNamespace):
-            self._kept[id(container)] = _Kept(Attribute(place, "__dict__"), vars(container), dict(vars(container)))
-        else:
-            copy: Any = dict(container) if isinstance(container, dict) else _copy_of(container)
-            self._kept[id(container)] = _Kept(place, container, copy)
+        self._kept.keep(place, container)
 
     def note_object(self, place: Place, value: Any) -> None:
         """Notes that an object was reached at a place: reads of its attributes are noted from here on."""
@@ -274,10 +212,10 @@ class Watcher:
         cls = type(value)
         if not is_tracked_class(cls):
             return
-        self._patch(cls)
+        self._patches.patch(cls)
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            self._kept[id(attributes)] = _Kept(Attribute(owner, "__dict__"), attributes, dict(attributes))
+            self._kept.keep(Attribute(owner, "__dict__"), attributes)
             if isinstance(value, torch.nn.Module):
                 for name in ("_parameters", "_buffers", "_modules"):
                     self._keep(Attribute(owner, name), attributes[name])
@@ -305,7 +243,7 @@ class Watcher:
             if isinstance(kind, property):
                 self._note_property(kind)
                 return value
-            if self._was_written(owner, name, value):
+            if self._kept.was_written(owner, name):
                 return value
             self._attributes.add((id(owner), name))
             place = Attribute(self._owners[id(owner)], name)
@@ -314,29 +252,15 @@ class Watcher:
                     if isinstance(base.__dict__.get(name), types.FunctionType):
                         self.note_function(base.__dict__[name])
             if kind is not None and not isinstance(kind, property):
-                self._singles.setdefault(place.key, (place, value))  # a slot
+                self._kept.keep_single(place, value)  # a slot
         return self.note(place, value)
 
     def _note_property(self, found: property) -> None:
         if found.fget is not None:
             self.note_function(found.fget)
 
-    def _was_written(self, owner: Any, name: str, value: Any) -> bool:
-        """Whether the trace itself put there what is there."""
-        attributes = getattr(owner, "__dict__", None)
-        if not isinstance(attributes, dict):
-            return False
-        dicts = [attributes]
-        if isinstance(owner, torch.nn.Module):
-            dicts += [attributes[part] for part in ("_parameters", "_buffers", "_modules") if part in attributes]
-        for found in dicts:
-            kept = self._kept.get(id(found))
-            if kept is not None and (name in found or name in kept.content):
-                return found.get(name, MISSING) is not kept.content.get(name, MISSING)
-        return False
-
     def note_function(self, function: Any) -> None:
-        """Notes that a function may be called: what its code names is read."""
+        """Notes that a function may be called: the variables that its code names are read."""
         if isinstance(function, types.MethodType):
             self.note_object_or_function(Fixed(function.__self__, "self"), function.__self__)
             function = function.__func__
@@ -378,7 +302,7 @@ class Watcher:
             self.note_object(place, value)
 
     def _note_variable(self, place: Place, value: Any, reads: CodeReads) -> None:
-        self._singles.setdefault(place.key, (place, value))
+        self._kept.keep_single(place, value)
         self.note(place, value)
         names: Any = ()
         if isinstance(value, type) and is_user_module(value.__module__):
@@ -389,7 +313,7 @@ class Watcher:
             found = getattr(value, name)
             inner = Attribute(Fixed(value, str(place)), name)
             if not isinstance(found, (property, types.ModuleType)):
-                self._singles.setdefault(inner.key, (inner, found))
+                self._kept.keep_single(inner, found)
                 self.note(inner, found)
 
     def note_container(self, place: Place, *, free_numbers: bool = False, is_new: bool = False) -> None:
@@ -412,8 +336,7 @@ class Watcher:
         with self.pause():
             attributes = vars(owner)
             attributes[name] = value
-            if (kept := self._kept.get(id(attributes))) is not None:
-                kept.content[name] = value
+            self._kept.set_before(attributes, name, value)
 
     def is_known(self, value: Any) -> bool:
         """Whether an object was there before the trace, as far as that reached it."""
@@ -427,37 +350,8 @@ class Watcher:
 
     def writes(self) -> list[Write]:
         """Returns what differs from what was there when it was reached."""
-        found: list[Write] = []
         with self.pause():
-            # What was reached later is inside what was reached before, and written to before that has another there.
-            for kept in reversed(list(self._kept.values())):
-                found.extend(self._writes_to(kept))
-            for place, before in self._singles.values():
-                now = place.get(self.call)
-                if now is not before and not self._stands_in(place, now) and not _is_same_method(now, before):
-                    found.append(Write("set", place, now))
-        return found
-
-    def _writes_to(self, kept: _Kept) -> Iterator[Write]:
-        container, before = kept.container, kept.content
-        if isinstance(container, dict):
-            for key in [*before, *(key for key in container if key not in before)]:
-                now, was = dict.get(container, key, MISSING), before.get(key, MISSING)
-                place = Entry(kept.place, key)
-                if now is not was and not self._stands_in(place, now):
-                    yield Write("set", place, now)
-        elif isinstance(container, (list, collections.deque)):
-            items = list(container)
-            if len(items) >= len(before) and all(
-                now is was or self._stands_in(Entry(kept.place, index), now)
-                for index, (now, was) in enumerate(zip(items, before, strict=False))
-            ):
-                if len(items) > len(before):
-                    yield Write("extend", kept.place, items[len(before) :])
-            else:
-                yield Write("replace", kept.place, items)
-        elif container != before:
-            yield Write("replace", kept.place, set(container))
+            return list(self._kept.writes(self.call, self._stands_in))
 
     def _stands_in(self, place: Place, value: Any) -> bool:
         if isinstance(value, tuple):
@@ -469,31 +363,14 @@ class Watcher:
     def put_back(self) -> None:
         """Restores everything as it was when it was reached."""
         with self.pause():
-            for kept in self._kept.values():
-                container, before = kept.container, kept.content
-                if isinstance(container, dict):
-                    if not _same_items(container, before):
-                        dict_class(container).clear(container)
-                        for key, value in before.items():
-                            dict_class(container).__setitem__(container, key, value)
-                elif isinstance(container, set):
-                    if container != before:
-                        container.clear()
-                        container.update(before)
-                elif not (len(container) == len(before) and all(map(_is, container, before))):
-                    container.clear()
-                    container.extend(before)
-            for place, before in self._singles.values():
-                now = place.get(self.call)
-                if now is not before and not _is_same_method(now, before):
-                    place.set(self.call, before)
+            self._kept.put_back(self.call)
 
     def forget(self) -> None:
         """Lets go of the call and of all that was reached."""
         vars(self).clear()
 
     def free_containers_that_are_only_added_to(self, writes: list[Write]) -> None:
-        """Takes back the condition on what a container holds where the code only ever adds to it."""
+        """Takes back the condition on a container's content if the code only ever adds to it."""
         for write in writes:
             name = getattr(write.place, "name", None)
             if write.kind != "extend" or name is None:
@@ -513,66 +390,12 @@ class _Anything(Token):
 
 
 _ANYTHING = _Anything()
-_active: Watcher | None = None
 
 
 def active_watcher() -> Watcher | None:
     """Returns what watches the trace under way in this thread, if any."""
-    watcher = _active
-    return watcher if watcher is not None and watcher._thread == threading.get_ident() else None
-
-
-def _noting(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    def __getattribute__(self: Any, name: str) -> Any:
-        watcher = _active
-        if watcher is None or watcher.paused or watcher._thread != threading.get_ident():
-            return original(self, name)
-        try:
-            value = original(self, name)
-        except AttributeError:
-            if not hasattr(type(self), "__getattr__"):
-                watcher.note_attribute(self, name, MISSING)
-            raise
-        return watcher.note_attribute(self, name, value)
-
-    return __getattribute__
-
-
-def _noting_getattr(original: Callable[[Any, str], Any]) -> Callable[[Any, str], Any]:
-    def __getattr__(self: Any, name: str) -> Any:
-        watcher = active_watcher()
-        if watcher is None or watcher.paused:
-            return original(self, name)
-        try:
-            with watcher.pause():
-                value = original(self, name)
-        except AttributeError:
-            watcher.note_attribute(self, name, MISSING)
-            raise
-        return watcher.note_attribute(self, name, value)
-
-    return __getattr__
-
-
-def _quietly(original: Callable[..., Any]) -> Callable[..., Any]:
-    def write(self: Any, *args: Any) -> None:
-        watcher = active_watcher()
-        if watcher is None:
-            original(self, *args)
-            return
-        with watcher.pause():
-            original(self, *args)
-
-    write.unpatched = original  # type: ignore[attr-defined]
-    return write
-
-
-def _unpatched(value: Any) -> Any:
-    """Returns the function or method that a patch of the trace stands for."""
-    original = getattr(value, "unpatched", None) if isinstance(value, (types.FunctionType, types.MethodType)) else None
-    if original is None:
-        return value
-    return types.MethodType(original, value.__self__) if isinstance(value, types.MethodType) else original
+    observer = active_observer()
+    return observer if isinstance(observer, Watcher) else None
 
 
 @functools.lru_cache(maxsize=65536)
@@ -591,26 +414,3 @@ def _defaults_of(function: types.FunctionType) -> list[tuple[str, Any]]:
     code, defaults = function.__code__, function.__defaults__ or ()
     names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
     return [*zip(names, defaults, strict=True), *(function.__kwdefaults__ or {}).items()]
-
-
-def _copy_of(container: Any) -> Any:
-    return set(container) if isinstance(container, (set, frozenset)) else list(container)
-
-
-def _same_items(container: dict[Any, Any], before: dict[Any, Any]) -> bool:
-    return len(container) == len(before) and all(
-        key in before and before[key] is value for key, value in dict.items(container)
-    )
-
-
-def _is(one: Any, other: Any) -> bool:
-    return one is other
-
-
-def _is_same_method(now: Any, before: Any) -> bool:
-    return (
-        isinstance(now, types.MethodType)
-        and isinstance(before, types.MethodType)
-        and now.__func__ is before.__func__
-        and now.__self__ is before.__self__
-    )

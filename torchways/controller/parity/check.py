@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from torchways.capture.state import HostContent
+from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.checks import operator_name
 from torchways.controller.parity.comparison import EXACT, Difference, Tolerance, compare, explained_by_rounding

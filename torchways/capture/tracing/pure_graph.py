@@ -1,0 +1,137 @@
+"""Tidies a recorded graph before it is cut into compiled functions.
+
+Complex numbers become pairs, dead nodes go, and what torch-xla reads otherwise than PyTorch is written another way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
+from torchways.capture.lowering.decompositions import decomposition_table
+from torchways.capture.regions import RECOMPUTED_KEY, REGION_KEY, UPDATE_KEY
+from torchways.capture.tracing.recorder import Recorder
+from torchways.graphs import SOURCE_KEY
+from torchways.operators import BARRIER, is_random
+
+aten = torch.ops.aten
+
+_KEYS = (REGION_KEY, SOURCE_KEY, RECOMPUTED_KEY, UPDATE_KEY)
+
+#: Reductions that go over all dimensions if they name none.
+_REDUCTIONS = {aten.sum.dim_IntList, aten.mean.dim, aten.amax.default, aten.amin.default}
+
+
+def tidy(graph: torch.fx.Graph, decompositions: Mapping[Any, Any] | None = None) -> torch.fx.Graph:
+    """Returns a recorded graph in the form that executors take: real numbers, no dead nodes; changes the given one.
+
+    Args:
+        graph: from the tracer.
+        decompositions: of operators to be taken apart beyond those that always are.
+    """
+    if decompositions:
+        graph = _recorded_again(graph, {**decomposition_table(), **decompositions}, in_pairs=False)
+    if can_be_pairs(graph):
+        graph = _recorded_again(graph, decomposition_table(), in_pairs=True)
+    _remove_dead_nodes(graph)
+    _spell_out_full_reductions(graph)
+    _clamp_slices(graph)
+    _fill_empty(graph)
+    _remove_dead_nodes(graph)
+    _keep_recomputation(graph)
+    return graph
+
+
+class _AsBefore(Recorder):
+    """Records a graph again; new nodes have the labels of those that they come from."""
+
+    of: torch.fx.Node
+
+    def label(self, node: torch.fx.Node) -> None:
+        node.meta.update({key: self.of.meta[key] for key in _KEYS if key in self.of.meta})
+
+
+class _Rerun(torch.fx.Interpreter):
+    def __init__(self, graph: torch.fx.Graph, recorder: _AsBefore, *, in_pairs: bool) -> None:
+        super().__init__(torch.nn.Module(), graph=graph)
+        self._recorder = recorder
+        self._in_pairs = in_pairs
+
+    def run_node(self, n: torch.fx.Node) -> Any:
+        self._recorder.of = n
+        if self._in_pairs and has_rule(n):
+            args, kwargs = self.fetch_args_kwargs_from_env(n)
+            return call_on_pairs(n.target, args, kwargs)
+        return super().run_node(n)
+
+
+def _recorded_again(graph: torch.fx.Graph, decompositions: Mapping[Any, Any], *, in_pairs: bool) -> torch.fx.Graph:
+    recorder = _AsBefore(FakeTensorMode(), decompositions)
+    inputs = []
+    for node in graph.find_nodes(op="placeholder"):
+        recorder.of = node
+        value = node.meta["val"]
+        inputs.append(recorder.add_input(str(node.target), value.shape, value.dtype))
+    with recorder.fake_mode, recorder:
+        results = _Rerun(graph, recorder, in_pairs=in_pairs).run(*inputs, enable_io_processing=False)
+    recorder.graph.output(tuple(recorder.node_of(result) for result in results))
+    return recorder.graph
+
+
+def _remove_dead_nodes(graph: torch.fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if node.op == "call_function" and not node.users and (is_random(node) or not node.is_impure()):
+            graph.erase_node(node)
+
+
+def _keep_recomputation(graph: torch.fx.Graph) -> None:
+    """Keeps XLA from merging what a checkpoint computes anew with its forward, whose values it would have to hold.
+
+    On CPU, XLA takes barriers away before it merges (seen in torch-xla 2.9's dumps): there nothing is saved.
+    """
+    barriers: dict[torch.fx.Node, torch.fx.Node] = {}
+    for node in list(graph.nodes):
+        if RECOMPUTED_KEY not in node.meta or node.target is BARRIER:
+            continue
+        for value in node.all_input_nodes:
+            is_held = value.op == "call_function" and RECOMPUTED_KEY not in value.meta and value.all_input_nodes
+            if not is_held or not isinstance(value.meta["val"], torch.Tensor):
+                continue
+            if value not in barriers:
+                with graph.inserting_before(node):
+                    barriers[value] = graph.call_function(BARRIER, (value,))
+                barriers[value].meta = {**node.meta, "val": value.meta["val"]}
+            node.replace_input_with(value, barriers[value])
+
+
+def _spell_out_full_reductions(graph: torch.fx.Graph) -> None:
+    """Names all dimensions where a reduction over all of them names none: torch-xla takes that for one over none."""
+    for node in graph.nodes:
+        if node.target in _REDUCTIONS and (len(node.args) < 2 or not node.args[1]):
+            node.args = (node.args[0], list(range(node.args[0].meta["val"].dim())), *node.args[2:])
+
+
+def _clamp_slices(graph: torch.fx.Graph) -> None:
+    """Lets no slice start before the first element, as `x[-window:]` of a shorter tensor: torch-xla refuses it."""
+    for node in graph.nodes:
+        if node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[2] is not None:
+            value, dim, start, *rest = node.args
+            node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
+
+
+def _fill_empty(graph: torch.fx.Graph) -> None:
+    """Makes values without elements where they are wanted: torch-xla has no lowering for all that leads there."""
+    full = aten.full.default
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor) or value.numel() or node.target is full or REGION_KEY not in node.meta:
+            continue
+        with graph.inserting_before(node):
+            empty = graph.call_function(full, (list(value.shape), 0), {"dtype": value.dtype, "device": value.device})
+        empty.meta = dict(node.meta)
+        node.replace_all_uses_with(empty)
+        graph.erase_node(node)

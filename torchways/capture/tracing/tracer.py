@@ -1,0 +1,402 @@
+"""Traces a Python function of tensors as a whole: forward, autograd's backward and the optimizer.
+
+`_TraceMode` sees every operator that the function calls. It records it on fake tensors (recorder.py), as a graph
+without side effects, with labels on each node (labels.py). Tensors that the function reads without being passed them
+(parameters and optimizer state as arrays, tensors of the closure) become graph inputs when they are first touched, so
+nothing has to be declared.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    UnsupportedOperatorException,
+)
+from torch.utils._python_dispatch import _disable_current_modes
+
+from torchways.array import Array
+from torchways.capture.collectives import ALL_REDUCE
+from torchways.capture.current_trace import as_current_trace
+from torchways.capture.library.modes import library_modes
+from torchways.capture.library.rewrites import Rewrites
+from torchways.capture.lowering.decompositions import decomposition_table, taken_apart
+from torchways.capture.python_state.gradients import Gradients
+from torchways.capture.python_state.host_numbers import Node
+from torchways.capture.python_state.tokens import TensorSource
+from torchways.capture.python_state.watcher import Watcher
+from torchways.capture.rows.loops import RowLoops
+from torchways.capture.rows.ragged_tensors import RaggedTensors
+from torchways.capture.rows.rules import RowRules
+from torchways.capture.rows.tensor_methods import RowsInPython
+from torchways.capture.rows.windows import Windows
+from torchways.capture.source import user_line
+from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
+from torchways.capture.tracing.labels import LabellingRecorder
+from torchways.capture.tracing.random_numbers import RandomNumbers
+from torchways.capture.tracing.repeated_layers import repeated_layers
+from torchways.capture.tracing.trace import GraphInput, NumberInput, Trace
+from torchways.capture.tracing.traits import returned
+from torchways.capture.tracing.value_reads import ValueReads, is_known_constant, tensors_in
+from torchways.errors import CaptureError, DataDependentError, ShapeError
+
+#: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
+_FAKE_TENSOR_LOGGER = logging.getLogger("torch._subclasses.fake_tensor")
+
+_HOST_READS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.is_nonzero.default,
+    torch.ops.aten.equal.default,
+}
+_DEVICE = torch.ops.prim.device.default
+_ONE_DTYPE = {
+    torch.ops.aten.mm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.baddbmm.default,
+    torch.ops.aten.convolution.default,
+}
+#: Operators whose result is one constant everywhere, and how to tell it from their arguments.
+_CONSTANT_VALUE: dict[Any, Callable[[Any], float]] = {
+    torch.ops.aten.zeros.default: lambda args: 0.0,
+    torch.ops.aten.zeros_like.default: lambda args: 0.0,
+    torch.ops.aten.ones.default: lambda args: 1.0,
+    torch.ops.aten.ones_like.default: lambda args: 1.0,
+    torch.ops.aten.full.default: lambda args: float(args[1]),
+    torch.ops.aten.full_like.default: lambda args: float(args[1]),
+}
+
+
+class _TraceMode(LabellingRecorder):
+    """Sees every operator of the traced function; see the module's docstring."""
+
+    def __init__(
+        self,
+        fake_mode: FakeTensorMode,
+        watcher: Watcher,
+        gradients: Gradients,
+        host_arguments: Sequence[torch.Tensor | None],
+        reads_positions: bool,
+    ) -> None:
+        super().__init__(fake_mode, decomposition_table())
+        self.watcher = watcher
+        self.gradients = gradients
+        self.inputs: list[GraphInput] = []
+        self._scalars: dict[NumberInput, torch.Tensor] = {}
+        #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
+        self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
+        self._by_identity: dict[int, GraphInput] = {}
+        #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
+        self._alive: list[torch.Tensor] = []
+        self.value_reads = ValueReads(
+            self.inputs, lambda tensor: self.node_of(self._as_traced(tensor)), host_arguments, reads_positions
+        )
+        self.random = RandomNumbers()
+        self.ragged = RaggedTensors(self.node_of)
+        self.row_loops = RowLoops(self.ragged)
+        self._row_rules = RowRules(self.ragged, self.row_loops, self._positions_of)
+
+    # ---- operators
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DEVICE:
+            return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
+        kwargs = kwargs or {}
+        if self._depth:  # part of an operator that was seen
+            return self.record(func, args, kwargs)
+        is_foreach = func._schema.name.startswith("aten::_foreach_")
+        if not is_foreach and has_numbers(args, kwargs):
+            return call_with_numbers(func, args, kwargs, self.scalar, self._again)
+        if func in _HOST_READS and not all(map(is_known_constant, tensors_in(args))):
+            return self._on_known(func, args, kwargs)
+        if func is torch.ops.aten.lift_fresh.default:  # torch.tensor(...) in the user's code
+            return self.record(func, args, kwargs)
+        _check_dtypes(func, args)
+        new_args, new_kwargs = pytree.tree_map_only(torch.Tensor, self._as_traced, (args, kwargs))
+        self.row_loops.check(func, new_args, new_kwargs, torch._C._current_autograd_node() is not None)
+        outer, self._label = self._label, self._label_now()
+        try:
+            result = self._run(func, new_args, new_kwargs, is_foreach)
+        except UnsupportedOperatorException as error:
+            raise CaptureError(
+                f"operator {error.func} cannot be captured (it has no fake implementation) at {user_line()}; write it "
+                "with operators that have one, or register one with torch.library.register_fake"
+            ) from error
+        finally:
+            self._label = outer
+        if func is ALL_REDUCE:  # no part of a call
+            self._end_call()
+        self.row_loops.note_result(func, result)
+        if self.in_optimizer and func in _CONSTANT_VALUE:
+            node = self.node_of(result)
+            assert node is not None
+            self._constants[_storage_of(result)] = (result, node, _CONSTANT_VALUE[func](args))
+        return returned(func, args, kwargs, result)
+
+    def _run(self, func: Any, args: Any, kwargs: Any, is_foreach: bool) -> Any:
+        try:
+            if self.ragged.concerns(func, args, kwargs) or self._row_rules.writes_by_mask(func, args):
+                return self._on_rows(func, args, kwargs)
+            if is_foreach:
+                return self.record_foreach(func, args, kwargs, lambda *call: self._one_by_one(func, *call))
+            if torch.Tag.nondeterministic_seeded in func.tags:
+                with self.inside():
+                    return self.random.call(func, args, kwargs)
+            return self.record(func, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            try:
+                return self._on_known(func, args, kwargs)
+            except DataDependentError:
+                if not self._row_rules.selects(func, args):
+                    raise
+                with self.inside():
+                    return self._row_rules.call(func, args, kwargs)
+
+    @contextmanager
+    def _anew(self) -> Iterator[None]:
+        """Sees what is called inside as if the traced function called it itself."""
+        depth, self._depth = self._depth, 0
+        try:
+            with self:
+                yield
+        finally:
+            self._depth = depth
+
+    def _one_by_one(self, func: Any, args: Any, kwargs: Any) -> Any:
+        with self._anew():  # its C++ kernel calls the operators for each tensor
+            return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
+
+    def _again(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator as part of the trace."""
+        with self._anew():
+            return func(*args, **kwargs)
+
+    def scalar(self, node: Node, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the graph's input for a number that is computed on the host at each call."""
+        number = NumberInput(node.step, dtype)
+        if number not in self._scalars:
+            self._scalars[number] = self.add_graph_input(number, (), dtype).fake
+        return self._scalars[number]
+
+    def _on_rows(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator on rows that a mask selects."""
+        if self._row_rules.has_rule(func):
+            with self.inside():
+                return self._row_rules.call(func, args, kwargs)
+        with self._anew():
+            return taken_apart()[func](*args, **kwargs)
+
+    def _on_known(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Calls an operator whose result, or its shape, depends on values: possible where these are known.
+
+        Raises:
+            DataDependentError: they are not.
+        """
+        return pytree.tree_map_only(torch.Tensor, self._lift, self.value_reads.ask(func, args, kwargs))
+
+    def _positions_of(self, mask: torch.Tensor) -> torch.Tensor | None:
+        """Returns the positions that a mask selects, if they are the same in each call."""
+        reads = self.value_reads.reads
+        num_reads = len(reads)
+        try:
+            positions = self._on_known(torch.ops.aten.nonzero.default, (mask,), {})
+        except DataDependentError:
+            return None
+        asked = [source for read in reads[num_reads:] for source in read.sources]
+        if any(isinstance(source, int) for source in asked):  # other masks of other calls would each need a graph
+            del reads[num_reads:]
+            return None
+        return positions
+
+    def _as_traced(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the fake tensor that stands for `tensor` in this trace."""
+        if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
+            return tensor
+        known = self._by_identity.get(_identity(tensor))
+        return known.fake if known is not None else self._lift(tensor)
+
+    def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
+        if not isinstance(tensor, Array) and (isinstance(tensor, torch.nn.Parameter) or tensor.requires_grad):
+            raise CaptureError(
+                f"a parameter of shape {tuple(tensor.shape)} that is on no slice is used at {user_line()}; wrap its "
+                "module with tw.function(mesh=...) or tw.pipeline(...), and build the optimizer after that"
+            )
+        with self.watcher.pause(), _disable_current_modes():
+            source = self.watcher.source(tensor)
+            if tensor.requires_grad:
+                self.gradients.note(tensor)
+        lifted = self.add_graph_input(source, tuple(tensor.shape), tensor.dtype)
+        self._by_identity[_identity(tensor)] = lifted
+        self._alive.append(tensor)
+        return lifted.fake
+
+    def add_graph_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
+        """Adds a placeholder for `source` to the graph; callable in the midst of a trace."""
+        fake = self.add_input(f"input_{len(self.inputs)}", shape, dtype)
+        node = self.node_of(fake)
+        assert node is not None
+        graph_input = GraphInput(node, source, fake)
+        self.inputs.append(graph_input)
+        return graph_input
+
+    def constant(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a host tensor that is the same in each run."""
+        if tensor.numel() == 1:
+            return super().constant(tensor)
+        fake = self.fake_constant(tensor)
+        self.bind(fake, self.add_graph_input(tensor, tuple(tensor.shape), tensor.dtype).node)
+        return fake
+
+    def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands for a tensor of Python's state."""
+        return self._as_traced(tensor)
+
+    def constant_state(self, tensor: torch.Tensor) -> float | None:
+        """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
+        known = self._constants.get(_storage_of(tensor))
+        return known[2] if known is not None else None
+
+    def make_input_of(self, tensor: Any, array: Array) -> None:
+        """Makes the constant that became `tensor` a graph input that stands for `array`."""
+        _, node, _ = self._constants.pop(_storage_of(tensor))
+        node.op, node.target, node.args, node.kwargs = "placeholder", f"input_{len(self.inputs)}", (), {}
+        source = self.watcher.source(array)
+        self.inputs.append(GraphInput(node, source, tensor))
+        self._by_identity[_identity(array)] = self.inputs[-1]
+        self._alive.append(array)
+
+    def constants_before(self, first: int) -> dict[int, torch.Tensor]:
+        """Returns the values that constants which became inputs have before the graph changes them.
+
+        Args:
+            first: number of the first of these inputs.
+        """
+        found: dict[int, torch.Tensor] = {}
+        for item in self.inputs[first:]:
+            if not isinstance(item.source, TensorSource):
+                continue
+            if (after := self._by_identity.get(_identity(item.source.tensor))) is not None:
+                fake = item.fake
+                found[id(after.fake)] = self.stands_for(item.node, fake.shape, fake.stride(), fake.dtype)
+        return found
+
+    def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
+        self.ragged.follow(old, new)
+
+
+def trace(
+    function: Callable[..., Any],
+    example_args: list[torch.Tensor],
+    escaped: Callable[[], list[torch.Tensor]],
+    watcher: Watcher,
+    gradients: Gradients,
+    host_arguments: Sequence[torch.Tensor | None],
+    *,
+    reads_positions: bool,
+) -> Trace:
+    """Traces `function` whole.
+
+    Args:
+        function: called once with a list of fake tensors, one for each of `example_args`; returns any pytree.
+        example_args: the tensor arguments.
+        escaped: called after it; returns tensors made inside that live on in Python objects (optimizer state,
+            gradients): they become further outputs.
+        watcher, gradients: note what it reads of Python's state.
+        host_arguments: the tensors of this call whose values the function may read, by position; None: it may not.
+        reads_positions: it may also ask them for the positions of what is selected (`mask.nonzero()`).
+
+    Raises:
+        CaptureError: the function cannot be captured.
+    """
+    mode = _TraceMode(FakeTensorMode(), watcher, gradients, host_arguments, reads_positions)
+    # With these two flags optimizers take their tensor-only paths and library code its export-friendly ones.
+    _FAKE_TENSOR_LOGGER.disabled = True
+    saved_flag, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, True
+    saved_random, saved_cache = torch.get_rng_state(), torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    try:
+        with (
+            as_current_trace(mode),
+            mode.fake_mode,
+            RowsInPython(mode.ragged, mode.row_loops),
+            Windows(mode.ragged),
+            Rewrites(),
+            library_modes(mode.ragged),
+            repeated_layers(mode.repeated_region, mode.is_alone),
+            NumbersAsTensors(mode.scalar),
+            mode.random.seeding(),
+            mode,
+        ):
+            return _traced(mode, function, example_args, escaped)
+    finally:
+        torch.set_autocast_cache_enabled(saved_cache)
+        torch.set_rng_state(saved_random)
+        torch.compiler._is_compiling_flag = saved_flag
+        _FAKE_TENSOR_LOGGER.disabled = False
+
+
+def _traced(
+    mode: _TraceMode,
+    function: Callable[..., Any],
+    example_args: list[torch.Tensor],
+    escaped: Callable[[], list[torch.Tensor]],
+) -> Trace:
+    fakes = [
+        mode.add_graph_input(position, tuple(tensor.shape), tensor.dtype).fake
+        for position, tensor in enumerate(example_args)
+    ]
+    flat, out_spec = pytree.tree_flatten(function(fakes))
+    outputs = [value for value in flat if isinstance(value, torch.Tensor)]
+    results = [*outputs, *escaped()]
+    mode.row_loops.check_results(results)
+    nodes: list[Any] = [mode.node_of(mode.stand_in(tensor)) for tensor in results]
+    values = [mode.node_of(item.fake) for item in mode.inputs]
+    written = [position for position, item in enumerate(mode.inputs) if values[position] is not item.node]
+    graph = mode.graph
+    graph.output((*nodes, *(values[position] for position in written)))
+    for item in reversed(mode.inputs):
+        first = next(iter(graph.nodes))
+        if first is not item.node:
+            first.prepend(item.node)
+    return Trace(
+        graph=graph,
+        inputs=mode.inputs,
+        num_outputs=len(outputs),
+        out_spec=out_spec,
+        written=written,
+        constants={position: value for position, value in enumerate(flat) if not isinstance(value, torch.Tensor)},
+        reads=mode.value_reads.reads,
+        seed=mode.random.seed,
+    )
+
+
+def _identity(tensor: torch.Tensor) -> int:
+    """Returns what tensors that share their memory have in common."""
+    return id(getattr(tensor, "_storage", tensor) if isinstance(tensor, Array) else tensor)
+
+
+def _storage_of(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def _check_dtypes(func: Any, args: Any) -> None:
+    """Refuses mixed dtypes where eager PyTorch does but fake tensors and XLA do not."""
+    if func in _ONE_DTYPE:
+        dtypes = [value.dtype for value in args if isinstance(value, torch.Tensor)]
+        if len(set(dtypes)) > 1:
+            names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+            raise ShapeError(
+                f"{func} needs arguments of one dtype, not {names}, at {user_line()}; convert one with .to(dtype)"
+            )
+    if func is torch.ops.aten.embedding.default and args[1].dtype not in (torch.int32, torch.int64):
+        dtype = str(args[1].dtype).removeprefix("torch.")
+        raise ShapeError(f"embedding needs indices of dtype int64 or int32, not {dtype}, at {user_line()}")
