@@ -36,6 +36,7 @@ from torchways.ir.program import (
     Program,
     Result,
     SliceSpec,
+    TracedInput,
     Value,
     ValueIndex,
     node_inputs,
@@ -593,7 +594,7 @@ class _Partitioner:
             Arg(
                 output=value,
                 label=self.inputs[position].label,
-                source=position,
+                source=TracedInput(position),
                 replaced=position in self.written,
                 is_data=self.inputs[position].is_data and self.values[value].slice_index == UNPLACED,
                 placements=self._wanted(self.placeholders[position]),

@@ -28,6 +28,7 @@ from torchways.capture.python_state.watcher import Watcher, Write
 from torchways.capture.source import is_user_file, user_line
 from torchways.capture.state import HostContent, StateTracker
 from torchways.capture.tracer import NumberInput, Trace, current_trace, trace
+from torchways.controller.bindings import Binding, Seed, StateTensor, binding_of
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state
@@ -42,7 +43,6 @@ from torchways.controller.variant import (
     Effect,
     KnownObject,
     NumberResult,
-    Seed,
     SourceResult,
     Variant,
     WrittenValue,
@@ -207,7 +207,7 @@ class _Tracing:
         self.captured = rewrite(
             Captured(
                 program=cut.program,
-                sources=_sources(traced, cut.program),
+                bindings=_bindings(traced, cut.program),
                 targets=self._targets(cut, traced),
                 num_returned=traced.num_outputs,
                 out_spec=traced.out_spec,
@@ -399,8 +399,8 @@ def variant_of(
     for piece in variant.pieces:
         for slice_index, items in piece.arguments.items():
             for item in items:
-                if isinstance(item.source, TensorSource):
-                    item.source.home = (meshes[slice_index], item.placements)
+                if isinstance(item.binding, StateTensor):
+                    item.binding.source.home = (meshes[slice_index], item.placements)
     if active_parity() is None:
         variant.bind(variant.pieces)
     else:
@@ -434,11 +434,11 @@ def _content(item: Any) -> Any:
     return spec, [id(leaf) if isinstance(leaf, torch.Tensor) or node_of(leaf) else leaf for leaf in leaves]
 
 
-def _sources(traced: Trace, program: Program) -> list[Any]:
-    """Returns what arguments are bound to, by `Arg.source`: what was traced, then the seeds."""
+def _bindings(traced: Trace, program: Program) -> list[Binding]:
+    """Returns what the inputs of the traced function are bound to, by position: what was traced, then the seeds."""
     first_seed = len(traced.inputs)
-    num_seeds = sum(isinstance(node, Arg) and node.source >= first_seed for node in program.nodes)
-    return [*(item.source for item in traced.inputs), *map(Seed, range(num_seeds))]
+    num_seeds = sum(isinstance(node, Arg) and node.position >= first_seed for node in program.nodes)
+    return [*(binding_of(item.source) for item in traced.inputs), *map(Seed, range(num_seeds))]
 
 
 def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:

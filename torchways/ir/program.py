@@ -93,6 +93,20 @@ class Function:
     num_operators: int
 
 
+@dataclass(frozen=True, slots=True)
+class TracedInput:
+    """The input at a position among those of the traced function."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class MadeValue:
+    """A value that an earlier piece of the same program makes (passes/sequential.py)."""
+
+    value: ValueIndex
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arg:
     """A value given from outside: the user's arguments and the state that the program reads.
@@ -100,7 +114,7 @@ class Arg:
     Attributes:
         output: the value.
         label: what it is, "host 0", "state layers.0.weight".
-        source: which of the inputs of what was traced it is, or ~v where an earlier program makes value v.
+        source: where it comes from.
         replaced: the run gives the state a new value, so the old buffer may be donated.
         is_data: a host argument that is split along "dp" where it is placed.
         placements: how a host argument is split instead, where its slice has as many axes.
@@ -108,10 +122,16 @@ class Arg:
 
     output: ValueIndex
     label: str
-    source: int
+    source: TracedInput | MadeValue
     replaced: bool = False
     is_data: bool = False
     placements: Placements | None = None
+
+    @property
+    def position(self) -> int:
+        """The input of the traced function that it is. Arguments of whole programs are nothing else."""
+        assert isinstance(self.source, TracedInput), f"{self.label} is made by another piece"
+        return self.source.position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
