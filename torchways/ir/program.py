@@ -6,7 +6,6 @@ value, however many devices the slice has. This package knows neither torch nor 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -19,18 +18,6 @@ ValueIndex: TypeAlias = int
 
 #: The slice of a value that goes wherever it is read: a host argument, before the pass `place`.
 UNPLACED = -1
-
-_ITEM_BYTES = {
-    "complex128": 16,
-    "float64": 8,
-    "int64": 8,
-    "complex64": 8,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,16 +48,6 @@ class Value:
     shape: tuple[int, ...]
     slice_index: int
     placements: Placements
-
-    @property
-    def item_bytes(self) -> int:
-        """Size of one element."""
-        return _ITEM_BYTES.get(self.dtype, 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Logical size in bytes."""
-        return math.prod(self.shape) * self.item_bytes
 
     def __str__(self) -> str:
         return tensor_text(self.dtype, self.shape, self.placements)

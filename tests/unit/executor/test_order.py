@@ -14,6 +14,7 @@ from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, PartId, ProgramId, RunId, SliceId
 from torchways.ir.part import Arguments, ComputeInstruction, ReceiveInstruction, SendInstruction
 from torchways.ir.program import AllReduce, Arg, Compute, Function, Program, Result, SliceSpec, TracedInput, Value
+from torchways.ir.sizes import logical_bytes
 from torchways.passes.lower import lower
 from torchways.passes.preflight import check_order, peak_memory
 from torchways.rpc import torchways_pb2 as pb
@@ -94,7 +95,7 @@ def run_program(dice, program, num_runs, spare):
     for part in lowered.parts:
         # The budget is what pre-flight says, beside the arguments and results of the other runs.
         kept = [*range(part.num_args), *(slot for slot, _ in part.results)]
-        beside = (num_runs - 1) * sum(part.slots[slot].nbytes for slot in kept)
+        beside = (num_runs - 1) * sum(logical_bytes(part.slots[slot].dtype, part.slots[slot].shape) for slot in kept)
         budgets["ab"[part.slice_index]] = sizes[part.slice_index] + beside + spare
     world = Executors(dice.choice, budgets)
     loaded = dict(load(part, hosts, sizes[part.slice_index] + spare) for part in lowered.parts)
