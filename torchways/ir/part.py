@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeAlias, TypeVar
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from torchways.ids import BufferId
 from torchways.ir.program import Function, Value
@@ -106,8 +106,7 @@ NO_BUFFER = BufferId(0)
 V = TypeVar("V")
 
 
-@dataclass(frozen=True, slots=True)
-class Arguments(Generic[V]):
+class Arguments(NamedTuple, Generic[V]):
     """What one run binds a part's arguments to: named buffers, and values that come with the run.
 
     They are columns, as on the wire, and not an object per argument: a run may have thousands of arguments, most of

@@ -105,8 +105,8 @@ def host_value(value: InlineValue) -> pb.HostValue:
 
 def arguments_to_bytes(arguments: Arguments[InlineValue]) -> bytes:
     """Returns a run's arguments as schedulers pass them on, unread."""
-    message = pb.Arguments(buffer_ids=arguments.buffer_ids, values=map(host_value, arguments.values))
-    return message.SerializeToString()
+    values = [host_value(value) for value in arguments.values]
+    return pb.Arguments(buffer_ids=arguments.buffer_ids, values=values).SerializeToString()
 
 
 def arguments_from_bytes(data: bytes) -> Arguments[pb.HostValue] | None:
@@ -115,10 +115,9 @@ def arguments_from_bytes(data: bytes) -> Arguments[pb.HostValue] | None:
         message = pb.Arguments.FromString(data)
     except DecodeError:
         return None
-    buffer_ids = cast(list[BufferId], list(message.buffer_ids))
-    if buffer_ids.count(NO_BUFFER) != len(message.values):
-        return None
-    return Arguments(buffer_ids, list(message.values) if message.values else ())
+    buffer_ids = cast("list[BufferId]", list(message.buffer_ids))
+    values = message.values
+    return Arguments(buffer_ids, values) if buffer_ids.count(NO_BUFFER) == len(values) else None
 
 
 def _slice_program(
