@@ -20,6 +20,7 @@ from torchways.graphs import deserialize_graph, run_graph
 from torchways.ids import SliceId
 from torchways.ir.loops import unrolled
 from torchways.ir.part import (
+    NO_BUFFER,
     AllReduceInstruction,
     ComputeInstruction,
     ReceiveInstruction,
@@ -29,7 +30,6 @@ from torchways.ir.part import (
 )
 from torchways.mesh import VirtualSlice
 from torchways.rpc.clients import ExecutorAddress, SliceAddress
-from torchways.rpc.programs import InlineValue
 
 
 class _Everything(frozenset):
@@ -133,12 +133,11 @@ class LocalSession:
         for part, part_graphs in zip(parts, graphs, strict=True):
             slice_id = slice_ids[part.slice_index]
             slots = {slot: torch.tensor(number) for slot, number in part.numbers}
-            for slot, binding in enumerate(arguments[slice_id]):
-                if isinstance(binding, InlineValue):
-                    slots[slot] = _tensor(binding)
-                else:
-                    slots[slot] = self.buffers[slice_id][binding]
-            runners.append(self._run_part(part, part_graphs, slots, arguments[slice_id], slice_id, wires))
+            values = iter(arguments[slice_id].values)
+            for slot, buffer_id in enumerate(arguments[slice_id].buffer_ids):
+                is_value = buffer_id == NO_BUFFER
+                slots[slot] = _tensor(next(values)) if is_value else self.buffers[slice_id][buffer_id]
+            runners.append(self._run_part(part, part_graphs, slots, arguments[slice_id].buffer_ids, slice_id, wires))
         while runners:
             alive = [runner for runner in runners if next(runner, "end") != "end"]
             assert alive != runners or wires, "deadlock"
@@ -149,7 +148,7 @@ class LocalSession:
                 self.buffers[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
         return self.new_ids(1)
 
-    def _run_part(self, part, graphs, slots, bindings, slice_id, wires):
+    def _run_part(self, part, graphs, slots, buffer_ids, slice_id, wires):
         for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
             match instruction:
                 case ComputeInstruction():
@@ -164,8 +163,8 @@ class LocalSession:
                         slots[slot] = result
                     for slot in donated_slots(instruction):
                         del slots[slot]
-                        if slot < len(bindings) and not isinstance(bindings[slot], InlineValue):
-                            del self.buffers[slice_id][bindings[slot]]
+                        if slot < len(buffer_ids) and buffer_ids[slot] != NO_BUFFER:
+                            del self.buffers[slice_id][buffer_ids[slot]]
                 case SendInstruction():
                     wires[instruction.edge_id] = slots[instruction.slot]
                     self.num_transfers += 1

@@ -224,16 +224,6 @@ def _from_partition_spec(spec: Sequence[Any], mesh: VirtualSlice, shape: Sequenc
     return list(texts.values())
 
 
-def shard_shape(shape: Sequence[int], placements: Placements, mesh_shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the shape of the largest shard of a value; `placements` has "R" or "S(dim)" for each axis of the mesh."""
-    sizes = list(shape)
-    for placement, size in zip(placements, mesh_shape, strict=True):
-        if placement != "R":
-            dim = int(placement[2:-1])
-            sizes[dim] = -(-sizes[dim] // size)
-    return tuple(sizes)
-
-
 def check_divides(axis_name: str, axis_size: int, dim: int, dim_size: int, where: str = "") -> None:
     """Raises PlacementError unless `dim_size` can be split evenly over the axis."""
     if dim_size % axis_size:

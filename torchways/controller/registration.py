@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torchways.capture.python_state.conditions import Conditions
-from torchways.capture.python_state.tokens import TensorSource
+from torchways.controller.bindings import StateTensor
 from torchways.controller.parity.report import active_parity
 from torchways.controller.session import Session
 from torchways.controller.variant import Captured, Dispatch, Variant, make_piece
@@ -39,8 +39,8 @@ def variant_of(
     for piece in variant.pieces:
         for slice_index, items in piece.arguments.items():
             for item in items:
-                if isinstance(item.source, TensorSource):
-                    item.source.home = (meshes[slice_index], item.placements)
+                if isinstance(item.binding, StateTensor):
+                    item.binding.source.home = (meshes[slice_index], item.placements)
     if active_parity() is None:
         variant.bind(variant.pieces)
     else:

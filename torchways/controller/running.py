@@ -14,7 +14,15 @@ from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.source import user_line
 from torchways.capture.tracing.objects import set_attributes
-from torchways.capture.tracing.trace import NumberInput
+from torchways.controller.bindings import (
+    Binding,
+    BoundArgument,
+    CallTensor,
+    ComputedNumber,
+    Constant,
+    Seed,
+    StateTensor,
+)
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.parity.check import ParityCheck
 from torchways.controller.parity.report import ParityReport, active_parity
@@ -26,20 +34,18 @@ from torchways.controller.variant import (
     BoundPiece,
     Effect,
     KnownObject,
-    MadeValue,
     NumberResult,
-    Seed,
-    Source,
     SourceResult,
     Variant,
     WrittenValue,
 )
 from torchways.errors import InternalError, PlacementError, UserError
 from torchways.ids import BufferId, RunId, SliceId
-from torchways.ir.program import ValueIndex
+from torchways.ir.part import NO_BUFFER, Arguments
+from torchways.ir.program import MadeValue, ValueIndex
 from torchways.mesh import VirtualSlice
 from torchways.passes.split import slice_args
-from torchways.rpc.programs import Binding, InlineValue
+from torchways.rpc.programs import InlineValue
 from torchways.signals import uninterrupted
 from torchways.storage import ViewStorage
 
@@ -90,10 +96,12 @@ class _Run:
         """Sends a run of a piece, and puts the first of its results where they go: one step to signals."""
         session = self._variant.session
         consumed: list[RemoteBuffer] = []
-        arguments: dict[SliceId, list[Binding]] = {}
-        for slice_index, sources in piece.arguments.items():
+        arguments: dict[SliceId, Arguments[InlineValue]] = {}
+        for slice_index, items in piece.arguments.items():
             mesh = self._variant.meshes[slice_index]
-            arguments[mesh.slice_id] = [self._bind(item, mesh, session, consumed) for item in sources]
+            values: list[InlineValue] = []
+            buffer_ids = [self._bind(item, mesh, session, consumed, values) for item in items]
+            arguments[mesh.slice_id] = Arguments(buffer_ids, values)
         name = self._variant.captured.program.name
         if consumed:
             session.wait_for_program(piece.program_id, name)
@@ -172,18 +180,24 @@ class _Run:
         args = slice_args(piece.lowered.program)
         for slice_index, items in piece.arguments.items():
             for value, item in zip(args[slice_index], items, strict=True):
-                tensor = self._tensor_of(item.source)
+                tensor = self._tensor_of(item.binding)
                 if isinstance(tensor, Array) and isinstance(tensor._buffer, HostBuffer):
                     values[value] = tensor._buffer.read()
                 elif isinstance(tensor, torch.Tensor) and not isinstance(tensor, Array):
                     values[value] = tensor.detach()
         return values
 
-    def _tensor_of(self, source: Any) -> Any:
-        """Returns the tensor that an argument is bound to in this run; other sources as they are."""
-        if isinstance(source, int):
-            return self._tensors[source]
-        return source.tensor if isinstance(source, TensorSource) else source
+    def _tensor_of(self, binding: Binding | MadeValue) -> torch.Tensor | None:
+        """Returns the tensor that an argument is bound to in this run, if it is bound to one."""
+        match binding:
+            case StateTensor():
+                return binding.source.tensor
+            case CallTensor():
+                return self._tensors[binding.position]
+            case Constant():
+                return binding.tensor
+            case _:
+                return None
 
     def _assign(self, piece: BoundPiece, buffers: list[RemoteBuffer]) -> None:
         """Puts the first results of a piece, as many as there are buffers, where they go."""
@@ -208,7 +222,7 @@ class _Run:
             UserError: it is so.
         """
         captured = self._variant.captured
-        arrays = [tensor for tensor in map(self._tensor_of, captured.sources) if isinstance(tensor, Array)]
+        arrays = [tensor for tensor in map(self._tensor_of, captured.bindings) if isinstance(tensor, Array)]
         if not any(isinstance(tensor._storage, ViewStorage) for tensor in arrays):
             return
         targets = [item.target for item in captured.targets if isinstance(item.target, TensorSource)]
@@ -223,26 +237,44 @@ class _Run:
                     f"memory, called at {user_line()}: take the view within the program, or give it a copy (.clone())"
                 )
 
-    def _bind(self, item: Source, mesh: VirtualSlice, session: Session, consumed: list[RemoteBuffer]) -> Binding:
-        source = item.source
-        if isinstance(source, MadeValue):
-            if item.donated:
-                consumed.append(self._made[source.value])
-            return self._made[source.value].buffer_id
-        if isinstance(source, Seed):
-            return InlineValue(dtype="int64", shape=(), placements=item.placements, data=source.of_run(self._seed))
-        if isinstance(source, NumberInput):
-            dtype = str(source.dtype).removeprefix("torch.")
-            data = number_bytes(self._numbers[source.step], source.dtype)
-            return InlineValue(dtype=dtype, shape=(), placements=item.placements, data=data)
-        tensor = self._tensor_of(source)
+    def _bind(
+        self,
+        item: BoundArgument,
+        mesh: VirtualSlice,
+        session: Session,
+        consumed: list[RemoteBuffer],
+        values: list[InlineValue],
+    ) -> BufferId:
+        """Returns the buffer that an argument is bound to; if it is a value, adds it to `values`."""
+        match item.binding:
+            case StateTensor() as state:
+                tensor = state.source.tensor
+            case CallTensor() as argument:
+                tensor = self._tensors[argument.position]
+            case Constant() as constant:
+                tensor = constant.tensor
+            case MadeValue() as made:
+                if item.donated:
+                    consumed.append(self._made[made.value])
+                return self._made[made.value].buffer_id
+            case Seed() as seed:
+                data = seed.of_run(self._seed)
+                values.append(InlineValue(dtype="int64", shape=(), placements=item.placements, data=data))
+                return NO_BUFFER
+            case ComputedNumber() as number:
+                dtype = str(number.dtype).removeprefix("torch.")
+                data = number_bytes(self._numbers[number.step], number.dtype)
+                values.append(InlineValue(dtype=dtype, shape=(), placements=item.placements, data=data))
+                return NO_BUFFER
         if not isinstance(tensor, Array):
             content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach())
-            return HostBuffer(content).inline(item.placements)
+            values.append(HostBuffer(content).inline(item.placements))
+            return NO_BUFFER
         buffer = tensor._buffer
         if isinstance(buffer, HostBuffer):
             if item.donated and not isinstance(buffer.value.content, torch.Tensor):
-                return buffer.inline(item.placements)  # a constant that this run replaces: no buffer of its own
+                values.append(buffer.inline(item.placements))  # a constant that this run replaces: no buffer of its own
+                return NO_BUFFER
             buffer = tensor._buffer = session.put(buffer, mesh, item.placements)
         assert isinstance(buffer, RemoteBuffer)
         if buffer.session is not session:

@@ -14,13 +14,14 @@ import torch.utils._pytree as pytree
 from torchways.array import Array
 from torchways.capture.current_trace import current_trace
 from torchways.capture.python_state.tokens import TensorSource
+from torchways.controller.bindings import Binding, CallTensor, Seed, StateTensor
 from torchways.controller.control_flow import copy_of, kind_text
 from torchways.controller.program import ProgramFunction
 from torchways.controller.registration import variant_of
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, signature_of
 from torchways.controller.tracing import trace_variant
-from torchways.controller.variant import Captured, ResultTarget, Seed, Variant
+from torchways.controller.variant import Captured, ResultTarget, Variant
 from torchways.controller.variants import MAX_VARIANTS
 from torchways.errors import CaptureError, ShapeError, UserError
 from torchways.ir.program import Arg, node_inputs, with_nodes
@@ -150,34 +151,44 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
     result_of = {position: number for number, position in enumerate(tensors)}
     carried = _check_carry(body, name, init, carry, result_of)
     num_carried = len(carried)
-    input_of = {source: number for number, source in enumerate(body.sources) if isinstance(source, int)}
+    input_of = {
+        binding.position: number for number, binding in enumerate(body.bindings) if isinstance(binding, CallTensor)
+    }
     fed = {input_of[position]: number for position, number in enumerate(carried)}
     for number in range(body.num_returned, len(body.targets)):  # what the body writes to arrays is carried as well
         target = body.targets[number].target
         if not isinstance(target, TensorSource):
             raise CaptureError(f"{name}, the body of tw.scan, makes optimizer state or gradients: use tw.program")
-        fed[next(index for index, source in enumerate(body.sources) if source is target)] = number
-    seeds = {index: source for index, source in enumerate(body.sources) if isinstance(source, Seed)}
+        position = next(
+            index
+            for index, binding in enumerate(body.bindings)
+            if isinstance(binding, StateTensor) and binding.source is target
+        )
+        fed[position] = number
+    seeds = {index: binding for index, binding in enumerate(body.bindings) if isinstance(binding, Seed)}
     loop = ScanLoop(
         length=length,
-        num_inputs=len(body.sources),
+        num_inputs=len(body.bindings),
         fed=fed,
-        own=frozenset([*(index for source, index in input_of.items() if source >= num_carried), *seeds]),
+        own=frozenset([*(index for position, index in input_of.items() if position >= num_carried), *seeds]),
         kept=frozenset(result_of[leaf] for leaf in pytree.tree_leaves(y) if leaf in result_of),
     )
     num_own = len(input_of) - num_carried
     nodes = [
-        replace(node, replaced=node.replaced or (donate and node.source in fed)) if isinstance(node, Arg) else node
+        replace(node, replaced=node.replaced or (donate and node.position in fed)) if isinstance(node, Arg) else node
         for node in body.program.nodes
     ]
     program = unroll(with_nodes(body.program, nodes), loop)
-    sources: list[Any] = []
+    bindings: list[Binding] = []
     for turn in range(length):
-        for index, source in enumerate(body.sources):
-            if index in seeds:  # every turn draws numbers of its own
-                sources.append(Seed(seeds[index].number + turn * len(seeds)))
-            else:
-                sources.append(source + turn * num_own if index in loop.own else source)
+        for index, binding in enumerate(body.bindings):
+            match binding:
+                case Seed():  # every turn draws numbers of its own
+                    bindings.append(Seed(binding.number + turn * len(seeds)))
+                case CallTensor() if index in loop.own:
+                    bindings.append(CallTensor(binding.position + turn * num_own))
+                case _:
+                    bindings.append(binding)
     # The result of the whole: the carry of the last turn and the y of each.
     whole: Any = ((_label(carry, length - 1), [_label(y, turn) for turn in range(length)]), {})
     labels, out_spec = pytree.tree_flatten(whole, is_leaf=lambda item: isinstance(item, _Leaf))
@@ -196,7 +207,7 @@ def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -
         effects=[],
         numbers=body.numbers,
         seed=body.seed,
-        sources=sources,
+        bindings=bindings,
         targets=targets,
         num_returned=len(place),
         out_spec=out_spec,

@@ -31,7 +31,7 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, t
 from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
-from torchways.ir.part import SlicePart
+from torchways.ir.part import Arguments, SlicePart
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
 from torchways.rpc.clients import (
@@ -44,7 +44,6 @@ from torchways.rpc.clients import (
     Span,
 )
 from torchways.rpc.programs import (
-    Binding,
     HostAddress,
     InlineValue,
     close_message,
@@ -521,16 +520,16 @@ class Session:
         program_id: ProgramId,
         name: str,
         first_buffer_id: BufferId,
-        arguments: Mapping[SliceId, Sequence[Binding]],
+        arguments: Mapping[SliceId, Arguments[InlineValue]],
     ) -> RunId:
         """Sends a run: one message to each island that takes part; see `wait_for_room`."""
         started_ns = time.time_ns()
         if any(slice_id not in self._slices for slice_id in arguments):
             raise PlacementError(f"{name} runs on a mesh that is closed: its devices and arrays were given back")
         run_id = RunId(self.new_ids(1))
-        by_island: dict[IslandId, list[tuple[SliceId, Sequence[Binding]]]] = defaultdict(list)
-        for slice_id, bindings in arguments.items():
-            by_island[self._slices[slice_id].island].append((slice_id, bindings))
+        by_island: dict[IslandId, list[tuple[SliceId, Arguments[InlineValue]]]] = defaultdict(list)
+        for slice_id, bound in arguments.items():
+            by_island[self._slices[slice_id].island].append((slice_id, bound))
         self._runs[run_id] = _Run(name, len(by_island), started_ns, self._first_runs.pop(program_id, None))
         for island, slices in by_island.items():
             self._post(self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Call
 from torchways.capture.python_state.tokens import TensorSource, is_plain, same_plain, short
-from torchways.capture.tracing.trace import NumberInput
+from torchways.controller.bindings import Binding, CallTensor, ComputedNumber, Constant, Seed, StateTensor
 from torchways.controller.variant import Captured, NumberResult, SourceResult, WrittenValue
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph
@@ -104,7 +104,7 @@ def _values(captured: Captured) -> dict[int, str]:
     values: dict[int, str] = {}
     for node in program.nodes:
         if isinstance(node, Arg):
-            values[node.output] = _hash("input", _source(captured.sources[node.source], captured.numbers))
+            values[node.output] = _hash("input", _binding(captured.bindings[node.position], captured.numbers))
         elif isinstance(node, Compute):
             outputs = _outputs(graphs[node.function_index], [values[index] for index in node.inputs])
             values.update(zip(node.outputs, outputs, strict=True))
@@ -115,14 +115,17 @@ def _values(captured: Captured) -> dict[int, str]:
     return values
 
 
-def _source(source: Any, numbers: HostNumbers) -> str:
-    if isinstance(source, TensorSource):
-        return f"tensor {id(source.tensor)}"
-    if isinstance(source, NumberInput):
-        return f"{_number(source.step, numbers)} as {source.dtype}"
-    if isinstance(source, torch.Tensor):
-        return _hash(source.dtype, tuple(source.shape), source.detach().cpu().contiguous().view(-1).tolist())
-    return str(source)
+def _binding(binding: Binding, numbers: HostNumbers) -> str:
+    match binding:
+        case StateTensor():
+            return f"tensor {id(binding.source.tensor)}"
+        case ComputedNumber():
+            return f"{_number(binding.step, numbers)} as {binding.dtype}"
+        case Constant():
+            tensor = binding.tensor
+            return _hash(tensor.dtype, tuple(tensor.shape), tensor.detach().cpu().contiguous().view(-1).tolist())
+        case CallTensor() | Seed():
+            return str(binding)
 
 
 def _outputs(graph: torch.fx.Graph, inputs: list[str]) -> list[str]:

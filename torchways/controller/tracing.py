@@ -31,6 +31,7 @@ from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import tidy
 from torchways.capture.tracing.trace import NumberInput, Trace
 from torchways.capture.tracing.tracer import trace
+from torchways.controller.bindings import Binding, Seed, binding_of
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state
@@ -45,7 +46,6 @@ from torchways.controller.variant import (
     Effect,
     KnownObject,
     NumberResult,
-    Seed,
     SourceResult,
     Variant,
     WrittenValue,
@@ -207,7 +207,7 @@ class _Tracing:
         self.captured = rewrite(
             Captured(
                 program=cut.program,
-                sources=_sources(traced, cut.program),
+                bindings=_bindings(traced, cut.program),
                 targets=self._targets(cut, traced),
                 num_returned=traced.num_outputs,
                 out_spec=traced.out_spec,
@@ -400,11 +400,11 @@ def _content(item: Any) -> Any:
     return spec, [id(leaf) if isinstance(leaf, torch.Tensor) or node_of(leaf) else leaf for leaf in leaves]
 
 
-def _sources(traced: Trace, program: Program) -> list[Any]:
-    """Returns what arguments are bound to, by `Arg.source`: what was traced, then the seeds."""
+def _bindings(traced: Trace, program: Program) -> list[Binding]:
+    """Returns what the inputs of the traced function are bound to, by position: what was traced, then the seeds."""
     first_seed = len(traced.inputs)
-    num_seeds = sum(isinstance(node, Arg) and node.source >= first_seed for node in program.nodes)
-    return [*(item.source for item in traced.inputs), *map(Seed, range(num_seeds))]
+    num_seeds = sum(isinstance(node, Arg) and node.position >= first_seed for node in program.nodes)
+    return [*(binding_of(item.source) for item in traced.inputs), *map(Seed, range(num_seeds))]
 
 
 def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:

@@ -14,27 +14,21 @@ from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Place
 from torchways.capture.python_state.tokens import TensorSource, short
 from torchways.capture.tracing.known_values import ArgumentRead
+from torchways.controller.bindings import Binding, BoundArgument, Seed
 from torchways.controller.parity.observe import observed
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.ids import ProgramId, SliceId
 from torchways.ir.loops import unrolled
-from torchways.ir.program import Arg, Program, Value, ValueIndex, donated_values
+from torchways.ir.program import Arg, MadeValue, Program, TracedInput, Value, ValueIndex, donated_values
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 from torchways.passes.preflight import check_memory
-from torchways.passes.sequential import Piece
+from torchways.passes.sequential import FinalResult, Piece
 from torchways.passes.split import slice_args
 
 #: "parallel": the whole program in one message an island. "sequential": one computation after the other.
 Dispatch: TypeAlias = Literal["parallel", "sequential"]
-
-
-@dataclass(frozen=True, slots=True)
-class MadeValue:
-    """A value that a piece of a program makes for a later one."""
-
-    value: ValueIndex
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,29 +74,6 @@ class Effect:
 
 
 @dataclass(frozen=True, slots=True)
-class Seed:
-    """The seed of one of a run's computations that draw random numbers."""
-
-    number: int
-
-    def of_run(self, run_seed: int) -> bytes:
-        """Returns it as int64[]; seeds of one run have nothing to do with each other (SplitMix64's finalizer)."""
-        mixed = (run_seed + (self.number + 1) * 0x9E3779B97F4A7C15) % 2**64
-        mixed = (mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
-        mixed = (mixed ^ (mixed >> 27)) * 0x94D049BB133111EB % 2**64
-        return ((mixed ^ (mixed >> 31)) >> 1).to_bytes(8, "little")
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """What an argument of a slice part is bound to: a traced input, and how it is sharded there."""
-
-    source: Any
-    placements: Placements
-    donated: bool
-
-
-@dataclass(frozen=True, slots=True)
 class ResultTarget:
     """Where a result goes: output `position` of the function, a tensor of Python's state that is written
     in place, a place of Python's state, a piece."""
@@ -120,8 +91,7 @@ class Captured:
 
     Attributes:
         program: not lowered yet.
-        sources: what each of its arguments is bound to, by `Arg.source`: the call's tensor at a position, a
-            tensor of Python's state, ...
+        bindings: what the inputs of the traced function are bound to, by `TracedInput.position`.
         targets: what becomes of each of its results.
         num_returned: the first so many results are what the function returned.
         out_spec: the structure of what it returned, ahead of the argument objects that it changed.
@@ -132,7 +102,7 @@ class Captured:
     """
 
     program: Program
-    sources: list[Any]
+    bindings: list[Binding]
     targets: list[ResultTarget]
     num_returned: int
     out_spec: pytree.TreeSpec
@@ -155,7 +125,7 @@ class BoundPiece:
     """
 
     lowered: LoweredProgram
-    arguments: dict[int, list[Source]]
+    arguments: dict[int, list[BoundArgument]]
     results: list[ResultTarget]
     program_id: ProgramId = ProgramId(0)
     bound_to: tuple[SliceId, ...] = ()
@@ -189,8 +159,8 @@ class Variant:
     @functools.cached_property
     def is_random(self) -> bool:
         """Whether it draws random numbers."""
-        sources = (item.source for piece in self.pieces for items in piece.arguments.values() for item in items)
-        return any(isinstance(source, Seed) for source in sources)
+        bindings = (item.binding for piece in self.pieces for items in piece.arguments.values() for item in items)
+        return any(isinstance(binding, Seed) for binding in bindings)
 
     def __del__(self) -> None:
         for piece in [*self.pieces, *filter(None, [self._observed])]:
@@ -286,22 +256,27 @@ class KnownObject:
 def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> BoundPiece:
     lowered = lower(piece.program)
     donated = {value for node in lowered.program.nodes for value in donated_values(node)}
-    sources: dict[ValueIndex, Source] = {}
+    bound: dict[ValueIndex, BoundArgument] = {}
     for node in lowered.program.nodes:
         if isinstance(node, Arg):
-            source = captured.sources[node.source] if node.source >= 0 else MadeValue(~node.source)
+            match node.source:
+                case TracedInput(position):
+                    binding: Binding | MadeValue = captured.bindings[position]
+                case MadeValue() as binding:
+                    pass
             placements = lowered.program.values[node.output].placements
-            sources[node.output] = Source(source, placements, node.output in donated)
+            bound[node.output] = BoundArgument(binding, placements, node.output in donated)
     args = slice_args(lowered.program)
     results = []
-    for number in piece.results:
-        if number >= 0:
-            results.append(captured.targets[number])
-        else:
-            results.append(target_of(MadeValue(~number), piece.program.values[~number], meshes))
+    for result in piece.results:
+        match result:
+            case FinalResult(number):
+                results.append(captured.targets[number])
+            case MadeValue(value):
+                results.append(target_of(result, piece.program.values[value], meshes))
     return BoundPiece(
         lowered=lowered,
-        arguments={part.slice_index: [sources[value] for value in args[part.slice_index]] for part in lowered.parts},
+        arguments={part.slice_index: [bound[value] for value in args[part.slice_index]] for part in lowered.parts},
         results=results,
     )
 

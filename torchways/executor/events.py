@@ -14,7 +14,7 @@ from torchways.errors import Failure
 from torchways.executor.plan import LoadedProgram
 from torchways.executor.runs import Cell, Task
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
-from torchways.ir.part import AllReduceInstruction, SendInstruction
+from torchways.ir.part import AllReduceInstruction, Arguments, SendInstruction
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,16 +34,13 @@ class ProgramCompiled:
 
 @dataclass(slots=True, kw_only=True)
 class RunEnqueued:
-    """The scheduler ordered a run. `arguments` are buffer ids, or host values (anything that is not an int).
-
-    They are what a client sent; None: they cannot be read.
-    """
+    """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read."""
 
     part: PartId
     run_id: RunId
     sequence: int
     first_buffer_id: BufferId
-    arguments: Sequence[Any] | None
+    arguments: Arguments[Any] | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

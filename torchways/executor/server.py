@@ -21,7 +21,6 @@ import grpc
 import grpc.aio
 import psutil
 import torch
-from google.protobuf.message import DecodeError
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import events
@@ -34,6 +33,7 @@ from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
+from torchways.rpc.programs import arguments_from_bytes
 from torchways.rpc.streams import Joiner, Outbox
 from torchways.runtime.base import Runtime
 
@@ -257,21 +257,12 @@ def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
 
 
 def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
-    bound: list[Any] | None
-    try:
-        arguments = pb.Arguments.FromString(message.arguments)
-        bound = list(arguments.buffer_ids)
-        if arguments.values:
-            values = iter(arguments.values)
-            bound = [buffer_id or next(values) for buffer_id in bound]
-    except (DecodeError, StopIteration):  # a scheduler passes on unread what a client sent
-        bound = None
     return events.RunEnqueued(
         part=PartId(ProgramId(message.program_id), SliceId(message.slice_id)),
         run_id=RunId(message.run_id),
         sequence=message.sequence,
         first_buffer_id=BufferId(message.first_buffer_id),
-        arguments=bound,
+        arguments=arguments_from_bytes(message.arguments),
     )
 
 

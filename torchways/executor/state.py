@@ -61,7 +61,7 @@ from torchways.executor.names import Names
 from torchways.executor.plan import LoadedProgram
 from torchways.executor.runs import Cell, KnownProgram, Placing, Run, Task, lowest
 from torchways.ids import BufferId, ClientId, PartId, RunPart, SliceId, owner
-from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
+from torchways.ir.part import NO_BUFFER, ComputeInstruction, ReceiveInstruction, SendInstruction
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
@@ -202,16 +202,17 @@ class ExecutorState:
             for slot in unit.writes:
                 cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
         inline: list[Placing] = []
-        for slot, argument in enumerate(arguments):
-            if isinstance(argument, int):
-                cell = self.names.find(BufferId(argument))
+        values = iter(arguments.values)
+        for slot, buffer_id in enumerate(arguments.buffer_ids):
+            if buffer_id != NO_BUFFER:
+                cell = self.names.find(buffer_id)
                 cell.holders += 1
                 if not cell.is_charged and not cell.scheduled and cell.payer is None:  # a Put that has no place yet
                     cell.payer = part
                     reserved += sizes[slot]
             else:
                 cell = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
-                inline.append(Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=argument)))
+                inline.append(Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=next(values))))
                 reserved += sizes[slot]
             cells[slot] = cell
         for slot, cell in known.numbers.items():
@@ -242,7 +243,7 @@ class ExecutorState:
         for slot in (*range(program.num_args), *known.numbers):
             if slot not in reads_left:
                 self._leave(run, slot)
-        self._drop_donated(known, arguments)
+        self._drop_donated(known, arguments.buffer_ids)
         if not program.units:
             self._end_run(run)
             return
@@ -269,14 +270,14 @@ class ExecutorState:
         if run.num_passed < len(run.in_order):
             self._ready.append(run.in_order[run.num_passed])
 
-    def _drop_donated(self, known: KnownProgram, arguments: Sequence[Any]) -> None:
+    def _drop_donated(self, known: KnownProgram, buffer_ids: Sequence[BufferId]) -> None:
         """Gives up the names that a run donates: now, or when its program is compiled; never if that failed."""
         program = known.program
         donated = [
-            BufferId(arguments[slot])
+            buffer_ids[slot]
             for unit in program.units
             for slot in unit.donated
-            if slot < program.num_args and isinstance(arguments[slot], int)
+            if slot < program.num_args and buffer_ids[slot] != NO_BUFFER
         ]
         if not known.is_compiled:
             known.to_donate.extend(donated)
@@ -717,10 +718,10 @@ def _refusal(event: RunEnqueued, program: LoadedProgram) -> str:
     client, arguments = owner(event.run_id), event.arguments
     if arguments is None:
         return "its arguments cannot be read"
-    named = [argument for argument in arguments if isinstance(argument, int)]
+    named: list[int] = [buffer_id for buffer_id in arguments.buffer_ids if buffer_id != NO_BUFFER]
     named += [event.first_buffer_id + number for _, number in program.results]
     if owner(event.part.program_id) != client or any(owner(identity) != client for identity in named):
         return "it names what belongs to another client"
-    if len(arguments) != program.num_args:
-        return f"it has {len(arguments)} arguments, and its program takes {program.num_args}"
+    if len(arguments.buffer_ids) != program.num_args:
+        return f"it has {len(arguments.buffer_ids)} arguments, and its program takes {program.num_args}"
     return ""

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+from torchways.ids import BufferId
 from torchways.ir.program import Function, Value
 from torchways.schedules.actions import Kind, Repeat
 
@@ -163,6 +164,27 @@ class FlatPart(SlicePart):
     """A part without loops; see `unrolled` (loops.py)."""
 
     instructions: tuple[Instruction, ...]
+
+
+#: Stands among the buffer ids of a run's arguments for a value.
+NO_BUFFER = BufferId(0)
+
+V = TypeVar("V")
+
+
+class Arguments(NamedTuple, Generic[V]):
+    """What one run binds a part's arguments to: named buffers, and values that come with the run.
+
+    They are columns, as on the wire, and not an object per argument: a run may have thousands of arguments, most of
+    them buffers, and its dispatch takes tens of microseconds.
+
+    Attributes:
+        buffer_ids: one per argument; NO_BUFFER if the argument is a value.
+        values: the values of the arguments that are no buffers, in order.
+    """
+
+    buffer_ids: Sequence[BufferId]
+    values: Sequence[V] = ()
 
 
 def reads(instruction: Instruction | LoopInstruction) -> tuple[Slot, ...]:

@@ -6,7 +6,6 @@ value, however many devices the slice has. This package knows neither torch nor 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
@@ -20,18 +19,6 @@ ValueIndex: TypeAlias = int
 
 #: The slice of a value that goes wherever it is read: a host argument, before the pass `place`.
 UNPLACED = -1
-
-_ITEM_BYTES = {
-    "complex128": 16,
-    "float64": 8,
-    "int64": 8,
-    "complex64": 8,
-    "float32": 4,
-    "int32": 4,
-    "float16": 2,
-    "bfloat16": 2,
-    "int16": 2,
-}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,16 +50,6 @@ class Value:
     slice_index: int
     placements: Placements
 
-    @property
-    def item_bytes(self) -> int:
-        """Size of one element."""
-        return _ITEM_BYTES.get(self.dtype, 1)
-
-    @property
-    def nbytes(self) -> int:
-        """Logical size in bytes."""
-        return math.prod(self.shape) * self.item_bytes
-
     def __str__(self) -> str:
         return tensor_text(self.dtype, self.shape, self.placements)
 
@@ -94,6 +71,20 @@ class Function:
     num_operators: int
 
 
+@dataclass(frozen=True, slots=True)
+class TracedInput:
+    """The input at a position among those of the traced function."""
+
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class MadeValue:
+    """A value that an earlier piece of the same program makes (passes/sequential.py)."""
+
+    value: ValueIndex
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Arg:
     """A value given from outside: the user's arguments and the state that the program reads.
@@ -101,7 +92,7 @@ class Arg:
     Attributes:
         output: the value.
         label: what it is, "host 0", "state layers.0.weight".
-        source: which of the inputs of what was traced it is, or ~v where an earlier program makes value v.
+        source: where it comes from.
         replaced: the run gives the state a new value, so the old buffer may be donated.
         is_data: a host argument that is split along "dp" where it is placed.
         placements: how a host argument is split instead, where its slice has as many axes.
@@ -109,10 +100,16 @@ class Arg:
 
     output: ValueIndex
     label: str
-    source: int
+    source: TracedInput | MadeValue
     replaced: bool = False
     is_data: bool = False
     placements: Placements | None = None
+
+    @property
+    def position(self) -> int:
+        """The input of the traced function that it is. Arguments of whole programs are nothing else."""
+        assert isinstance(self.source, TracedInput), f"{self.label} is made by another piece"
+        return self.source.position
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

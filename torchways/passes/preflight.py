@@ -19,7 +19,8 @@ from torchways.ir.part import (
     SendInstruction,
 )
 from torchways.ir.program import SliceSpec, Value
-from torchways.mesh import mesh_text, shard_shape
+from torchways.ir.sizes import device_bytes
+from torchways.mesh import mesh_text
 
 _EdgeEnd = tuple[int, int]
 
@@ -82,14 +83,9 @@ def check_order(parts: Sequence[FlatPart]) -> None:
         raise InternalError("a program can never end: " + "; ".join([*stuck, *unread]))
 
 
-def value_bytes(value: Value, spec: SliceSpec) -> int:
-    """Returns the bytes that a value takes on each device of its slice."""
-    return math.prod(shard_shape(value.shape, value.placements, spec.shape)) * value.item_bytes
-
-
 def peak_memory(part: FlatPart, spec: SliceSpec) -> Peak:
     """Returns the most that a part holds at a time, not counting what XLA needs inside a computation."""
-    sizes = [value_bytes(value, spec) for value in part.slots]
+    sizes = [device_bytes(value.dtype, value.shape, value.placements, spec.shape) for value in part.slots]
     args = range(part.num_args)
     steps = [InstructionStep.of(instruction, sizes) for instruction in part.instructions]
     most, at, live = -1, 0, list(args)

@@ -8,7 +8,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torchways.ir.program import Arg, Node, Program, Result, ValueIndex, node_inputs, node_outputs, with_nodes
+from torchways.ir.program import (
+    Arg,
+    MadeValue,
+    Node,
+    Program,
+    Result,
+    ValueIndex,
+    node_inputs,
+    node_outputs,
+    with_nodes,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class FinalResult:
+    """A result of the whole program."""
+
+    number: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -17,17 +34,16 @@ class Piece:
 
     Attributes:
         program: it; its values are numbered as in the whole.
-        results: what each of its results is: the number of a result of the whole, or ~v for value v, which a later
-            piece reads.
+        results: what each of its results is to the whole.
     """
 
     program: Program
-    results: tuple[int, ...]
+    results: tuple[FinalResult | MadeValue, ...]
 
 
 def whole(program: Program) -> Piece:
     """Returns a program as its only piece."""
-    return Piece(program=program, results=tuple(range(len(node_inputs(program.nodes[-1])))))
+    return Piece(program=program, results=tuple(map(FinalResult, range(len(node_inputs(program.nodes[-1]))))))
 
 
 def sequential(program: Program) -> list[Piece]:
@@ -43,7 +59,9 @@ def sequential(program: Program) -> list[Piece]:
     if passed or not pieces:  # arguments that are results
         nodes: list[Node] = [args[value] for value in dict.fromkeys(value for _, value in passed)]
         nodes.append(Result(inputs=tuple(value for _, value in passed)))
-        pieces.append(Piece(program=with_nodes(program, nodes), results=tuple(number for number, _ in passed)))
+        pieces.append(
+            Piece(program=with_nodes(program, nodes), results=tuple(FinalResult(number) for number, _ in passed))
+        )
     return pieces
 
 
@@ -60,15 +78,15 @@ def _piece(
         known = args.get(value)
         is_last = last_reader[value] == position and value not in results
         if known is None:
-            reads.append(Arg(output=value, label="value", source=~value, replaced=is_last))
+            reads.append(Arg(output=value, label="value", source=MadeValue(value), replaced=is_last))
         elif known.replaced and not is_last:
             reads.append(Arg(output=value, label=known.label, source=known.source, is_data=known.is_data))
         else:
             reads.append(known)
-    kept: list[tuple[ValueIndex, int]] = []
+    kept: list[tuple[ValueIndex, FinalResult | MadeValue]] = []
     for value in node_outputs(node):
-        kept += [(value, number) for number, result in enumerate(results) if result == value]
+        kept += [(value, FinalResult(number)) for number, result in enumerate(results) if result == value]
         if value in last_reader:
-            kept.append((value, ~value))
+            kept.append((value, MadeValue(value)))
     end = Result(inputs=tuple(value for value, _ in kept))
     return Piece(program=with_nodes(program, [*reads, node, end]), results=tuple(what for _, what in kept))

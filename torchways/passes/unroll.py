@@ -18,6 +18,7 @@ from torchways.ir.program import (
     Node,
     Program,
     Result,
+    TracedInput,
     Transfer,
     Value,
     ValueIndex,
@@ -34,7 +35,7 @@ class ScanLoop:
 
     Attributes:
         length: number of turns, at least one.
-        num_inputs: inputs of what was traced: `Arg.source` is below this.
+        num_inputs: inputs of the traced function.
         fed: from the position of an input to the number of the result that is its value in the next turn.
         own: positions of inputs of which each turn gets one of its own.
         kept: numbers of the results that each turn gives; of the others, only the last turn's are results.
@@ -60,15 +61,15 @@ class ScanLoop:
 def unroll(body: Program, loop: ScanLoop) -> Program:
     """Returns the program of all turns.
 
-    Its arguments are those of the first turn, and what each further turn gets of its own: its source is the turn's
-    number times `num_inputs` above that of the first. Its results are those of `loop.results`.
+    Its arguments are those of the first turn, and what each further turn gets of its own. In turn t, the position of
+    an input is t * `num_inputs` above that of the first turn. Its results are those of `loop.results`.
     """
     body = _same_placements(place(body), loop)
     results = node_inputs(body.nodes[-1])
     fed = {
-        node.output: results[loop.fed[node.source]]
+        node.output: results[loop.fed[node.position]]
         for node in body.nodes
-        if isinstance(node, Arg) and node.source in loop.fed
+        if isinstance(node, Arg) and node.position in loop.fed
     }
     kept = {results[number] for number in loop.kept}
     values = list(body.values)
@@ -81,7 +82,7 @@ def unroll(body: Program, loop: ScanLoop) -> Program:
                 if turn > 0 and node.output in fed:
                     now[node.output] = made[-1][fed[node.output]]
                     continue
-                if turn > 0 and node.source not in loop.own:
+                if turn > 0 and node.position not in loop.own:
                     now[node.output] = node.output
                     continue
             for value in node_outputs(node):
@@ -100,8 +101,8 @@ def _same_placements(body: Program, loop: ScanLoop) -> Program:
     results = node_inputs(body.nodes[-1])
     computed = {value for node in body.nodes if not isinstance(node, Arg) for value in node_outputs(node)}
     for node in body.nodes:
-        if isinstance(node, Arg) and node.source in loop.fed:
-            value, known = results[loop.fed[node.source]], body.values[node.output]
+        if isinstance(node, Arg) and node.position in loop.fed:
+            value, known = results[loop.fed[node.position]], body.values[node.output]
             if value in computed and values[value].slice_index == known.slice_index:
                 values[value] = replace(values[value], placements=known.placements)
     return with_nodes(body, list(body.nodes), values)
@@ -125,7 +126,7 @@ def _node_of_turn(
             # What no later turn can donate the first does not either: all are then the same call.
             replaced = node.replaced and fed.get(node.output) not in kept
             label = f"{node.label} of turn {turn}" if turn else node.label
-            source = node.source + turn * loop.num_inputs
+            source = TracedInput(node.position + turn * loop.num_inputs)
             return replace(node, output=now[node.output], source=source, label=label, replaced=replaced)
         case Compute():
             donated = tuple(index for index, value in enumerate(node.inputs) if value in fed) if turn else ()

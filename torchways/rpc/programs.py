@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import cast
+
+from google.protobuf.message import DecodeError
 
 from torchways.ids import BufferId, ProgramId, RunId, SliceId
-from torchways.ir.part import SliceIndex, SlicePart, peers
+from torchways.ir.part import NO_BUFFER, Arguments, SliceIndex, SlicePart, peers
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.convert import part_to_proto
 
@@ -25,10 +27,6 @@ class InlineValue:
     shape: tuple[int, ...]
     placements: tuple[str, ...]
     data: bytes | float
-
-
-#: What an argument is bound to: a buffer that exists or will, or a value.
-Binding: TypeAlias = BufferId | InlineValue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +64,7 @@ def run_message(
     program_id: ProgramId,
     run_id: RunId,
     first_buffer_id: BufferId,
-    arguments: Sequence[tuple[SliceId, Sequence[Binding]]],
+    arguments: Sequence[tuple[SliceId, Arguments[InlineValue]]],
 ) -> pb.ClientMessage:
     """Returns the one message that runs an island's part of a program."""
     return pb.ClientMessage(
@@ -75,7 +73,8 @@ def run_message(
             run_id=run_id,
             first_buffer_id=first_buffer_id,
             slices=[
-                pb.SliceArguments(slice_id=slice_id, arguments=_arguments(bindings)) for slice_id, bindings in arguments
+                pb.SliceArguments(slice_id=slice_id, arguments=arguments_to_bytes(bound))
+                for slice_id, bound in arguments
             ],
         )
     )
@@ -104,12 +103,21 @@ def host_value(value: InlineValue) -> pb.HostValue:
     return pb.HostValue(spec=spec, fill=value.data)
 
 
-def _arguments(bindings: Sequence[Binding]) -> bytes:
-    message = pb.Arguments(
-        buffer_ids=[0 if isinstance(binding, InlineValue) else binding for binding in bindings],
-        values=[host_value(binding) for binding in bindings if isinstance(binding, InlineValue)],
-    )
-    return message.SerializeToString()
+def arguments_to_bytes(arguments: Arguments[InlineValue]) -> bytes:
+    """Returns a run's arguments as schedulers pass them on, unread."""
+    values = [host_value(value) for value in arguments.values]
+    return pb.Arguments(buffer_ids=arguments.buffer_ids, values=values).SerializeToString()
+
+
+def arguments_from_bytes(data: bytes) -> Arguments[pb.HostValue] | None:
+    """Reads a run's arguments; returns None if a client sent something else."""
+    try:
+        message = pb.Arguments.FromString(data)
+    except DecodeError:
+        return None
+    buffer_ids = cast("list[BufferId]", list(message.buffer_ids))
+    values = message.values
+    return Arguments(buffer_ids, values) if buffer_ids.count(NO_BUFFER) == len(values) else None
 
 
 def _slice_program(

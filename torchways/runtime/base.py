@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 import torch
 
-from torchways.mesh import shard_shape
+from torchways.ir.sizes import device_bytes, logical_bytes
 
 T = TypeVar("T")
 
@@ -55,12 +54,12 @@ class BufferSpec:
     @property
     def nbytes(self) -> int:
         """Logical size in bytes."""
-        return self.torch_dtype.itemsize * torch.Size(self.shape).numel()
+        return logical_bytes(self.dtype, self.shape)
 
     @property
     def device_nbytes(self) -> int:
-        """What it takes on each device, bytes."""
-        return self.torch_dtype.itemsize * math.prod(shard_shape(self.shape, self.placements, self.mesh))
+        """Bytes that it takes on each device."""
+        return device_bytes(self.dtype, self.shape, self.placements, self.mesh)
 
 
 class Runtime(Protocol):

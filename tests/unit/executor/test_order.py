@@ -12,8 +12,9 @@ from torchways.executor.plan import load_program
 from torchways.executor.routes import Routes
 from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, PartId, ProgramId, RunId, SliceId
-from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
-from torchways.ir.program import AllReduce, Arg, Compute, Function, Program, Result, SliceSpec, Value
+from torchways.ir.part import Arguments, ComputeInstruction, ReceiveInstruction, SendInstruction
+from torchways.ir.program import AllReduce, Arg, Compute, Function, Program, Result, SliceSpec, TracedInput, Value
+from torchways.ir.sizes import logical_bytes
 from torchways.passes.lower import lower
 from torchways.passes.preflight import check_order, peak_memory
 from torchways.rpc import torchways_pb2 as pb
@@ -33,7 +34,7 @@ def random_program(dice, num_nodes):
 
     for number in range(dice.randint(2, 4)):
         output = new(number % 2, dice.randint(1, 20))
-        nodes.append(Arg(output=output, label="state", source=number, replaced=dice.random() < 0.5))
+        nodes.append(Arg(output=output, label="state", source=TracedInput(number), replaced=dice.random() < 0.5))
     for _ in range(num_nodes):
         here = [[index for index, value in enumerate(values) if value.slice_index == which] for which in (0, 1)]
         pairs = [(a, b) for a in here[0] for b in here[1] if values[a].shape == values[b].shape]
@@ -94,7 +95,7 @@ def run_program(dice, program, num_runs, spare):
     for part in lowered.parts:
         # The budget is what pre-flight says, beside the arguments and results of the other runs.
         kept = [*range(part.num_args), *(slot for slot, _ in part.results)]
-        beside = (num_runs - 1) * sum(part.slots[slot].nbytes for slot in kept)
+        beside = (num_runs - 1) * sum(logical_bytes(part.slots[slot].dtype, part.slots[slot].shape) for slot in kept)
         budgets["ab"[part.slice_index]] = sizes[part.slice_index] + beside + spare
     world = Executors(dice.choice, budgets)
     loaded = dict(load(part, hosts, sizes[part.slice_index] + spare) for part in lowered.parts)
@@ -118,7 +119,7 @@ def run_program(dice, program, num_runs, spare):
                 run_id=RunId(first),
                 sequence=number,
                 first_buffer_id=BufferId(first + 500),
-                arguments=arguments,
+                arguments=Arguments(arguments),
             )
             world.post(f"scheduler of {name}", name, run)
     world.run()
@@ -170,7 +171,7 @@ def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
         run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 3),
-        arguments=[put.buffer_id],
+        arguments=Arguments([put.buffer_id]),
     )
     assert state.handle(run) == []
     arrived = events.TransferArrived(run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))

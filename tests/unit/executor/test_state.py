@@ -17,7 +17,7 @@ from torchways.executor.routes import Routes
 from torchways.executor.runs import lowest
 from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
-from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
+from torchways.ir.part import NO_BUFFER, Arguments, ComputeInstruction, ReceiveInstruction, SendInstruction
 
 CLIENT = 1
 BASE = CLIENT << 40
@@ -165,8 +165,9 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program
         first = BASE + 100 + 10 * number
         run = {"part": PART, "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[w, f"={number}"], **run))
-        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[v], **run))
+        of_a = Arguments([w, NO_BUFFER], [f"={number}"])
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=of_a, **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=Arguments([v]), **run))
         world.post(None, "a", events.FetchRequested(fetch_id=number, buffer_id=BufferId(first + 1)))
         w, v = BufferId(first), BufferId(first + 2)
     world.post(None, "a", events.FetchRequested(fetch_id=1000, buffer_id=w))
@@ -245,7 +246,7 @@ def test_a_lost_peer_fails_receives_now_and_later():
                 run_id=run_id,
                 sequence=number,
                 first_buffer_id=BufferId(BASE + 60 + 10 * number),
-                arguments=[BufferId(BASE + 3 if number == 0 else BASE + 62)],
+                arguments=Arguments([BufferId(BASE + 3 if number == 0 else BASE + 62)]),
             )
         )
         if number == 0:
@@ -270,7 +271,7 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
             run_id=RunId(first),
             sequence=number,
             first_buffer_id=BufferId(first + 1),
-            arguments=[argument],
+            arguments=Arguments([argument]),
         )
 
     state.handle(run(0, v))  # these wait for the compilation, the second for what the first makes
@@ -307,7 +308,7 @@ def test_a_run_of_a_dropped_program_is_refused_while_an_earlier_one_goes_on():
             run_id=RunId(BASE + 50 + number),
             sequence=number,
             first_buffer_id=BufferId(BASE + 60 + 10 * number),
-            arguments=[BufferId(BASE + 3)],
+            arguments=Arguments([BufferId(BASE + 3)]),
         )
 
     state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
@@ -331,7 +332,7 @@ def test_a_donated_buffer_cannot_be_read_again():
         run_id=RunId(BASE + 50),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
-        arguments=[BufferId(BASE + 3)],
+        arguments=Arguments([BufferId(BASE + 3)]),
     )
     state.handle(run)
     [delivered] = state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 3)))
@@ -346,7 +347,7 @@ def test_status_says_what_a_run_waits_for():
         run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
-        arguments=[BufferId(BASE + 3)],
+        arguments=Arguments([BufferId(BASE + 3)]),
     )
     state.handle(run)
     assert state.waiting_for() == [f"run {BASE + 7} of step: its compilation"]
@@ -370,7 +371,7 @@ def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewh
             run_id=RunId(BASE + 7),
             sequence=0,
             first_buffer_id=BufferId(BASE + 60),
-            arguments=[BufferId(BASE + 2)],
+            arguments=Arguments([BufferId(BASE + 2)]),
         )
         [command] = state.handle(run)
         failure = command.failure if kind else command.cell.failure
@@ -421,7 +422,7 @@ def _starving(budget, slot_bytes):
         run_id=RunId(BASE + 3),
         sequence=1,
         first_buffer_id=BufferId(BASE + 4),
-        arguments=[BufferId(BASE + 2)],
+        arguments=Arguments([BufferId(BASE + 2)]),
     )
     return state, state.handle(run)
 
@@ -453,7 +454,7 @@ def test_a_released_array_lets_the_next_computation_go():
         run_id=RunId(BASE + 21),
         sequence=2,
         first_buffer_id=BufferId(BASE + 22),
-        arguments=[BufferId(BASE + 2)],
+        arguments=Arguments([BufferId(BASE + 2)]),
     )
     assert state.handle(run) == []
     commands = state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 20)]))
@@ -479,7 +480,7 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
                     run_id=RunId(BASE + 30 + number),
                     sequence=number,
                     first_buffer_id=BufferId(BASE + 40 + number),
-                    arguments=[BufferId(BASE + 2)],
+                    arguments=Arguments([BufferId(BASE + 2)]),
                 )
             )
         expected = [events.ReportReady] * 2 if role == "leader" else []
@@ -504,7 +505,7 @@ def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
         run_id=RunId(BASE + 7),
         sequence=0,
         first_buffer_id=BufferId(BASE + 60),
-        arguments=[BufferId(BASE + 3)],
+        arguments=Arguments([BufferId(BASE + 3)]),
     )
     delivered = [command for command in state.handle(run) if isinstance(command, events.Deliver)]
     assert [command.fetch_id for command in delivered] == [1]
@@ -535,8 +536,8 @@ def _round(world, number, client_id, fails):
         first = base + 100 + 10 * step
         run = {"part": PartId(ProgramId(base + 1), SLICE), "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[w, f"={step}"], **run))
-        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[v], **run))
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=Arguments([w, NO_BUFFER], [f"={step}"]), **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=Arguments([v]), **run))
         world.post(None, "a", events.FetchRequested(fetch_id=first, buffer_id=BufferId(first + world.pick((0, 1)))))
         world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
         w, v = BufferId(first), BufferId(first + 2)
@@ -580,8 +581,9 @@ def test_a_client_that_goes_on_for_ever_leaves_nothing_behind_either(seed):
         first = BASE + 100 + 10 * step
         run = {"part": PART, "run_id": RunId(first + 9), "sequence": step}
         run["first_buffer_id"] = BufferId(first)
-        world.post("scheduler of a", "a", events.RunEnqueued(arguments=[names["a"], f"={step}"], **run))
-        world.post("scheduler of b", "b", events.RunEnqueued(arguments=[names["b"]], **run))
+        of_a = Arguments([names["a"], NO_BUFFER], [f"={step}"])
+        world.post("scheduler of a", "a", events.RunEnqueued(arguments=of_a, **run))
+        world.post("scheduler of b", "b", events.RunEnqueued(arguments=Arguments([names["b"]]), **run))
         world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
         names = {"a": BufferId(first), "b": BufferId(first + 2)}
         if step % 4 == 3:  # the controller runs ahead in between

@@ -11,9 +11,11 @@ from torchways.ir.program import (
     Arg,
     Compute,
     Function,
+    MadeValue,
     Program,
     Result,
     SliceSpec,
+    TracedInput,
     Value,
     node_inputs,
     verify,
@@ -23,7 +25,7 @@ from torchways.passes.insert_transfers import insert_transfers
 from torchways.passes.lower import lower
 from torchways.passes.place import place
 from torchways.passes.preflight import check_memory, check_order, peak_memory
-from torchways.passes.sequential import sequential
+from torchways.passes.sequential import FinalResult, sequential
 from torchways.passes.split import slice_args, split
 
 
@@ -44,9 +46,9 @@ def two_stages(devices=2):
         values=(value(0, 4), value(0, 4), value(1, 4), value(0, 4), value(1, 4), value(1, 4), value(0, 4)),
         functions=(function("f"), function("g"), function("h")),
         nodes=(
-            Arg(output=0, label="state w", source=0, replaced=True),
-            Arg(output=1, label="host x", source=1),
-            Arg(output=2, label="state v", source=2, replaced=True),
+            Arg(output=0, label="state w", source=TracedInput(0), replaced=True),
+            Arg(output=1, label="host x", source=TracedInput(1)),
+            Arg(output=2, label="state v", source=TracedInput(2), replaced=True),
             Compute(function_index=0, inputs=(0, 1), outputs=(3,)),
             Compute(function_index=1, inputs=(2, 3), outputs=(4, 5)),
             Compute(function_index=2, inputs=(0, 4), outputs=(6,)),
@@ -147,8 +149,8 @@ def one_host_argument(rows=4):
         ),
         functions=(function("f"), function("g")),
         nodes=(
-            Arg(output=0, label="host 0", source=0, is_data=True),
-            Arg(output=1, label="learning rate", source=1),
+            Arg(output=0, label="host 0", source=TracedInput(0), is_data=True),
+            Arg(output=1, label="learning rate", source=TracedInput(1)),
             Compute(function_index=0, inputs=(0, 1), outputs=(2,)),
             Compute(function_index=1, inputs=(0,), outputs=(3,)),
             Result(inputs=(2, 3)),
@@ -164,7 +166,7 @@ def test_place_gives_every_reading_slice_an_argument_of_its_own():
         "%6: fp32[4,3][S(0)] @1 = arg host 0",
         "%5: fp32[][R] @0 = arg learning rate",
     ]
-    assert [node.source for node in placed.nodes if isinstance(node, Arg)] == [0, 0, 1]
+    assert [node.position for node in placed.nodes if isinstance(node, Arg)] == [0, 0, 1]
     assert body(placed)[0] == "%2: fp32[4][R] @0 = compute @0 f(%4, %5)"
     with pytest.raises(PlacementError, match=r"axis 'dp' has size 2 but dimension 0 has 5 \(host 0 of step\)"):
         place(one_host_argument(rows=5))
@@ -181,7 +183,11 @@ def test_sequential_pieces_are_programs_of_one_computation():
         ],
         ["%7: fp32[4][R] @0 = transfer @1 -> @0 %4", "%6: fp32[4][R] @0 = compute @0 h(%0, %7)"],
     ]
-    assert [piece.results for piece in pieces] == [(~3,), (~4, 1), (0,)]
+    assert [piece.results for piece in pieces] == [
+        (MadeValue(3),),
+        (MadeValue(4), FinalResult(1)),
+        (FinalResult(0),),
+    ]
     # w is read by f and replaced by h: only the last of them may donate it.
     donated = [[node.donated for node in donate(piece.program).nodes if isinstance(node, Compute)] for piece in pieces]
     assert donated == [[()], [(0, 1)], [(0, 1)]]
@@ -190,9 +196,12 @@ def test_sequential_pieces_are_programs_of_one_computation():
 
 
 def test_sequential_keeps_arguments_that_are_results():
-    program = replace(two_stages(), nodes=(Arg(output=0, label="w", source=0), Result(inputs=(0, 0))))
+    program = replace(two_stages(), nodes=(Arg(output=0, label="w", source=TracedInput(0)), Result(inputs=(0, 0))))
     [piece] = sequential(program)
-    assert (piece.results, node_inputs(piece.program.nodes[-1])) == ((0, 1), (0, 0))
+    assert (piece.results, node_inputs(piece.program.nodes[-1])) == (
+        (FinalResult(0), FinalResult(1)),
+        (0, 0),
+    )
 
 
 def test_a_program_that_waits_for_itself_is_refused():

@@ -2,7 +2,18 @@
 
 from tests.unit.passes.test_passes import body, function, value
 from torchways.ir.part import ComputeInstruction, freed_slots
-from torchways.ir.program import UNPLACED, Arg, Compute, Program, Result, SliceSpec, Value, node_inputs, verify
+from torchways.ir.program import (
+    UNPLACED,
+    Arg,
+    Compute,
+    Program,
+    Result,
+    SliceSpec,
+    TracedInput,
+    Value,
+    node_inputs,
+    verify,
+)
 from torchways.passes.donate import donate
 from torchways.passes.lower import lower
 from torchways.passes.unroll import ScanLoop, unroll
@@ -22,9 +33,9 @@ def counter(*, replaced=False):
         ),
         functions=(function("f"),),
         nodes=(
-            Arg(output=0, label="array s", source=0, replaced=replaced),
-            Arg(output=1, label="state w", source=2),
-            Arg(output=2, label="host x", source=1, is_data=True),
+            Arg(output=0, label="array s", source=TracedInput(0), replaced=replaced),
+            Arg(output=1, label="state w", source=TracedInput(2)),
+            Arg(output=2, label="host x", source=TracedInput(1), is_data=True),
             Compute(function_index=0, inputs=(0, 1, 2), outputs=(3, 4)),
             Result(inputs=(3, 4)),
         ),
@@ -43,7 +54,7 @@ def test_each_turn_reads_what_the_one_before_made_and_what_is_its_own():
         "host x of turn 1",
         "host x of turn 2",
     ]
-    assert [node.source for node in program.nodes if isinstance(node, Arg)] == [0, 2, 1, 1 + 3, 1 + 2 * 3]
+    assert [node.position for node in program.nodes if isinstance(node, Arg)] == [0, 2, 1, 1 + 3, 1 + 2 * 3]
     first, second, third = [node for node in program.nodes if isinstance(node, Compute)]
     assert {node.function_index for node in (first, second, third)} == {0}
     assert (second.inputs[0], third.inputs[0]) == (first.outputs[0], second.outputs[0])

@@ -27,6 +27,7 @@ from torchways.ir.program import (
     Program,
     Result,
     SliceSpec,
+    TracedInput,
     Value,
     ValueIndex,
     node_inputs,
@@ -112,7 +113,7 @@ class _Emitter:
             Arg(
                 output=value,
                 label=placed.inputs[position].label,
-                source=position,
+                source=TracedInput(position),
                 replaced=position in placed.written,
                 is_data=placed.inputs[position].is_data and self._values[value].slice_index == UNPLACED,
                 placements=self._shardings.wanted(placed.placeholders[position]),

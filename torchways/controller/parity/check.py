@@ -34,6 +34,7 @@ from torchways.controller.session import Session
 from torchways.errors import ParityError, TorchwaysError
 from torchways.graphs import SOURCE_KEY, deserialize_graph
 from torchways.ids import BufferId
+from torchways.ir.part import Arguments
 from torchways.ir.program import (
     AllReduce,
     Arg,
@@ -42,6 +43,7 @@ from torchways.ir.program import (
     Node,
     Program,
     Result,
+    TracedInput,
     Transfer,
     ValueIndex,
     node_inputs,
@@ -50,6 +52,7 @@ from torchways.ir.program import (
 from torchways.mesh import VirtualSlice, mesh_text
 from torchways.passes.insert_transfers import compute_slice
 from torchways.passes.lower import lower
+from torchways.rpc.programs import InlineValue
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.INFO)  # its lines are asked for by the switch itself
@@ -252,7 +255,7 @@ class ParityCheck:
                     Function(name=name, source=function.source, graph=data, num_operators=function.num_operators),
                 ),
                 nodes=(
-                    *(Arg(output=value, label="input", source=value) for value in read),
+                    *(Arg(output=value, label="input", source=TracedInput(value)) for value in read),
                     Compute(function_index=0, inputs=tuple(read), outputs=tuple(made)),
                     Result(inputs=tuple(made)),
                 ),
@@ -264,7 +267,8 @@ class ParityCheck:
         ]
         program_id = session.register_program(name, lowered.parts, [mesh])
         first = session.new_ids(len(made))
-        session.run_program(program_id, name, BufferId(first), {mesh.slice_id: [item.buffer_id for item in placed]})
+        arguments: Arguments[InlineValue] = Arguments([item.buffer_id for item in placed])
+        session.run_program(program_id, name, BufferId(first), {mesh.slice_id: arguments})
         buffers = [
             RemoteBuffer(session, mesh, values[index].placements, BufferId(first + number))
             for number, index in enumerate(made)

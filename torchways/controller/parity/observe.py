@@ -9,11 +9,22 @@ import torch
 
 from torchways.controller.parity.replay import is_drawn, operator_values, outputs_of, with_outputs
 from torchways.graphs import deserialize_graph
-from torchways.ir.program import Arg, Compute, Program, Result, Value, node_inputs, node_outputs, verify, with_nodes
+from torchways.ir.program import (
+    Arg,
+    Compute,
+    MadeValue,
+    Program,
+    Result,
+    Value,
+    node_inputs,
+    node_outputs,
+    verify,
+    with_nodes,
+)
 from torchways.mesh import Placements
 from torchways.passes.insert_transfers import compute_slice, insert_transfers
 from torchways.passes.place import place
-from torchways.passes.sequential import Piece
+from torchways.passes.sequential import FinalResult, Piece
 
 
 def observed(program: Program) -> Piece:
@@ -26,7 +37,7 @@ def observed(program: Program) -> Piece:
     results = node_inputs(program.nodes[-1])
     made = [value for node in nodes for value in node_outputs(node)]
     program = with_nodes(program, [*nodes, Result(inputs=(*results, *made))])
-    return Piece(program=program, results=(*range(len(results)), *(~value for value in made)))
+    return Piece(program=program, results=(*map(FinalResult, range(len(results))), *map(MadeValue, made)))
 
 
 def _with_random_values(program: Program) -> Program:

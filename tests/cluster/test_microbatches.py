@@ -1,0 +1,101 @@
+"""Microbatches on real executors: a pipeline of two islands works on several at once, in the schedule's order."""
+
+import copy
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import torchways as tw
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 8)
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        self.head = nn.Linear(8, 17)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.head(x)
+
+
+def make_step(model, count, schedule):
+    opt = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
+
+    def forward_backward(x, y):
+        loss = F.cross_entropy(model(x).flatten(0, 1), y.flatten()) / count
+        loss.backward()
+        return loss
+
+    def step(x, y):
+        losses = tw.microbatch(forward_backward, x, y, n_microbatches=count, schedule=schedule)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        opt.zero_grad()
+        return losses.sum()
+
+    return step
+
+
+def losses_of(step, count, batch=8):
+    torch.manual_seed(1)
+    found = []
+    for _ in range(count):
+        x = torch.randint(0, 17, (batch, 6))
+        found.append(step(x, x.roll(1, 1)))
+    return torch.stack([loss.cpu() for loss in found])
+
+
+PLACES = {
+    "1F1B": ({"layers.2": tw.SplitPoint.BEGINNING}, "ab", 4),
+    "GPipe": ({"layers.2": tw.SplitPoint.BEGINNING}, "ab", 3),
+    "InterleavedZeroBubble": ({f"layers.{i}": tw.SplitPoint.BEGINNING for i in (1, 2, 3)}, "abab", 4),
+    "ZBVZeroBubble": ({f"layers.{i}": tw.SplitPoint.BEGINNING for i in (1, 2, 3)}, "abba", 4),
+}
+
+
+@pytest.mark.parametrize("schedule", PLACES)
+def test_losses_are_those_of_gradient_accumulation(meshes, schedule):
+    torch.manual_seed(0)
+    split, where, count = PLACES[schedule]
+    model = Model()
+    ours = tw.pipeline(copy.deepcopy(model), split_spec=split, meshes=[meshes["ab".index(letter)] for letter in where])
+    step = tw.program(make_step(ours, count, schedule))
+    torch.testing.assert_close(losses_of(step, 5), losses_of(make_step(model, count, schedule), 5), rtol=1e-4, atol=0)
+
+
+def test_slices_keep_the_schedules_order_and_work_at_the_same_time(meshes, tmp_path):
+    ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
+    step = tw.program(make_step(ours, 4, "1F1B"))
+    losses_of(step, 2)
+    with tw.profile(tmp_path / "trace.json"):
+        losses_of(step, 1)
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    names = {}
+    for event in sorted((e for e in events if "stage" in e["name"] and e.get("ph") == "X"), key=lambda e: e["ts"]):
+        names.setdefault((event["pid"], event["tid"]), []).append(event["name"])
+    print(names)
+
+
+def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(meshes):
+    sizes = {}
+    for count in (4, 64):
+        ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
+        step = tw.program(make_step(ours, count, "1F1B"))
+        losses_of(step, 2, batch=count)
+        session = tw.api._current()
+        before = session.num_messages()
+        losses_of(step, 3, batch=count)
+        after = session.num_messages()
+        assert {island: after[island]["run_program"] - before[island]["run_program"] for island in after} == {
+            0: 3,
+            1: 3,
+        }
+        sizes[count] = len(str(step).splitlines())
+    assert sizes[4] == sizes[64]
