@@ -26,7 +26,17 @@ PAGE = Path(__file__).with_name("api.md")
 #: Every name of `torchways.__all__`, by what it is for. A name without a group fails.
 GROUPS = {
     "Sessions and slices": ["init", "shutdown", "init_device_mesh", "VirtualSlice", "is_eager"],
-    "Programs": ["program", "function", "cond", "while_loop", "scan", "all_reduce", "generate"],
+    "Programs": [
+        "program",
+        "function",
+        "cond",
+        "while_loop",
+        "scan",
+        "microbatch",
+        "Schedule",
+        "all_reduce",
+        "generate",
+    ],
     "Placement": [
         "pipeline",
         "SplitPoint",
