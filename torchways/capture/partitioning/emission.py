@@ -252,6 +252,8 @@ class _Emitter:
             regions = [node.meta[REGION_KEY] for node in group.nodes if REGION_KEY in node.meta]
             named = next((region.name for region in regions if region.name), "")
             source = next((node.meta[SOURCE_KEY] for node in group.nodes if node.meta.get(SOURCE_KEY)), "")
+            if group.loop is not None and named:
+                named += f".{group.action[1]}"
             name = f"{self._placed.name}/{len(self._functions)}" + (f":{named}" if named else "")
             self._function_of[key] = len(self._functions)
             self._functions.append(Function(name=name, source=source, graph=graph, num_operators=len(group.nodes)))
