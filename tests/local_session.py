@@ -48,8 +48,9 @@ class LocalSession:
 
     def __init__(self, lowered_ops=None):
         self.lock = threading.RLock()
+        self.buffers = {}
         self.pid = os.getpid()
-        self.buffers = defaultdict(dict)  # slice id -> buffer id -> tensor
+        self.values = defaultdict(dict)  # slice id -> buffer id -> tensor
         self.programs = {}
         self.num_runs = 0
         self.num_transfers = 0
@@ -80,11 +81,11 @@ class LocalSession:
     def put(self, buffer, mesh, placements):
         remote = RemoteBuffer(self, mesh, placements, self.new_ids(1))
         remote.origin = weakref.ref(buffer)
-        self.buffers[mesh.slice_id][remote.buffer_id] = buffer.read()
+        self.values[mesh.slice_id][remote.buffer_id] = buffer.read()
         return remote
 
     def fetch(self, buffer, timeout=None):
-        found = self.buffers[buffer.mesh.slice_id].get(buffer.buffer_id)
+        found = self.values[buffer.mesh.slice_id].get(buffer.buffer_id)
         if found is None:
             raise UserError(f"buffer {buffer.buffer_id} was donated")
         return found.clone()
@@ -99,7 +100,7 @@ class LocalSession:
 
     def release(self, slice_id, buffer_id):
         self.released.append(buffer_id)
-        del self.buffers[slice_id][buffer_id]
+        del self.values[slice_id][buffer_id]
 
     def register_program(self, name, parts, meshes, traced_seconds=0.0):
         program_id = self.new_ids(1)
@@ -136,7 +137,7 @@ class LocalSession:
             values = iter(arguments[slice_id].values)
             for slot, buffer_id in enumerate(arguments[slice_id].buffer_ids):
                 is_value = buffer_id == NO_BUFFER
-                slots[slot] = _tensor(next(values)) if is_value else self.buffers[slice_id][buffer_id]
+                slots[slot] = _tensor(next(values)) if is_value else self.values[slice_id][buffer_id]
             runners.append(self._run_part(part, part_graphs, slots, arguments[slice_id].buffer_ids, slice_id, wires))
         while runners:
             alive = [runner for runner in runners if next(runner, "end") != "end"]
@@ -145,7 +146,7 @@ class LocalSession:
         for part in parts:
             slice_id = slice_ids[part.slice_index]
             for slot, number in part.results:
-                self.buffers[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
+                self.values[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
         return self.new_ids(1)
 
     def _run_part(self, part, graphs, slots, buffer_ids, slice_id, wires):
@@ -164,7 +165,7 @@ class LocalSession:
                     for slot in donated_slots(instruction):
                         del slots[slot]
                         if slot < len(buffer_ids) and buffer_ids[slot] != NO_BUFFER:
-                            del self.buffers[slice_id][buffer_ids[slot]]
+                            del self.values[slice_id][buffer_ids[slot]]
                 case SendInstruction():
                     wires[instruction.edge_id] = slots[instruction.slot]
                     self.num_transfers += 1

@@ -36,6 +36,8 @@ class BufferHome(Protocol):
     pid: int
     #: Held while a call is bound, sent and its results are put in place.
     lock: threading.RLock
+    #: The buffers that are referred to, by their ids.
+    buffers: dict[BufferId, weakref.ref[RemoteBuffer]]
 
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
@@ -139,7 +141,7 @@ class RemoteBuffer:
         origin: the host value that it is a copy of, where that is alive.
     """
 
-    __slots__ = ("buffer_id", "consumed", "mesh", "origin", "placements", "session")
+    __slots__ = ("__weakref__", "buffer_id", "consumed", "mesh", "origin", "placements", "session")
 
     def __init__(self, session: BufferHome, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
         self.session = session
@@ -149,6 +151,7 @@ class RemoteBuffer:
         self.origin: weakref.ref[HostBuffer] | None = None
         #: A run was sent that donates it: it is the executor's to free.
         self.consumed = False
+        session.buffers[buffer_id] = weakref.ref(self)
 
     def read(self, timeout: timedelta | None = None) -> torch.Tensor:
         """Waits for the value; see `Array.cpu`."""
@@ -183,6 +186,7 @@ class RemoteBuffer:
         return self.session.lock
 
     def __del__(self) -> None:
+        self.session.buffers.pop(self.buffer_id, None)
         if not self.consumed:
             self.session.release(self.mesh.slice_id, self.buffer_id)
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
-import gc
 import logging
 import os
 import sys
@@ -122,6 +121,8 @@ class Session:
     pid: int = field(default_factory=os.getpid)
     #: Held while a call is bound, sent and its results are put in place: who holds it sees no array in between.
     lock: threading.RLock = field(default_factory=threading.RLock)
+    #: The buffers that are referred to, by their ids.
+    buffers: dict[BufferId, weakref.ref[RemoteBuffer]] = field(default_factory=dict)
     #: Set when the cluster is gone: every later call raises it.
     broken: TorchwaysError | None = None
     #: Controller-side spans (dispatches), newest last.
@@ -251,9 +252,8 @@ class Session:
         """Takes a slice, with all its arrays, to other devices; see `VirtualSlice.remap`."""
         old = mesh.slice_id
         self.slice_address(mesh)
-        # Nobody keeps a list of references to buffers, which are made with every run: moves are rare.
-        held = [item for item in gc.get_objects() if type(item) is RemoteBuffer and item.mesh is mesh]
-        buffers = [item for item in held if item.session is self and not item.consumed]
+        held = [buffer for reference in list(self.buffers.values()) if (buffer := reference()) is not None]
+        buffers = [buffer for buffer in held if buffer.mesh is mesh and not buffer.consumed]
         reads = [(buffer, self.start_fetch(buffer)) for buffer in buffers]
         values = [(buffer, result_of(read, _MOVE_SECONDS)) for buffer, read in reads]
         reserving = self.manager.reserve_slice(mesh.shape, mesh.mesh_dim_names, island)
@@ -262,8 +262,11 @@ class Session:
         for buffer, value in values:
             content = HostContent(tuple(value.shape), value.dtype, value)
             placed = self.put(HostBuffer(content), mesh, buffer.placements)
+            del self.buffers[buffer.buffer_id]
             buffer.buffer_id = placed.buffer_id
             placed.consumed = True  # it is `buffer` now that releases it
+            del placed
+            self.buffers[buffer.buffer_id] = weakref.ref(buffer)
         self._release_slice(old)
 
     def close_slice(self, mesh: VirtualSlice) -> None:

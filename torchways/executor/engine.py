@@ -248,7 +248,7 @@ class Engine:
                 case events.ReportPassed():
                     self._report_later(unit_passed=pb.UnitPassed(**_ids(command.run), unit=command.unit))
                 case events.ReportIdle():
-                    self._report_later(idle=pb.Idle())
+                    self._report_later(idle=pb.Idle(epoch=command.epoch))
         self._handling = outer
 
     def _report_later(self, **event: Any) -> None:
@@ -486,7 +486,7 @@ class Engine:
         now = time.time_ns()
         self.spans.note(f"receive edge {edge_id}", "transfer", now, now, run_id)
         data, failure = (None, value) if isinstance(value, Failure) else (value, None)
-        self._soon(events.TransferArrived(run_id=run_id, edge_id=edge_id, data=data, failure=failure))
+        self._soon(events.TransferArrived(peer=peer, run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 
     def _on_lost(self, peer: str, reason: str) -> None:
         failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")

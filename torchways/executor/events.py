@@ -53,9 +53,13 @@ class UnitGranted:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GrantsNeeded:
-    """Whether another executor has devices of this one, so that computations wait for grants."""
+    """Whether another executor has devices of this one, so that computations wait for grants.
+
+    `epoch` rises with each change.
+    """
 
     needed: bool
+    epoch: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +86,7 @@ class UnitFinished:
 class TransferArrived:
     """A peer sent a value (host data), or the failure that it would have had."""
 
+    peer: str
     run_id: RunId
     edge_id: int
     data: Any
@@ -277,7 +282,9 @@ class ReportPassed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportIdle:
-    """Tell the scheduler that what was issued before grants were needed has ended."""
+    """Tell the scheduler that what was issued before grants were needed, in `epoch`, has ended."""
+
+    epoch: int
 
 
 Command: TypeAlias = (

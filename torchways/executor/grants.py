@@ -28,6 +28,7 @@ class Grants:
         self.needed = bool(gang)
         self.granted: deque[tuple[RunPart, int]] = deque()
         self._gang = gang
+        self._epoch = 0
         #: Tasks that are ready but for their grant.
         self._asking: dict[tuple[RunPart, int], Task] = {}
         #: Computations that have not ended; those of them that took no grant when grants became needed.
@@ -66,19 +67,19 @@ class Grants:
         self._computing.discard(task)
         if task in self._computing_freely:
             self._computing_freely.discard(task)
-            return [] if self._computing_freely else [ReportIdle()]
+            return [] if self._computing_freely else [ReportIdle(epoch=self._epoch)]
         if self.needed and not self._gang:
             return [ReportPassed(run=task.run.part, unit=task.number)]
         return []
 
-    def set_needed(self, needed: bool) -> tuple[list[Command], list[Task]]:
+    def set_needed(self, needed: bool, epoch: int) -> tuple[list[Command], list[Task]]:
         """Grants are needed from here on, or not; returns what to report, and the tasks that can be issued freely."""
         if self._gang or needed == self.needed:
             return [], []
-        self.needed = needed
+        self.needed, self._epoch = needed, epoch
         if needed:
             self._computing_freely = set(self._computing)
-            return [] if self._computing_freely else [ReportIdle()], []
+            return [] if self._computing_freely else [ReportIdle(epoch=epoch)], []
         freed = list(self._asking.values())
         self._computing_freely = set()
         self.granted.clear()

@@ -10,7 +10,8 @@ from torchways.executor.runs import Task
 from torchways.ids import ClientId, RunId, owner
 from torchways.ir.part import EdgeId
 
-_Key: TypeAlias = tuple[RunId, EdgeId]
+#: The sender is part of it: another executor cannot send in its place.
+_Key: TypeAlias = tuple[str, RunId, EdgeId]
 
 
 class Mailbox:
@@ -23,39 +24,39 @@ class Mailbox:
 
     def receive(self, task: Task, edge_id: EdgeId) -> TransferArrived | Failure | None:
         """Returns the value for a task, or why none will come, if that is known; else call `expect`."""
-        arrived = self._arrived.pop((task.run.run_id, edge_id), None)
-        return arrived or self._lost_peers.get(_sender(task, edge_id))
+        key = _key(task, edge_id)
+        return self._arrived.pop(key, None) or self._lost_peers.get(key[0])
 
     def expect(self, task: Task, edge_id: EdgeId) -> None:
         """Lets a task wait for its value."""
-        self._receiving[task.run.run_id, edge_id] = task
+        self._receiving[_key(task, edge_id)] = task
 
     def arrive(self, event: TransferArrived) -> Task | None:
         """Returns the task that waits for a value; if none does, call `keep`."""
-        return self._receiving.pop((event.run_id, event.edge_id), None)
+        return self._receiving.pop((event.peer, event.run_id, event.edge_id), None)
 
     def keep(self, event: TransferArrived) -> None:
         """Keeps a value for the task that will receive it."""
-        self._arrived[event.run_id, event.edge_id] = event
+        self._arrived[event.peer, event.run_id, event.edge_id] = event
 
     def edges_of(self, run_id: RunId) -> list[EdgeId]:
         """Returns the edges over which a run waits for values."""
-        return [edge_id for known, edge_id in self._receiving if known == run_id]
+        return [edge_id for _, known, edge_id in self._receiving if known == run_id]
 
     def lose(self, peer: str, failure: Failure) -> list[Task]:
         """Takes note that nothing more comes from a peer; returns the tasks that wait for it."""
         self._lost_peers[peer] = failure
-        return self._give_up([key for key, task in self._receiving.items() if _sender(task, key[1]) == peer])
+        return self._give_up([key for key in self._receiving if key[0] == peer])
 
     def drop_client(self, client_id: ClientId) -> list[Task]:
         """Forgets the values of a client's runs; returns the tasks that wait for some."""
-        for key in [key for key in self._arrived if owner(key[0]) == client_id]:
+        for key in [key for key in self._arrived if owner(key[1]) == client_id]:
             del self._arrived[key]
-        return self._give_up([key for key in self._receiving if owner(key[0]) == client_id])
+        return self._give_up([key for key in self._receiving if owner(key[1]) == client_id])
 
     def _give_up(self, keys: list[_Key]) -> list[Task]:
         return [self._receiving.pop(key) for key in keys]
 
 
-def _sender(task: Task, edge_id: EdgeId) -> str:
-    return task.run.program.routes.senders[edge_id]
+def _key(task: Task, edge_id: EdgeId) -> _Key:
+    return task.run.program.routes.senders[edge_id], task.run.run_id, edge_id

@@ -101,7 +101,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                         engine.post(events.UnitGranted(run=run, unit=command.grant.unit))
                     case "set_grants_needed":
-                        engine.post(events.GrantsNeeded(needed=command.set_grants_needed.needed))
+                        grants = command.set_grants_needed
+                        engine.post(events.GrantsNeeded(needed=grants.needed, epoch=grants.epoch))
                     case "load_program":
                         engine.load(command.load_program)
                     case "drop_buffers":

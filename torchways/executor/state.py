@@ -109,7 +109,7 @@ class ExecutorState:
                 self._grants.granted.append((event.run, event.unit))
                 self._issue_granted()
             case GrantsNeeded():
-                commands, freed = self._grants.set_needed(event.needed)
+                commands, freed = self._grants.set_needed(event.needed, event.epoch)
                 self._commands += commands
                 self._ready += freed
             case FetchRequested():

@@ -94,7 +94,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                     grant = pb.Grant(**command.run._asdict(), unit=command.unit)
                     self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
                 case core.SendGrantsNeeded():
-                    needed = pb.SetGrantsNeeded(needed=command.needed)
+                    needed = pb.SetGrantsNeeded(needed=command.needed, epoch=command.epoch)
                     self._send(command.executor_id, pb.ExecutorCommand(set_grants_needed=needed))
                 case core.TellFinished():
                     finished = pb.RunFinished(run_id=command.run_id, failure=_optional(command.failure))
@@ -128,7 +128,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 passed = event.unit_passed
                 self.handle(core.UnitPassed(executor_id=executor_id, run=_run_part(passed), unit=passed.unit))
             case "idle":
-                self.handle(core.ExecutorIdle(executor_id=executor_id))
+                self.handle(core.ExecutorIdle(executor_id=executor_id, epoch=event.idle.epoch))
             case "program_loaded":
                 loaded = event.program_loaded
                 part = PartId(ProgramId(loaded.program_id), SliceId(loaded.slice_id))

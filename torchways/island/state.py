@@ -139,9 +139,10 @@ class UnitPassed:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExecutorIdle:
-    """What an executor computed before it needed grants has ended."""
+    """What an executor computed before it needed grants has ended. `epoch` is that of what told it of the need."""
 
     executor_id: str
+    epoch: int
 
 
 Event: TypeAlias = (
@@ -222,10 +223,11 @@ class SendGrant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendGrantsNeeded:
-    """Tell an executor whether its computations wait for grants from here on."""
+    """Tell an executor whether its computations wait for grants from here on. `epoch` rises with each change."""
 
     executor_id: str
     needed: bool
+    epoch: int
 
 
 Command: TypeAlias = SendLoad | SendEnqueue | SendDrop | SendGrant | SendGrantsNeeded | TellLoaded | TellFinished
@@ -293,8 +295,10 @@ class SchedulerState:
     _waiting: list[_Turn] = field(default_factory=list)
     #: Granted, and not passed by all hosts.
     _granted: dict[tuple[RunPart, int], _Turn] = field(default_factory=dict)
-    #: Sets whose executor still computes what it issued before it needed grants.
-    _not_idle: set[_DeviceSet] = field(default_factory=set)
+    #: Sets whose executor still computes what it issued before it needed grants, with the epoch of the need.
+    _not_idle: dict[_DeviceSet, int] = field(default_factory=dict)
+    #: Changes of who needs grants.
+    _epoch: int = 0
     #: Some set has no slice any more, but computes still.
     _some_unused: bool = False
 
@@ -317,7 +321,9 @@ class SchedulerState:
             case UnitPassed():
                 return self._unit_passed(event)
             case ExecutorIdle():
-                self._not_idle = {devices for devices in self._not_idle if event.executor_id not in devices}
+                devices = self._set_of(event.executor_id)
+                if devices is not None and self._not_idle.get(devices) == event.epoch:
+                    del self._not_idle[devices]
                 return self._grant()
             case ProgramLoaded():
                 return self._loaded(event.executor_id, event.part, event.failure)
@@ -353,17 +359,18 @@ class SchedulerState:
             mine = self._devices[devices]
             needed = any(mine & self._devices[other] for other in self._devices if other != devices)
             if needed != (devices in self._needs_grants):
-                commands.append(SendGrantsNeeded(executor_id=devices[0], needed=needed))
+                self._epoch += 1
+                commands.append(SendGrantsNeeded(executor_id=devices[0], needed=needed, epoch=self._epoch))
                 if needed:
                     self._needs_grants.add(devices)
-                    self._not_idle.add(devices)
+                    self._not_idle[devices] = self._epoch
                 else:
                     self._forget_turns(devices)
         return commands
 
     def _forget_turns(self, devices: _DeviceSet) -> None:
         self._needs_grants.discard(devices)
-        self._not_idle.discard(devices)
+        self._not_idle.pop(devices, None)
         self._waiting = [item for item in self._waiting if item.devices != devices]
         self._granted = {key: item for key, item in self._granted.items() if item.devices != devices}
 
@@ -532,7 +539,8 @@ class SchedulerState:
         commands: list[Command] = []
         for devices in [devices for devices in unused if not busy.intersection(devices)]:
             if devices in self._needs_grants:
-                commands.append(SendGrantsNeeded(executor_id=devices[0], needed=False))
+                self._epoch += 1
+                commands.append(SendGrantsNeeded(executor_id=devices[0], needed=False, epoch=self._epoch))
             del self._devices[devices]
             self._forget_turns(devices)
             unused.discard(devices)

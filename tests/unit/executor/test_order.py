@@ -174,7 +174,9 @@ def test_a_later_computation_does_not_take_the_memory_of_an_earlier_one():
         arguments=Arguments([put.buffer_id]),
     )
     assert state.handle(run) == []
-    arrived = events.TransferArrived(run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))
+    stranger = events.TransferArrived(peer="c", run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(9))
+    assert state.handle(stranger) == []  # the edge is not its own
+    arrived = events.TransferArrived(peer="b", run_id=RunId(BASE + 7), edge_id=0, data=_Buffer(2))
     placed, executed, sent = state.handle(arrived)
     assert (type(placed), executed.task.number, type(sent)) == (events.Place, 1, events.Send)
     state.handle(events.UnitFinished(task=executed.task))

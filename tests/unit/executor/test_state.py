@@ -125,7 +125,8 @@ class World:
         failure = command.cell.failure
         data = None if failure else _Buffer(command.cell.buffer.read())
         edge_id = command.instruction.edge_id
-        arrived = events.TransferArrived(run_id=command.task.run.run_id, edge_id=edge_id, data=data, failure=failure)
+        run_id = command.task.run.run_id
+        arrived = events.TransferArrived(peer=name, run_id=run_id, edge_id=edge_id, data=data, failure=failure)
         self.post(f"link to {other}", other, arrived)
         self.post(None, name, events.UnitFinished(task=command.task))
 

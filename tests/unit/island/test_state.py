@@ -229,20 +229,21 @@ def test_overlapping_executors_compute_one_at_a_time_while_both_have_slices():
 
     assert add(1, "a", 0, 1) == []
     assert add(2, "c", 3) == []
-    needed = [core.SendGrantsNeeded(executor_id=name, needed=True) for name in "ab"]
+    needed = [core.SendGrantsNeeded(executor_id=name, needed=True, epoch=epoch) for epoch, name in enumerate("ab", 1)]
     assert add(3, "b", 1, 2) == needed
     assert ready("b", 7) == []  # what a computes may have no end yet
-    assert scheduler.handle(core.ExecutorIdle(executor_id="a")) == [
+    assert scheduler.handle(core.ExecutorIdle(executor_id="a", epoch=0)) == []  # of an earlier need
+    assert scheduler.handle(core.ExecutorIdle(executor_id="a", epoch=1)) == [
         core.SendGrant(executor_id="b", run=RunPart(7, 3), unit=0)
     ]
-    scheduler.handle(core.ExecutorIdle(executor_id="b"))
+    scheduler.handle(core.ExecutorIdle(executor_id="b", epoch=2))
     assert ready("a", 8) == []
     assert ready("b", 9) == []  # behind what waits
     assert passed("b", 7) == [core.SendGrant(executor_id="a", run=RunPart(8, 1), unit=0)]
     assert passed("a", 8) == [core.SendGrant(executor_id="b", run=RunPart(9, 3), unit=0)]
     free = scheduler.handle(core.SliceClosed(slice_id=3, reason="it was closed"))
-    assert core.SendGrantsNeeded(executor_id="a", needed=False) in free
-    assert core.SendGrantsNeeded(executor_id="b", needed=False) in free
+    assert core.SendGrantsNeeded(executor_id="b", needed=False, epoch=3) in free
+    assert core.SendGrantsNeeded(executor_id="a", needed=False, epoch=4) in free
     assert ready("a", 10) == []  # said before it knew
 
 
