@@ -29,7 +29,17 @@ class ParallelConfig:
     """How the model is laid over islands."""
 
     pipeline_stages: int = 2
-    """Stages of the pipeline; stage i runs on island i."""
+    """Stages of the pipeline."""
+
+    stages_per_island: int = 1
+    """Stages that an island has. With two of them, stages go around the islands: 0, 1, 0, 1; or in a V, as the
+    schedules ZBVZeroBubble and DualPipeV need it: 0, 1, 1, 0."""
+
+    n_microbatches: int = 1
+    """Chunks of the batch that the stages work on at the same time; their gradients add up."""
+
+    schedule: str = "1F1B"
+    """Order in which a stage works on them: a name of `tw.microbatch`'s."""
 
     devices_per_stage: int | None = None
     """Devices of a stage's slice; null means all of the island's (eager mode: 1)."""
@@ -47,9 +57,27 @@ class ParallelConfig:
         _at_least(
             1,
             pipeline_stages=self.pipeline_stages,
+            stages_per_island=self.stages_per_island,
+            n_microbatches=self.n_microbatches,
             devices_per_stage=self.devices_per_stage,
             tensor_parallel=self.tensor_parallel,
         )
+        if self.pipeline_stages % self.stages_per_island:
+            raise ValueError(
+                f"pipeline_stages is {self.pipeline_stages} but must be a multiple of stages_per_island, "
+                f"{self.stages_per_island}"
+            )
+
+    @property
+    def num_islands(self) -> int:
+        """Islands that the stages are on."""
+        return self.pipeline_stages // self.stages_per_island
+
+    def island_of(self, stage: int) -> int:
+        """Returns the island of a stage."""
+        turn, island = divmod(stage, self.num_islands)
+        is_back = turn % 2 == 1 and self.schedule.lower() in ("zbvzerobubble", "dualpipev")
+        return self.num_islands - 1 - island if is_back else island
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,10 +161,12 @@ class Settings:
         return num_devices // tensor_parallel, tensor_parallel
 
     def _check_batch(self, num_devices: int) -> None:
-        if self.train.batch_size % num_devices:
+        count = self.parallel.n_microbatches
+        if self.train.batch_size % (count * num_devices):
             raise ConfigError(
                 f"train.batch_size is {self.train.batch_size} but the {num_devices} devices of mesh axis 'dp' share "
-                f"it evenly; set it to a multiple of {num_devices} or set parallel.devices_per_stage"
+                f"each of {count} microbatches evenly; set it to a multiple of {count * num_devices}, or set "
+                "parallel.devices_per_stage"
             )
 
     def stage_starts(self) -> list[int]:

@@ -71,15 +71,21 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
+    num_microbatches, order = settings.parallel.n_microbatches, settings.parallel.schedule
+
+    def forward_backward(x: Tensor, y: Tensor) -> Tensor:
+        with precision(settings):
+            loss = next_byte_loss(model, x, y) / num_microbatches
+        loss.backward()
+        return loss
+
     @tw.program
     def train_step(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        with precision(settings):
-            loss = next_byte_loss(model, x, y)
-        loss.backward()
+        losses = tw.microbatch(forward_backward, x, y, n_microbatches=num_microbatches, schedule=order)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach(), grad_norm
+        return losses.sum(), grad_norm
 
     @tw.program
     @torch.no_grad()
@@ -117,20 +123,23 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
 
 
 def stage_meshes(settings: Settings) -> list[tw.VirtualSlice]:
-    """Asks for a virtual slice for each stage, of its own island: "dp" shares the batch, "tp" each layer's products."""
-    stages, devices = settings.parallel.pipeline_stages, settings.parallel.devices_per_stage
+    """Returns the slice of each stage, one for each island: "dp" shares the batch, "tp" each layer's products."""
+    parallel = settings.parallel
+    count, devices = parallel.num_islands, parallel.devices_per_stage
     if tw.is_eager():  # no cluster to measure
-        sizes = [devices or 1] * stages
+        sizes = [devices or 1] * count
     else:
         islands = tw.cluster_info().islands
-        if stages > len(islands):
+        if count > len(islands):
             raise ConfigError(
-                f"parallel.pipeline_stages is {stages} but the cluster has {len(islands)} islands and a stage takes "
-                f"one; start it with twrun --islands {stages}, or lower the stages"
+                f"parallel.pipeline_stages is {parallel.pipeline_stages} but the cluster has {len(islands)} islands, "
+                f"with parallel.stages_per_island={parallel.stages_per_island}; start it with twrun --islands {count}, "
+                "or lower the stages"
             )
-        sizes = [devices or island.num_devices for island in islands[:stages]]
+        sizes = [devices or island.num_devices for island in islands[:count]]
     shapes = [settings.mesh_shape(size) for size in sizes]
-    return [tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"), island=stage) for stage, shape in enumerate(shapes)]
+    meshes = [tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"), island=i) for i, shape in enumerate(shapes)]
+    return [meshes[parallel.island_of(stage)] for stage in range(parallel.pipeline_stages)]
 
 
 def sharding_plan(settings: Settings, module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:

@@ -18,7 +18,17 @@ SHARDED = [
 ]
 
 
-@pytest.mark.parametrize("overrides", [[], pytest.param(SHARDED, marks=pytest.mark.slow)], ids=["plain", "sharded"])
+PIPELINE = [
+    *("parallel=pipeline", "parallel.schedule=ZBVZeroBubble", "parallel.pipeline_stages=4"),
+    "parallel.stages_per_island=2",
+]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], PIPELINE, pytest.param(SHARDED, marks=pytest.mark.slow)],
+    ids=["plain", "microbatches", "sharded"],
+)
 def test_train_lm_on_two_islands(tmp_path, overrides):
     command = [
         *(sys.executable, "-m", "torchways.run", "--islands", "2", "--devices-per-island", "2"),
