@@ -16,6 +16,7 @@ import socket
 import sys
 import tempfile
 import time
+import warnings
 from typing import Any
 
 import torchways.runtime.xla  # noqa: F401  (what takes long; it opens no device)
@@ -50,6 +51,9 @@ def main() -> None:
 def _fork_twice(connection: socket.socket, request: dict[str, Any], fds: list[int], agent_pid: int) -> int:
     """Forks an executor; returns its pid."""
     read, write = os.pipe()
+    # Python 3.12 and later warn of forks beside threads. Those here are of libraries that expect it: none holds a lock
+    # while this process waits for a request.
+    warnings.filterwarnings("ignore", "This process .* is multi-threaded", DeprecationWarning)
     between = os.fork()
     if between == 0:
         executor = os.fork()

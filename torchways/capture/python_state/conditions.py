@@ -2,7 +2,8 @@
 
 When nothing has changed, checking this takes one call in C++ and one comparison of variables by identity. Python counts
 the changes of each dict, and PyTorch's own guards compare these versions for the dictionaries that the state is kept
-in. Only places behind a version that differs are compared one by one.
+in. Only places behind a version that differs are compared one by one. Python 3.13 does not count writes to attributes:
+there, places in attributes are compared at each call.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from torchways.capture.python_state.places import (
     Gradient,
     Place,
     Variable,
+    attribute_writes_are_counted,
     dicts_behind,
 )
 from torchways.capture.python_state.tokens import Contents, Exactly, TensorSource, Token, key_of, keys_of
@@ -230,8 +232,8 @@ class Conditions:
         if isinstance(place, Gradient) or not place.is_fixed:
             return True
         behind = dicts_behind(place, call)
-        if behind is None:
-            return isinstance(place, Attribute)  # a slot, which no dictionary holds
+        if behind is None:  # a slot, which no dictionary holds; or anything, where writes to attributes are not counted
+            return isinstance(place, Attribute) or not attribute_writes_are_counted()
         return any(id(item) in self._written for item in behind)
 
     def _refresh(self, call: Call) -> None:

@@ -6,6 +6,7 @@ may be another object each time, and goes on by attributes and items.
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
@@ -266,9 +267,25 @@ def dict_class(container: dict[Any, Any]) -> Any:
     return OrderedDict if isinstance(container, OrderedDict) else dict
 
 
+@functools.cache
+def attribute_writes_are_counted() -> bool:
+    """Whether the version of an object's `__dict__` rises when an attribute is written.
+
+    Python 3.13 keeps attributes beside the dict, and does not tell watchers of dicts, which count on 3.12 and later, of
+    writes to these (seen with 3.13.0 and torch 2.9.1).
+    """
+    instance = type("_Probe", (), {})()
+    instance.attribute = 1
+    version = torch._C._dynamo.guards.dict_version(vars(instance))
+    instance.attribute = 2
+    return bool(torch._C._dynamo.guards.dict_version(vars(instance)) != version)
+
+
 def dicts_behind(place: Place, call: Call) -> list[dict[Any, Any]] | None:
     """Returns dictionaries of which one changes whenever the place does; None: there are none such."""
     if isinstance(place, Attribute):
+        if not attribute_writes_are_counted():
+            return None
         owner = place.parent.get(call)
         try:
             attributes = vars(owner)
