@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import logging
 import os
 import threading
@@ -100,7 +101,7 @@ class Engine:
         self._codes: dict[PartId, PartCode] = {}
         self._local_sums = LocalSums()
         self._fetches: dict[int, OnFetched] = {}
-        self._num_fetches = 0
+        self._fetch_ids = itertools.count()
         self._starved_since = 0.0
         #: An event is being handled: its commands come before what they lead to.
         self._handling = False
@@ -126,9 +127,15 @@ class Engine:
         self.call(lambda: self.reducer.drop_client(client_id))
         self.post(events.ClientDropped(client_id=client_id))
 
-    def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
-        """Waits for a buffer and copies it to the host."""
-        self.call(lambda: self._fetch(buffer_id, on_fetched))
+    def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> int:
+        """Waits for a buffer and copies it to the host; returns what `cancel_fetch` takes."""
+        fetch_id = next(self._fetch_ids)
+        self.call(lambda: self._fetch(fetch_id, buffer_id, on_fetched))
+        return fetch_id
+
+    def cancel_fetch(self, fetch_id: int) -> None:
+        """Waits for a buffer no more, if it still does."""
+        self.call(lambda: self._cancel_fetch(fetch_id))
 
     def run(self, work: Callable[[], _T]) -> concurrent.futures.Future[_T]:
         """Runs `work` on the engine's thread; returns its result."""
@@ -465,10 +472,13 @@ class Engine:
 
         self.runtime.on_ready([cell.buffer], lambda: self._soon(copy))
 
-    def _fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> None:
-        self._num_fetches += 1
-        self._fetches[self._num_fetches] = on_fetched
-        self._handle(events.FetchRequested(fetch_id=self._num_fetches, buffer_id=buffer_id))
+    def _fetch(self, fetch_id: int, buffer_id: BufferId, on_fetched: OnFetched) -> None:
+        self._fetches[fetch_id] = on_fetched
+        self._handle(events.FetchRequested(fetch_id=fetch_id, buffer_id=buffer_id))
+
+    def _cancel_fetch(self, fetch_id: int) -> None:
+        if self._fetches.pop(fetch_id, None) is not None:
+            self._handle(events.FetchCancelled(fetch_id=fetch_id))
 
     def _deliver(self, command: events.Deliver) -> None:
         on_fetched, cell = self._fetches.pop(command.fetch_id), command.cell

@@ -119,6 +119,13 @@ class FetchRequested:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FetchCancelled:
+    """The controller reads a buffer no more; it may have been delivered already."""
+
+    fetch_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class FetchEnded:
     """The read of a cell is over, or given up."""
 
@@ -172,6 +179,7 @@ Event: TypeAlias = (
     | Reduced
     | PeerLost
     | FetchRequested
+    | FetchCancelled
     | FetchEnded
     | BuffersDropped
     | ProgramDropped

@@ -189,16 +189,19 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             value = value.clone() if isinstance(value, torch.Tensor) else value
             self.loop.call_soon_threadsafe(_set_if_waiting, future, value)
 
-        self.engine.fetch(buffer_id, fetched)
-        while True:
-            done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
-            if done:
-                return future.result()
-            runs = self.engine.core.waiting_for()
-            if not runs:
-                message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
-                return self.engine.failure("DeadlineExceeded", message)
-            logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, runs[:4])
+        fetch_id = self.engine.fetch(buffer_id, fetched)
+        try:
+            while True:
+                done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
+                if done:
+                    return future.result()
+                runs = self.engine.core.waiting_for()
+                if not runs:
+                    message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
+                    return self.engine.failure("DeadlineExceeded", message)
+                logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, runs[:4])
+        finally:  # also if the client does not wait any longer
+            self.engine.cancel_fetch(fetch_id)
 
     async def _is_computed(self, buffer_id: BufferId) -> bool:
         future: asyncio.Future[bool] = self.loop.create_future()

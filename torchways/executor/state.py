@@ -32,6 +32,7 @@ from torchways.executor.events import (
     Deliver,
     Event,
     Execute,
+    FetchCancelled,
     FetchEnded,
     FetchRequested,
     GrantsNeeded,
@@ -93,6 +94,8 @@ class ExecutorState:
         self._in_flight = 0
         self._commands: list[Command] = []
         self._ready: list[Taker] = []
+        #: The cells that fetches wait for.
+        self._fetching: dict[int, Cell] = {}
 
     def handle(self, event: Event) -> list[Command]:
         """Takes an event; returns what to do, in order."""
@@ -114,6 +117,8 @@ class ExecutorState:
                 self._ready += freed
             case FetchRequested():
                 self._fetch(event)
+            case FetchCancelled():
+                self._cancel_fetch(event.fetch_id)
             case FetchEnded():
                 self._end_reader(event.cell)
                 self._let_go(event.cell)
@@ -545,6 +550,7 @@ class ExecutorState:
     def _answer_fetches(self, cell: Cell) -> None:
         fetches, cell.fetches = cell.fetches, []
         for fetch_id in fetches:
+            del self._fetching[fetch_id]
             self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
 
     def _end_reader(self, cell: Cell) -> None:
@@ -680,6 +686,14 @@ class ExecutorState:
             self._commands.append(Deliver(fetch_id=event.fetch_id, cell=cell))
         else:
             cell.fetches.append(event.fetch_id)
+            self._fetching[event.fetch_id] = cell
+
+    def _cancel_fetch(self, fetch_id: int) -> None:
+        cell = self._fetching.pop(fetch_id, None)
+        if cell is not None:
+            cell.fetches.remove(fetch_id)
+            self._end_reader(cell)
+            self._let_go(cell)
 
     def _drop(self, buffer_id: BufferId, reason: str) -> None:
         cell = self.names.drop(buffer_id, reason)

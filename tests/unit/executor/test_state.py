@@ -591,3 +591,20 @@ def test_a_client_that_goes_on_for_ever_leaves_nothing_behind_either(seed):
             world.run()
             after.append({name: sizes(state) for name, state in world.states.items()})
     assert after[-1] == after[1]
+
+
+def test_a_cancelled_fetch_leaves_nothing_behind():
+    state = ExecutorState("a", budget_bytes=100)
+    buffer_id = BufferId(BASE + 60)
+    before = state.num_entries()
+    assert state.handle(events.FetchRequested(fetch_id=1, buffer_id=buffer_id)) == []
+    assert state.handle(events.FetchRequested(fetch_id=2, buffer_id=buffer_id)) == []
+    assert state.handle(events.FetchCancelled(fetch_id=1)) == []
+    put = events.BufferPut(buffer_id=buffer_id, data=_Buffer(4), spec=None, nbytes=10, slice_id=SliceId(1))
+    placed, delivered = state.handle(put)
+    assert (type(placed), delivered.fetch_id) == (events.Place, 2)
+    state.handle(events.FetchCancelled(fetch_id=2))  # too late
+    state.handle(events.FetchEnded(cell=delivered.cell))
+    state.handle(events.BuffersDropped(buffer_ids=[buffer_id]))
+    assert state.memory.used_bytes == 0
+    assert state.num_entries()["fetching"] == before["fetching"] == 0
