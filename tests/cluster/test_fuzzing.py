@@ -53,7 +53,7 @@ def _value(dice, field, numbers):
             return dice.choice((0.0, 1.5, float("nan"), float("inf")))
         case field.TYPE_BOOL:
             return dice.random() < 0.5
-        case field.TYPE_INT64 | field.TYPE_INT32:
+        case field.TYPE_INT64 | field.TYPE_INT32 | field.TYPE_SINT32:
             return dice.choice((0, 1, 2, 4, -1, 1 << 20, (1 << 31) - 1))
         case field.TYPE_UINT32:
             return dice.choice((0, 1, 2, 3, 7, 1 << 20, (1 << 32) - 1))
