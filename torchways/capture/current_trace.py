@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from torchways.array import Array
-from torchways.capture.regions import Region
+from torchways.capture.regions import LoopLabel, Region
 from torchways.mesh import Placements, VirtualSlice
 from torchways.schedules import Schedule
 
@@ -39,6 +39,8 @@ class CurrentTrace(Protocol):
     region: Region | None
     #: Whether an optimizer's step is running.
     in_optimizer: bool
+    #: The loop over microbatches whose body is being traced, and the number of the body.
+    loop: tuple[LoopLabel, int] | None
 
     @property
     def inputs(self) -> Sequence[object]:
@@ -60,11 +62,12 @@ class CurrentTrace(Protocol):
         """
 
     def microbatches(
-        self, num_turns: int, num_whole: int, schedule: str | Schedule
+        self, function: Callable[..., Any], num_turns: int, num_whole: int, schedule: str | Schedule
     ) -> AbstractContextManager[MicrobatchTrace]:
         """Opens a loop over microbatches.
 
         Args:
+            function: the user's, which is called for each.
             num_turns: number of microbatches.
             num_whole: how many of them are not smaller than the others.
             schedule: the order in which a pipeline's slices work on them.

@@ -197,7 +197,8 @@ def _check_loop(loop: LoopInstruction, num_slots: int) -> None:
     _require(all(position < len(first.inputs) for position in loop.donated), "a loop donates what it does not read")
     for body in loop.bodies:
         _require(
-            len(body.inputs) <= len(body.slots) and max(body.inputs, default=0) < num_slots, "its inputs are wrong"
+            len(body.inputs) <= len(body.slots) and all(slot < num_slots for slot in body.inputs),
+            "its inputs are wrong",
         )
         named = [slot for item in body.instructions for slot in (*reads(item.instruction), *writes(item.instruction))]
         named += [*body.number_slots, *body.last, *(slot for pair in body.carried for slot in pair)]

@@ -15,6 +15,7 @@ import torch
 import torch.utils._pytree as pytree
 
 from torchways.capture.current_trace import current_trace
+from torchways.capture.source import user_line
 from torchways.errors import ShapeError, UserError
 from torchways.schedules import SCHEDULES, Schedule
 
@@ -54,17 +55,25 @@ def run_microbatches(
     if trace is None or chunks.num_turns == 1:
         rows = [slice(turn * chunks.size, (turn + 1) * chunks.size) for turn in range(chunks.num_turns)]
         return _merged([call(operator.itemgetter(item)) for item in rows])
-    with trace.microbatches(chunks.num_turns, chunks.num_whole, schedule) as loop:
+    selected: list[tuple[torch.Tensor, int]] = []
+    with trace.microbatches(function, chunks.num_turns, chunks.num_whole, schedule) as loop:
 
         def whole(leaf: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
             with loop.unplaced():
-                return _row(leaf, chunks, turn)
+                row = _row(leaf, chunks, turn)
+            selected.append((row, row._version))
+            return row
 
         def rest(leaf: torch.Tensor) -> torch.Tensor:
             with loop.unplaced():
                 return leaf[chunks.num_whole * chunks.size :]
 
         loop.body(lambda turn: call(lambda leaf: whole(leaf, turn)), is_remainder=False)
+        if any(row._version != version for row, version in selected):
+            raise UserError(
+                f"the function of tw.microbatch at {user_line()} writes to its microbatch in place, and so to the "
+                "batch: clone it first"
+            )
         if chunks.remainder:
             loop.body(lambda _: call(rest), is_remainder=True)
         return loop.results()

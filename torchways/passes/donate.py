@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 
-from torchways.ir.program import Arg, Compute, Loop, Node, Program, ValueIndex, node_inputs, with_nodes
+from torchways.ir.program import Arg, Compute, Loop, Node, Program, ValueIndex, node_inputs, node_outputs, with_nodes
 
 
 def donate(program: Program) -> Program:
@@ -43,8 +43,9 @@ def donate(program: Program) -> Program:
 def _in_place(loop: Loop, last_reader: Mapping[ValueIndex, int], position: int, kept: Collection[ValueIndex]) -> Loop:
     """Returns a loop that updates in place what its turns hand on, and whose first turn does so where it may."""
     bodies = []
+    read_on = _read_on(loop)
     for body in loop.bodies:
-        entered = {value for value, _ in body.carried}
+        entered = {value for index, (value, _) in enumerate(body.carried) if index not in read_on}
         last = {value: number for number, item in enumerate(body.nodes) for value in node_inputs(item.node)}
         items = []
         for number, item in enumerate(body.nodes):
@@ -68,3 +69,17 @@ def _in_place(loop: Loop, last_reader: Mapping[ValueIndex, int], position: int, 
         and loop.firsts.count(value) == 1
     )
     return replace(loop, bodies=tuple(bodies), donated=donated)
+
+
+def _read_on(loop: Loop) -> set[int]:
+    """Returns the positions of handed-on values that their turn may still read while the next turn works on them."""
+    found = set()
+    for body in loop.bodies:
+        action_of = {value: (item.stage, item.kind) for item in body.nodes for value in node_outputs(item.node)}
+        for index, (_, made) in enumerate(body.carried):
+            readers = [item for item in body.nodes if made in node_inputs(item.node)]
+            if any(
+                not isinstance(item.node, Compute) or (item.stage, item.kind) != action_of[made] for item in readers
+            ):
+                found.add(index)
+    return found

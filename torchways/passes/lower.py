@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from torchways.errors import ConfigError
+from torchways.errors import ConfigError, InternalError, UserError
 from torchways.ir.loops import unrolled
 from torchways.ir.part import SlicePart
-from torchways.ir.program import Program, verify
+from torchways.ir.program import Loop, Program, verify
 from torchways.passes.donate import donate
 from torchways.passes.insert_transfers import insert_transfers
 from torchways.passes.place import place
@@ -46,7 +46,7 @@ def lower(program: Program, *, print_after: str | None = None) -> LoweredProgram
         print_after: name of a pass: print the program before and after it.
 
     Raises:
-        ConfigError: there is no such pass.
+        ConfigError: there is no such pass, or a schedule does not fit its loop.
         PlacementError: an argument cannot be split as its slice needs it.
         InternalError: the passes made a program that cannot run.
     """
@@ -60,5 +60,19 @@ def lower(program: Program, *, print_after: str | None = None) -> LoweredProgram
     parts = tuple(split(program))
     if print_after == "split":
         print(f"--- before split\n{program}\n--- after split\n" + "\n".join(map(str, parts)))
-    check_order([unrolled(part) for part in parts])
+    _check_order(program, parts)
     return LoweredProgram(program=program, parts=parts)
+
+
+def _check_order(program: Program, parts: Sequence[SlicePart]) -> None:
+    try:
+        check_order([unrolled(part) for part in parts])
+    except (InternalError, UserError) as error:
+        loops = [node for node in program.nodes if isinstance(node, Loop)]
+        if not loops:
+            raise
+        where = " and ".join(f"schedule {loop.schedule} at {loop.source}" for loop in loops)
+        raise ConfigError(
+            f"{where} does not fit what a microbatch computes: call each stage of the pipeline once in a microbatch, "
+            f'or try schedule="GPipe" ({error})'
+        ) from error

@@ -131,7 +131,7 @@ def split(program: Program) -> list[SlicePart]:
             case Arg():
                 pass
     parts = [builder.part(slice_index) for slice_index, builder in enumerate(builders)]
-    return [part for part in parts if part.slots]
+    return [part for part in parts if part.slots or part.instructions]  # a loop has slots of its own
 
 
 def _count_edges(nodes: Iterable[Node]) -> int:

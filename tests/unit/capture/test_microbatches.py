@@ -234,7 +234,32 @@ def test_what_a_microbatch_may_not_do():
         return tw.microbatch(lambda rows: model(rows).sum(), x, n_microbatches=2)
 
     refused(CaptureError, r"microbatch at test_microbatches\.py:\d+.* assigns to .*calls.*traced once", count_calls)
+
+    def clear_in_place(model, x):
+        model.zero_grad(set_to_none=False)
+        model(x).sum().backward()
+
+    def clip(model, x):
+        model(x).sum().backward()
+        return nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+
+    def update(model, x):
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        model(x).sum().backward()
+        optimizer.step()
+
+    def write_to_chunk(model, x):
+        return model(x.clamp_(0, 3)).sum()
+
+    def all_reduce(model, x):
+        return tw.all_reduce([model(x)])
+
     refused(CaptureError, "clears or assigns gradients, which add up over microbatches", clear)
+    refused(CaptureError, "reads a gradient that it makes.*after the loop", clear_in_place)
+    refused(CaptureError, "reads a gradient that it makes.*after the loop", clip)
+    refused(CaptureError, r"optimizer steps within a microbatch at test_microbatches\.py:\d+ in update", update)
+    refused(UserError, "writes to its microbatch in place.*clone it first", write_to_chunk)
+    refused(CaptureError, r"all_reduce at test_microbatches\.py:\d+.*sum them after", all_reduce)
     refused(CaptureError, "within another loop over microbatches", nested)
 
 
@@ -263,3 +288,263 @@ def test_a_schedule_of_ones_own():
     schedule = tw.Schedule.from_csv("0F0,0F1,0I0,0I1,0W1,0W0\n1F0,1B0,1F1,1B1\n", "mine")
     program = compare(model, ours, session, 2, schedule)
     assert "loop of 2 turns by mine" in str(program)
+
+
+class Small(nn.Module):
+    """Three layers of a few numbers, and two buffers."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(3, 4)
+        self.middle = nn.Tanh()
+        self.last = nn.Linear(4, 2)
+        self.register_buffer("total", torch.zeros(4))
+        self.register_buffer("other", torch.ones(4))
+
+    def forward(self, x):
+        return self.last(self.middle(self.first(x)))
+
+
+def agrees(step_of, model=Small, split=(), count=8, calls=2):
+    """Compares the steps that `step_of` makes of a module with eager ones: results, state and gradients."""
+    torch.manual_seed(0)
+    module, session = model(), LocalSession()
+    ours = copy.deepcopy(module)
+    if split:
+        meshes = [session.mesh() for _ in range(len(split) + 1)]
+        ours = pipelined(session, ours, dict.fromkeys(split, SplitPoint.BEGINNING), meshes)
+    else:
+        ours = make_function(ours, session.mesh(), lambda: session)
+    step, program = step_of(module), ProgramFunction(step_of(ours), None, lambda: session)
+    for _ in range(calls):
+        x = torch.randn(count, 3)
+        expected = step(x.clone())
+        found = torch.utils._pytree.tree_map(lambda value: value.cpu(), program(x))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(ours.buffers(), module.buffers(), strict=True):
+        torch.testing.assert_close(mine.cpu(), other, rtol=1e-4, atol=1e-5)
+    for mine, other in zip(ours.parameters(), module.parameters(), strict=True):
+        torch.testing.assert_close(mine.detach().cpu(), other.detach(), rtol=1e-4, atol=1e-5)
+        assert (mine.grad is None) == (other.grad is None)
+        if other.grad is not None:
+            torch.testing.assert_close(mine.grad.cpu(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def backward_of(module):
+    def forward_backward(x):
+        loss = module(x).square().mean()
+        loss.backward()
+        return loss.detach()
+
+    return forward_backward
+
+
+class Joined(nn.Module):
+    """Its gradients are parts of one tensor."""
+
+    def __init__(self, join):
+        super().__init__()
+        self.join = join
+        self.p, self.q = nn.Parameter(torch.randn(3, 3)), nn.Parameter(torch.randn(3, 3))
+
+    def forward(self, x):
+        return x @ self.join([self.p, self.q]).flatten(0, -2).t()
+
+
+@pytest.mark.parametrize("join", [torch.cat, torch.stack])
+def test_gradients_that_share_memory(join):
+    agrees(lambda module: lambda x: tw.microbatch(backward_of(module), x, n_microbatches=4), model=lambda: Joined(join))
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_gradients_from_before_the_loop_and_two_loops(count):
+    def step_of(module):
+        def step(x):
+            module(x).sum().backward()
+            norms = tw.microbatch(lambda rows: clipped(module, rows), x, n_microbatches=4)
+            return norms, tw.microbatch(backward_of(module), 2 * x, n_microbatches=3)
+
+        return step
+
+    def clipped(module, x):
+        module(x).square().sum().backward()
+        return nn.utils.clip_grad_norm_(module.parameters(), 0.5)
+
+    agrees(step_of, count=count)
+
+
+@pytest.mark.parametrize("count", [8, 7])
+def test_views_of_what_is_written_to(count):
+    def step_of(module):
+        def step(x):
+            table = torch.zeros(2, 3)
+            row = table[0]
+
+            def add(rows):
+                before = row.sum()
+                row.add_(rows.sum(0))
+                table[1] += row
+                module.total[:3] += rows.sum(0)
+                module.total[3].mul_(2).add_(1)
+                return module(rows).sum() + before + row.sum() + module.total.sum()
+
+            return tw.microbatch(add, x, n_microbatches=4), row.clone(), table
+
+        return step
+
+    agrees(step_of, count=count)
+
+
+def test_state_that_is_copied():
+    def step_of(module):
+        def swap(x):
+            kept = module.total.clone()
+            module.total.copy_(module.other)
+            module.other.copy_(kept)
+            module.total += x.sum()
+            return module(x).sum() + module.total.sum()
+
+        def read(x):
+            module.total += x.sum()
+            return module.other.sum()
+
+        def step(x):
+            swapped = tw.microbatch(swap, x, n_microbatches=3)
+            module.other.copy_(module.total)
+            return swapped, tw.microbatch(read, x, n_microbatches=4)  # only one of the two is written to
+
+        return step
+
+    agrees(step_of)
+
+
+def test_state_that_nobody_reads_before_or_after():
+    def step_of(module):
+        def step(x):
+            running, newest = torch.zeros(()), torch.zeros(3)
+
+            def function(rows):
+                newest.copy_(rows[0])
+                module.total.copy_(module.first.bias)
+                running.add_(rows.sum())
+                return module(rows).sum() * running
+
+            return tw.microbatch(function, x, n_microbatches=4), newest
+
+        return step
+
+    with torch.no_grad():
+        agrees(step_of)
+
+
+def test_results_that_no_microbatch_computes():
+    scale = torch.tensor(3.0)
+
+    def step_of(module):
+        return lambda x: tw.microbatch(
+            lambda rows: (rows, module.last.bias, scale, module(rows).t(), rows > 0), x, n_microbatches=4
+        )
+
+    agrees(step_of)
+
+
+class Running(Small):
+    """A total that backward reads, too, when the next microbatch has gone on with it."""
+
+    def forward(self, x):
+        hidden = self.first(x)
+        with torch.no_grad():
+            self.total += hidden.sum(0)
+        return self.last(self.middle(hidden * self.total))
+
+
+@pytest.mark.parametrize("schedule", ["GPipe", "1F1B"])
+def test_state_that_backward_reads_is_not_overwritten_by_the_next_turn(schedule):
+    def step_of(module):
+        return lambda x: tw.microbatch(backward_of(module), x, n_microbatches=4, schedule=schedule)
+
+    agrees(step_of, model=Running, split=("middle", "last"))
+
+
+@pytest.mark.parametrize("schedule", ["1F1B", "InterleavedZeroBubble"])
+def test_a_stage_without_parameters(schedule):
+    def step_of(module):
+        return lambda x: tw.microbatch(backward_of(module), x, n_microbatches=4, schedule=schedule)
+
+    agrees(step_of, split=("middle", "last"))
+
+
+def test_a_microbatch_that_needs_its_stages_twice_in_turn_does_not_fit_every_schedule():
+    def step_of(schedule):
+        def function(module, x):
+            again = module(torch.cat([module(x), x[:, :1]], 1))
+            again.sum().backward()
+
+        return lambda module: (
+            lambda x: tw.microbatch(lambda rows: function(module, rows), x, n_microbatches=4, schedule=schedule)
+        )
+
+    with pytest.raises(ConfigError, match=r"schedule 1F1B at test_microbatches\.py:\d+.* does not fit.*GPipe"):
+        agrees(step_of("1F1B"), split=("last",))
+
+
+class Meter:
+    def __init__(self):
+        self.total = 0.0
+
+
+def test_variables_and_containers_of_the_program_itself():
+    def attempt(change, match):
+        session = LocalSession()
+        ours = make_function(Small(), session.mesh(), lambda: session)
+
+        def step(x):
+            count, losses, counts, meter = 0, [], {"rows": 0}, Meter()
+
+            def function(rows):
+                nonlocal count
+                loss = ours(rows).sum()
+                if change == "variable":
+                    count += 1
+                elif change == "list":
+                    losses.append(loss.detach())
+                elif change == "dict":
+                    counts["rows"] += len(rows)
+                else:
+                    meter.total += loss.detach()
+                return loss
+
+            return tw.microbatch(function, x, n_microbatches=2), count, losses, counts, meter.total
+
+        with pytest.raises(CaptureError, match=f"assigns to {match}.*traced once"):
+            ProgramFunction(step, None, lambda: session)(torch.randn(4, 3))
+
+    attempt("variable", "count")
+    attempt("list", "losses")
+    attempt("dict", r"counts\['rows'\]")
+    attempt("object", "meter.*total")
+
+
+def test_gradients_of_a_tensor_of_the_program_are_refused():
+    def step_of(module):
+        def step(x):
+            shift = torch.zeros(3, requires_grad=True)
+            tw.microbatch(lambda rows: backward_of(module)(rows + shift), x, n_microbatches=2)
+            return shift.grad
+
+        return step
+
+    with pytest.raises(CaptureError, match=r"uses a tensor that microbatches at test_microbatches\.py.*return it"):
+        agrees(step_of)
+
+
+def test_a_smaller_last_microbatch_with_a_result_of_fewer_dimensions():
+    def step_of(module):
+        return lambda x: tw.microbatch(lambda rows: module(rows)[:, 0].squeeze(), x, n_microbatches=4)
+
+    with pytest.raises(RuntimeError, match="zero-dimensional"):
+        agrees(step_of, count=7)
+    session = LocalSession()
+    ours = make_function(Small(), session.mesh(), lambda: session)
+    with pytest.raises(UserError, match="returns a tensor of 0 dimensions and the others one of 1"):
+        ProgramFunction(step_of(ours), None, lambda: session)(torch.randn(7, 3))

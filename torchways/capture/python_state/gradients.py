@@ -66,6 +66,8 @@ class Gradients:
     def __init__(self, watcher: Watcher) -> None:
         self._watcher = watcher
         self._found: dict[int, _Gradient] = {}
+        #: Identities of the tensors whose gradients Python reads, while somebody asks for them.
+        self._looked_at: set[int] | None = None
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -101,6 +103,8 @@ class Gradients:
         if active_watcher() is self._watcher and not self._watcher.paused:
             found = self.note(array)
             found.is_read = found.is_read or not found.is_written
+            if self._looked_at is not None:
+                self._looked_at.add(id(array))
         return gradient_of(array)
 
     def _set(self, array: Array, value: Any) -> None:
@@ -121,6 +125,15 @@ class Gradients:
 
         zero_grad.unpatched = original  # type: ignore[attr-defined]
         return zero_grad
+
+    @contextmanager
+    def looking(self) -> Iterator[set[int]]:
+        """Notes the identities of the tensors whose gradients Python reads inside."""
+        self._looked_at = set()
+        try:
+            yield self._looked_at
+        finally:
+            self._looked_at = None
 
     def now(self) -> dict[int, Any]:
         """Returns the gradient of each tensor that was noted, by the tensor's identity."""

@@ -198,6 +198,10 @@ class LabellingRecorder(Recorder):
             self._backward = forward, replace(forward, backward=True, call=self._next_call())
         return self._backward[1]
 
+    def is_current(self, view: torch.fx.Node) -> bool:
+        """Within a loop's body, a view is taken of what the turn gets; behind it, of what the last turn left."""
+        return view.meta.get(LOOP_KEY) == self.loop
+
     def label(self, node: torch.fx.Node) -> None:
         label, meta = self._label, node.meta
         if label.is_recomputed:

@@ -17,7 +17,10 @@ import torch
 import torch.utils._pytree as pytree
 from torch._subclasses.fake_tensor import FakeTensor
 
+from torchways.capture.python_state.closures import keep_closure
 from torchways.capture.python_state.gradients import GRAD, Gradients, gradient_of
+from torchways.capture.python_state.host_numbers import node_of
+from torchways.capture.python_state.kept_state import KeptState
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY, LoopLabel
 from torchways.capture.tracing.labels import LabellingRecorder
@@ -50,7 +53,12 @@ class _Carried:
 
 @dataclass(slots=True)
 class _Result:
-    """A tensor of the body's result: collected over all turns, or that of the last."""
+    """A tensor of the body's result.
+
+    Attributes:
+        stacked: its rows of all turns; but where it has dimensions, not of a smaller last turn.
+        remainder: that of a smaller last turn.
+    """
 
     stacked: torch.Tensor | None
     remainder: torch.Tensor | None = None
@@ -63,18 +71,29 @@ class LoopTrace:
         recorder: of the trace under way.
         watcher, gradients: of this trace.
         label: the loop.
+        function: the user's, which computes a microbatch.
         num_whole: turns whose microbatch is not smaller than the others.
     """
 
     def __init__(
-        self, recorder: LabellingRecorder, watcher: Watcher, gradients: Gradients, label: LoopLabel, num_whole: int
+        self,
+        recorder: LabellingRecorder,
+        watcher: Watcher,
+        gradients: Gradients,
+        label: LoopLabel,
+        function: Callable[..., Any],
+        num_whole: int,
     ) -> None:
         self._recorder = recorder
         self._watcher = watcher
         self._gradients = gradients
         self._label = label
+        #: What the program made itself: the watcher knows nothing of it.
+        self._closure = KeptState()
+        keep_closure(self._closure, function, watcher.is_known)
         self._num_whole = num_whole
         self._num_bodies = 0
+        self._separate_copies()
         #: By the identity of a memory, a gradient's owner, or the position of a result.
         self._carried: dict[Any, _Carried] = {}
         self._results: list[_Result] = []
@@ -109,13 +128,18 @@ class LoopTrace:
         number, self._num_bodies = self._num_bodies, self._num_bodies + 1
         writes, assigned = self._writes(), self._gradients.assigned()
         gradients = self._gradients.now()
-        with self._recording(number) as changed:
+        with self._recording(number) as changed, self._gradients.looking() as looked_at:
             turn = torch.ops.torchways.turn.default()
             result = call(turn)
             self._check_writes(writes, assigned)
             for memory, before in changed.items():
                 self._hand_on_memory(number, memory, before)
             for owner, before_gradient in self._gradients.changed_since(gradients):
+                if id(owner) in looked_at:
+                    raise CaptureError(
+                        f"a microbatch at {self._label.line} reads a gradient that it makes, which adds up over "
+                        "microbatches: read, clip or clear gradients after the loop"
+                    )
                 self._hand_on_gradient(number, owner, before_gradient)
             self._take_results(number, turn, result, is_remainder=is_remainder)
 
@@ -133,6 +157,18 @@ class LoopTrace:
 
     def _is_inside(self, node: torch.fx.Node) -> bool:
         return node.meta.get(LOOP_KEY, (None,))[0] is self._label
+
+    def _separate_copies(self) -> None:
+        """Gives memory that has the node of other memory one of its own: a turn may write to either."""
+        recorder = self._recorder
+        for copy, original in recorder.copies:
+            if copy is not original and copy.node is original.node:
+                copy.node = recorder.graph.call_function(aten.clone.default, (original.node,))
+                copy.node.meta = {
+                    key: item for key, item in original.node.meta.items() if key not in (LOOP_KEY, CARRY_KEY)
+                }
+                copy.version += 1
+        recorder.copies.clear()
 
     # ---- what is handed on
 
@@ -166,8 +202,7 @@ class LoopTrace:
         self._alive.append(owner)
 
         def restore(node: torch.fx.Node) -> None:
-            place_of(now).memory.node = node
-            place_of(now).memory.version += 1
+            recorder.bind(now, node)  # it may have been a part of a gradient of several tensors
             GRAD.__set__(owner, now)
 
         if id(owner) not in self._carried:
@@ -206,7 +241,7 @@ class LoopTrace:
         first = self._first_node(number)
         with graph.inserting_before(first):
             entered = graph.call_function(CARRY, (carried.first,))
-        entered.meta = {"val": carried.first.meta["val"], LOOP_KEY: made.meta[LOOP_KEY]}
+        entered.meta = {"val": carried.first.meta["val"], LOOP_KEY: (self._label, number)}
         if carried.first.op == "call_function" and REGION_KEY in made.meta:
             entered.meta[REGION_KEY] = made.meta[REGION_KEY]
         carried.entered[number] = entered
@@ -234,6 +269,12 @@ class LoopTrace:
                     raise UserError(f"microbatches at {self._label.line} return different values that are no tensors")
                 continue
             value = leaf.detach()
+            stacked = self._results[position].stacked
+            if stacked is not None and stacked.dim() != value.dim() + 1:
+                raise UserError(
+                    f"the last microbatch at {self._label.line}, which is smaller, returns a tensor of {value.dim()} "
+                    f"dimensions and the others one of {stacked.dim() - 1}"
+                )
             if value.dim() and is_remainder:
                 self._results[position].remainder = value
             else:
@@ -282,31 +323,47 @@ class LoopTrace:
             end.meta = {"val": carried.made[0].meta["val"], CARRY_KEY: (self._label, index)}
             carried.restore(end)
         leaves: list[Any] = []
+        left: dict[torch.fx.Node, torch.fx.Node] = {}
         for position, item in enumerate(self._results):
             if position in self._constants:
                 leaves.append(self._constants[position])
-            elif item.stacked is None:
-                leaves.append(item.remainder)
-            elif item.stacked.dim() == 1 and item.remainder is None:
-                leaves.append(item.stacked.clone())
+                continue
+            assert item.stacked is not None
+            if item.remainder is not None:
+                leaves.append(torch.cat([item.stacked.flatten(0, 1), self._left_behind(item.remainder, left)]))
             else:
-                rows = item.stacked.flatten(0, 1)
-                leaves.append(rows if item.remainder is None else torch.cat([rows, item.remainder]))
+                leaves.append(item.stacked.clone() if item.stacked.dim() == 1 else item.stacked.flatten(0, 1))
         assert self._spec is not None
         self._alive.clear()
         return pytree.tree_unflatten(leaves, self._spec)
 
+    def _left_behind(self, tensor: torch.Tensor, left: dict[torch.fx.Node, torch.fx.Node]) -> torch.Tensor:
+        """Returns what stands behind the loop for a tensor of its last turn; `left` has the nodes of those before."""
+        recorder = self._recorder
+        node = recorder.node_of(tensor)
+        assert node is not None
+        if not self._is_inside(node):
+            return tensor
+        if node not in left:
+            value = node
+            if node in self._made:  # it is handed on as well
+                value = self._copy_inside(self._num_bodies - 1, node, node)
+            left[node] = recorder.graph.call_function(EXIT, ([value],))
+            left[node].meta = {"val": node.meta["val"]}
+        return recorder.stands_for(left[node], tensor.shape, tensor.stride(), tensor.dtype)
+
     def _pass_on(self, number: int, carried: _Carried) -> None:
         """Hands on, unchanged, what one of two bodies does not write to."""
         entered = self._enter(number, carried, next(iter(carried.made.values())))
-        entered.meta[LOOP_KEY] = (self._label, number)
         self._hand_on(number, carried, entered)
 
     # ---- what a body may not do
 
     def _writes(self) -> dict[Any, tuple[Any, ...]]:
+        made_here = self._closure.writes(self._watcher.call, lambda _, value: node_of(value) is not None)
         return {
-            (write.kind, write.place.key): (write.place, _identity(write.value)) for write in self._watcher.writes()
+            (write.kind, write.place.key): (write.place, _identity(write.value))
+            for write in (*self._watcher.writes(), *made_here)
         }
 
     def _check_writes(self, before: dict[Any, tuple[Any, ...]], assigned: set[int]) -> None:
@@ -323,29 +380,23 @@ class LoopTrace:
             )
 
 
-def close_loops(graph: torch.fx.Graph) -> None:
-    """Marks what is read behind a loop of what its bodies made: it is what the last turn made."""
-    for node in list(graph.nodes):
+def check_loops(graph: torch.fx.Graph) -> None:
+    """Refuses to read behind a loop what a turn of it made, but for what is returned and handed on.
+
+    Raises:
+        CaptureError: a node does.
+    """
+    for node in graph.nodes:
         loop = node.meta.get(LOOP_KEY)
-        if loop is None or node.target is EXIT:
+        if loop is None:
             continue
-        outside = [user for user in node.users if user.target is not EXIT and user.meta.get(LOOP_KEY) != loop]
-        if not outside:
-            continue
-        value = node
-        if any(user.target is EXIT for user in node.users):  # it is handed on as well
-            with graph.inserting_after(node):
-                value = graph.call_function(aten.clone.default, (node,))
-            value.meta = dict(node.meta)
-        with graph.inserting_after(_last_of(graph, loop)):
-            end = graph.call_function(EXIT, ([value],))
-        end.meta = {"val": node.meta["val"]}
-        for user in outside:
-            user.replace_input_with(node, end)
-
-
-def _last_of(graph: torch.fx.Graph, loop: tuple[LoopLabel, int]) -> torch.fx.Node:
-    return [node for node in graph.nodes if node.meta.get(LOOP_KEY, (None,))[0] is loop[0]][-1]
+        for user in node.users:
+            if user.target is not EXIT and user.meta.get(LOOP_KEY) != loop:
+                line = user.meta.get(SOURCE_KEY) or node.meta.get(SOURCE_KEY)
+                raise CaptureError(
+                    f"{line} uses a tensor that microbatches at {loop[0].line} make, after these: return it from the "
+                    "function, or write it in place to a tensor that was there before"
+                )
 
 
 def _identity(value: Any) -> Any:

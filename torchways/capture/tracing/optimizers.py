@@ -101,6 +101,8 @@ class StateTracker:
         mode = current_trace()
         if mode is None:
             return
+        if mode.loop is not None:
+            raise CaptureError(f"an optimizer steps within a microbatch at {user_line()}: step after the loop")
         mode.in_optimizer = self.watcher.in_optimizer = True
         with self.watcher.pause():
             if optimizer not in self.optimizers:

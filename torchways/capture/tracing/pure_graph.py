@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
 from torchways.capture.lowering.decompositions import decomposition_table
-from torchways.capture.regions import LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY
+from torchways.capture.regions import CARRY_KEY, LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY
 from torchways.capture.tracing.recorder import Recorder
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import BARRIER, is_random
@@ -83,8 +83,19 @@ def _recorded_again(graph: torch.fx.Graph, decompositions: Mapping[Any, Any], *,
 
 
 def _remove_dead_nodes(graph: torch.fx.Graph) -> None:
+    marks: dict[Any, list[torch.fx.Node]] = {}  # of each value that turns of a loop hand on
+    for node in graph.nodes:
+        if CARRY_KEY in node.meta:
+            marks.setdefault(node.meta[CARRY_KEY], []).append(node)
+    waiting = [node for node in graph.nodes if node.op != "call_function" or (node.is_impure() and not is_random(node))]
+    living: set[torch.fx.Node] = set()
+    while waiting:
+        node = waiting.pop()
+        if node not in living:
+            living.add(node)
+            waiting += [*node.all_input_nodes, *marks.get(node.meta.get(CARRY_KEY), ())]
     for node in reversed(graph.nodes):
-        if node.op == "call_function" and not node.users and (is_random(node) or not node.is_impure()):
+        if node not in living:
             graph.erase_node(node)
 
 

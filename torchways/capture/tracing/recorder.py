@@ -71,6 +71,10 @@ class Recorder(TorchDispatchMode):
         self._shapes: dict[Any, tuple[Any, ...]] = {}
         #: Of memory that was written to: the node of its value before. Kept where somebody asks for it.
         self.overwritten: dict[Memory, torch.fx.Node] | None = None
+        #: Memory that became a copy of other memory, with that: both have one node until one is written to.
+        self.copies: list[tuple[Memory, Memory]] = []
+        #: Whether views are being taken again.
+        self._takes_again = False
         #: The operator of which a pure form is sought.
         self._functionalizing: Any = None
         #: Operators within operators: those that one is taken apart into.
@@ -80,6 +84,10 @@ class Recorder(TorchDispatchMode):
 
     def label(self, node: torch.fx.Node) -> None:
         """Labels a new node."""
+
+    def is_current(self, view: torch.fx.Node) -> bool:
+        """Whether a view that was taken before may be read where the trace is now."""
+        return True
 
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         """Notes that a tensor has the value `new` in place of `old`: it was written to, or its memory was."""
@@ -126,9 +134,12 @@ class Recorder(TorchDispatchMode):
         place: Place | None = getattr(tensor, "_tw_place", None)
         if place is None or place.memory.node.graph is not self.graph:
             return None
-        if place.version != place.memory.version:
+        if place.version != place.memory.version or not (self._takes_again or self._is_current(place)):
             self._take_views_again(place)
         return place.node
+
+    def _is_current(self, place: Place) -> bool:
+        return not place.steps or self.is_current(place.node)
 
     def value_like(self, shape: Sequence[int], dtype: torch.dtype) -> FakeTensor:
         """Returns the fake tensor that nodes of a shape and dtype share as ``meta["val"]``."""
@@ -144,10 +155,14 @@ class Recorder(TorchDispatchMode):
         node = memory.node
         if place.steps:
             fake = self._copy_of_memory(memory)
-            with _disable_current_modes(), self.fake_mode, self.inside():
-                for step in place.steps:
-                    fake = step(fake)  # type: ignore[assignment]
-            found = self.node_of(fake)
+            outer, self._takes_again = self._takes_again, True
+            try:
+                with _disable_current_modes(), self.fake_mode, self.inside():
+                    for step in place.steps:
+                        fake = step(fake)  # type: ignore[assignment]
+                found = self.node_of(fake)
+            finally:
+                self._takes_again = outer
             assert found is not None
             node = found
         old, place.node, place.version = place.node, node, memory.version
@@ -404,6 +419,7 @@ class Recorder(TorchDispatchMode):
     def _record_write(self, func: Any, traits: Traits, args: Any, kwargs: Any) -> Any:
         if func is aten.copy_.default:
             self.write(args[0], self._converted(args[1], args[0]))
+            self.copies.append((place_of(args[0]).memory, place_of(args[1]).memory))
             return args[0]
         decomposition = self._decompositions.get(func)
         if decomposition is not None and traits.functional not in self._decompositions:
@@ -457,7 +473,11 @@ class Recorder(TorchDispatchMode):
             view.copy_(source)
             return base
 
-        self._functionalize(scatter, [base, source])
+        noted, self.overwritten = self.overwritten, None  # `base` is no memory of the trace's
+        try:
+            self._functionalize(scatter, [base, source])
+        finally:
+            self.overwritten = noted
         written = self.node_of(base)
         assert written is not None
         self._write_memory(place, written)

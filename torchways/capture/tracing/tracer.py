@@ -43,7 +43,7 @@ from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.tracing.labels import LabellingRecorder
-from torchways.capture.tracing.microbatches import LoopTrace, close_loops
+from torchways.capture.tracing.microbatches import LoopTrace, check_loops
 from torchways.capture.tracing.random_numbers import RandomNumbers
 from torchways.capture.tracing.repeated_layers import repeated_layers
 from torchways.capture.tracing.trace import GraphInput, NumberInput, Trace
@@ -114,6 +114,11 @@ class _TraceMode(LabellingRecorder):
         if func is _DEVICE:
             return args[0].fake_device if isinstance(args[0], FakeTensor) else func(*args)
         kwargs = kwargs or {}
+        if func is ALL_REDUCE and self.loop is not None:
+            raise CaptureError(
+                f"tw.all_reduce at {user_line()} is called within a microbatch: return the values, and sum them after "
+                "the loop"
+            )
         if self._depth:  # part of an operator that was seen
             return self.record(func, args, kwargs)
         is_foreach = func._schema.name.startswith("aten::_foreach_")
@@ -293,7 +298,9 @@ class _TraceMode(LabellingRecorder):
         return found
 
     @contextmanager
-    def microbatches(self, num_turns: int, num_whole: int, schedule: str | Schedule) -> Iterator[LoopTrace]:
+    def microbatches(
+        self, function: Callable[..., Any], num_turns: int, num_whole: int, schedule: str | Schedule
+    ) -> Iterator[LoopTrace]:
         """Opens a loop over microbatches.
 
         Raises:
@@ -302,7 +309,7 @@ class _TraceMode(LabellingRecorder):
         if self.loop is not None or self.in_optimizer:
             raise CaptureError(f"tw.microbatch at {user_line()} is called within another loop over microbatches")
         label = LoopLabel(num_turns, schedule, user_line())
-        yield LoopTrace(self, self.watcher, self.gradients, label, num_whole)
+        yield LoopTrace(self, self.watcher, self.gradients, label, function, num_whole)
 
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         self.ragged.follow(old, new)
@@ -378,7 +385,7 @@ def _traced(
     written = [position for position, item in enumerate(mode.inputs) if values[position] is not item.node]
     graph = mode.graph
     graph.output((*nodes, *(values[position] for position in written)))
-    close_loops(graph)
+    check_loops(graph)
     for item in reversed(mode.inputs):
         first = next(iter(graph.nodes))
         if first is not item.node:
