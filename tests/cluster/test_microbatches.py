@@ -10,14 +10,21 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchways as tw
+from torchways.errors import PlacementError
 from torchways.schedules import make_schedule
 
 
+@pytest.fixture(scope="module")
+def slices(cluster):
+    """One device of each island."""
+    return [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+
+
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, num_layers=4):
         super().__init__()
         self.embed = nn.Embedding(17, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(4))
+        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(num_layers))
         self.head = nn.Linear(8, 17)
 
     def forward(self, x):
@@ -63,17 +70,18 @@ PLACES = {
 
 
 @pytest.mark.parametrize("schedule", PLACES)
-def test_losses_are_those_of_gradient_accumulation(meshes, schedule):
+def test_losses_are_those_of_gradient_accumulation(slices, schedule):
     torch.manual_seed(0)
     split, where, count = PLACES[schedule]
     model = Model()
-    ours = tw.pipeline(copy.deepcopy(model), split_spec=split, meshes=[meshes["ab".index(letter)] for letter in where])
+    ours = tw.pipeline(copy.deepcopy(model), split_spec=split, meshes=[slices["ab".index(letter)] for letter in where])
     step = tw.program(make_step(ours, count, schedule))
     torch.testing.assert_close(losses_of(step, 5), losses_of(make_step(model, count, schedule), 5), rtol=1e-4, atol=0)
 
 
-def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(meshes, tmp_path):
-    ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
+def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(slices, tmp_path):
+    # Of four layers alike, each would be a function of its own.
+    ours = tw.pipeline(Model(3), split_spec={"layers.1": tw.SplitPoint.BEGINNING}, meshes=list(slices))
     step = tw.program(make_step(ours, 4, "InterleavedZeroBubble"))
     losses_of(step, 2)
     with tw.profile(tmp_path / "trace.json"):
@@ -92,10 +100,10 @@ def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(meshe
     assert last[0][0] < first[-2][0]  # the second slice does not wait until the first has done its forward passes
 
 
-def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(meshes):
+def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(slices):
     sizes = {}
     for count in (4, 64):
-        ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
+        ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(slices))
         step = tw.program(make_step(ours, count, "1F1B"))
         losses_of(step, 2, batch=count)
         session = tw.api._current()
@@ -108,3 +116,9 @@ def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(mesh
         }
         sizes[count] = len(str(step).splitlines())
     assert sizes[4] == sizes[64]
+
+
+def test_slices_of_several_devices_are_refused(meshes):
+    ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
+    with pytest.raises(PlacementError, match="microbatches need slices of one device for now"):
+        losses_of(tw.program(make_step(ours, 4, "1F1B")), 1)

@@ -90,7 +90,8 @@ class LabellingRecorder(Recorder):
             yield
         finally:
             inner = self.region
-            if (outer is None or outer.call < 0) and inner.mesh is not region.mesh:  # another stage began
+            began = inner.mesh is not region.mesh or inner.stage != region.stage
+            if (outer is None or outer.call < 0) and began:  # another stage
                 outer = Region(inner.mesh, -1, inner.name, stage=inner.stage) if inner.mesh is not None else None
             self.region = self._another_call(outer)
 
