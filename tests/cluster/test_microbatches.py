@@ -24,7 +24,9 @@ class Model(nn.Module):
     def __init__(self, num_layers=4):
         super().__init__()
         self.embed = nn.Embedding(17, 8)
-        self.layers = nn.ModuleList(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(num_layers))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU()) for _ in range(num_layers)
+        )
         self.head = nn.Linear(8, 17)
 
     def forward(self, x):
