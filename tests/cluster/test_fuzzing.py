@@ -60,6 +60,19 @@ def _value(dice, field, numbers):
     return dice.choice((*numbers, 0, (1 << 64) - 1))
 
 
+async def open_stream(method, messages, metadata, codes):
+    """Sends messages on a stream, and notes the error that it ends with, if it does."""
+    call = method(iter(messages), metadata=metadata, timeout=5)
+    try:
+        await asyncio.wait_for(call.read(), 0.2)
+    except TimeoutError:
+        pass
+    except grpc.aio.AioRpcError as error:
+        codes.append(error.code())
+    finally:
+        call.cancel()
+
+
 async def fuzz(victim, dice, num_messages):  # noqa: F811
     async with attacker(victim) as (client_id, mine, (manager, scheduler, executor)):
         request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])
@@ -98,15 +111,7 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
                 for _ in range(20):
                     yield random_message(dice, pb.ClientMessage(), numbers)
 
-            stream = scheduler.Connect(iter([pb.ClientMessages(messages=list(messages()))]), metadata=mine, timeout=5)
-            try:
-                await asyncio.wait_for(stream.read(), 0.2)
-            except TimeoutError:
-                pass
-            except grpc.aio.AioRpcError as error:
-                codes.append(error.code())
-            finally:
-                stream.cancel()
+            await open_stream(scheduler.Connect, [pb.ClientMessages(messages=list(messages()))], mine, codes)
 
         sent = 0
         while sent < num_messages:
@@ -146,17 +151,6 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
             except grpc.aio.AioRpcError as error:
                 codes.append(error.code())
 
-        async def stream(role, method, messages):
-            call = method(iter(messages), metadata=victim.metadata_of(role), timeout=5)
-            try:
-                await asyncio.wait_for(call.read(), 0.2)
-            except TimeoutError:
-                pass
-            except grpc.aio.AioRpcError as error:
-                codes.append(error.code())
-            finally:
-                call.cancel()
-
         sent = 0
         while sent < num_messages:
             await one_call(Role.MANAGER, scheduler.AddSlice, pb.AddSliceRequest())
@@ -166,9 +160,15 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
             # These it would rightly do: hold its computations back, and drop the victim.
             rightly = {"set_grants_needed", "drop_client"}
             commands = [item for item in commands if item.WhichOneof("command") not in rightly]
-            await stream(Role.SCHEDULER, executor.Control, [pb.ExecutorCommands(commands=commands)])
+            await open_stream(
+                executor.Control,
+                [pb.ExecutorCommands(commands=commands)],
+                victim.metadata_of(Role.SCHEDULER),
+                codes,
+            )
             events = [random_message(dice, pb.NodeEvent(), numbers) for _ in range(2)]
-            await stream(Role.NODE, manager.JoinNode, [event for event in events if not event.HasField("joined")])
+            events = [event for event in events if not event.HasField("joined")]
+            await open_stream(manager.JoinNode, events, victim.metadata_of(Role.NODE), codes)
             sent += 25
         assert grpc.StatusCode.UNAVAILABLE not in codes
 

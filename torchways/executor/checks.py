@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from torchways.errors import UserError
+from torchways.ir.loops import require
 from torchways.ir.part import (
     AllReduceInstruction,
     ComputeInstruction,
@@ -38,7 +38,7 @@ def check_size(message: pb.SliceProgram) -> None:
         UserError: it is too large.
     """
     part = message.part
-    _require(len(part.slots) <= _MAX_SLOTS and len(part.instructions) <= _MAX_INSTRUCTIONS, "it is too large")
+    require(len(part.slots) <= _MAX_SLOTS and len(part.instructions) <= _MAX_INSTRUCTIONS, "it is too large")
 
 
 def check_part(
@@ -61,29 +61,29 @@ def check_part(
     Raises:
         UserError: it cannot; the message gives the reason.
     """
-    _require(math.prod(mesh) == num_devices and min(mesh, default=1) > 0, "its mesh is another")
-    _require(part.num_args <= len(part.slots), "it has more arguments than values")
+    require(math.prod(mesh) == num_devices and min(mesh, default=1) > 0, "its mesh is another")
+    require(part.num_args <= len(part.slots), "it has more arguments than values")
     for value in part.slots:
         check_spec(value, mesh)
-    _require(executor_id in hosts[part.slice_index], "it is for another executor")
+    require(executor_id in hosts[part.slice_index], "it is for another executor")
     made = {*range(part.num_args), *(slot for slot, _ in part.numbers)}
     gone: set[int] = set()
     edges: set[int] = set()
     for instruction in part.instructions:
         _check_instruction(instruction, part, hosts, edges)
         for slot in reads(instruction):
-            _require(
+            require(
                 slot in made and slot not in gone, f"value {slot} is read before it is made, or after it is given up"
             )
         for slot in writes(instruction):
-            _require(slot < len(part.slots) and slot not in made, f"value {slot} does not exist, or is made twice")
+            require(slot < len(part.slots) and slot not in made, f"value {slot} does not exist, or is made twice")
             made.add(slot)
         gone.update(donated_slots(instruction))
-    _require(
+    require(
         all(slot in made and slot not in gone for slot, _ in part.results), "a result is never made, or is given up"
     )
     numbers = [number for _, number in part.results]
-    _require(len(set(numbers)) == len(numbers) and max(numbers, default=0) < _MAX_SLOTS, "its results are not numbered")
+    require(len(set(numbers)) == len(numbers) and max(numbers, default=0) < _MAX_SLOTS, "its results are not numbered")
 
 
 def check_spec(spec: Value | BufferSpec, mesh: Sequence[int]) -> None:
@@ -93,15 +93,15 @@ def check_spec(spec: Value | BufferSpec, mesh: Sequence[int]) -> None:
         UserError: it cannot; the message gives the reason.
     """
     dtype = getattr(torch, spec.dtype, None) if spec.dtype.isidentifier() else None
-    _require(isinstance(dtype, torch.dtype), f"there is no dtype {spec.dtype[:40]!r}")
+    require(isinstance(dtype, torch.dtype), f"there is no dtype {spec.dtype[:40]!r}")
     shape = spec.shape
-    _require(len(shape) <= _MAX_DIMENSIONS and min(shape, default=0) >= 0, f"there is no shape {shape[:8]}")
-    _require(math.prod(shape) <= _MAX_ELEMENTS, f"a value of shape {shape[:8]} is too large")
-    _require(len(spec.placements) == len(mesh), f"{len(spec.placements)} placements do not fit a mesh {tuple(mesh)}")
+    require(len(shape) <= _MAX_DIMENSIONS and min(shape, default=0) >= 0, f"there is no shape {shape[:8]}")
+    require(math.prod(shape) <= _MAX_ELEMENTS, f"a value of shape {shape[:8]} is too large")
+    require(len(spec.placements) == len(mesh), f"{len(spec.placements)} placements do not fit a mesh {tuple(mesh)}")
     for text in spec.placements:
         number = text[2:-1]
         is_split = text == f"S({number})" and number.isascii() and number.isdigit() and len(number) < 3
-        _require(text == "R" or (is_split and int(number) < len(shape)), f"there is no placement {text[:40]!r}")
+        require(text == "R" or (is_split and int(number) < len(shape)), f"there is no placement {text[:40]!r}")
 
 
 def _check_instruction(
@@ -109,18 +109,13 @@ def _check_instruction(
 ) -> None:
     """Checks what an instruction names beside slots; adds its edge to those that are used."""
     for peer in peers(instruction):
-        _require(peer in hosts, f"slice @{peer} is no peer")
+        require(peer in hosts, f"slice @{peer} is no peer")
     if isinstance(instruction, ComputeInstruction):
         index = instruction.function_index
-        _require(index < len(part.functions), f"there is no function {index}")
-        _require(max(instruction.donated, default=-1) < len(instruction.inputs), "it donates what it does not read")
+        require(index < len(part.functions), f"there is no function {index}")
+        require(max(instruction.donated, default=-1) < len(instruction.inputs), "it donates what it does not read")
         return
     if isinstance(instruction, AllReduceInstruction):
-        _require(part.slice_index in instruction.members, "a sum is without its own slice")
-    _require(instruction.edge_id not in edges, f"edge {instruction.edge_id} is used twice")
+        require(part.slice_index in instruction.members, "a sum is without its own slice")
+    require(instruction.edge_id not in edges, f"edge {instruction.edge_id} is used twice")
     edges.add(instruction.edge_id)
-
-
-def _require(holds: bool, reason: str) -> None:
-    if not holds:
-        raise UserError(f"a program cannot be loaded: {reason}")

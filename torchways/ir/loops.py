@@ -81,6 +81,10 @@ class _Unrolling:
         self._newest = [loop.bodies[0].inputs[read] for read, _ in loop.bodies[0].carried]
         self._made_in: list[int | None] = [None] * len(self._newest)
         self._last_made_in = self._find_last()
+        #: For each body, the inputs of the loop that it may not reuse.
+        self._kept = [
+            {slot for position, slot in enumerate(body.inputs) if position not in loop.donated} for body in loop.bodies
+        ]
         #: Those that an action reads which does not make them: each turn needs that of the turn before.
         self._made_elsewhere = set[int]().union(*map(_made_elsewhere, loop.bodies))
 
@@ -132,7 +136,7 @@ class _Unrolling:
         for index, (_, slot) in enumerate(body.carried):
             if slot in writes(instruction):
                 self._newest[index], self._made_in[index] = of_turn[slot], turn
-        return self._with_slots(instruction, turn, body, read, filled)
+        return self._with_slots(instruction, turn, read, filled)
 
     def _read(self, slot: Slot, of_turn: dict[Slot, Slot], body: LoopBody, turn: int) -> Slot:
         if slot in of_turn:
@@ -164,11 +168,11 @@ class _Unrolling:
         return -1
 
     def _with_slots(
-        self, instruction: Instruction, turn: int, body: LoopBody, read: tuple[Slot, ...], filled: tuple[Slot, ...]
+        self, instruction: Instruction, turn: int, read: tuple[Slot, ...], filled: tuple[Slot, ...]
     ) -> Instruction:
         match instruction:
             case ComputeInstruction():
-                kept = self._kept(body)
+                kept = self._kept[self._body_index(turn)]
                 donated = tuple(position for position in instruction.donated if read[position] not in kept)
                 return replace(instruction, inputs=read, outputs=filled, donated=donated)
             case SendInstruction():
@@ -179,41 +183,38 @@ class _Unrolling:
                 edge_id = self._edge(instruction.edge_id, turn)
                 return replace(instruction, input=read[0], output=filled[0], edge_id=edge_id)
 
-    def _kept(self, body: LoopBody) -> set[Slot]:
-        """Returns the inputs of the loop that it may not reuse."""
-        return {slot for position, slot in enumerate(body.inputs) if position not in self._loop.donated}
-
     def _edge(self, edge_id: int, turn: int) -> int:
         return edge_id + turn * self._loop.edge_stride
 
 
 def _check_loop(loop: LoopInstruction, num_slots: int) -> None:
     """Checks what a loop names, which a client may have made up."""
-    _require(len(loop.bodies) in (1, 2) and 1 <= loop.num_turns <= _MAX_TURNS, "a loop has no turns, or too many")
+    require(len(loop.bodies) in (1, 2) and 1 <= loop.num_turns <= _MAX_TURNS, "a loop has no turns, or too many")
     num_instructions = sum(len(body.instructions) for body in loop.bodies)
     num_actions = sum(len(repeat.actions) * repeat.times for repeat in loop.order)
-    _require(max(num_instructions * loop.num_turns, num_actions) <= _MAX_INSTRUCTIONS, "a loop is too long")
+    require(max(num_instructions * loop.num_turns, num_actions) <= _MAX_INSTRUCTIONS, "a loop is too long")
     first = loop.bodies[0]
-    _require(all(position < len(first.inputs) for position in loop.donated), "a loop donates what it does not read")
+    require(all(position < len(first.inputs) for position in loop.donated), "a loop donates what it does not read")
     for body in loop.bodies:
-        _require(
+        require(
             len(body.inputs) <= len(body.slots) and all(slot < num_slots for slot in body.inputs),
             "its inputs are wrong",
         )
         named = [slot for item in body.instructions for slot in (*reads(item.instruction), *writes(item.instruction))]
         named += [*body.number_slots, *body.last, *(slot for pair in body.carried for slot in pair)]
-        _require(max(named, default=0) < len(body.slots), "a loop names a value that it does not have")
+        require(max(named, default=0) < len(body.slots), "a loop names a value that it does not have")
         made = {slot for item in body.instructions for slot in writes(item.instruction)}
-        _require(all(slot in made for slot in (*body.last, *(slot for _, slot in body.carried))), "it makes no result")
-        _require(all(read < len(body.inputs) for read, _ in body.carried), "it hands on what it does not read")
-        _require(
+        require(all(slot in made for slot in (*body.last, *(slot for _, slot in body.carried))), "it makes no result")
+        require(all(read < len(body.inputs) for read, _ in body.carried), "it hands on what it does not read")
+        require(
             len(body.carried) + len(loop.bodies[-1].last) == len(loop.outputs)
             and len(body.carried) == len(first.carried),
             "a loop has other results than its bodies",
         )
 
 
-def _require(holds: bool, reason: str) -> None:
+def require(holds: bool, reason: str) -> None:
+    """Raises UserError, with the reason why a program cannot be loaded, where what has to hold does not."""
     if not holds:
         raise UserError(f"a program cannot be loaded: {reason}")
 

@@ -21,8 +21,6 @@ from torchways.errors import ConfigError
 from torchways.schedules import Kind, Repeat, Schedule, compact, dry_run, make_schedule
 from torchways.schedules.actions import Action
 
-_Body = tuple[LoopLabel, int]
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopPlan:
