@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchways as tw
-from torchways.errors import PlacementError
 from torchways.schedules import make_schedule
 
 
@@ -36,7 +35,7 @@ class Model(nn.Module):
         return self.head(x)
 
 
-def make_step(model, count, schedule):
+def make_step(model, count, schedule, *, zero_first=False):
     opt = torch.optim.AdamW(model.parameters(), lr=1e-2, eps=1e-4)
 
     def forward_backward(x, y):
@@ -45,10 +44,13 @@ def make_step(model, count, schedule):
         return loss
 
     def step(x, y):
+        if zero_first:
+            opt.zero_grad()
         losses = tw.microbatch(forward_backward, x, y, n_microbatches=count, schedule=schedule)
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         opt.step()
-        opt.zero_grad()
+        if not zero_first:
+            opt.zero_grad()
         return losses.sum()
 
     return step
@@ -120,7 +122,47 @@ def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(slic
     assert sizes[4] == sizes[64]
 
 
-def test_slices_of_several_devices_are_refused(meshes):
-    ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(meshes))
-    with pytest.raises(PlacementError, match="microbatches need slices of one device for now"):
-        losses_of(tw.program(make_step(ours, 4, "1F1B")), 1)
+def test_slices_of_several_devices_with_gradients_beside_the_update(meshes, slices):
+    """Each microbatch is split over the devices; what turns add up is returned, and used by the optimizer."""
+    model = Model(3)
+    ours = tw.pipeline(copy.deepcopy(model), split_spec={"layers.1": tw.SplitPoint.BEGINNING}, meshes=list(meshes))
+
+    def with_gradients(model):
+        step = make_step(model, 4, "1F1B", zero_first=True)
+        return lambda x, y: (step(x, y), [param.grad.clone() for param in model.parameters()])
+
+    step, expected = tw.program(with_gradients(ours)), with_gradients(model)
+    for turn in range(3):
+        torch.manual_seed(turn)
+        x = torch.randint(0, 17, (8, 6))
+        loss, gradients = step(x, x.roll(1, 1))
+        expected_loss, expected_gradients = expected(x, x.roll(1, 1))
+        torch.testing.assert_close(loss.cpu(), expected_loss, rtol=1e-4, atol=0)
+        for found, wanted in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(found.cpu(), wanted, rtol=1e-3, atol=1e-6)
+
+
+PLANS = {
+    "fully sharded": ((2,), ("dp",), tw.fully_shard),
+    "tensor parallel": (
+        (2,),
+        ("tp",),
+        lambda *_: {"layers.*.1.weight": ("tp", None), "head.weight": (None, "tp")},
+    ),
+}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_stages_with_a_plan_of_their_own(cluster, plan):
+    torch.manual_seed(0)
+    shape, names, make_plan = PLANS[plan]
+    places = [tw.init_device_mesh(shape, mesh_dim_names=names, island=island) for island in (0, 1)]
+    model = Model()
+    split, where, count = PLACES["InterleavedZeroBubble"]
+    ours = tw.pipeline(
+        copy.deepcopy(model), split_spec=split, meshes=[places["ab".index(a)] for a in where], plan=make_plan
+    )
+    assert any("S(0)" in param.sharding for param in ours.parameters())
+    step = tw.program(make_step(ours, count, "InterleavedZeroBubble"))
+    expected = losses_of(make_step(model, count, "GPipe"), 5)
+    torch.testing.assert_close(losses_of(step, 5), expected, rtol=1e-4, atol=0)

@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
@@ -30,7 +30,7 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, t
 from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
-from torchways.ir.part import Arguments, LoopInstruction, SlicePart
+from torchways.ir.part import Arguments, SlicePart
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
 from torchways.rpc.clients import (
@@ -54,6 +54,8 @@ from torchways.rpc.programs import (
 from torchways.signals import Waiting, result_of
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 _CALL = timedelta(seconds=35)
 #: For all the arrays of a slice to be read.
@@ -310,22 +312,27 @@ class Session:
 
     def executor_status(self) -> list[ExecutorStatus]:
         """Returns what the executors of this session's slices say of themselves."""
-        return [self.loop.run(client.status(), _CALL, client.executor_id) for client in self._ready_executors()]
+        return [status for _, status in self._ask_executors(lambda client: client.status())]
 
     def collect_spans(self, since_ns: int) -> dict[str, list[Span]]:
         """Returns the spans of every process since a time: executors by id, and "controller"."""
-        spans = {
-            client.executor_id: self.loop.run(client.trace(since_ns), _CALL, client.executor_id)
-            for client in self._ready_executors()
-        }
+        spans = dict(self._ask_executors(lambda client: client.trace(since_ns)))
         spans["controller"] = [span for span in self.spans if span.end_ns >= since_ns]
         return spans
 
-    def _ready_executors(self) -> list[ExecutorClient]:
+    def _ask_executors(self, ask: Callable[[ExecutorClient], Coroutine[Any, Any, _T]]) -> list[tuple[str, _T]]:
+        """Returns each executor's answer, with its id; one whose last slice is given back meanwhile has none."""
         self.check()
         for entry in list(self._slices.values()):
             self._wait_slice(entry)
-        return list(self._executors.values())
+        answers = []
+        for client in list(self._executors.values()):
+            try:
+                answers.append((client.executor_id, self.loop.run(ask(client), _CALL, client.executor_id)))
+            except (grpc.aio.UsageError, concurrent.futures.CancelledError):
+                if self._executors.get(client.executor_id) is client:
+                    raise
+        return answers
 
     # ---- buffers
 
@@ -481,14 +488,6 @@ class Session:
             meshes: the slices, by slice index.
             traced_seconds: the time that it took to trace the program, for the log.
         """
-        for part in parts:
-            mesh = meshes[part.slice_index].root
-            if mesh.size() > 1 and any(isinstance(item, LoopInstruction) for item in part.instructions):
-                # Seen on CPU: with an optimizer's update behind the loop, gradients were overwritten.
-                raise PlacementError(
-                    f"{name} calls tw.microbatch on a slice of {mesh.size()} devices, {mesh}: microbatches need slices "
-                    "of one device for now. Take smaller slices, or call the function on the whole batch"
-                )
         program_id = ProgramId(self.new_ids(1))
         addresses = [self.slice_address(mesh) for mesh in meshes]
         hosts = {

@@ -307,28 +307,39 @@ class XlaRuntime:
         before = self.fallback_counters()
         results = list(_ExactTypes(graph).run(*arguments))
         self._refuse_fallbacks(before, graph)
-        argument_of = {id(argument): position for position, argument in enumerate(arguments)}
+        is_placed = self._num_devices > 1
+        argument_of = {
+            (id(arguments[position]), spec.placements if is_placed else ()): position
+            for position, spec in enumerate(source.inputs)
+        }
         computed: list[torch.Tensor] = []
+        specs: list[BufferSpec] = []
         sources: list[int] = []
-        known: dict[int, int] = {}
+        known: dict[tuple[int, tuple[str, ...]], int] = {}
         for result, spec in zip(results, source.outputs, strict=True):
-            if id(result) in argument_of:
-                sources.append(~argument_of[id(result)])
-            elif id(result) in known:
-                sources.append(known[id(result)])
-            else:
-                if self._num_devices > 1 and spec.shape:
-                    xs.mark_sharding(result, self._mesh(spec.mesh), _partition_spec(spec.placements, len(spec.shape)))
-                known[id(result)] = len(computed)
-                sources.append(len(computed))
-                computed.append(result)
+            key = (id(result), spec.placements if is_placed else ())
+            if key in argument_of:
+                sources.append(~argument_of[key])
+                continue
+            if key not in known:
+                known[key] = len(computed)
+                # One with other placements than another output, or than an argument, is a value of its own.
+                is_marked = any(result is other for other in (*computed, *arguments))
+                computed.append(_barrier(result) if is_marked else result)
+                specs.append(spec)
+            sources.append(known[key])
         if not computed:
             return _Executable(source, None, (), tuple(sources), ()), []
-        # Constants and copies of inputs may have their values already; what computes nothing is no graph of the cache.
+        # Constants and copies of inputs may have their values already; what computes nothing is no graph of the cache,
+        # and to mark it would place that value anew, as a constant.
         is_pending = _XLAC._check_tensor_need_materialization(computed)
         computed = [
             result if pending else _barrier(result) for result, pending in zip(computed, is_pending, strict=True)
         ]
+        if is_placed:
+            for result, spec in zip(computed, specs, strict=True):
+                if spec.shape:
+                    xs.mark_sharding(result, self._mesh(spec.mesh), _partition_spec(spec.placements, len(spec.shape)))
         # Ids tell which device data of the graph is which of our inputs; only the private call gives them.
         position_of = {_XLAC._xla_get_tensor_id(argument): index for index, argument in enumerate(arguments)}
         if seed is not None:

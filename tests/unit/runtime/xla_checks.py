@@ -6,6 +6,7 @@ import threading
 import psutil
 import pytest
 import torch
+import torch_xla
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from torchways.capture.lowering.decompositions import taken_apart
@@ -64,6 +65,25 @@ def check_values(runtime):
     for result, expected in zip(results, function(p, x, None, same), strict=True):
         torch.testing.assert_close(result, expected)
     assert runtime.compile(data, inputs, outputs, []) is executable
+
+
+def check_placements_of_copies(runtime):
+    """Copies of inputs, inputs themselves and equal outputs, with other placements than they have elsewhere."""
+
+    def function(x, y):
+        total = x + y
+        return x.clone(), y.clone(), x, y, total, total, x.detach().clone() * 1
+
+    x, y = torch.randn(8, 6), torch.randn(8, 6)
+    whole, split = spec("float32", 8, 6), spec("float32", 8, 6, placement=SPLIT)
+    outputs = [split, whole, split, whole, whole, split, split]
+    executable = runtime.compile(graph(function, x, y), [whole, split], outputs, [])
+    made, _ = runtime.execute(executable, [runtime.put(x, whole), runtime.put(y, split)])
+    for buffer, expected, output in zip(made, function(x, y), outputs, strict=True):
+        torch.testing.assert_close(read(runtime, buffer), expected)
+        if NUM_DEVICES > 1:
+            [places] = torch_xla._XLAC._get_local_shard_replica_and_indices([buffer])
+            assert (places[0][1] is Ellipsis) == (output is whole)
 
 
 def check_copies(runtime):
@@ -159,6 +179,7 @@ def main():
     runtime = XlaRuntime(NUM_DEVICES)
     check_values(runtime)
     check_copies(runtime)
+    check_placements_of_copies(runtime)
     check_soak_and_donation(runtime)
     check_independent_chains(runtime)
     check_ends_of_donated(runtime)
