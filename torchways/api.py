@@ -24,7 +24,7 @@ from torchways.config import ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
-from torchways.controller.function import make_function, make_parallel, make_pipeline
+from torchways.controller.function import make_function, make_parallel, make_pipeline, make_replicated
 from torchways.controller.generation import run_generate
 from torchways.controller.generation_options import merged, num_new_tokens, repeated, token_choice
 from torchways.controller.loop import LoopThread
@@ -45,6 +45,7 @@ from torchways.observability.trace import write_chrome_trace
 from torchways.parallel.microbatch import run_microbatches
 from torchways.parallel.pipeline import SplitPoint, add_stages
 from torchways.parallel.plans import PlanOrMaker, placements_of, plan_of
+from torchways.parallel.replicate import Reduction
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
 from torchways.schedules import Schedule
@@ -541,6 +542,49 @@ def pipeline(
         add_stages(module, split_spec, meshes)
         return module
     return make_pipeline(module, split_spec, meshes, plan, _current)
+
+
+def replicate(
+    module: torch.nn.Module | Callable[[], torch.nn.Module],
+    meshes: Sequence[VirtualSlice] | Sequence[Sequence[VirtualSlice]],
+    *,
+    split_spec: Mapping[str, SplitPoint] | None = None,
+    plan: PlanOrMaker | None = None,
+    bucket_cap_mb: float = 25,
+    reduce_dtype: torch.dtype | None = None,
+) -> Any:
+    """Copies a module to several slices, which share each batch. Returns the module itself.
+
+    A call splits its tensor arguments along dimension 0, one part for each replica, and concatenates the results, so
+    the numbers are those of the module itself. There is one logical parameter for all copies: `parameters()`,
+    `state_dict()` and optimizers are those of the plain module. Gradients are summed over the replicas, in buckets, and
+    every replica updates its own copy. In `tw.microbatch`, each replica works on chunks of its own.
+
+    Args:
+        module: any module, or a function that builds one (see `parallelize_module`).
+        meshes: the slice of each replica; of a pipeline, the slices of the stages of each replica. All need the same
+            axes.
+        split_spec: of a pipeline, the names at which stages begin or end, as for `tw.pipeline`.
+        plan: how to split parameters over the devices of each slice, as for `parallelize_module`.
+        bucket_cap_mb: gradients travel together, in buckets of up to so many megabytes (2**20 bytes). Those of split
+            parameters travel one by one.
+        reduce_dtype: the dtype as which gradients travel, for example torch.bfloat16; None: their own.
+
+    Raises:
+        PlacementError: two replicas share a slice, or have different numbers of stages or other axes.
+        ConfigError: `bucket_cap_mb` is negative, or `reduce_dtype` is not a floating-point dtype.
+    """
+    if bucket_cap_mb < 0 or (reduce_dtype is not None and not reduce_dtype.is_floating_point):
+        raise ConfigError(
+            f"tw.replicate: bucket_cap_mb is at least 0, not {bucket_cap_mb}, and reduce_dtype a floating-point dtype "
+            f"or None, not {reduce_dtype}"
+        )
+    if is_eager():
+        return module if isinstance(module, torch.nn.Module) else module()
+    stages = [[item] if isinstance(item, VirtualSlice) else list(item) for item in meshes]
+    dtype = "" if reduce_dtype is None else str(reduce_dtype).removeprefix("torch.")
+    reduction = Reduction(int(bucket_cap_mb * 2**20), dtype)
+    return make_replicated(module, stages, split_spec or {}, plan, reduction, _current)
 
 
 def microbatch(

@@ -153,6 +153,26 @@ def _(values: list[torch.Tensor]) -> torch.Tensor:
     return torch.empty_like(values[0])
 
 
+@torch.library.custom_op("torchways::replica", mutates_args=())
+def _replica(value: torch.Tensor, number: int) -> torch.Tensor:
+    return value.clone()
+
+
+@_replica.register_fake
+def _(value: torch.Tensor, number: int) -> torch.Tensor:
+    return torch.empty_like(value)
+
+
+@torch.library.custom_op("torchways::sum_replicas", mutates_args=())
+def _sum_replicas(values: list[torch.Tensor], max_bytes: int, dtype: str) -> torch.Tensor:
+    return torch.stack(values).sum(0, dtype=values[0].dtype)
+
+
+@_sum_replicas.register_fake
+def _(values: list[torch.Tensor], max_bytes: int, dtype: str) -> torch.Tensor:
+    return torch.empty_like(values[0])
+
+
 #: The logarithm of zero in `ALIGNMENTS`: finite, so that gradients are.
 NEVER = -1e30
 
@@ -180,6 +200,13 @@ CARRY = torch.ops.torchways.carry.default
 
 #: ``exit(values)``: what is left of a loop: what the last turn hands on, or made. One value for each body of the loop.
 EXIT = torch.ops.torchways.exit.default
+
+#: ``replica(value, number)``: the value, on the slice of replica `number`. It and the next are gone before placement.
+REPLICA = torch.ops.torchways.replica.default
+
+#: ``sum_replicas(values, max_bytes, dtype)``: the sum of a gradient over the replicas, on all of them. Sums next to
+#: each other travel together, up to `max_bytes`, and as `dtype` if it names one.
+SUM_REPLICAS = torch.ops.torchways.sum_replicas.default
 
 #: ``alignments(emitted, skipping)``: logarithms of the probabilities of all ways to a state, at each step; step 0 is
 #: `emitted[0]`. From a step [batch, states] to the next, a state stays, goes to the next one, or to the one after that

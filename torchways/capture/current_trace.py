@@ -15,6 +15,7 @@ import torch
 
 from torchways.array import Array
 from torchways.capture.regions import LoopLabel, Region
+from torchways.capture.replica_trace import ReplicaTrace
 from torchways.mesh import Placements, VirtualSlice
 from torchways.schedules import Schedule
 
@@ -25,11 +26,8 @@ class MicrobatchTrace(Protocol):
     def body(self, call: Callable[[torch.Tensor], Any], *, is_remainder: bool) -> None:
         """Traces a turn."""
 
-    def unplaced(self) -> AbstractContextManager[None]:
-        """Has what is called inside run wherever it is needed."""
-
     def results(self) -> Any:
-        """Returns the results of all turns."""
+        """Returns the results of all microbatches; a turn returns a list, of those of each replica."""
 
 
 class CurrentTrace(Protocol):
@@ -43,10 +41,20 @@ class CurrentTrace(Protocol):
     loop: tuple[LoopLabel, int] | None
 
     @property
+    def replicas(self) -> ReplicaTrace:
+        """What it knows of replicas."""
+
+    @property
     def inputs(self) -> Sequence[object]:
         """The inputs of the graph so far."""
 
     # ---- regions
+
+    def unplaced(self) -> AbstractContextManager[None]:
+        """Has what is called inside run wherever it is needed."""
+
+    def placed(self, mesh: VirtualSlice) -> AbstractContextManager[None]:
+        """Has what is called inside run on `mesh`, outside of the call under way."""
 
     def function_call(self, mesh: VirtualSlice, name: str) -> AbstractContextManager[None]:
         """Makes all that runs inside part of one call of the compiled function `name` on `mesh`."""
@@ -78,11 +86,17 @@ class CurrentTrace(Protocol):
 
     # ---- tensors
 
+    def leaf_copy(self, parameter: torch.Tensor, number: int) -> torch.Tensor:
+        """Returns a copy of a parameter, on the slice of a replica, that gathers gradients of its own."""
+
     def constant(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a host tensor that is the same in each run."""
 
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a tensor of Python's state."""
+
+    def value_of(self, tensor: torch.Tensor) -> object:
+        """Returns what a tensor's value is now: the same object until it is written to."""
 
     def constant_state(self, tensor: torch.Tensor) -> float | None:
         """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""

@@ -60,6 +60,7 @@ class Region:
         is_repeated: whether the call is of a region that is compiled once (`torch.compiler.nested_compile_region`);
             its backward is a call of its own then.
         stage: number of the pipeline's stage, or -1.
+        replica: number of the replica of a module that it belongs to.
     """
 
     mesh: VirtualSlice | None
@@ -68,3 +69,4 @@ class Region:
     backward: bool = False
     is_repeated: bool = False
     stage: int = -1
+    replica: int = 0

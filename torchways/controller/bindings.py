@@ -60,8 +60,15 @@ class Seed:
         return ((mixed ^ (mixed >> 31)) >> 1).to_bytes(8, "little")
 
 
+@dataclass(frozen=True, slots=True)
+class CopyOf:
+    """A copy, on another slice, of what is bound to an input that is an array (`RemoteBuffer.copies`)."""
+
+    original: CallTensor | StateTensor | Constant
+
+
 #: What an input of a traced function is bound to.
-Binding: TypeAlias = CallTensor | StateTensor | Constant | ComputedNumber | Seed
+Binding: TypeAlias = CallTensor | StateTensor | Constant | CopyOf | ComputedNumber | Seed
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,3 +97,9 @@ def binding_of(source: int | TensorSource | NumberInput | torch.Tensor) -> Bindi
             return ComputedNumber(source.step, source.dtype)
         case torch.Tensor():
             return Constant(source)
+
+
+def copy_of(binding: Binding) -> CopyOf:
+    """Returns the binding of a copy of what another input is bound to, an array."""
+    assert isinstance(binding, (CallTensor, StateTensor, Constant))
+    return CopyOf(binding)

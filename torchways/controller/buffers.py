@@ -139,9 +139,11 @@ class RemoteBuffer:
 
     Attributes:
         origin: the host value that it is a copy of, where that is alive.
+        copies: buffers on other slices with the same value, by slice. An array that gets another buffer has none of
+            these any more, so they are never out of date.
     """
 
-    __slots__ = ("__weakref__", "buffer_id", "consumed", "mesh", "origin", "placements", "session")
+    __slots__ = ("__weakref__", "buffer_id", "consumed", "copies", "mesh", "origin", "placements", "session")
 
     def __init__(self, session: BufferHome, mesh: VirtualSlice, placements: Placements, buffer_id: BufferId) -> None:
         self.session = session
@@ -149,6 +151,7 @@ class RemoteBuffer:
         self.placements = placements
         self.buffer_id = buffer_id
         self.origin: weakref.ref[HostBuffer] | None = None
+        self.copies: dict[VirtualSlice, RemoteBuffer] = {}
         #: A run was sent that donates it: it is the executor's to free.
         self.consumed = False
         session.buffers[buffer_id] = weakref.ref(self)

@@ -18,8 +18,16 @@ from torchways.controller.session import Session
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
 from torchways.errors import PlacementError, UserError
 from torchways.mesh import Placements, VirtualSlice, normalize_placements
-from torchways.parallel.pipeline import SplitPoint, add_stages, check_stages, stage_call, stages_of
+from torchways.parallel.pipeline import (
+    SplitPoint,
+    add_boundaries,
+    add_stages,
+    check_stages,
+    stage_call,
+    stages_of,
+)
 from torchways.parallel.plans import PlanOrMaker, add_constraints, placements_of, plan_of
+from torchways.parallel.replicate import Reduction, check_replicas, note_replicas, replica_call
 
 
 def make_function(
@@ -94,6 +102,34 @@ def make_pipeline(
         add_constraints(module, meshes[0], plan_of(module, meshes[0], plan), _constrain_here)
         homes = {name: (None, texts) for name, texts in placements(module).items()}
     make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
+    _place_host_state(module, homes)
+    return module
+
+
+def make_replicated(
+    target: torch.nn.Module | Callable[[], torch.nn.Module],
+    stages: Sequence[Sequence[VirtualSlice]],
+    split_spec: Mapping[str, SplitPoint],
+    plan: PlanOrMaker | None,
+    reduction: Reduction,
+    get_session: Callable[[], Session],
+) -> torch.nn.Module:
+    """Places a module, or what `target` builds, on the first replica's slices, to be copied to the others."""
+    check_replicas(stages)
+
+    def place(module: torch.nn.Module) -> dict[str, tuple[VirtualSlice, Placements]]:
+        check_stages(module, split_spec, stages[0])
+        actual = plan_of(module, stages[0][0], plan)
+        texts, *_ = [placements_of(module, mesh, actual) for row in stages for mesh in row]
+        return {name: (stages[0][stage].root, texts[name]) for name, stage in stages_of(module, split_spec).items()}
+
+    module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
+    homes = place(module)
+    add_boundaries(module, split_spec, stages)
+    add_constraints(module, stages[0][0], plan_of(module, stages[0][0], plan), _constrain_here)
+    call = replica_call(stages, reduction, {name: mesh for name, (mesh, _) in homes.items()})
+    make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
+    note_replicas(module, len(stages))
     _place_host_state(module, homes)
     return module
 

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from torchways.array import Array
+from torchways.capture.current_trace import current_trace
 from torchways.capture.python_state.functions import unread_parameters
 from torchways.capture.python_state.places import Fixed
 from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.source import user_line
+from torchways.controller.buffers import RemoteBuffer
 from torchways.controller.running import run_variant
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, difference, signature_of
@@ -25,7 +28,7 @@ from torchways.controller.tracing import capture_again, trace_variant
 from torchways.controller.variant import Dispatch, Variant
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
 from torchways.errors import ConfigError, DataDependentError, UserError
-from torchways.mesh import VirtualSlice
+from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 
 logger = logging.getLogger(__name__)
@@ -64,6 +67,8 @@ class ProgramFunction:
         self._times_traced = 0
         self._symbolic: set[Any] = set()
         self._unread = unread_parameters(function)
+        #: Make copies of arrays for replicas, by slice and placements.
+        self._copiers: dict[Any, ProgramFunction] = {}
 
     @property
     def traced_function(self) -> Callable[..., Any]:
@@ -101,7 +106,7 @@ class ProgramFunction:
                     self._untraceable.clear()
             if variant is not None:
                 self._last = variant
-                return run_variant(variant, signature)
+                return run_variant(variant, signature, self._copies_on)
         return self._run_untraced(args, kwargs, reason)
 
     def _without_unread(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -177,6 +182,22 @@ class ProgramFunction:
             self._dispatch,
             symbolic=self._numbers_that_change(signature),
         )
+
+    def _copies_on(
+        self, mesh: VirtualSlice, arrays: Sequence[Array], placements: Sequence[Placements]
+    ) -> list[RemoteBuffer]:
+        """Returns copies of arrays on a slice."""
+
+        def copies(*values: torch.Tensor) -> list[torch.Tensor]:
+            mode = current_trace()
+            assert mode is not None
+            return [mode.constrain(value, mesh, texts) for value, texts in zip(values, placements, strict=True)]
+
+        key = (mesh, tuple(placements))
+        if key not in self._copiers:
+            self._copiers[key] = ProgramFunction(copies, mesh, self._get_session)
+        made: list[Array] = self._copiers[key](*(array.detach() for array in arrays))
+        return [array._buffer for array in made if isinstance(array._buffer, RemoteBuffer)]
 
     def _numbers_that_change(self, signature: Signature) -> frozenset[Any]:
         """Returns places whose number was seen to change: it is an input from then on."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 import torch.utils._pytree as pytree
@@ -20,6 +21,7 @@ from torchways.controller.bindings import (
     CallTensor,
     ComputedNumber,
     Constant,
+    CopyOf,
     Seed,
     StateTensor,
 )
@@ -43,23 +45,27 @@ from torchways.errors import InternalError, PlacementError, UserError
 from torchways.ids import BufferId, RunId, SliceId
 from torchways.ir.part import NO_BUFFER, Arguments
 from torchways.ir.program import MadeValue, ValueIndex
-from torchways.mesh import VirtualSlice
+from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.split import slice_args
 from torchways.rpc.programs import InlineValue
 from torchways.signals import uninterrupted
 from torchways.storage import ViewStorage
 
+#: Makes copies of arrays on a slice: (slice, arrays, placements of each).
+CopiesOn: TypeAlias = Callable[[VirtualSlice, Sequence[Array], Sequence[Placements]], list[RemoteBuffer]]
 
-def run_variant(variant: Variant, signature: Signature) -> Any:
+
+def run_variant(variant: Variant, signature: Signature, copies_on: CopiesOn) -> Any:
     """Sends a run of a variant that holds for a call; returns what the function returns, with arrays as futures."""
-    return _Run(variant, signature).result()
+    return _Run(variant, signature, copies_on).result()
 
 
 class _Run:
     """One run of a variant."""
 
-    def __init__(self, variant: Variant, signature: Signature) -> None:
+    def __init__(self, variant: Variant, signature: Signature, copies_on: CopiesOn) -> None:
         self._variant = variant
+        self._copies_on = copies_on
         self._signature = signature
         self._tensors = signature.tensors
         captured = variant.captured
@@ -74,6 +80,8 @@ class _Run:
             self._outputs[index] = self._value_of(value)
         self._written: dict[WrittenValue, Array] = {}
         self._made: dict[ValueIndex, RemoteBuffer] = {}
+        #: New values of copies, and the binding of what they are copies of.
+        self._new_copies: list[tuple[Binding, RemoteBuffer]] = []
 
     def result(self) -> Any:
         variant = self._variant
@@ -95,6 +103,7 @@ class _Run:
     def _run_piece(self, piece: BoundPiece, num_results: int, *, is_last: bool) -> tuple[RunId, list[RemoteBuffer]]:
         """Sends a run of a piece, and puts the first of its results where they go: one step to signals."""
         session = self._variant.session
+        self._make_copies(piece)
         consumed: list[RemoteBuffer] = []
         arguments: dict[SliceId, Arguments[InlineValue]] = {}
         for slice_index, items in piece.arguments.items():
@@ -117,6 +126,7 @@ class _Run:
             ]
             self._assign(piece, buffers[:num_results])
             if is_last:
+                self._assign_copies()
                 for number, effect in enumerate(self._variant.captured.effects):
                     self._carry_out(number, effect)
         return run_id, buffers
@@ -171,6 +181,7 @@ class _Run:
         report.include(check.run())
         with uninterrupted():
             self._assign(piece, buffers)
+            self._assign_copies()
             for number, effect in enumerate(variant.captured.effects):
                 self._carry_out(number, effect)
 
@@ -196,6 +207,8 @@ class _Run:
                 return self._tensors[binding.position]
             case Constant():
                 return binding.tensor
+            case CopyOf():
+                return self._tensor_of(binding.original)
             case _:
                 return None
 
@@ -206,12 +219,57 @@ class _Run:
             if isinstance(target, TensorSource):
                 assert isinstance(target.tensor, Array)
                 target.tensor._buffer = buffer
+            elif isinstance(target, CopyOf):
+                self._new_copies.append((target.original, buffer))
             elif isinstance(target, MadeValue):
                 self._made[target.value] = buffer
             elif isinstance(target, WrittenValue):
                 self._written[target] = Array(buffer, result.shape, result.dtype)
             else:
                 self._outputs[self._positions[target]] = Array(buffer, result.shape, result.dtype)
+
+    def _assign_copies(self) -> None:
+        """Notes the new values of copies at what has the new values of their originals."""
+        for original, buffer in self._new_copies:
+            array = self._tensor_of(original)
+            assert isinstance(array, Array)
+            assert isinstance(array._buffer, RemoteBuffer)
+            array._buffer.copies[buffer.mesh] = buffer
+        self._new_copies.clear()
+
+    def _make_copies(self, piece: BoundPiece) -> None:
+        """Makes the copies that a piece reads and that are not there: of new state, and of what else has changed."""
+        variant = self._variant
+        missing: dict[VirtualSlice, list[tuple[Array, Placements]]] = {}
+        homes = {
+            item.binding: (variant.meshes[slice_index], item.placements)
+            for slice_index, items in piece.arguments.items()
+            for item in items
+        }
+        for slice_index, items in piece.arguments.items():
+            mesh = variant.meshes[slice_index]
+            for item in items:
+                if not isinstance(item.binding, CopyOf):
+                    continue
+                array = self._tensor_of(item.binding.original)
+                assert isinstance(array, Array)
+                host = array._buffer
+                if isinstance(host, HostBuffer):
+                    if item.donated and not isinstance(host.value.content, torch.Tensor):
+                        continue  # a constant that this run replaces, on either slice
+                    home, placements = homes.get(item.binding.original, (mesh, item.placements))
+                    array._buffer = buffer = variant.session.put(host, home, placements)
+                    if home is not mesh:
+                        buffer.copies[mesh] = variant.session.put(host, mesh, item.placements)
+                    continue
+                assert isinstance(host, RemoteBuffer)
+                if mesh not in host.copies and host.mesh is not mesh:
+                    missing.setdefault(mesh, []).append((array, item.placements))
+        for mesh, pairs in missing.items():
+            made = self._copies_on(mesh, [array for array, _ in pairs], [placements for _, placements in pairs])
+            for (array, _), copy in zip(pairs, made, strict=True):
+                assert isinstance(array._buffer, RemoteBuffer)
+                array._buffer.copies[mesh] = copy
 
     def _check_aliases(self) -> None:
         """Refuses a view and what it is a view of, or two views of one array, where the program writes to one of them.
@@ -253,6 +311,8 @@ class _Run:
                 tensor = self._tensors[argument.position]
             case Constant() as constant:
                 tensor = constant.tensor
+            case CopyOf():
+                return self._bind_copy(item, mesh, consumed, values)
             case MadeValue() as made:
                 if item.donated:
                     consumed.append(self._made[made.value])
@@ -281,6 +341,23 @@ class _Run:
             raise PlacementError("an array of a closed session is used; make its module or value anew")
         if buffer.mesh is not mesh:
             raise InternalError(f"a program reads {tensor!r} on another mesh, {mesh}")
+        if item.donated:
+            consumed.append(buffer)
+        return buffer.buffer_id
+
+    def _bind_copy(
+        self, item: BoundArgument, mesh: VirtualSlice, consumed: list[RemoteBuffer], values: list[InlineValue]
+    ) -> BufferId:
+        """Returns the buffer on a slice that is a copy of an array's."""
+        assert isinstance(item.binding, CopyOf)
+        array = self._tensor_of(item.binding.original)
+        assert isinstance(array, Array)
+        original = array._buffer
+        if isinstance(original, HostBuffer):
+            values.append(original.inline(item.placements))
+            return NO_BUFFER
+        assert isinstance(original, RemoteBuffer)
+        buffer = original.copies.get(mesh, original)
         if item.donated:
             consumed.append(buffer)
         return buffer.buffer_id

@@ -16,7 +16,7 @@ import torch.utils._pytree as pytree
 from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Call
 from torchways.capture.python_state.tokens import TensorSource, is_plain, same_plain, short
-from torchways.controller.bindings import Binding, CallTensor, ComputedNumber, Constant, Seed, StateTensor
+from torchways.controller.bindings import Binding, CallTensor, ComputedNumber, Constant, CopyOf, Seed, StateTensor
 from torchways.controller.variant import Captured, NumberResult, SourceResult, WrittenValue
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph
@@ -124,6 +124,8 @@ def _binding(binding: Binding, numbers: HostNumbers) -> str:
         case Constant():
             tensor = binding.tensor
             return _hash(tensor.dtype, tuple(tensor.shape), tensor.detach().cpu().contiguous().view(-1).tolist())
+        case CopyOf():
+            return f"copy of {_binding(binding.original, numbers)}"
         case CallTensor() | Seed():
             return str(binding)
 

@@ -17,6 +17,7 @@ from torchways.capture.host_content import HostContent
 from torchways.capture.lowering.decompositions import decompositions_of
 from torchways.capture.partitioning.partition import PartitionedProgram, meshes_of, partition
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
+from torchways.capture.partitioning.replicas import Copy, separate_replicas
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Gradients
@@ -31,7 +32,7 @@ from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import tidy
 from torchways.capture.tracing.trace import NumberInput, Trace
 from torchways.capture.tracing.tracer import trace
-from torchways.controller.bindings import Binding, Seed, binding_of
+from torchways.controller.bindings import Binding, Seed, binding_of, copy_of
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state
@@ -194,6 +195,8 @@ class _Tracing:
         self._check_written(traced)
         specs = _placeholder_specs(traced, self._signature.tensors)
         graph = tidy(traced.graph)
+        written = list(traced.written)
+        copies = separate_replicas(graph, specs, written, traced.replicas)
         meshes = meshes_of(graph, specs, self._mesh)
         started = time.monotonic()
         for mesh in meshes:
@@ -202,13 +205,13 @@ class _Tracing:
         if missing := not_lowered(graph, self._session, meshes):
             graph = tidy(graph, decompositions_of(missing))
         check_lowered(graph, self._session, meshes)
-        cut = partition(graph, specs, name=self._name, written=traced.written, default_mesh=self._mesh)
+        cut = partition(graph, specs, name=self._name, written=written, default_mesh=self._mesh)
         self._meshes = cut.meshes
         self.captured = rewrite(
             Captured(
                 program=cut.program,
-                bindings=_bindings(traced, cut.program),
-                targets=self._targets(cut, traced),
+                bindings=(bindings := _bindings(traced, copies, cut.program)),
+                targets=self._targets(cut, traced, [bindings[position] for position in written[len(traced.written) :]]),
                 num_returned=traced.num_outputs,
                 out_spec=traced.out_spec,
                 constants={index: _constant(value) for index, value in traced.constants.items()},
@@ -364,11 +367,12 @@ class _Tracing:
                 "or keep it in a module as a buffer"
             )
 
-    def _targets(self, cut: PartitionedProgram, traced: Trace) -> list[Any]:
+    def _targets(self, cut: PartitionedProgram, traced: Trace, copies: list[Binding]) -> list[Any]:
         targets = [
             *range(traced.num_outputs),
             *self._written,
             *(traced.inputs[position].source for position in traced.written),
+            *copies,
         ]
         values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
         return [target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
@@ -400,11 +404,12 @@ def _content(item: Any) -> Any:
     return spec, [id(leaf) if isinstance(leaf, torch.Tensor) or node_of(leaf) else leaf for leaf in leaves]
 
 
-def _bindings(traced: Trace, program: Program) -> list[Binding]:
-    """Returns what the inputs of the traced function are bound to, by position: what was traced, then the seeds."""
-    first_seed = len(traced.inputs)
-    num_seeds = sum(isinstance(node, Arg) and node.position >= first_seed for node in program.nodes)
-    return [*(binding_of(item.source) for item in traced.inputs), *map(Seed, range(num_seeds))]
+def _bindings(traced: Trace, copies: list[Copy], program: Program) -> list[Binding]:
+    """Returns what the inputs are bound to, by position: of what was traced, of copies for replicas, then the seeds."""
+    bindings = [binding_of(item.source) for item in traced.inputs]
+    bindings += [copy_of(bindings[copy.position]) for copy in copies]
+    num_seeds = sum(isinstance(node, Arg) and node.position >= len(bindings) for node in program.nodes)
+    return [*bindings, *map(Seed, range(num_seeds))]
 
 
 def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:

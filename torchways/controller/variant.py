@@ -14,7 +14,7 @@ from torchways.capture.python_state.host_numbers import HostNumbers
 from torchways.capture.python_state.places import Place
 from torchways.capture.python_state.tokens import TensorSource, short
 from torchways.capture.tracing.known_values import ArgumentRead
-from torchways.controller.bindings import Binding, BoundArgument, Seed
+from torchways.controller.bindings import Binding, BoundArgument, CopyOf, Seed
 from torchways.controller.parity.observe import observed
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
@@ -76,9 +76,9 @@ class Effect:
 @dataclass(frozen=True, slots=True)
 class ResultTarget:
     """Where a result goes: output `position` of the function, a tensor of Python's state that is written
-    in place, a place of Python's state, a piece."""
+    in place, a copy of one, a place of Python's state, a piece."""
 
-    target: int | TensorSource | WrittenValue | MadeValue
+    target: int | TensorSource | CopyOf | WrittenValue | MadeValue
     mesh: VirtualSlice
     placements: Placements
     shape: tuple[int, ...]

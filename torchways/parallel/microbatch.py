@@ -6,6 +6,7 @@ turns run in the order of a schedule (torchways/schedules/).
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import torch.utils._pytree as pytree
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
 from torchways.errors import ShapeError, UserError
+from torchways.parallel.replicate import each_replica_apart, replicas_of
 from torchways.schedules import SCHEDULES, Schedule
 
 
@@ -35,7 +37,8 @@ class _Chunks:
     remainder: int
 
     @property
-    def num_turns(self) -> int:
+    def num_chunks(self) -> int:
+        """Number of chunks."""
         return self.num_whole + bool(self.remainder)
 
 
@@ -52,31 +55,51 @@ def run_microbatches(
         mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if _is_split(leaf) else leaf for leaf in leaves], spec)
         return function(*mine, **mine_kwargs)
 
-    if trace is None or chunks.num_turns == 1:
-        rows = [slice(turn * chunks.size, (turn + 1) * chunks.size) for turn in range(chunks.num_turns)]
+    rows = [slice(number * chunks.size, (number + 1) * chunks.size) for number in range(chunks.num_chunks)]
+    if trace is None:
         return _merged([call(operator.itemgetter(item)) for item in rows])
-    selected: list[tuple[torch.Tensor, int]] = []
-    with trace.microbatches(function, chunks.num_turns, chunks.num_whole, schedule) as loop:
+    count = replicas_of(function)
+    if chunks.num_chunks % count:
+        raise UserError(
+            f"tw.microbatch at {user_line()} has {chunks.num_chunks} microbatches for {count} replicas: their number "
+            "must be a multiple"
+        )
+    with each_replica_apart(trace, count) as of_replica:
 
-        def whole(leaf: torch.Tensor, turn: torch.Tensor) -> torch.Tensor:
-            with loop.unplaced():
-                row = _row(leaf, chunks, turn)
-            selected.append((row, row._version))
-            return row
+        def turn_of(select: Callable[[int, torch.Tensor], torch.Tensor]) -> list[Any]:
+            """Calls the function for the microbatches of a turn, one for each replica."""
+            results = []
+            for number in range(count):
+                with of_replica(number):
+                    results.append(call(functools.partial(select, number)))
+            return results
 
-        def rest(leaf: torch.Tensor) -> torch.Tensor:
-            with loop.unplaced():
-                return leaf[chunks.num_whole * chunks.size :]
+        num_turns = chunks.num_chunks // count
+        if num_turns == 1:
+            return _merged(turn_of(lambda number, leaf: leaf[rows[number]]))
+        num_whole = num_turns - bool(chunks.remainder)
+        selected: list[tuple[torch.Tensor, int]] = []
+        with trace.microbatches(function, num_turns, num_whole, schedule) as loop:
 
-        loop.body(lambda turn: call(lambda leaf: whole(leaf, turn)), is_remainder=False)
-        if any(row._version != version for row, version in selected):
-            raise UserError(
-                f"the function of tw.microbatch at {user_line()} writes to its microbatch in place, and so to the "
-                "batch: clone it first"
-            )
-        if chunks.remainder:
-            loop.body(lambda _: call(rest), is_remainder=True)
-        return loop.results()
+            def whole(turn: torch.Tensor, number: int, leaf: torch.Tensor) -> torch.Tensor:
+                with trace.unplaced():
+                    row = _row(leaf, chunks, turn if count == 1 else turn * count + number)
+                selected.append((row, row._version))
+                return row
+
+            def rest(number: int, leaf: torch.Tensor) -> torch.Tensor:
+                with trace.unplaced():
+                    return leaf[rows[number - count]]
+
+            loop.body(lambda turn: turn_of(functools.partial(whole, turn)), is_remainder=False)
+            if any(row._version != version for row, version in selected):
+                raise UserError(
+                    f"the function of tw.microbatch at {user_line()} writes to its microbatch in place, and so to the "
+                    "batch: clone it first"
+                )
+            if chunks.remainder:
+                loop.body(lambda _: turn_of(rest), is_remainder=True)
+            return loop.results()
 
 
 def check_schedule(schedule: str | Schedule) -> None:

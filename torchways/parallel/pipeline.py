@@ -41,11 +41,17 @@ def add_stages(
         PlacementError: a name does not exist, or the numbers do not fit.
     """
     check_stages(module, split_spec, meshes)
+    add_boundaries(module, split_spec, [meshes])
+    return stage_call(meshes[0], "stage0", 0)
+
+
+def add_boundaries(
+    module: torch.nn.Module, split_spec: Mapping[str, SplitPoint], stages: Sequence[Sequence[VirtualSlice]]
+) -> None:
+    """Puts stage boundaries into a module; `stages` has the slices of each replica's stages."""
     names = dict(module.named_modules())
     for stage_index, (name, point) in enumerate(split_spec.items(), start=1):
-        _add_boundary(names[name], point, meshes[stage_index], stage_index)
-
-    return stage_call(meshes[0], "stage0", 0)
+        _add_boundary(names[name], point, [meshes[stage_index] for meshes in stages], stage_index)
 
 
 def stage_call(mesh: VirtualSlice, name: str, stage_index: int = -1) -> Callable[..., Any]:
@@ -90,10 +96,13 @@ def stages_of(module: torch.nn.Module, split_spec: Mapping[str, SplitPoint]) -> 
     return found
 
 
-def _add_boundary(submodule: torch.nn.Module, point: SplitPoint, mesh: VirtualSlice, stage_index: int) -> None:
+def _add_boundary(
+    submodule: torch.nn.Module, point: SplitPoint, meshes: Sequence[VirtualSlice], stage_index: int
+) -> None:
     def enter(*_: Any) -> None:
         mode = current_trace()
         if mode is not None:
+            mesh = meshes[mode.replicas.number or 0]
             mode.enter_stage(mesh, f"stage{stage_index}", stage_index)
 
     if point is SplitPoint.BEGINNING:

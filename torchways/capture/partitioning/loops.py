@@ -16,7 +16,7 @@ import torch
 
 from torchways.capture.partitioning.cutting import Group, GroupKey, call_of
 from torchways.capture.partitioning.placed_graph import PlacedGraph
-from torchways.capture.regions import BACKWARD_KEY, LOOP_KEY, REGION_KEY, LoopLabel, Region
+from torchways.capture.regions import BACKWARD_KEY, LOOP_KEY, REGION_KEY, LoopLabel
 from torchways.errors import ConfigError
 from torchways.schedules import Kind, Repeat, Schedule, compact, dry_run, make_schedule
 from torchways.schedules.actions import Action
@@ -59,11 +59,8 @@ def _plan(placed: PlacedGraph, label: LoopLabel, bodies: list[list[torch.fx.Node
         order = tuple(compact([Action(0, Kind.FORWARD, turn) for turn in range(label.num_turns)]))
         groups = [_cut(placed, nodes, dict.fromkeys(nodes, (0, Kind.FORWARD))) for nodes in bodies]
         return LoopPlan(label=label, bodies=groups, orders=dict.fromkeys(slices, order), schedule="one after the other")
-    homes: dict[int, int] = {}
-    for found in stages:
-        assert found is not None
-        homes.update((stage, placed.slice_of[node]) for node, stage in found.items())
-    schedule = _schedule(label, homes)
+    replicas = _replicas(placed, [node for body in bodies for node in body])
+    schedule = _schedule(label, {stage: homes[0] for stage, homes in replicas.items()})
     has_backward = any(BACKWARD_KEY in node.meta for nodes in bodies for node in nodes)
     splits = any(action.kind in (Kind.INPUT, Kind.WEIGHT) for row in schedule.rows for action in row)
     cut = []
@@ -73,7 +70,7 @@ def _plan(placed: PlacedGraph, label: LoopLabel, bodies: list[list[torch.fx.Node
     orders = {}
     for row in schedule.rows:
         kept = [action for action in row if has_backward or action.kind is Kind.FORWARD]
-        orders[homes[row[0].stage]] = tuple(compact(kept))
+        orders.update(dict.fromkeys(replicas[row[0].stage], tuple(compact(kept))))
     return LoopPlan(label=label, bodies=cut, orders=orders, schedule=schedule.name)
 
 
@@ -99,25 +96,31 @@ def _schedule(label: LoopLabel, homes: dict[int, int]) -> Schedule:
     return made
 
 
+def _replicas(placed: PlacedGraph, nodes: list[torch.fx.Node]) -> dict[int, list[int]]:
+    """Returns the slices of each stage of a body: one for each replica of the pipeline."""
+    homes: dict[int, dict[int, int]] = defaultdict(dict)
+    for node in nodes:
+        region = node.meta.get(REGION_KEY)
+        if region is not None and region.stage >= 0:
+            homes[region.stage].setdefault(region.replica, placed.slice_of[node])
+    return {stage: list(slices.values()) for stage, slices in homes.items()}
+
+
 def _stages(placed: PlacedGraph, nodes: list[torch.fx.Node]) -> dict[torch.fx.Node, int] | None:
     """Returns the stage of each operator of a body; None: it is no pipeline.
 
     An operator that no stage has (of the loss, or of autograd's sums) belongs to the last stage on its slice that it
     reads from.
     """
-    homes: dict[int, int] = {}
-    for node in nodes:
-        region: Region | None = node.meta.get(REGION_KEY)
-        if region is not None and region.stage >= 0:
-            homes.setdefault(region.stage, placed.slice_of[node])
+    homes = _replicas(placed, nodes)
     if len(homes) < 2 or sorted(homes) != list(range(len(homes))):
         return None
-    last_on = {home: stage for stage, home in sorted(homes.items())}
+    last_on = {home: stage for stage in sorted(homes) for home in homes[stage]}
     found: dict[torch.fx.Node, int] = {}
     for node in nodes:
         region = node.meta.get(REGION_KEY)
         home = placed.slice_of[node]
-        if region is not None and homes.get(region.stage) == home:
+        if region is not None and home in homes.get(region.stage, ()):
             found[node] = region.stage
             continue
         read = [found[item] for item in placed.placed_inputs(node) if item in found and placed.slice_of[item] == home]

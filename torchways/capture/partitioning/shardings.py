@@ -110,11 +110,15 @@ class Shardings:
 def _chunk_sizes(placed: PlacedGraph) -> set[int]:
     """Returns the sizes of dimension 0 of what turns of loops select from the data."""
     sizes = set()
+    of_turns: set[torch.fx.Node] = set()
     for node in placed.operators:
-        if node.target is torch.ops.aten.index_select.default and LOOP_KEY in node.meta:
-            index: torch.fx.Node = node.args[2]
-            if any(item.target is TURN for item in index.all_input_nodes) and node.meta["val"].dim() > 1:
-                sizes.add(int(node.meta["val"].shape[1]))
+        if LOOP_KEY not in node.meta:
+            continue
+        is_selection = node.target is torch.ops.aten.index_select.default
+        if node.target is TURN or (not is_selection and any(item in of_turns for item in node.all_input_nodes)):
+            of_turns.add(node)
+        elif is_selection and node.args[2] in of_turns and node.meta["val"].dim() > 1:
+            sizes.add(int(node.meta["val"].shape[1]))
     return sizes
 
 

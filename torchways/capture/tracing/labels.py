@@ -23,6 +23,7 @@ from torchways.capture.regions import (
     LoopLabel,
     Region,
 )
+from torchways.capture.replica_trace import ReplicaTrace
 from torchways.capture.source import user_line
 from torchways.capture.tracing.recorder import Recorder
 from torchways.errors import PlacementError
@@ -56,6 +57,7 @@ class LabellingRecorder(Recorder):
         self.in_optimizer = False
         #: The label of the operator under way.
         self._label = _Label(None, "", False, False, False)
+        self.replicas = ReplicaTrace()
         #: The loop whose body is traced, and the number of the body.
         self.loop: tuple[LoopLabel, int] | None = None
         self._calls = 0
@@ -67,20 +69,42 @@ class LabellingRecorder(Recorder):
     # ---- regions
 
     @contextmanager
+    def unplaced(self) -> Iterator[None]:
+        """What is called inside runs wherever it is needed."""
+        outer, self.region = self.region, None
+        try:
+            yield
+        finally:
+            self.region = self._another_call(outer)
+
+    @contextmanager
+    def placed(self, mesh: VirtualSlice) -> Iterator[None]:
+        """What is called inside runs on `mesh`, outside of the call under way."""
+        outer, self.region = self.region, Region(mesh, -1, "")
+        try:
+            yield
+        finally:
+            self.region = self._another_call(outer)
+
+    @contextmanager
     def function_call(self, mesh: VirtualSlice, name: str) -> Iterator[None]:
         """Makes all that runs inside part of one call of the compiled function `name` on `mesh`."""
         outer = self.region
         if outer is not None and outer.call >= 0 and outer.mesh is not None:
             yield  # a function called by a function is part of it
             return
-        with self._call_of(Region(mesh, self._next_call(), name, stage=self._stage())):
+        with self._call_of(self._new_region(mesh, name)):
             yield
 
     @contextmanager
     def repeated_region(self, name: str) -> Iterator[None]:
         """Makes what runs inside a compiled function, and its backward another; equal ones are compiled once."""
         mesh = self.region.mesh if self.region is not None else None
-        with self._call_of(Region(mesh, self._next_call(), name, is_repeated=True, stage=self._stage())):
+        with self._call_of(
+            Region(
+                mesh, self._next_call(), name, is_repeated=True, stage=self._stage(), replica=self.replicas.number or 0
+            )
+        ):
             yield
 
     @contextmanager
@@ -92,7 +116,7 @@ class LabellingRecorder(Recorder):
             inner = self.region
             began = inner.mesh is not region.mesh or inner.stage != region.stage
             if (outer is None or outer.call < 0) and began:  # another stage
-                outer = Region(inner.mesh, -1, inner.name, stage=inner.stage) if inner.mesh is not None else None
+                outer = replace(inner, call=-1, is_repeated=False) if inner.mesh is not None else None
             self.region = self._another_call(outer)
 
     def _another_call(self, region: Region | None) -> Region | None:
@@ -101,6 +125,10 @@ class LabellingRecorder(Recorder):
 
     def _stage(self) -> int:
         return self.region.stage if self.region is not None else -1
+
+    def _new_region(self, mesh: VirtualSlice | None, name: str) -> Region:
+        replica = self.replicas.number or 0
+        return Region(mesh, self._next_call(), name, stage=self._stage(), replica=replica)
 
     def _next_call(self) -> int:
         self._calls += 1
@@ -131,12 +159,13 @@ class LabellingRecorder(Recorder):
         """
         if stage_index < 0 and self.region is not None and self.region.mesh is mesh:
             stage_index = self.region.stage
+        replica = self.replicas.number or 0
         if self.region is None or self.region.call < 0:
-            self.region = Region(mesh, -1, name, stage=stage_index) if mesh is not None else None
+            self.region = Region(mesh, -1, name, stage=stage_index, replica=replica) if mesh is not None else None
         elif (self.region.mesh is not mesh or self.region.stage != stage_index) and (
             self.region.is_repeated or self.region.mesh is None
         ):
-            self.region = replace(self.region, mesh=mesh, call=self._next_call(), stage=stage_index)
+            self.region = replace(self.region, mesh=mesh, call=self._next_call(), stage=stage_index, replica=replica)
 
     def constrain(self, tensor: torch.Tensor, mesh: VirtualSlice, placements: Placements) -> torch.Tensor:
         """Returns the tensor, on `mesh` and sharded so.

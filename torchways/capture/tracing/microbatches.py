@@ -101,19 +101,12 @@ class LoopTrace:
         self._spec: pytree.TreeSpec | None = None
         #: Nodes that are handed on.
         self._made: set[torch.fx.Node] = set()
+        #: For nodes of the last turn, what is left of them behind the loop.
+        self._left: dict[torch.fx.Node, torch.fx.Node] = {}
         #: Keeps what identities stand for.
         self._alive: list[Any] = []
 
     # ---- bodies
-
-    @contextmanager
-    def unplaced(self) -> Iterator[None]:
-        """What is called inside runs wherever it is needed."""
-        region, self._recorder.region = self._recorder.region, None
-        try:
-            yield
-        finally:
-            self._recorder.region = region
 
     def body(self, call: Callable[[torch.Tensor], Any], *, is_remainder: bool) -> None:
         """Traces a turn.
@@ -309,9 +302,10 @@ class LoopTrace:
         recorder.region = region
 
     def results(self) -> Any:
-        """Ends the loop: what Python sees is what its last turn left. Returns the result of all turns.
+        """Ends the loop: what Python sees is what its last turn left. Returns the result of all microbatches.
 
-        Tensors without dimensions are stacked, others concatenated along dimension 0.
+        A turn returns a list: the result of a microbatch of each replica. Tensors without dimensions
+        are stacked, others concatenated along dimension 0.
         """
         graph = self._recorder.graph
         for index, carried in enumerate(self._carried.values()):
@@ -322,28 +316,39 @@ class LoopTrace:
             end = graph.call_function(EXIT, ([carried.made[number] for number in range(self._num_bodies)],))
             end.meta = {"val": carried.made[0].meta["val"], CARRY_KEY: (self._label, index)}
             carried.restore(end)
-        leaves: list[Any] = []
-        left: dict[torch.fx.Node, torch.fx.Node] = {}
-        for position, item in enumerate(self._results):
-            if position in self._constants:
-                leaves.append(self._constants[position])
-                continue
-            assert item.stacked is not None
-            if item.remainder is not None:
-                leaves.append(torch.cat([item.stacked.flatten(0, 1), self._left_behind(item.remainder, left)]))
-            else:
-                leaves.append(item.stacked.clone() if item.stacked.dim() == 1 else item.stacked.flatten(0, 1))
         assert self._spec is not None
         self._alive.clear()
-        return pytree.tree_unflatten(leaves, self._spec)
+        [spec, *others] = self._spec.children_specs
+        if any(other != spec for other in others):
+            raise UserError(f"microbatches at {self._label.line} return different structures")
+        leaves = [
+            self._merged(list(range(first, len(self._results), spec.num_leaves))) for first in range(spec.num_leaves)
+        ]
+        return pytree.tree_unflatten(leaves, spec)
 
-    def _left_behind(self, tensor: torch.Tensor, left: dict[torch.fx.Node, torch.fx.Node]) -> torch.Tensor:
-        """Returns what stands behind the loop for a tensor of its last turn; `left` has the nodes of those before."""
+    def _merged(self, positions: Sequence[int]) -> Any:
+        """Returns what all microbatches made of one leaf; `positions` are those of the replicas' results."""
+        if any(position in self._constants for position in positions):
+            constants = [self._constants.get(position) for position in positions]
+            if any(constant != constants[0] for constant in constants):
+                raise UserError(f"microbatches at {self._label.line} return different values that are no tensors")
+            return constants[0]
+        items = [self._results[position] for position in positions]
+        rows = [item.stacked for item in items if item.stacked is not None]
+        in_order = rows[0].clone() if len(rows) == 1 else torch.stack(rows, 1).flatten(0, 1)
+        if in_order.dim() > 1:
+            in_order = in_order.flatten(0, 1)
+        rest = [self._left_behind(item.remainder) for item in items if item.remainder is not None]
+        return torch.cat([in_order, *rest]) if rest else in_order
+
+    def _left_behind(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns what stands behind the loop for a tensor of its last turn."""
         recorder = self._recorder
         node = recorder.node_of(tensor)
         assert node is not None
         if not self._is_inside(node):
             return tensor
+        left = self._left
         if node not in left:
             value = node
             if node in self._made:  # it is handed on as well

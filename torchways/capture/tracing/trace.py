@@ -10,6 +10,7 @@ import torch.utils._pytree as pytree
 
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.tracing.known_values import ArgumentRead
+from torchways.mesh import VirtualSlice
 
 
 @dataclass(eq=False, slots=True)
@@ -48,3 +49,5 @@ class Trace:
     reads: list[ArgumentRead] = field(default_factory=list)
     #: What it gives torch.manual_seed.
     seed: int | None = None
+    #: For each slice of a first replica, the slices of all replicas that have the same stage.
+    replicas: dict[VirtualSlice, tuple[VirtualSlice, ...]] = field(default_factory=dict)

@@ -8,6 +8,7 @@ nothing has to be declared.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -30,11 +31,12 @@ from torchways.capture.current_trace import as_current_trace
 from torchways.capture.library.modes import library_modes
 from torchways.capture.library.rewrites import Rewrites
 from torchways.capture.lowering.decompositions import decomposition_table, taken_apart
-from torchways.capture.python_state.gradients import Gradients
+from torchways.capture.python_state.gradients import Bound, Gradients
 from torchways.capture.python_state.host_numbers import Node
+from torchways.capture.python_state.places import Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.python_state.watcher import Watcher
-from torchways.capture.regions import LoopLabel
+from torchways.capture.regions import LOOP_KEY, LoopLabel
 from torchways.capture.rows.loops import RowLoops
 from torchways.capture.rows.ragged_tensors import RaggedTensors
 from torchways.capture.rows.rules import RowRules
@@ -50,6 +52,7 @@ from torchways.capture.tracing.trace import GraphInput, NumberInput, Trace
 from torchways.capture.tracing.traits import returned
 from torchways.capture.tracing.value_reads import ValueReads, is_known_constant, tensors_in
 from torchways.errors import CaptureError, DataDependentError, ShapeError
+from torchways.operators import REPLICA, SUM_REPLICAS
 from torchways.schedules import Schedule
 
 #: It logs a traceback of its own for every shape error, which reaches the user as a CaptureError anyway.
@@ -141,7 +144,7 @@ class _TraceMode(LabellingRecorder):
             ) from error
         finally:
             self._label = outer
-        if func is ALL_REDUCE:  # no part of a call
+        if func in (ALL_REDUCE, SUM_REPLICAS):  # no part of a call
             self._end_call()
         self.row_loops.note_result(func, result)
         if self.in_optimizer and func in _CONSTANT_VALUE:
@@ -268,6 +271,10 @@ class _TraceMode(LabellingRecorder):
         """Returns what stands for a tensor of Python's state."""
         return self._as_traced(tensor)
 
+    def value_of(self, tensor: torch.Tensor) -> object:
+        """Returns what a tensor's value is now: the same object until it is written to."""
+        return self.node_of(self._as_traced(tensor))
+
     def constant_state(self, tensor: torch.Tensor) -> float | None:
         """Returns the value that all elements of `tensor` had when an optimizer's step made it, if it had one."""
         known = self._constants.get(_storage_of(tensor))
@@ -310,6 +317,25 @@ class _TraceMode(LabellingRecorder):
             raise CaptureError(f"tw.microbatch at {user_line()} is called within another loop over microbatches")
         label = LoopLabel(num_turns, schedule, user_line())
         yield LoopTrace(self, self.watcher, self.gradients, label, function, num_whole)
+
+    def leaf_copy(self, parameter: torch.Tensor, number: int) -> torch.Tensor:
+        """Returns a copy of a parameter, on the slice of a replica, that gathers gradients of its own.
+
+        It is the same in all microbatches: it is made before their loop.
+        """
+        loop, self.loop = self.loop, None
+        where: Any = contextlib.nullcontext()
+        if loop is not None:
+            of_loop = (node for node in self.graph.nodes if node.meta.get(LOOP_KEY, (None,))[0] is loop[0])
+            where = self.graph.inserting_before(next(of_loop))
+        try:
+            with where, torch.no_grad():
+                copy = REPLICA(parameter.detach(), number)
+        finally:
+            self.loop = loop
+        leaf = copy.detach().requires_grad_()
+        self.gradients.note(leaf, Gradient(Bound(self.watcher.source(parameter))), is_condition=False)
+        return leaf
 
     def moved(self, old: torch.fx.Node, new: torch.fx.Node) -> None:
         self.ragged.follow(old, new)
@@ -399,6 +425,7 @@ def _traced(
         constants={position: value for position, value in enumerate(flat) if not isinstance(value, torch.Tensor)},
         reads=mode.value_reads.reads,
         seed=mode.random.seed,
+        replicas=mode.replicas.slices,
     )
 
 
