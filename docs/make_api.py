@@ -39,6 +39,7 @@ GROUPS = {
     ],
     "Placement": [
         "pipeline",
+        "replicate",
         "SplitPoint",
         "parallelize_module",
         "fully_shard",

@@ -19,9 +19,7 @@ def whole_islands():
 
 
 def stages_on_each_island():
-    return [
-        [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for _ in range(2)] for island in (0, 1)
-    ]
+    return [[tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for _ in range(2)] for island in (0, 1)]
 
 
 def make_step(model, count):

@@ -28,8 +28,12 @@ LOOP_KEY = "tw_loop"
 #: Key of `node.meta`: the (`LoopLabel`, number) of the value that a CARRY or an EXIT node (operators.py) stands for.
 CARRY_KEY = "tw_carry"
 
+#: Key of `node.meta`: of how many sums over replicas the addends come before an operator of backward on its slice.
+#: Operators with other numbers are other computations, so that a sum starts while backward goes on.
+PART_KEY = "tw_part"
+
 #: All keys that say what a node is part of.
-LABEL_KEYS = (REGION_KEY, RECOMPUTED_KEY, UPDATE_KEY, BACKWARD_KEY, LOOP_KEY, CARRY_KEY)
+LABEL_KEYS = (REGION_KEY, RECOMPUTED_KEY, UPDATE_KEY, BACKWARD_KEY, LOOP_KEY, CARRY_KEY, PART_KEY)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

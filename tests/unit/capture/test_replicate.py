@@ -131,6 +131,9 @@ def test_a_pipeline_of_each_replica(session):
     model = Model()
     step = compare(session, model, replicated(session, model, split=TWO_STAGES), make_step)
     assert len(nodes_of(step, AllReduce)) == 2  # one for each stage
+    # Each replica: an activation, its gradient, the norms of one stage's gradients, and what they are scaled by.
+    # Between replicas: logits, and their gradient.
+    assert len(nodes_of(step, Transfer)) == 2 * 4 + 2
 
 
 def test_buckets_are_as_large_as_asked(session):
@@ -144,6 +147,18 @@ def test_buckets_are_as_large_as_asked(session):
             assert max(torch.Size(shape).numel() for shape in sizes) <= most
         else:
             assert len(sizes) == len(list(model.parameters()))
+
+
+def test_a_bucket_is_summed_while_backward_goes_on(session):
+    model = Model()
+    numel = sum(parameter.numel() for parameter in model.parameters())
+    step = compare(session, model, replicated(session, model, bucket_bytes=2 * numel), make_step, steps=2)
+    nodes = step.lower().program.nodes
+    sums = [index for index, node in enumerate(nodes) if isinstance(node, AllReduce)]
+    assert len(sums) >= 2
+    computes = [index for index, node in enumerate(nodes) if isinstance(node, Compute)]
+    feeding = [max(i for i in computes if set(nodes[i].outputs) & set(nodes[index].inputs)) for index in sums]
+    assert sums[0] < feeding[-1]
 
 
 def test_gradients_travel_in_another_dtype(session):
@@ -314,9 +329,7 @@ def test_updates_are_one_computation_on_each_slice_and_bit_for_bit_the_same(sess
 def test_each_replica_takes_microbatches_of_its_own(session, count, rows):
     model = Model()
     ours = replicated(session, model)
-    step = compare(
-        session, model, ours, lambda *args: make_microbatched(*args, count), rows=rows, rtol=1e-4, atol=1e-6
-    )
+    step = compare(session, model, ours, lambda *args: make_microbatched(*args, count), rows=rows, rtol=1e-4, atol=1e-6)
     assert len(nodes_of(step, AllReduce)) == 1
     assert len(nodes_of(step, Loop)) == (count > 2)
     for loop in nodes_of(step, Loop):

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from torchways.capture.partitioning.placed_graph import PlacedGraph
-from torchways.capture.regions import LOOP_KEY, REGION_KEY, UPDATE_KEY, LoopLabel, Region
+from torchways.capture.regions import LOOP_KEY, PART_KEY, REGION_KEY, UPDATE_KEY, LoopLabel, Region
 from torchways.operators import EXIT
 from torchways.schedules import Kind
 
@@ -99,11 +99,13 @@ def _dissolve_calls_of_several_slices(placed: PlacedGraph) -> None:
 def _call_phases(placed: PlacedGraph, phase_of: dict[torch.fx.Node, int]) -> dict[int, int]:
     """Fills in the phase of every placed operator; returns that of each function call.
 
-    The phase of a node is above that of every node that it needs from another slice or call.
+    The phase of a node is above that of every node that it needs from another slice or call, and above those of the
+    part of backward before its own.
     """
     call_phase: dict[int, int] = {}
     members: dict[int, list[torch.fx.Node]] = {}
     loop_phase: dict[LoopLabel, int] = {}
+    part_phase: dict[tuple[int, int], int] = {}
     for node in placed.operators:
         if LOOP_KEY in node.meta:  # all of a loop comes after what any of it needs
             label = node.meta[LOOP_KEY][0]
@@ -115,7 +117,8 @@ def _call_phases(placed: PlacedGraph, phase_of: dict[torch.fx.Node, int]) -> dic
             continue
         if node not in placed.slice_of:
             continue
-        call, phase = call_of(node), 0
+        part = (placed.slice_of[node], node.meta.get(PART_KEY, 0))
+        call, phase = call_of(node), part_phase.get((part[0], part[1] - 1), -1) + 1
         for argument in placed.placed_inputs(node):
             if argument.op == "placeholder":
                 continue
@@ -132,6 +135,8 @@ def _call_phases(placed: PlacedGraph, phase_of: dict[torch.fx.Node, int]) -> dic
             members.setdefault(call, []).append(node)
             phase = call_phase[call]
         phase_of[node] = phase
+        if PART_KEY in node.meta:
+            part_phase[part] = max(phase, part_phase.get(part, 0))
     return call_phase
 
 

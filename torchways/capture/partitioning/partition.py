@@ -13,6 +13,7 @@ import torch
 from torchways.capture.partitioning.cutting import cut
 from torchways.capture.partitioning.emission import emit
 from torchways.capture.partitioning.loops import plan_loops
+from torchways.capture.partitioning.packing import pack_small_values
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.partitioning.placement import place
 from torchways.capture.partitioning.seeds import add_seeds
@@ -66,5 +67,6 @@ def partition(
     """
     placed = place(graph, inputs, name, written, default_mesh)
     groups, loops = cut(placed), plan_loops(placed)
+    pack_small_values(placed, groups)
     add_seeds(placed, [*groups, *(group for loop in loops for body in loop.bodies for group in body)])
     return PartitionedProgram(program=emit(placed, groups, loops), meshes=placed.meshes)

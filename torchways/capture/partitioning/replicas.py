@@ -14,7 +14,8 @@ It runs on a pure graph, before placement, which then sees inputs and operators 
 from __future__ import annotations
 
 import operator
-from collections import deque
+from bisect import bisect_left
+from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ import torch
 
 from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
-from torchways.capture.regions import LOOP_KEY, REGION_KEY, Region
+from torchways.capture.regions import BACKWARD_KEY, LOOP_KEY, PART_KEY, REGION_KEY, Region
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 from torchways.operators import CARRY, CONSTRAIN, EXIT, REPLICA, SUM_REPLICAS, TURN, is_random
@@ -67,7 +68,8 @@ def separate_replicas(
     if not replicas:
         return []
     is_sharded = any(spec.placements is not None and set(spec.placements) != {"R"} for spec in inputs if spec.is_state)
-    sums = _fill_buckets(graph, is_sharded)
+    sums, ends = _fill_buckets(graph, is_sharded)
+    _part_backward(graph, ends)
     return _Separation(graph, inputs, written, replicas, sums).run()
 
 
@@ -262,17 +264,21 @@ class _Separation:
 # ---- sums
 
 
-def _fill_buckets(graph: torch.fx.Graph, is_sharded: bool) -> dict[torch.fx.Node, list[torch.fx.Node]]:
+def _fill_buckets(
+    graph: torch.fx.Graph, is_sharded: bool
+) -> tuple[dict[torch.fx.Node, list[torch.fx.Node]], list[torch.fx.Node]]:
     """Makes sums over slices of `SUM_REPLICAS`, of several at once where they fit.
 
     Args:
         is_sharded: values are split over the devices of their slices: in a row they would be gathered first.
 
     Returns:
-        For each sum's value on the first replica, its value on each replica.
+        For each sum's value on the first replica, its value on each replica. And what makes the last addend of each
+        sum, of each replica.
     """
     order = {node: index for index, node in enumerate(graph.nodes)}
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    ends: list[torch.fx.Node] = []
     bucket: list[torch.fx.Node] = []
     kind: Any = None
     size = 0
@@ -282,13 +288,28 @@ def _fill_buckets(graph: torch.fx.Graph, is_sharded: bool) -> dict[torch.fx.Node
         first_use = min((order[user] for item in bucket for user in item.users), default=len(order))
         fits = this == kind and size + _nbytes(node) <= max_bytes and first_use > order[node]
         if bucket and (is_sharded or not fits):
+            rows = [item.args[0] for item in bucket]
+            ends += [max(addends, key=order.__getitem__) for addends in zip(*rows, strict=True)]
             found.update(_sum(graph, bucket))
             bucket, size = [], 0
         bucket.append(node)
         kind, size = this, size + _nbytes(node)
     if bucket:
         found.update(_sum(graph, bucket))
-    return found
+    return found, ends
+
+
+def _part_backward(graph: torch.fx.Graph, ends: Iterable[torch.fx.Node]) -> None:
+    """Cuts backward behind the operators that make the last addend of a sum."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    ends_on: dict[VirtualSlice | None, list[int]] = defaultdict(list)
+    for node in sorted(ends, key=order.__getitem__):
+        ends_on[_slice_of(node)].append(order[node])
+    for node in graph.nodes:
+        if BACKWARD_KEY in node.meta and LOOP_KEY not in node.meta:
+            region: Region | None = node.meta.get(REGION_KEY)
+            if region is not None and region.mesh is not None:
+                node.meta[PART_KEY] = bisect_left(ends_on[region.mesh.root], order[node])
 
 
 def _slice_of(value: torch.fx.Node) -> VirtualSlice | None:
