@@ -35,8 +35,17 @@ class ParallelConfig:
     """Stages that an island has. With two of them, stages go around the islands: 0, 1, 0, 1; or in a V, as the
     schedules ZBVZeroBubble and DualPipeV need it: 0, 1, 1, 0."""
 
+    replicas: int = 1
+    """Copies of the model, each on islands of its own, which share each batch."""
+
+    bucket_cap_mb: float = 25.0
+    """Gradients travel between replicas in buckets of up to so many megabytes."""
+
+    reduce_dtype: Precision = Precision.fp32
+    """What gradients travel between replicas as: fp32, or bf16, which halves the traffic."""
+
     n_microbatches: int = 1
-    """Chunks of the batch that the stages work on at the same time; their gradients add up."""
+    """Chunks of a replica's part of the batch that its stages work on at the same time; their gradients add up."""
 
     schedule: str = "1F1B"
     """Order in which a stage works on them: a name of `tw.microbatch`'s."""
@@ -58,6 +67,7 @@ class ParallelConfig:
             1,
             pipeline_stages=self.pipeline_stages,
             stages_per_island=self.stages_per_island,
+            replicas=self.replicas,
             n_microbatches=self.n_microbatches,
             devices_per_stage=self.devices_per_stage,
             tensor_parallel=self.tensor_parallel,
@@ -70,14 +80,25 @@ class ParallelConfig:
 
     @property
     def num_islands(self) -> int:
-        """Islands that the stages are on."""
+        """Islands that the stages of all replicas are on."""
+        return self.replicas * self.islands_per_replica
+
+    @property
+    def islands_per_replica(self) -> int:
+        """Islands that the stages of a replica are on."""
         return self.pipeline_stages // self.stages_per_island
 
-    def island_of(self, stage: int) -> int:
-        """Returns the island of a stage."""
-        turn, island = divmod(stage, self.num_islands)
+    def island_of(self, replica: int, stage: int) -> int:
+        """Returns the island of a stage of a replica."""
+        count = self.islands_per_replica
+        turn, island = divmod(stage, count)
         is_back = turn % 2 == 1 and self.schedule.lower() in ("zbvzerobubble", "dualpipev")
-        return self.num_islands - 1 - island if is_back else island
+        return replica * count + (count - 1 - island if is_back else island)
+
+    @property
+    def total_microbatches(self) -> int:
+        """Chunks of a whole batch."""
+        return self.replicas * self.n_microbatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -161,7 +182,7 @@ class Settings:
         return num_devices // tensor_parallel, tensor_parallel
 
     def _check_batch(self, num_devices: int) -> None:
-        count = self.parallel.n_microbatches
+        count = self.parallel.total_microbatches
         if self.train.batch_size % (count * num_devices):
             raise ConfigError(
                 f"train.batch_size is {self.train.batch_size} but the {num_devices} devices of mesh axis 'dp' share "

@@ -61,17 +61,12 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     """Trains, evaluates and writes everything to `run_dir`."""
     config = settings.train
     torch.manual_seed(config.seed)
-    model = tw.pipeline(
-        (lambda: GPT(settings.model)) if settings.parallel.init_on_slices else GPT(settings.model),
-        split_spec={f"layers.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()},
-        meshes=stage_meshes(settings),
-        plan=lambda module, mesh: sharding_plan(settings, module, mesh),
-    )
+    model = build_model(settings)
     log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
-    num_microbatches, order = settings.parallel.n_microbatches, settings.parallel.schedule
+    num_microbatches, order = settings.parallel.total_microbatches, settings.parallel.schedule
 
     def forward_backward(x: Tensor, y: Tensor) -> Tensor:
         with precision(settings):
@@ -122,8 +117,33 @@ def train(settings: Settings, data: TextData, run_dir: Path) -> None:
     )
 
 
-def stage_meshes(settings: Settings) -> list[tw.VirtualSlice]:
-    """Returns the slice of each stage, one for each island: "dp" shares the batch, "tp" each layer's products."""
+def build_model(settings: Settings) -> Any:
+    """Returns the model, its stages and replicas on their slices."""
+    parallel = settings.parallel
+    module = (lambda: GPT(settings.model)) if parallel.init_on_slices else GPT(settings.model)
+    split_spec = {f"layers.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()}
+    meshes = stage_meshes(settings)
+
+    def plan(module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:
+        return sharding_plan(settings, module, mesh)
+
+    if parallel.replicas == 1:
+        return tw.pipeline(module, split_spec=split_spec, meshes=meshes[0], plan=plan)
+    return tw.replicate(
+        module,
+        meshes,
+        split_spec=split_spec,
+        plan=plan,
+        bucket_cap_mb=parallel.bucket_cap_mb,
+        reduce_dtype=torch.bfloat16 if parallel.reduce_dtype is Precision.bf16 else None,
+    )
+
+
+def stage_meshes(settings: Settings) -> list[list[tw.VirtualSlice]]:
+    """Returns the slices of each replica's stages, one slice for each island.
+
+    Their mesh axis "dp" shares the batch, "tp" each layer's products.
+    """
     parallel = settings.parallel
     count, devices = parallel.num_islands, parallel.devices_per_stage
     if tw.is_eager():  # no cluster to measure
@@ -133,13 +153,16 @@ def stage_meshes(settings: Settings) -> list[tw.VirtualSlice]:
         if count > len(islands):
             raise ConfigError(
                 f"parallel.pipeline_stages is {parallel.pipeline_stages} but the cluster has {len(islands)} islands, "
-                f"with parallel.stages_per_island={parallel.stages_per_island}; start it with twrun --islands {count}, "
-                "or lower the stages"
+                f"with parallel.stages_per_island={parallel.stages_per_island} and "
+                f"parallel.replicas={parallel.replicas}; start it with twrun --islands {count}, or lower the stages"
             )
         sizes = [devices or island.num_devices for island in islands[:count]]
     shapes = [settings.mesh_shape(size) for size in sizes]
     meshes = [tw.init_device_mesh(shape, mesh_dim_names=("dp", "tp"), island=i) for i, shape in enumerate(shapes)]
-    return [meshes[parallel.island_of(stage)] for stage in range(parallel.pipeline_stages)]
+    return [
+        [meshes[parallel.island_of(replica, stage)] for stage in range(parallel.pipeline_stages)]
+        for replica in range(parallel.replicas)
+    ]
 
 
 def sharding_plan(settings: Settings, module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:

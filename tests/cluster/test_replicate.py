@@ -18,6 +18,10 @@ def whole_islands():
     return [tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
 
 
+def one_device_of_each_island():
+    return [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+
+
 def stages_on_each_island():
     return [[tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for _ in range(2)] for island in (0, 1)]
 
@@ -55,7 +59,7 @@ def losses_of(step, steps):
 WAYS = {
     "batch": (whole_islands, None, None, 1),
     "split parameters": (whole_islands, None, tw.fully_shard, 1),
-    "microbatches": (whole_islands, None, None, 4),
+    "microbatches": (one_device_of_each_island, None, None, 4),
     "pipelines": (stages_on_each_island, HALVES, None, 4),
 }
 

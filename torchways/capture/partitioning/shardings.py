@@ -8,6 +8,8 @@ computation, XLA decides.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -114,12 +116,20 @@ def _chunk_sizes(placed: PlacedGraph) -> set[int]:
     for node in placed.operators:
         if LOOP_KEY not in node.meta:
             continue
-        is_selection = node.target is torch.ops.aten.index_select.default
-        if node.target is TURN or (not is_selection and any(item in of_turns for item in node.all_input_nodes)):
-            of_turns.add(node)
-        elif is_selection and node.args[2] in of_turns and node.meta["val"].dim() > 1:
+        selection = _SELECTIONS.get(node.target)
+        if selection is None:
+            if node.target is TURN or any(item in of_turns for item in node.all_input_nodes):
+                of_turns.add(node)
+        elif not of_turns.isdisjoint(selection(node)) and node.meta["val"].dim() > 1:
             sizes.add(int(node.meta["val"].shape[1]))
     return sizes
+
+
+#: Operators that select rows, and what tells which.
+_SELECTIONS: dict[Any, Callable[[torch.fx.Node], Any]] = {
+    torch.ops.aten.index_select.default: lambda node: node.args[2:],
+    torch.ops.aten.index.Tensor: lambda node: node.args[1],
+}
 
 
 def _constraint(node: torch.fx.Node) -> Placements:
