@@ -30,7 +30,7 @@ from torchways.controller.generation_options import merged, num_new_tokens, repe
 from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
-from torchways.controller.program import ProgramFunction
+from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session
@@ -282,7 +282,7 @@ def program(
             max_variants=max_variants,
         )
     options = _variant_options(buckets, pad_value, max_variants)
-    return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
+    return eager_program(target) if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
 
 
 def parity(*, rtol: float | None = None, atol: float | None = None) -> contextlib.AbstractContextManager[ParityReport]:
@@ -564,7 +564,9 @@ def microbatch(
         n_microbatches: number of chunks. There can be fewer, and the last can be smaller, as with `torch.chunk`.
         schedule: for pipelines, the order in which each slice works on the chunks: "GPipe", "1F1B", "LoopedBFS",
             "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble" or "DualPipeV", as in
-            torch.distributed.pipelining; or a `Schedule`.
+            torch.distributed.pipelining; or a `Schedule`. "auto" measures what the stages take in the first calls of
+            the program, and goes on with the schedule that is predicted to take the shortest time, of those that fit
+            into the memory budget; `report()` of the program shows it.
 
     Returns:
         What the function returns, a pytree. Tensors without dimensions are stacked, one for each chunk; others are

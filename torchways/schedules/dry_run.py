@@ -51,7 +51,7 @@ class Timeline:
     Attributes:
         rows: what each slice does, in order.
         held: for each slice, the most microbatches whose activations it holds at a time, over all of its stages: from
-            the end of a forward pass to the end of its weight gradients.
+            the end of a forward pass to the end of its weight gradients. Without backward passes it holds none.
     """
 
     rows: tuple[tuple[Span, ...], ...]
@@ -60,7 +60,7 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """When the last action ends."""
-        return max((row[-1].end for row in self.rows if row), default=0.0)
+        return max((span.end for row in self.rows for span in row), default=0.0)
 
     @property
     def bubble(self) -> float:
@@ -99,7 +99,15 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
                 waiting.discard(index)
         if not moved:
             raise ConfigError(_deadlock_text(schedule, rows, ended))
-    return Timeline(rows=tuple(map(tuple, rows)), held=tuple(_most_held(row) for row in schedule.rows))
+    return Timeline(rows=tuple(map(tuple, rows)), held=tuple(map(most_held, schedule.rows)))
+
+
+def held_by_stage(schedule: Schedule) -> tuple[int, ...]:
+    """Returns, for each stage, the most microbatches whose activations it holds at a time."""
+    actions = [action for row in schedule.rows for action in row]
+    return tuple(
+        most_held(action for action in actions if action.stage == stage) for stage in range(schedule.num_stages)
+    )
 
 
 def _needed(action: Action, num_stages: int) -> Iterator[tuple[int, Kind, int]]:
@@ -115,8 +123,12 @@ def _needed(action: Action, num_stages: int) -> Iterator[tuple[int, Kind, int]]:
             yield stage + 1, Kind.INPUT, number
 
 
-def _most_held(row: Iterable[Action]) -> int:
+def most_held(row: Iterable[Action]) -> int:
+    """Returns the most microbatches whose activations are held at a time, of actions in their order."""
     held = most = 0
+    row = list(row)
+    if all(action.kind is Kind.FORWARD for action in row):
+        return 0
     for action in row:
         held += action.kind is Kind.FORWARD
         most = max(most, held)
@@ -135,7 +147,7 @@ def _check_actions(schedule: Schedule) -> None:
     for stage in range(schedule.num_stages):
         if len(homes[stage]) > 1:
             raise ConfigError(f"schedule {schedule.name} has stage {stage} on slices {sorted(homes[stage])}: take one")
-        for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT):
+        for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT) if schedule.has_backward else (Kind.FORWARD,):
             for number in range(schedule.num_microbatches):
                 if counts[stage, kind, number] != 1:
                     name = Action(stage, kind, number)
