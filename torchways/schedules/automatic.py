@@ -8,6 +8,7 @@ tried, together with the schedules that have names; `dry_run` decides between th
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -158,34 +159,40 @@ def _list_schedule(
     later_stages = [slice_of_stage[stage + 1 :].count(home) for stage, home in enumerate(slice_of_stage)]
     backward = Kind.INPUT if splits else Kind.BACKWARD
     rows: list[list[Action]] = [[] for _ in range(num_slices)]
-    #: Of each slice: actions that it can take, with the time from which it can.
-    ready: list[dict[Action, float]] = [{} for _ in range(num_slices)]
+    #: Of each slice: the microbatches of the actions that it can take, as a heap for each stage and kind: by any rule,
+    #: of actions that differ in nothing else, the one of the earliest microbatch comes first.
+    ready: list[dict[tuple[int, Kind], list[int]]] = [defaultdict(list) for _ in range(num_slices)]
+    #: Of each slice: actions that it can take from a time on, as a heap.
+    later: list[list[tuple[float, Action]]] = [[] for _ in range(num_slices)]
     free_at = [0.0] * num_slices
     held = [0] * num_slices
-    ready[slice_of_stage[0]] = {Action(0, Kind.FORWARD, number): 0.0 for number in range(num_microbatches)}
+    ready[slice_of_stage[0]][0, Kind.FORWARD] = list(range(num_microbatches))
     #: When to look at which slice.
     events = [(0.0, index) for index in range(num_slices)]
     while events:
         time, index = heapq.heappop(events)
         if time < free_at[index]:
             continue
+        while later[index] and later[index][0][0] <= time:
+            _, action = heapq.heappop(later[index])
+            heapq.heappush(ready[index][action.stage, action.kind], action.microbatch)
         now = [
-            action
-            for action, since in ready[index].items()
-            if since <= time
-            and (action.kind is not Kind.FORWARD or held[index] < limits[index] - later_stages[action.stage])
+            Action(stage, kind, numbers[0])
+            for (stage, kind), numbers in ready[index].items()
+            if numbers and (kind is not Kind.FORWARD or held[index] < limits[index] - later_stages[stage])
         ]
         if not now:
             continue
         action = min(now, key=rule)
-        del ready[index][action]
+        heapq.heappop(ready[index][action.stage, action.kind])
         rows[index].append(action)
         held[index] += (action.kind is Kind.FORWARD) - (Kind.WEIGHT in action.kind.parts)
         free_at[index] = done = time + costs.of(action.stage, action.kind)
         heapq.heappush(events, (done, index))
         for following in _following(action, num_stages, backward):
             home = slice_of_stage[following.stage]
-            ready[home][following] = since = done + costs.transfer * (home != index)
+            since = done + costs.transfer * (home != index)
+            heapq.heappush(later[home], (since, following))
             heapq.heappush(events, (since, home))
     return tuple(map(tuple, rows))
 

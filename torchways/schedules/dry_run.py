@@ -76,7 +76,7 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
         ConfigError: actions are missing or come twice, or slices wait for each other; the message has the grid.
     """
     _check_actions(schedule)
-    homes = schedule.slice_of_stage
+    homes, num_stages = schedule.slice_of_stage, schedule.num_stages
     ended: dict[tuple[int, Kind, int], float] = {}
     rows: list[list[Span]] = [[] for _ in schedule.rows]
     waiting = set(range(len(rows)))
@@ -86,7 +86,7 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
             row = rows[index]
             while len(row) < len(schedule.rows[index]):
                 action = schedule.rows[index][len(row)]
-                needed = list(_needed(action, schedule.num_stages))
+                needed = list(_needed(action, num_stages))
                 if any(key not in ended for key in needed):
                     break
                 arrivals = (ended[key] + costs.transfer * (homes[key[0]] != index) for key in needed)
@@ -144,11 +144,13 @@ def _check_actions(schedule: Schedule) -> None:
             homes[action.stage].add(index)
             for part in action.kind.parts:
                 counts[action.stage, part, action.microbatch] += 1
+    kinds = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT) if schedule.has_backward else (Kind.FORWARD,)
+    num_microbatches = schedule.num_microbatches
     for stage in range(schedule.num_stages):
         if len(homes[stage]) > 1:
             raise ConfigError(f"schedule {schedule.name} has stage {stage} on slices {sorted(homes[stage])}: take one")
-        for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT) if schedule.has_backward else (Kind.FORWARD,):
-            for number in range(schedule.num_microbatches):
+        for kind in kinds:
+            for number in range(num_microbatches):
                 if counts[stage, kind, number] != 1:
                     name = Action(stage, kind, number)
                     raise ConfigError(
