@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torchways.controller.variant import CallRuns, Variant
 from torchways.ids import RunId
 from torchways.ir.part import LoopInstruction, SendInstruction, SlicePart
+from torchways.ir.program import Loop
 from torchways.rpc.clients import Span
 from torchways.schedules.actions import Action
 from torchways.schedules.dry_run import Span as ActionSpan
@@ -28,12 +29,14 @@ def measure(variant: Variant, calls: Sequence[CallRuns]) -> dict[int, list[Measu
         for run_id in call.run_ids:
             variant.session.wait_for_run(run_id)
     spans = variant.session.collect_spans(min(call.started_ns for call in calls))
-    call_of = {run_id: number for number, call in enumerate(calls) for run_id in call.run_ids}
     found: dict[int, list[MeasuredRun]] = {}
-    for loop in variant.loops:
-        made_by = _made_by(variant.lowered.parts, loop.number)
-        runs = _runs_of_loop(spans, call_of, loop.number, made_by)
-        found[loop.number] = [run for _, run in sorted(runs.items())]
+    for position, piece in enumerate(variant.pieces):
+        call_of = {call.run_ids[position]: number for number, call in enumerate(calls)}
+        for loop in piece.lowered.program.nodes:
+            if isinstance(loop, Loop):
+                made_by = _made_by(piece.lowered.parts, loop.number)
+                runs = _runs_of_loop(spans, call_of, loop.number, made_by)
+                found[loop.number] = [run for _, run in sorted(runs.items())]
     return found
 
 

@@ -233,6 +233,7 @@ class Variant:
         Raises:
             CaptureError: it cannot be compiled; the variant is as it was.
         """
+        lowered = lower(captured.program)
         try:
             self.bind(pieces)
             for piece in pieces:
@@ -243,7 +244,7 @@ class Variant:
         with uninterrupted():
             self._forget([*self.pieces, *filter(None, [self._observed])])
             self.captured, self.pieces, self._observed = captured, pieces, None
-            self.lowered = lower(captured.program)
+            self.lowered = lowered
             self.recent.clear()
             self.num_calls = 0
             vars(self).pop("is_random", None)
