@@ -156,6 +156,19 @@ def test_two_loops_and_an_uneven_last_microbatch():
     assert all(stage.backward_us is None and not stage.held_bytes for stage in report.loops[2].stages)
 
 
+def test_a_loop_that_is_dispatched_on_its_own():
+    torch.manual_seed(0)
+    model, session = Model(), LocalSession(time_of=time_of)
+    step = ProgramFunction(
+        make_step(placed_model(session, "ab", model), 4), None, lambda: session, dispatch="sequential"
+    )
+    losses = losses_of(step, BEFORE + 2)
+    [loop] = step.report().loops
+    assert loop.is_settled
+    assert [stage.forward_us for stage in loop.stages] == pytest.approx([100, 300], rel=0.01)
+    torch.testing.assert_close(losses, losses_of(make_step(model, 4), BEFORE + 2), rtol=1e-4, atol=1e-6)
+
+
 def test_a_new_trace_is_compared_with_one_by_the_same_schedule(monkeypatch):
     monkeypatch.setenv("TORCHWAYS_CHECK_TRACES", "1")
     torch.manual_seed(0)
