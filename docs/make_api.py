@@ -19,6 +19,8 @@ from torchways import errors
 from torchways.config import ClusterConfig
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.program import ProgramFunction
+from torchways.controller.report import LoopReport, ProgramReport, StageReport
+from torchways.parallel.balance import BalancedStages, StageEstimate
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo
 
 PAGE = Path(__file__).with_name("api.md")
@@ -40,6 +42,7 @@ GROUPS = {
     "Placement": [
         "pipeline",
         "replicate",
+        "balanced_stages",
         "SplitPoint",
         "parallelize_module",
         "fully_shard",
@@ -54,6 +57,11 @@ GROUPS = {
 #: Classes without a name in `torchways`, of objects that public functions return or take.
 RETURNED = {
     ProgramFunction: "The result of `tw.program`, and of `tw.function` on a function.",
+    ProgramReport: "The result of `report()` of a program.",
+    LoopReport: "An item of `ProgramReport.loops`.",
+    StageReport: "An item of `LoopReport.stages`.",
+    BalancedStages: "The result of `tw.balanced_stages`.",
+    StageEstimate: "An item of `BalancedStages.stages`.",
     ParityReport: "The value of `with tw.parity() as report`.",
     ClusterInfo: "The result of `tw.cluster_info`.",
     IslandInfo: "An item of `ClusterInfo.islands`.",

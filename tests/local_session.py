@@ -9,6 +9,7 @@ from __future__ import annotations
 import concurrent.futures
 import os
 import threading
+import time
 import weakref
 from collections import defaultdict
 
@@ -29,7 +30,7 @@ from torchways.ir.part import (
     freed_slots,
 )
 from torchways.mesh import VirtualSlice
-from torchways.rpc.clients import ExecutorAddress, SliceAddress
+from torchways.rpc.clients import ExecutorAddress, SliceAddress, Span
 
 
 class _Everything(frozenset):
@@ -46,7 +47,14 @@ class LocalSession:
 
     closed = False
 
-    def __init__(self, lowered_ops=None):
+    def __init__(self, lowered_ops=None, budget_bytes=0, time_of=None):
+        """Makes a session.
+
+        Args:
+            lowered_ops: operators that executors know; None: all.
+            budget_bytes: device memory; 0: no limit.
+            time_of: what an action of a loop seems to take, in microseconds, in place of what it takes.
+        """
         self.lock = threading.RLock()
         self.buffers = {}
         self.pid = os.getpid()
@@ -55,6 +63,9 @@ class LocalSession:
         self.num_runs = 0
         self.num_transfers = 0
         self.released = []
+        self.budget_bytes = budget_bytes
+        self._time_of = time_of
+        self._spans = []
         self._next = 1
         self._lowered_ops = frozenset(lowered_ops) if lowered_ops is not None else None
 
@@ -71,6 +82,7 @@ class LocalSession:
             data_address="",
             pid=0,
             lowered_ops=self._lowered_ops if self._lowered_ops is not None else _LOWERED,
+            budget_bytes=self.budget_bytes,
         )
         return SliceAddress(slice_id=mesh.slice_id, island_id=0, scheduler_address="", executors=(executor,))
 
@@ -129,6 +141,7 @@ class LocalSession:
 
     def run_program(self, program_id, name, first_buffer_id, arguments):
         self.num_runs += 1
+        run_id = self.new_ids(1)
         parts, slice_ids, graphs = self.programs[program_id]
         wires, runners = {}, []
         for part, part_graphs in zip(parts, graphs, strict=True):
@@ -138,7 +151,9 @@ class LocalSession:
             for slot, buffer_id in enumerate(arguments[slice_id].buffer_ids):
                 is_value = buffer_id == NO_BUFFER
                 slots[slot] = _tensor(next(values)) if is_value else self.values[slice_id][buffer_id]
-            runners.append(self._run_part(part, part_graphs, slots, arguments[slice_id].buffer_ids, slice_id, wires))
+            runners.append(
+                self._run_part(part, part_graphs, slots, arguments[slice_id].buffer_ids, slice_id, wires, run_id)
+            )
         while runners:
             alive = [runner for runner in runners if next(runner, "end") != "end"]
             assert alive != runners or wires, "deadlock"
@@ -147,12 +162,24 @@ class LocalSession:
             slice_id = slice_ids[part.slice_index]
             for slot, number in part.results:
                 self.values[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
-        return self.new_ids(1)
+        return run_id
 
-    def _run_part(self, part, graphs, slots, buffer_ids, slice_id, wires):
+    def collect_spans(self, since_ns):
+        return {"local": [span for span in self._spans if span.end_ns >= since_ns]}
+
+    def _note(self, name, part_of, started_ns, run_id):
+        ended_ns = time.time_ns()
+        if part_of is not None and self._time_of is not None:
+            started_ns = ended_ns - int(self._time_of(part_of.action) * 1e3)
+        self._spans.append(
+            Span(name=name, track="device 0", start_ns=started_ns, end_ns=ended_ns, run_id=run_id, part_of=part_of)
+        )
+
+    def _run_part(self, part, graphs, slots, buffer_ids, slice_id, wires, run_id):
         for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
             match instruction:
                 case ComputeInstruction():
+                    started_ns = time.time_ns()
                     with torch.random.fork_rng(devices=[]):  # a graph may seed it
                         results = run_graph(
                             graphs[instruction.function_index], *(slots[slot] for slot in instruction.inputs)
@@ -162,6 +189,7 @@ class LocalSession:
                         assert tuple(result.shape) == expected.shape
                         assert str(result.dtype) == f"torch.{expected.dtype}"
                         slots[slot] = result
+                    self._note("compute", instruction.part_of, started_ns, run_id)
                     for slot in donated_slots(instruction):
                         del slots[slot]
                         if slot < len(buffer_ids) and buffer_ids[slot] != NO_BUFFER:
@@ -173,6 +201,7 @@ class LocalSession:
                     while instruction.edge_id not in wires:
                         yield "waiting"
                     slots[instruction.slot] = wires.pop(instruction.edge_id)
+                    self._note(f"receive edge {instruction.edge_id}", None, time.time_ns(), run_id)
                 case AllReduceInstruction():
                     me = instruction.members.index(part.slice_index)
                     wires["sum", instruction.edge_id, me] = slots[instruction.input]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchways.api import (
+        balanced_stages,
         cluster_info,
         cond,
         distribute_tensor,
@@ -62,6 +63,7 @@ _keep_grpc_from_forks()
 _MODULE_OF = {
     **dict.fromkeys(
         [
+            "balanced_stages",
             "cluster_info",
             "cond",
             "distribute_tensor",
@@ -101,6 +103,7 @@ __all__ = [
     "SplitPoint",
     "VirtualSlice",
     "all_reduce",
+    "balanced_stages",
     "cluster_info",
     "cond",
     "distribute_tensor",

@@ -30,7 +30,7 @@ from torchways.controller.generation_options import merged, num_new_tokens, repe
 from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
-from torchways.controller.program import ProgramFunction
+from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session
@@ -42,6 +42,7 @@ from torchways.launch.embedded import start_cluster
 from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
 from torchways.observability.process import setup_logging
 from torchways.observability.trace import write_chrome_trace
+from torchways.parallel.balance import BalancedStages, balance
 from torchways.parallel.microbatch import run_microbatches
 from torchways.parallel.pipeline import SplitPoint, add_stages
 from torchways.parallel.plans import PlanOrMaker, placements_of, plan_of
@@ -283,7 +284,7 @@ def program(
             max_variants=max_variants,
         )
     options = _variant_options(buckets, pad_value, max_variants)
-    return target if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
+    return eager_program(target) if is_eager() else ProgramFunction(target, mesh, _current, dispatch, options=options)
 
 
 def parity(*, rtol: float | None = None, atol: float | None = None) -> contextlib.AbstractContextManager[ParityReport]:
@@ -529,7 +530,8 @@ def pipeline(
     Args:
         module: any module, or a function that builds one. In the second case the module is initialised on the slices
             (see `parallelize_module`), and each parameter is on the stage of its submodule, in registration order.
-        split_spec: submodule names at which the stages begin or end, in the order in which they run.
+        split_spec: submodule names at which the stages begin or end, in the order in which they run; or what
+            `tw.balanced_stages` returns.
         meshes: the slice of each stage, one more than there are split points.
         plan: how to split parameters over the axes of their stage's slice, as for `parallelize_module`. All meshes
             must then have the same axes.
@@ -587,6 +589,27 @@ def replicate(
     return make_replicated(module, stages, split_spec or {}, plan, reduction, _current)
 
 
+def balanced_stages(
+    module: torch.nn.Module | Callable[[], torch.nn.Module], num_stages: int, *args: Any, **kwargs: Any
+) -> BalancedStages:
+    """Chooses where to split a model into stages that compute equally much; returns a `split_spec` for `tw.pipeline`.
+
+    A stage may begin with any layer: an item of an `nn.ModuleList` or `nn.Sequential` that a call of the model runs
+    once. The largest stage has as few floating-point operations as possible; of splits that are equal in this, the one
+    whose largest parameters of a stage are the smallest is taken. The model runs on fake tensors: nothing is computed,
+    and no memory is needed. ``print`` of the result shows a table of the stages, which is also logged.
+
+    Args:
+        module: a module that is not placed yet, or a function that builds one, as for `tw.pipeline`.
+        num_stages: number of stages.
+        *args, **kwargs: of a call of the module. Of tensors only shapes and dtypes count.
+
+    Raises:
+        PlacementError: there are fewer layers than stages, or the module is placed already.
+    """
+    return balance(module, num_stages, args, kwargs)
+
+
 def microbatch(
     function: Callable[..., Any],
     *args: Any,
@@ -608,7 +631,9 @@ def microbatch(
         n_microbatches: number of chunks. There can be fewer, and the last can be smaller, as with `torch.chunk`.
         schedule: for pipelines, the order in which each slice works on the chunks: "GPipe", "1F1B", "LoopedBFS",
             "Interleaved1F1B", "InterleavedZeroBubble", "ZBVZeroBubble" or "DualPipeV", as in
-            torch.distributed.pipelining; or a `Schedule`.
+            torch.distributed.pipelining; or a `Schedule`. "auto" measures what the stages take in the first calls of
+            the program, and goes on with the schedule that is predicted to take the shortest time, of those that fit
+            into the memory budget; `report()` of the program shows it.
 
     Returns:
         What the function returns, a pytree. Tensors without dimensions are stacked, one for each chunk; others are

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchways.mesh import VirtualSlice
-from torchways.schedules import Schedule
+from torchways.schedules import AUTO, Schedule
 
 #: Key of `node.meta`: the `Region` of a node. A node without one is placed by the partitioner.
 REGION_KEY = "tw_region"
@@ -49,6 +49,11 @@ class LoopLabel:
     num_turns: int
     schedule: str | Schedule
     line: str
+
+    @property
+    def is_automatic(self) -> bool:
+        """Whether its schedule is searched for."""
+        return isinstance(self.schedule, str) and self.schedule.lower() == AUTO
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,7 +99,7 @@ def binding_of(source: int | TensorSource | NumberInput | torch.Tensor) -> Bindi
             return Constant(source)
 
 
-def copy_of(binding: Binding) -> CopyOf:
+def binding_of_copy(binding: Binding) -> CopyOf:
     """Returns the binding of a copy of what another input is bound to, an array."""
     assert isinstance(binding, (CallTensor, StateTensor, Constant))
     return CopyOf(binding)

@@ -7,6 +7,7 @@ call only binds buffers to it: one message an island, whatever the program does.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from torchways.capture.python_state.functions import unread_parameters
 from torchways.capture.python_state.places import Fixed
 from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.source import user_line
+from torchways.controller.auto_schedule import improve_schedules
 from torchways.controller.buffers import RemoteBuffer
+from torchways.controller.fitting import automatic_loops
+from torchways.controller.report import ProgramReport, report_of
 from torchways.controller.running import run_variant
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, difference, signature_of
@@ -28,6 +32,7 @@ from torchways.controller.tracing import capture_again, trace_variant
 from torchways.controller.variant import Dispatch, Variant
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
 from torchways.errors import ConfigError, DataDependentError, UserError
+from torchways.ir.stages import schedule_of
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 
@@ -106,6 +111,7 @@ class ProgramFunction:
                     self._untraceable.clear()
             if variant is not None:
                 self._last = variant
+                improve_schedules(variant)
                 return run_variant(variant, signature, self._copies_on)
         return self._run_untraced(args, kwargs, reason)
 
@@ -120,6 +126,8 @@ class ProgramFunction:
     def _check(self, variant: Variant, signature: Signature, session: Session) -> None:
         symbolic = frozenset(self._symbolic)
         new = capture_again(self._function, self._name, signature, self.mesh, session, symbolic)
+        if new.reschedule is not None:
+            new = new.reschedule({loop.number: schedule_of(loop) for loop in automatic_loops(variant.captured)})
         check_trace(self._name, variant.captured, new, signature)
 
     def _run_untraced(self, args: Any, kwargs: Any, reason: DataDependentError | None = None) -> Any:
@@ -141,7 +149,7 @@ class ProgramFunction:
         return result
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
-        return self if instance is None else functools.partial(self, instance)
+        return self if instance is None else _BoundProgram(self, instance)
 
     def __str__(self) -> str:
         if self._last is None:
@@ -165,6 +173,19 @@ class ProgramFunction:
         if self._last is None:
             raise UserError(f"{self} before lower()")
         return lower(self._last.captured.program, print_after=print_after)
+
+    def report(self) -> ProgramReport:
+        """Returns how the microbatches of the program ran in its last calls, beside what its schedules predict.
+
+        Waits until these calls are over. ``print(f.report())`` shows it as tables.
+
+        Raises:
+            UserError: the program has not been called yet.
+        """
+        if self._last is None:
+            raise UserError(f"{self} before report()")
+        self._last.session.check()
+        return report_of(self._last)
 
     def _trace(self, signature: Signature, session: Session) -> Variant:
         variant = self._make_variant(signature, session)
@@ -230,6 +251,26 @@ class ProgramFunction:
             return difference(self._function, signature, self._variants.keys())
         fewest = min([variant.changes(session, signature) for variant in same], key=len)
         return "; ".join(fewest)
+
+
+class _BoundProgram(functools.partial):
+    """A program that is a method, of one object."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.func, name)
+
+
+def eager_program(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns what `tw.program` returns in eager mode: what it is given; a function with an empty report."""
+    if not inspect.isfunction(function):
+        return function
+
+    @functools.wraps(function)
+    def program(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    program.report = lambda: ProgramReport(program=function.__name__, is_eager=True)  # type: ignore[attr-defined]
+    return program
 
 
 def _ordinal(number: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
@@ -90,11 +91,13 @@ class _Run:
             self._run_observed(report)
         else:
             variant.bind(variant.pieces)
+            started_ns, run_ids = time.time_ns(), []
             for number, piece in enumerate(variant.pieces):
                 is_last = number == len(variant.pieces) - 1
-                run_id = self._run_piece(piece, len(piece.results), is_last=is_last)[0]
+                run_ids.append(self._run_piece(piece, len(piece.results), is_last=is_last)[0])
                 if not is_last:
-                    variant.session.wait_for_run(run_id)
+                    variant.session.wait_for_run(run_ids[-1])
+            variant.note_call(run_ids, started_ns)
         result, changed = pytree.tree_unflatten(self._outputs, variant.captured.out_spec)
         for number, item in changed.items():
             set_attributes(self._signature.objects[number], item)

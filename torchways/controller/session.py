@@ -315,8 +315,16 @@ class Session:
         return [status for _, status in self._ask_executors(lambda client: client.status())]
 
     def collect_spans(self, since_ns: int) -> dict[str, list[Span]]:
-        """Returns the spans of every process since a time: executors by id, and "controller"."""
-        spans = dict(self._ask_executors(lambda client: client.trace(since_ns)))
+        """Returns the spans of every process since a time: executors by id, and "controller". A lost one has none."""
+
+        async def ask(client: ExecutorClient) -> list[Span]:
+            try:
+                return await client.trace(since_ns)
+            except grpc.aio.AioRpcError as error:
+                logger.warning("executor %s has no trace: %s", client.executor_id, error.details())
+                return []
+
+        spans = dict(self._ask_executors(ask))
         spans["controller"] = [span for span in self.spans if span.end_ns >= since_ns]
         return spans
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torchways.array import Array
 from torchways.capture.current_trace import current_trace
 from torchways.capture.host_content import HostContent
 from torchways.capture.lowering.decompositions import decompositions_of
-from torchways.capture.partitioning.partition import PartitionedProgram, meshes_of, partition
+from torchways.capture.partitioning.partition import copy_of, has_automatic_loops, meshes_of, partition
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.partitioning.replicas import Copy, separate_replicas
 from torchways.capture.python_state.ambient import no_host_randomness
@@ -32,7 +32,7 @@ from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import tidy
 from torchways.capture.tracing.trace import NumberInput, Trace
 from torchways.capture.tracing.tracer import trace
-from torchways.controller.bindings import Binding, Seed, binding_of, copy_of
+from torchways.controller.bindings import Binding, Seed, binding_of, binding_of_copy
 from torchways.controller.buffers import HostBuffer, array_like
 from torchways.controller.checks import check_lowered, not_lowered
 from torchways.controller.modules import replaced_by, take_new_state
@@ -57,6 +57,7 @@ from torchways.graphs import SOURCE_KEY
 from torchways.ir.program import Arg, Program, node_inputs
 from torchways.mesh import VirtualSlice
 from torchways.observability.progress import progress
+from torchways.schedules import Schedule
 from torchways.signals import uninterrupted
 
 #: Traces change classes and modes of the whole process while they run: there is one at a time.
@@ -205,21 +206,57 @@ class _Tracing:
         if missing := not_lowered(graph, self._session, meshes):
             graph = tidy(graph, decompositions_of(missing))
         check_lowered(graph, self._session, meshes)
-        cut = partition(graph, specs, name=self._name, written=written, default_mesh=self._mesh)
-        self._meshes = cut.meshes
-        self.captured = rewrite(
-            Captured(
+        self.captured, self._meshes = self._partitioned(graph, traced, specs, written, copies, rewrite)
+
+    def _partitioned(
+        self,
+        graph: torch.fx.Graph,
+        traced: Trace,
+        specs: list[PlaceholderSpec],
+        written: list[int],
+        copies: list[Copy],
+        rewrite: Callable[[Captured], Captured],
+    ) -> tuple[Captured, list[VirtualSlice]]:
+        """Makes a program of a graph. What partitions it again outlives the trace, and keeps what it needs of it."""
+        name, mesh, effects, numbers = self._name, self._mesh, self._effects, self._numbers
+        num_returned, out_spec, seed = traced.num_outputs, traced.out_spec, traced.seed
+        constants = {index: _constant(value) for index, value in traced.constants.items()}
+        bindings = _bindings(traced, copies)
+        num_traced = len(traced.written)
+        targets = [
+            *range(num_returned),
+            *self._written,
+            *(traced.inputs[position].source for position in traced.written),
+            *(bindings[position] for position in written[num_traced:]),
+        ]
+
+        def capture(
+            graph: torch.fx.Graph,
+            schedules: Mapping[int, Schedule],
+            reschedule: Callable[[Mapping[int, Schedule]], Captured] | None,
+        ) -> tuple[Captured, list[VirtualSlice]]:
+            cut = partition(graph, [*specs], name=name, written=written, default_mesh=mesh, schedules=schedules)
+            values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
+            captured = Captured(
                 program=cut.program,
-                bindings=(bindings := _bindings(traced, copies, cut.program)),
-                targets=self._targets(cut, traced, [bindings[position] for position in written[len(traced.written) :]]),
-                num_returned=traced.num_outputs,
-                out_spec=traced.out_spec,
-                constants={index: _constant(value) for index, value in traced.constants.items()},
-                effects=self._effects,
-                numbers=self._numbers,
-                seed=traced.seed,
+                bindings=[*bindings, *_seeds(len(bindings), cut.program)],
+                targets=[target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)],
+                num_returned=num_returned,
+                out_spec=out_spec,
+                constants=constants,
+                effects=effects,
+                numbers=numbers,
+                seed=seed,
+                reschedule=reschedule,
             )
-        )
+            return rewrite(captured), cut.meshes
+
+        def reschedule(schedules: Mapping[int, Schedule]) -> Captured:
+            return capture(copy_of(graph), schedules, reschedule)[0]
+
+        if has_automatic_loops(graph):
+            return capture(copy_of(graph), {}, reschedule)
+        return capture(graph, {}, None)
 
     def variant(self, dispatch: Dispatch, started: float) -> Variant:
         """Returns the variant of what was traced since a moment, registered."""
@@ -367,16 +404,6 @@ class _Tracing:
                 "or keep it in a module as a buffer"
             )
 
-    def _targets(self, cut: PartitionedProgram, traced: Trace, copies: list[Binding]) -> list[Any]:
-        targets = [
-            *range(traced.num_outputs),
-            *self._written,
-            *(traced.inputs[position].source for position in traced.written),
-            *copies,
-        ]
-        values = [cut.program.values[index] for index in node_inputs(cut.program.nodes[-1])]
-        return [target_of(target, value, cut.meshes) for target, value in zip(targets, values, strict=True)]
-
 
 def _adopted(source: TensorSource, value: torch.Tensor) -> Array | None:
     """Makes an array of a host tensor that took the place of an optimizer's state, as load_state_dict does."""
@@ -404,12 +431,16 @@ def _content(item: Any) -> Any:
     return spec, [id(leaf) if isinstance(leaf, torch.Tensor) or node_of(leaf) else leaf for leaf in leaves]
 
 
-def _bindings(traced: Trace, copies: list[Copy], program: Program) -> list[Binding]:
-    """Returns what the inputs are bound to, by position: of what was traced, of copies for replicas, then the seeds."""
+def _bindings(traced: Trace, copies: list[Copy]) -> list[Binding]:
+    """Returns what the inputs are bound to, by position: of what was traced, then of copies for replicas."""
     bindings = [binding_of(item.source) for item in traced.inputs]
-    bindings += [copy_of(bindings[copy.position]) for copy in copies]
-    num_seeds = sum(isinstance(node, Arg) and node.position >= len(bindings) for node in program.nodes)
-    return [*bindings, *map(Seed, range(num_seeds))]
+    return [*bindings, *(binding_of_copy(bindings[copy.position]) for copy in copies)]
+
+
+def _seeds(first: int, program: Program) -> list[Seed]:
+    """Returns what the inputs from a position on are bound to: seeds."""
+    num_seeds = sum(isinstance(node, Arg) and node.position >= first for node in program.nodes)
+    return list(map(Seed, range(num_seeds)))
 
 
 def _placeholder_specs(traced: Trace, tensors: list[torch.Tensor]) -> list[PlaceholderSpec]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -18,14 +20,16 @@ from torchways.controller.bindings import Binding, BoundArgument, CopyOf, Seed
 from torchways.controller.parity.observe import observed
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
-from torchways.ids import ProgramId, SliceId
+from torchways.ids import ProgramId, RunId, SliceId
 from torchways.ir.loops import unrolled
-from torchways.ir.program import Arg, MadeValue, Program, TracedInput, Value, ValueIndex, donated_values
+from torchways.ir.program import Arg, Loop, MadeValue, Program, TracedInput, Value, ValueIndex, donated_values
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
 from torchways.passes.preflight import check_memory
 from torchways.passes.sequential import FinalResult, Piece
 from torchways.passes.split import slice_args
+from torchways.schedules import Found, Schedule
+from torchways.signals import uninterrupted
 
 #: "parallel": the whole program in one message an island. "sequential": one computation after the other.
 Dispatch: TypeAlias = Literal["parallel", "sequential"]
@@ -99,6 +103,8 @@ class Captured:
         effects: what each run writes to Python's state.
         numbers: what each call computes on the host.
         seed: what it gives torch.manual_seed before it draws.
+        reschedule: if it has loops whose schedule is searched for, partitions what was traced again, by other
+            schedules: a function of these, by the loops' numbers.
     """
 
     program: Program
@@ -110,6 +116,7 @@ class Captured:
     effects: list[Effect]
     numbers: HostNumbers
     seed: int | None = None
+    reschedule: Callable[[Mapping[int, Schedule]], Captured] | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -131,6 +138,38 @@ class BoundPiece:
     bound_to: tuple[SliceId, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class CallRuns:
+    """The runs of one call.
+
+    Attributes:
+        run_ids: one for each piece.
+        started_ns: when the first of them was sent, Unix nanoseconds.
+    """
+
+    run_ids: tuple[RunId, ...]
+    started_ns: int
+
+
+@dataclass(slots=True)
+class ScheduleSearch:
+    """The search for the schedules of a variant's automatic loops (auto_schedule.py).
+
+    Attributes:
+        found: by the loop's number, how its schedule was found, by measured times.
+        tries: how often the trace of the measured calls was incomplete.
+        is_over: the schedules are final.
+    """
+
+    found: dict[int, Found] = field(default_factory=dict)
+    tries: int = 0
+    is_over: bool = False
+
+
+#: Calls whose runs a variant with loops remembers.
+_RECENT_CALLS = 5
+
+
 @dataclass(kw_only=True, eq=False)
 class Variant:
     """One traced, lowered and registered form of a function.
@@ -144,6 +183,10 @@ class Variant:
         state: conditions on Python's state under which the trace holds.
         reads: conditions on values of tensors.
         traced_seconds: what tracing it took.
+        dispatch: how its pieces were cut.
+        recent: the last calls, of these pieces, of a program with loops.
+        num_calls: of these pieces.
+        search: for the schedules of its automatic loops; None if it has none.
     """
 
     captured: Captured
@@ -154,6 +197,10 @@ class Variant:
     state: Conditions
     reads: list[ArgumentRead]
     traced_seconds: float = 0.0
+    dispatch: Dispatch = "parallel"
+    recent: deque[CallRuns] = field(default_factory=lambda: deque(maxlen=_RECENT_CALLS))
+    num_calls: int = 0
+    search: ScheduleSearch | None = None
     _observed: BoundPiece | None = None
 
     @functools.cached_property
@@ -162,10 +209,45 @@ class Variant:
         bindings = (item.binding for piece in self.pieces for items in piece.arguments.values() for item in items)
         return any(isinstance(binding, Seed) for binding in bindings)
 
+    @property
+    def loops(self) -> list[Loop]:
+        """Its loops over microbatches, lowered."""
+        return [node for node in self.lowered.program.nodes if isinstance(node, Loop)]
+
+    def note_call(self, run_ids: list[RunId], started_ns: int) -> None:
+        """Remembers the runs of a call."""
+        self.num_calls += 1
+        self.recent.append(CallRuns(tuple(run_ids), started_ns))
+
     def __del__(self) -> None:
-        for piece in [*self.pieces, *filter(None, [self._observed])]:
+        self._forget([*self.pieces, *filter(None, [self._observed])])
+
+    def _forget(self, pieces: list[BoundPiece]) -> None:
+        for piece in pieces:
             if piece.bound_to:
                 self.session.forget_program(piece.program_id)
+
+    def replace(self, captured: Captured, pieces: list[BoundPiece]) -> None:
+        """Goes on with another form of the same program; waits until it is compiled.
+
+        Raises:
+            CaptureError: it cannot be compiled; the variant is as it was.
+        """
+        lowered = lower(captured.program)
+        try:
+            self.bind(pieces)
+            for piece in pieces:
+                self.session.wait_for_program(piece.program_id, captured.program.name)
+        except BaseException:
+            self._forget(pieces)
+            raise
+        with uninterrupted():
+            self._forget([*self.pieces, *filter(None, [self._observed])])
+            self.captured, self.pieces, self._observed = captured, pieces, None
+            self.lowered = lowered
+            self.recent.clear()
+            self.num_calls = 0
+            vars(self).pop("is_random", None)
 
     def observed(self) -> BoundPiece:
         """Returns the whole program with all its values as results, bound: what parity mode dispatches."""
@@ -190,11 +272,8 @@ class Variant:
 
     def _check_memory(self, piece: BoundPiece) -> None:
         program = self.captured.program
-        found = {index: self.session.slice_address(mesh).executors for index, mesh in enumerate(self.meshes)}
-        budgets = {index: min(item.budget_bytes for item in executors) for index, executors in found.items()}
-        leaders = {index: executors[0].executor_id for index, executors in found.items()}
         parts = [unrolled(part) for part in piece.lowered.parts]
-        check_memory(program.name, parts, program.slices, budgets, leaders)
+        check_memory(program.name, parts, program.slices, *budgets_of(self.meshes, self.session))
 
     def holds(self, session: Session, signature: Signature) -> bool:
         """Whether the trace is valid for Python's state now, and a call with its signature."""
@@ -237,6 +316,13 @@ def _name_of(source: int | TensorSource, signature: Signature) -> str:
 def _text(value: Any) -> str:
     text = repr(pytree.tree_map_only(torch.Tensor, torch.Tensor.tolist, value))
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def budgets_of(meshes: list[VirtualSlice], session: Session) -> tuple[dict[int, int], dict[int, str]]:
+    """Returns each slice's memory, bytes per device, 0 for no limit; and the first executor of its devices."""
+    found = {index: session.slice_address(mesh).executors for index, mesh in enumerate(meshes)}
+    budgets = {index: min(item.budget_bytes for item in executors) for index, executors in found.items()}
+    return budgets, {index: executors[0].executor_id for index, executors in found.items()}
 
 
 @dataclass(frozen=True, slots=True)

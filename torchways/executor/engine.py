@@ -33,6 +33,7 @@ from torchways.executor.spans import Spans
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.ir.part import ComputeInstruction
 from torchways.link.inbox import Inbox
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
@@ -369,10 +370,14 @@ class Engine:
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
         code = self._codes[task.run.program.part]
         instructions = task.unit.instructions
-        name = code.functions[instructions[0].function_index].name  # type: ignore[union-attr]
+        first = instructions[0]
+        assert isinstance(first, ComputeInstruction)
+        name = code.functions[first.function_index].name
         if len(instructions) > 1:
             name += f" and {len(instructions) - 1} more"
-        self.spans.note_computed(name, self.num_devices, issued, ended, task.run.run_id)
+        if first.part_of is not None:
+            name += f" {first.part_of.action}"
+        self.spans.note_computed(name, self.num_devices, issued, ended, task.run.run_id, first.part_of)
 
     def _place(self, command: events.Place) -> None:
         cell = command.cell

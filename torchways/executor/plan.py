@@ -1,7 +1,8 @@
 """Plans a program's part: groups its instructions into the units that the executor's core issues.
 
 Computations that stand next to each other and wait for the same transfers form one unit. It is issued as a whole, and
-values that flow only inside it need no bookkeeping. Sends, receives and sums are units of their own.
+values that flow only inside it need no bookkeeping. Sends, receives and sums are units of their own, and so is each
+action of a pipeline's schedule: what it takes is measured.
 """
 
 from __future__ import annotations
@@ -157,7 +158,7 @@ def _groups(instructions: Sequence[Instruction]) -> list[tuple[int, list[Instruc
             else:
                 open_waits = None  # what is sent must not wait for computations that follow
             groups.append((position, [instruction]))
-        elif open_waits == waited and isinstance(groups[-1][1][-1], ComputeInstruction):
+        elif open_waits == waited and _are_together(groups[-1][1][-1], instruction):
             groups[-1][1].append(instruction)
         else:
             groups.append((position, [instruction]))
@@ -165,6 +166,10 @@ def _groups(instructions: Sequence[Instruction]) -> list[tuple[int, list[Instruc
         for slot in writes(instruction):
             waits[slot] = waited
     return groups
+
+
+def _are_together(before: Instruction, instruction: ComputeInstruction) -> bool:
+    return isinstance(before, ComputeInstruction) and before.part_of == instruction.part_of
 
 
 def _unit(position: int, group: list[Instruction], shared: set[Slot], slot_bytes: Sequence[int]) -> Unit:

@@ -27,6 +27,7 @@ from torchways.executor import events
 from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import spec_of
+from torchways.executor.spans import Span
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -245,12 +246,22 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         # Computations of others are seen, and not what they are.
         mine = channel.caller(context, self.key).client_id
         spans = self.engine.spans.since(request.since_ns)
-        spans = [span if owner(span[4]) in (mine, 0) else ("of another client", *span[1:4], 0) for span in spans]
+        spans = [
+            span if owner(span.run_id) in (mine, 0) else Span("of another client", *span[1:4], 0) for span in spans
+        ]
         for start in range(0, len(spans), _SPANS_PER_MESSAGE):
             yield pb.TraceResponse(
                 spans=[
-                    pb.Span(name=name, track=track, start_ns=start_ns, end_ns=end_ns, run_id=run_id)
-                    for name, track, start_ns, end_ns, run_id in spans[start : start + _SPANS_PER_MESSAGE]
+                    pb.Span(
+                        name=span.name,
+                        track=span.track,
+                        start_ns=span.start_ns,
+                        end_ns=span.end_ns,
+                        run_id=span.run_id,
+                        action=str(span.part_of.action) if span.part_of is not None else "",
+                        loop=span.part_of.loop if span.part_of is not None else 0,
+                    )
+                    for span in spans[start : start + _SPANS_PER_MESSAGE]
                 ]
             )
 

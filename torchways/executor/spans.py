@@ -6,14 +6,28 @@ import collections
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import TypeAlias
+from typing import NamedTuple
 
 from torchways.executor.memory import Taker
+from torchways.ir.part import LoopAction
 
 logger = logging.getLogger(__name__)
 
-#: name, track, start and end (Unix nanoseconds), run.
-Span: TypeAlias = tuple[str, str, int, int, int]
+
+class Span(NamedTuple):
+    """Something that took time; times are Unix nanoseconds.
+
+    Attributes:
+        part_of: the action of a loop's schedule that it is part of.
+    """
+
+    name: str
+    track: str
+    start_ns: int
+    end_ns: int
+    run_id: int
+    part_of: LoopAction | None = None
+
 
 _MAX_SPANS = 50_000
 
@@ -29,18 +43,34 @@ class Spans:
 
     def since(self, start_ns: int) -> list[Span]:
         """Returns the spans that ended at a time or later."""
-        return [span for span in list(self._spans) if span[3] >= start_ns]
+        return [span for span in list(self._spans) if span.end_ns >= start_ns]
 
-    def note(self, name: str, track: str, start_ns: int, end_ns: int, run_id: int = 0) -> None:
+    def note(
+        self,
+        name: str,
+        track: str,
+        start_ns: int,
+        end_ns: int,
+        run_id: int = 0,
+        part_of: LoopAction | None = None,
+    ) -> None:
         """Keeps a span."""
-        self._spans.append((name, track, start_ns, end_ns, run_id))
+        self._spans.append(Span(name, track, start_ns, end_ns, run_id, part_of))
 
-    def note_computed(self, name: str, num_devices: int, issued_ns: int, ended_ns: int, run_id: int) -> None:
+    def note_computed(
+        self,
+        name: str,
+        num_devices: int,
+        issued_ns: int,
+        ended_ns: int,
+        run_id: int,
+        part_of: LoopAction | None = None,
+    ) -> None:
         """Keeps a computation's span for each device: it began when it was issued, or behind the one before it."""
         started = max(issued_ns, self._device_free_ns)
         self._device_free_ns = ended_ns
         for device in range(num_devices):
-            self.note(name, f"device {device}", started, ended_ns, run_id)
+            self.note(name, f"device {device}", started, ended_ns, run_id, part_of)
 
     def note_waits(self, starved: Sequence[Taker]) -> None:
         """Keeps a span of every wait for memory that is over, given those that are not."""

@@ -15,6 +15,7 @@ from torchways.ir.part import (
     ComputeInstruction,
     FlatPart,
     Instruction,
+    LoopAction,
     LoopBody,
     LoopInstruction,
     ReceiveInstruction,
@@ -96,7 +97,7 @@ class _Unrolling:
             instructions = self._of_action[self._body_index(action.microbatch)]
             for kind in dict.fromkeys((action.kind, *action.kind.parts)):
                 made += [
-                    self._instruction(instruction, action.microbatch, body)
+                    self._instruction(instruction, Action(action.stage, kind, action.microbatch), body)
                     for instruction in instructions.get((action.stage, kind), ())
                 ]
         return made
@@ -121,7 +122,8 @@ class _Unrolling:
                             last[index] = action.microbatch
         return last
 
-    def _instruction(self, instruction: Instruction, turn: int, body: LoopBody) -> Instruction:
+    def _instruction(self, instruction: Instruction, action: Action, body: LoopBody) -> Instruction:
+        turn = action.microbatch
         of_turn = self._of_turn.setdefault(turn, {})
         for index, (slot, _) in enumerate(body.carried):
             if slot in reads(instruction) and slot not in of_turn:
@@ -136,7 +138,7 @@ class _Unrolling:
         for index, (_, slot) in enumerate(body.carried):
             if slot in writes(instruction):
                 self._newest[index], self._made_in[index] = of_turn[slot], turn
-        return self._with_slots(instruction, turn, read, filled)
+        return self._with_slots(instruction, action, read, filled)
 
     def _read(self, slot: Slot, of_turn: dict[Slot, Slot], body: LoopBody, turn: int) -> Slot:
         if slot in of_turn:
@@ -168,13 +170,15 @@ class _Unrolling:
         return -1
 
     def _with_slots(
-        self, instruction: Instruction, turn: int, read: tuple[Slot, ...], filled: tuple[Slot, ...]
+        self, instruction: Instruction, action: Action, read: tuple[Slot, ...], filled: tuple[Slot, ...]
     ) -> Instruction:
+        turn, loop = action.microbatch, self._loop
         match instruction:
             case ComputeInstruction():
                 kept = self._kept[self._body_index(turn)]
                 donated = tuple(position for position in instruction.donated if read[position] not in kept)
-                return replace(instruction, inputs=read, outputs=filled, donated=donated)
+                part_of = LoopAction(loop.number, action) if loop.number is not None else None
+                return replace(instruction, inputs=read, outputs=filled, donated=donated, part_of=part_of)
             case SendInstruction():
                 return replace(instruction, slot=read[0], edge_id=self._edge(instruction.edge_id, turn))
             case ReceiveInstruction():

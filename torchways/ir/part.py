@@ -15,7 +15,7 @@ from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
 from torchways.ids import BufferId
 from torchways.ir.program import Function, Value
-from torchways.schedules.actions import Kind, Repeat
+from torchways.schedules.actions import Action, Kind, Repeat
 
 #: Position of a value in `SlicePart.slots`.
 Slot: TypeAlias = int
@@ -23,6 +23,18 @@ Slot: TypeAlias = int
 EdgeId: TypeAlias = int
 #: Position of a slice in `Program.slices`.
 SliceIndex: TypeAlias = int
+
+
+class LoopAction(NamedTuple):
+    """An action of a loop's schedule.
+
+    Attributes:
+        loop: the loop's number in its program.
+        action: it.
+    """
+
+    loop: int
+    action: Action
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,12 +45,14 @@ class ComputeInstruction:
         function_index: position in `SlicePart.functions`.
         inputs, outputs: slots, in the graph's order.
         donated: positions in `inputs` whose buffers the computation may reuse.
+        part_of: in a part without loops, the action of a pipeline's schedule that it was unrolled from.
     """
 
     function_index: int
     inputs: tuple[Slot, ...]
     outputs: tuple[Slot, ...]
     donated: tuple[int, ...] = ()
+    part_of: LoopAction | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +137,7 @@ class LoopInstruction:
         outputs: the slots that the loop fills: with what the last turn hands on, then with what `last` names.
         donated: positions in `inputs` whose buffers the first turn may reuse.
         edge_stride: an edge of a body is, in turn t, the edge whose number is higher by t times this.
+        number: of the loop in its program, if it is a pipeline's: what its actions take is measured.
     """
 
     bodies: tuple[LoopBody, ...]
@@ -131,6 +146,7 @@ class LoopInstruction:
     outputs: tuple[Slot, ...]
     donated: tuple[int, ...]
     edge_stride: int
+    number: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,9 @@ ValueIndex: TypeAlias = int
 #: The slice of a value that goes wherever it is read: a host argument, before the pass `place`.
 UNPLACED = -1
 
+#: The schedule of a loop that no pipeline splits: all its slices run the same turn.
+ONE_AFTER_THE_OTHER = "one after the other"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceSpec:
@@ -200,7 +203,9 @@ class Loop:
         firsts: what the first turn gets of each value that turns hand on.
         outputs: what the last turn hands on, then what it made of `last`.
         donated: positions in `firsts` whose buffers the first turn may reuse.
-        schedule: for people.
+        number: of the loop, in the order of the trace. A program that is partitioned again has the same numbers.
+        schedule: its name, or `ONE_AFTER_THE_OTHER`.
+        is_automatic: the schedule was searched for.
         source: the user's line.
     """
 
@@ -210,7 +215,9 @@ class Loop:
     firsts: tuple[ValueIndex, ...]
     outputs: tuple[ValueIndex, ...]
     donated: tuple[int, ...] = ()
+    number: int = 0
     schedule: str = ""
+    is_automatic: bool = False
     source: str = ""
 
     def invariants(self) -> tuple[ValueIndex, ...]:
@@ -360,7 +367,8 @@ def _lines(program: Program) -> Iterator[str]:
                 yield f"  {outputs} = all_reduce({', '.join(f'%{value}' for value in node.inputs)})"
             case Loop():
                 outputs = ", ".join(_made(program, value) for value in node.outputs)
-                yield f"  {outputs} = loop of {node.num_turns} turns by {node.schedule}"
+                auto = "auto: " if node.is_automatic else ""
+                yield f"  {outputs} = loop of {node.num_turns} turns by {auto}{node.schedule}"
                 yield f"      # {node.source}"
                 yield from _loop_lines(program, node)
             case Result():

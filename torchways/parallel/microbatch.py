@@ -19,7 +19,7 @@ from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
 from torchways.errors import ShapeError, UserError
 from torchways.parallel.replicate import each_replica_apart, replicas_of
-from torchways.schedules import SCHEDULES, Schedule
+from torchways.schedules import AUTO, SCHEDULES, Schedule
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +104,9 @@ def run_microbatches(
 
 def check_schedule(schedule: str | Schedule) -> None:
     """Raises UserError if there is no such schedule."""
-    if isinstance(schedule, str) and schedule.lower() not in {name.lower() for name in SCHEDULES}:
-        raise UserError(f"tw.microbatch: there is no schedule {schedule!r}; there are {', '.join(SCHEDULES)}")
+    names = [*SCHEDULES, AUTO]
+    if isinstance(schedule, str) and schedule.lower() not in map(str.lower, names):
+        raise UserError(f"tw.microbatch: there is no schedule {schedule!r}; there are {', '.join(names)}")
 
 
 def _is_split(leaf: Any) -> bool:

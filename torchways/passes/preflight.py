@@ -6,7 +6,7 @@ Both follow the schedule that executors keep to: each slice carries out its inst
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from dataclasses import dataclass
 
 from torchways.errors import InternalError, ResourceExhausted
@@ -85,13 +85,9 @@ def check_order(parts: Sequence[FlatPart]) -> None:
 
 def peak_memory(part: FlatPart, spec: SliceSpec) -> Peak:
     """Returns the most that a part holds at a time, not counting what XLA needs inside a computation."""
-    sizes = [device_bytes(value.dtype, value.shape, value.placements, spec.shape) for value in part.slots]
-    args = range(part.num_args)
-    steps = [InstructionStep.of(instruction, sizes) for instruction in part.instructions]
-    most, at, live = -1, 0, list(args)
-    for index, (nbytes, slots) in enumerate(
-        footprints(steps, sizes, held=args, kept={*args, *(slot for slot, _ in part.results)})
-    ):
+    sizes = _sizes(part, spec)
+    most, at, live = -1, 0, list(range(part.num_args))
+    for index, (nbytes, slots) in enumerate(_footprints(part, sizes)):
         if nbytes > most:
             most, at, live = nbytes, index, list(slots)
     function = source = ""
@@ -106,6 +102,16 @@ def peak_memory(part: FlatPart, spec: SliceSpec) -> Peak:
     return Peak(
         nbytes=most, function=function, source=source, largest=part.slots[largest], largest_nbytes=sizes[largest]
     )
+
+
+def _sizes(part: FlatPart, spec: SliceSpec) -> list[int]:
+    return [device_bytes(value.dtype, value.shape, value.placements, spec.shape) for value in part.slots]
+
+
+def _footprints(part: FlatPart, sizes: Sequence[int]) -> Iterator[tuple[int, KeysView[int]]]:
+    args = range(part.num_args)
+    steps = [InstructionStep.of(instruction, sizes) for instruction in part.instructions]
+    return footprints(steps, sizes, held=args, kept={*args, *(slot for slot, _ in part.results)})
 
 
 def check_memory(
@@ -129,13 +135,10 @@ def check_memory(
         ResourceExhausted: the message names the function at whose call the most is held, and the smallest fix.
     """
     peaks = {part.slice_index: peak_memory(part, slices[part.slice_index]) for part in parts if part.slots}
-    for index, peak in peaks.items():
+    nbytes = {index: peak.nbytes for index, peak in peaks.items()}
+    for index, budget in budgets_beside(nbytes, budgets, executors).items():
+        peak, spec = peaks[index], slices[index]
         others = [other for other in peaks if other != index and executors and executors[other] == executors[index]]
-        budget = budgets.get(index, 0)
-        if not budget:
-            continue
-        budget -= sum(peaks[other].nbytes for other in others)
-        spec = slices[index]
         if peak.nbytes > budget:
             what = f"at {peak.function}" + (f" ({peak.source})" if peak.source else "") if peak.function else "at once"
             beside = " beside what its other slices of these devices need" if others else ""
@@ -143,6 +146,39 @@ def check_memory(
                 f"{name} needs {peak.nbytes:,} bytes on each device of slice {mesh_text(spec.shape, spec.axis_names)} "
                 f"{what}, but a device's budget is {budget:,}{beside}; {_fix(peak, spec, max(1, budget))}"
             )
+
+
+def budgets_beside(
+    peaks: Mapping[int, int], budgets: Mapping[int, int], executors: Mapping[int, str] | None = None
+) -> dict[int, int]:
+    """Returns what each slice that has a limit may hold beside the other slices of its devices, bytes per device.
+
+    Args:
+        peaks: the most that each slice holds, bytes per device.
+        budgets, executors: see `check_memory`.
+    """
+    return {
+        index: budgets[index]
+        - sum(
+            peak
+            for other, peak in peaks.items()
+            if other != index and executors and executors[other] == executors[index]
+        )
+        for index in peaks
+        if budgets.get(index, 0)
+    }
+
+
+def loop_peaks(part: FlatPart, spec: SliceSpec) -> dict[int, int]:
+    """Returns the most that a part holds while each of its loops runs, by the loop's number, bytes per device."""
+    found: dict[int, int] = {}
+    held = _footprints(part, _sizes(part, spec))
+    next(held)  # before the first instruction
+    for instruction, (nbytes, _) in zip(part.instructions, held, strict=True):
+        if isinstance(instruction, ComputeInstruction) and instruction.part_of is not None:
+            number = instruction.part_of.loop
+            found[number] = max(nbytes, found.get(number, 0))
+    return found
 
 
 def _fix(peak: Peak, spec: SliceSpec, budget: int) -> str:

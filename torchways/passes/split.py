@@ -33,6 +33,7 @@ from torchways.ir.program import (
     node_inputs,
     node_outputs,
 )
+from torchways.ir.stages import is_pipeline
 from torchways.passes.insert_transfers import compute_slice
 from torchways.schedules.actions import Kind
 
@@ -180,6 +181,7 @@ def _split_loop(program: Program, loop: Loop, builders: list[_PartBuilder], firs
                 outputs=tuple(map(builder.slot, outputs)),
                 donated=tuple(position for position, number in enumerate(mine) if number in loop.donated),
                 edge_stride=stride,
+                number=loop.number if is_pipeline(loop) else None,
             )
         )
 

@@ -18,12 +18,14 @@ import grpc.aio
 
 from torchways.errors import DeadlineExceeded, Failure
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
+from torchways.ir.part import LoopAction
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
 from torchways.rpc.streams import Joiner, Outbox
+from torchways.schedules.actions import parse_action
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +123,18 @@ class ExecutorStatus:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Span:
-    """Something that took time on an executor; times are Unix nanoseconds."""
+    """Something that took time; times are Unix nanoseconds.
+
+    Attributes:
+        part_of: the action of a loop's schedule that it is part of.
+    """
 
     name: str
     track: str
     start_ns: int
     end_ns: int
     run_id: int
+    part_of: LoopAction | None = None
 
 
 class ManagerClient:
@@ -366,7 +373,14 @@ class ExecutorClient:
         request = pb.TraceRequest(since_ns=since_ns)
         responses = self._stub.CollectTrace(request, metadata=self._metadata, timeout=_CALL_SECONDS)
         return [
-            Span(name=s.name, track=s.track, start_ns=s.start_ns, end_ns=s.end_ns, run_id=s.run_id)
+            Span(
+                name=s.name,
+                track=s.track,
+                start_ns=s.start_ns,
+                end_ns=s.end_ns,
+                run_id=s.run_id,
+                part_of=LoopAction(s.loop, parse_action(s.action)) if s.action else None,
+            )
             async for response in responses
             for s in response.spans
         ]

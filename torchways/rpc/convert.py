@@ -135,6 +135,7 @@ def _loop_to_proto(loop: LoopInstruction) -> pb.Loop:
         outputs=loop.outputs,
         donated=loop.donated,
         edge_stride=loop.edge_stride,
+        number=loop.number,
     )
 
 
@@ -168,6 +169,7 @@ def _loop_from_proto(message: pb.Loop, slice_index: int) -> LoopInstruction:
         outputs=tuple(message.outputs),
         donated=tuple(message.donated),
         edge_stride=message.edge_stride,
+        number=message.number if message.HasField("number") else None,
     )
 
 

@@ -1384,9 +1384,12 @@ class Loop(_message.Message):
     OUTPUTS_FIELD_NUMBER: _builtins.int
     DONATED_FIELD_NUMBER: _builtins.int
     EDGE_STRIDE_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
     num_turns: _builtins.int
     edge_stride: _builtins.int
     """an edge of a body is, in turn t, the one with t times this added"""
+    number: _builtins.int
+    """of a pipeline's loop, in its program: what its actions take is measured"""
     @_builtins.property
     def bodies(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoopBody]:
         """if there are two, the last turn has the second"""
@@ -1412,12 +1415,15 @@ class Loop(_message.Message):
         outputs: _abc.Iterable[_builtins.int] | None = ...,
         donated: _abc.Iterable[_builtins.int] | None = ...,
         edge_stride: _builtins.int = ...,
+        number: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "number", b"number"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bodies", b"bodies", "donated", b"donated", "edge_stride", b"edge_stride", "num_turns", b"num_turns", "order", b"order", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "bodies", b"bodies", "donated", b"donated", "edge_stride", b"edge_stride", "num_turns", b"num_turns", "number", b"number", "order", b"order", "outputs", b"outputs"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__number: _TypeAlias = _typing.Literal["number"]  # noqa: Y015
+    _WhichOneofArgType__number: _TypeAlias = _typing.Literal["_number", b"_number"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__number) -> _WhichOneofReturnType__number | None: ...
 
 Global___Loop: _TypeAlias = Loop  # noqa: Y015
 
@@ -2766,6 +2772,8 @@ class Span(_message.Message):
     START_NS_FIELD_NUMBER: _builtins.int
     END_NS_FIELD_NUMBER: _builtins.int
     RUN_ID_FIELD_NUMBER: _builtins.int
+    ACTION_FIELD_NUMBER: _builtins.int
+    LOOP_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     track: _builtins.str
     """"device 0", "transfer", "host" """
@@ -2773,6 +2781,10 @@ class Span(_message.Message):
     """Unix time"""
     end_ns: _builtins.int
     run_id: _builtins.int
+    action: _builtins.str
+    """of a loop's schedule, "1F3"; empty where it is part of none"""
+    loop: _builtins.int
+    """that loop's number in its program"""
     def __init__(
         self,
         *,
@@ -2781,10 +2793,12 @@ class Span(_message.Message):
         start_ns: _builtins.int = ...,
         end_ns: _builtins.int = ...,
         run_id: _builtins.int = ...,
+        action: _builtins.str = ...,
+        loop: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["end_ns", b"end_ns", "name", b"name", "run_id", b"run_id", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "end_ns", b"end_ns", "loop", b"loop", "name", b"name", "run_id", b"run_id", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -4,15 +4,17 @@ What an action computes, and what flows between actions, others know: this packa
 """
 
 from torchways.schedules.actions import Action, Kind, Repeat, Schedule, compact, expanded
-from torchways.schedules.automatic import find_schedule
+from torchways.schedules.automatic import AUTO, Found, find_schedule, find_schedules, held_limits
 from torchways.schedules.dry_run import UNIT_COSTS, Costs, dry_run
 from torchways.schedules.named import SCHEDULES, make_schedule
 
 __all__ = [
+    "AUTO",
     "SCHEDULES",
     "UNIT_COSTS",
     "Action",
     "Costs",
+    "Found",
     "Kind",
     "Repeat",
     "Schedule",
@@ -20,5 +22,7 @@ __all__ = [
     "dry_run",
     "expanded",
     "find_schedule",
+    "find_schedules",
+    "held_limits",
     "make_schedule",
 ]

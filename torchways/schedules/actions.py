@@ -51,6 +51,21 @@ _ACTION = re.compile(r"(\d+)([FBIW])(\d+)")
 _OVERLAPPED = re.compile(r"\((.*)\)OVERLAP_F_B")
 
 
+def parse_action(text: str) -> Action:
+    """Returns the action that a text, ``2F0``, describes.
+
+    Raises:
+        ConfigError: it describes none.
+    """
+    found = _ACTION.fullmatch(text)
+    if found is None:
+        raise ConfigError(
+            f"{text!r} is no action of a schedule: write stage, kind (F, B, I or W) and microbatch, like 2F0. "
+            "Communication is not scheduled here: leave out SEND, RECV, UNSHARD and RESHARD"
+        )
+    return Action(int(found[1]), Kind(found[2]), int(found[3]))
+
+
 def parse_actions(text: str) -> list[Action]:
     """Returns the actions of one field, ``2F0``; none for an empty one.
 
@@ -60,15 +75,7 @@ def parse_actions(text: str) -> list[Action]:
     text = text.strip()
     if overlapped := _OVERLAPPED.fullmatch(text):
         return [action for part in overlapped[1].split(";") for action in parse_actions(part)]
-    if not text:
-        return []
-    found = _ACTION.fullmatch(text)
-    if found is None:
-        raise ConfigError(
-            f"{text!r} is no action of a schedule: write stage, kind (F, B, I or W) and microbatch, like 2F0. "
-            "Communication is not scheduled here: leave out SEND, RECV, UNSHARD and RESHARD"
-        )
-    return [Action(int(found[1]), Kind(found[2]), int(found[3]))]
+    return [parse_action(text)] if text else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +89,20 @@ class Schedule:
 
     name: str
     rows: tuple[tuple[Action, ...], ...]
+
+    @property
+    def has_backward(self) -> bool:
+        """Whether it has backward passes; one that does not is that of an evaluation."""
+        return any(action.kind is not Kind.FORWARD for row in self.rows for action in row)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether it has input and weight gradients apart."""
+        return any(action.kind in (Kind.INPUT, Kind.WEIGHT) for row in self.rows for action in row)
+
+    def forward(self) -> Schedule:
+        """Returns it without backward passes."""
+        return Schedule(self.name, tuple(tuple(a for a in row if a.kind is Kind.FORWARD) for row in self.rows))
 
     @property
     def num_stages(self) -> int:

@@ -8,6 +8,7 @@ tried, together with the schedules that have names; `dry_run` decides between th
 from __future__ import annotations
 
 import heapq
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,10 +17,13 @@ from torchways.schedules.actions import Action, Kind, Schedule
 from torchways.schedules.dry_run import Costs, Timeline, dry_run
 from torchways.schedules.named import SCHEDULES
 
+#: The name under which users ask for it.
+AUTO = "auto"
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """The best schedule, how it runs, and the makespan of every other that was tried and fits."""
+    """A schedule that fits, how it runs, and the makespans of all that were tried and fit, by name."""
 
     schedule: Schedule
     timeline: Timeline
@@ -27,9 +31,29 @@ class Found:
 
 
 def find_schedule(
-    slice_of_stage: Sequence[int], num_microbatches: int, costs: Costs, max_held: Sequence[int] | None = None
+    slice_of_stage: Sequence[int],
+    num_microbatches: int,
+    costs: Costs,
+    max_held: Sequence[int] | None = None,
+    *,
+    apart: bool = False,
 ) -> Found:
-    """Returns the schedule with the shortest makespan.
+    """Returns the schedule with the shortest makespan; the arguments are those of `find_schedules`."""
+    return find_schedules(slice_of_stage, num_microbatches, costs, max_held, apart=apart)[0]
+
+
+def find_schedules(
+    slice_of_stage: Sequence[int],
+    num_microbatches: int,
+    costs: Costs,
+    max_held: Sequence[int] | None = None,
+    *,
+    apart: bool = False,
+    also: Sequence[Schedule] = (),
+) -> list[Found]:
+    """Returns schedules that fit, all different, the one with the shortest makespan first.
+
+    Of schedules that take equally long, the one that holds fewer activations comes first.
 
     Args:
         slice_of_stage: the slice of each stage.
@@ -37,6 +61,8 @@ def find_schedule(
         costs: what each action takes.
         max_held: for each slice, the most microbatches whose activations it may hold at a time, over all its stages
             (see `Timeline.held`); None: any number.
+        apart: whether to take only schedules that have input and weight gradients apart.
+        also: schedules of the same stages, on the same slices, to try as well.
 
     Raises:
         ConfigError: no schedule fits: some slice may hold fewer than it has stages.
@@ -50,18 +76,39 @@ def find_schedule(
                 f"slice {index} has {homes.count(index)} stages and memory for the activations of "
                 f"{limit} microbatches of a stage: take smaller microbatches, or checkpoint activations"
             )
-    best: tuple[tuple[float, int], Schedule, Timeline] | None = None
+    timelines: dict[tuple[tuple[Action, ...], ...], tuple[Schedule, Timeline]] = {}
     tried: dict[str, float] = {}
-    for candidate in _candidates(homes, num_microbatches, costs, limits):
+    for candidate in (*_candidates(homes, num_microbatches, costs, limits), *also):
+        if candidate.rows in timelines or (apart and not candidate.splits_backward):
+            continue
         timeline = dry_run(candidate, costs)
         if any(held > limit for held, limit in zip(timeline.held, limits, strict=True)):
             continue
         tried[candidate.name] = timeline.makespan
-        length = (round(timeline.makespan, 9), sum(timeline.held))
-        if best is None or length < best[0]:
-            best = (length, candidate, timeline)
-    assert best is not None  # one microbatch after the other always fits
-    return Found(schedule=best[1], timeline=best[2], tried=tried)
+        timelines[candidate.rows] = candidate, timeline
+    # One microbatch after the other always fits.
+    ranked = sorted(timelines.values(), key=lambda item: (_rounded(item[1].makespan), sum(item[1].held)))
+    return [Found(schedule=schedule, timeline=timeline, tried=tried) for schedule, timeline in ranked]
+
+
+def _rounded(makespan: float) -> float:
+    """Returns a makespan without what additions in another order make of it."""
+    return float(f"{makespan:.9g}")
+
+
+def held_limits(free_bytes: Sequence[int | None], bytes_held: Sequence[int], most: int) -> list[int]:
+    """Returns how many microbatches' activations each slice may hold.
+
+    Args:
+        free_bytes: what each slice has for activations, bytes per device; None: no limit.
+        bytes_held: what one microbatch holds on each slice from a stage's forward pass to its backward pass, bytes per
+            device; of several stages the most.
+        most: the answer where there is no limit.
+    """
+    return [
+        most if free is None or not held else min(most, max(0, free) // held)
+        for free, held in zip(free_bytes, bytes_held, strict=True)
+    ]
 
 
 def _candidates(
@@ -78,7 +125,7 @@ def _candidates(
     for name, rule in _RULES.items():
         for splits in (True, False):
             listed = _list_schedule(slice_of_stage, num_microbatches, costs, limits, rule, splits=splits)
-            yield Schedule(f"auto: {name}{', weight gradients apart' if splits else ''}", listed)
+            yield Schedule(f"{name}{', weight gradients apart' if splits else ''}", listed)
 
 
 _ORDER: Mapping[Kind, int] = {Kind.INPUT: 0, Kind.BACKWARD: 0, Kind.FORWARD: 1, Kind.WEIGHT: 2}
@@ -112,34 +159,40 @@ def _list_schedule(
     later_stages = [slice_of_stage[stage + 1 :].count(home) for stage, home in enumerate(slice_of_stage)]
     backward = Kind.INPUT if splits else Kind.BACKWARD
     rows: list[list[Action]] = [[] for _ in range(num_slices)]
-    #: Of each slice: actions that it can take, with the time from which it can.
-    ready: list[dict[Action, float]] = [{} for _ in range(num_slices)]
+    #: Of each slice: the microbatches of the actions that it can take, as a heap for each stage and kind: by any rule,
+    #: of actions that differ in nothing else, the one of the earliest microbatch comes first.
+    ready: list[dict[tuple[int, Kind], list[int]]] = [defaultdict(list) for _ in range(num_slices)]
+    #: Of each slice: actions that it can take from a time on, as a heap.
+    later: list[list[tuple[float, Action]]] = [[] for _ in range(num_slices)]
     free_at = [0.0] * num_slices
     held = [0] * num_slices
-    ready[slice_of_stage[0]] = {Action(0, Kind.FORWARD, number): 0.0 for number in range(num_microbatches)}
+    ready[slice_of_stage[0]][0, Kind.FORWARD] = list(range(num_microbatches))
     #: When to look at which slice.
     events = [(0.0, index) for index in range(num_slices)]
     while events:
         time, index = heapq.heappop(events)
         if time < free_at[index]:
             continue
+        while later[index] and later[index][0][0] <= time:
+            _, action = heapq.heappop(later[index])
+            heapq.heappush(ready[index][action.stage, action.kind], action.microbatch)
         now = [
-            action
-            for action, since in ready[index].items()
-            if since <= time
-            and (action.kind is not Kind.FORWARD or held[index] < limits[index] - later_stages[action.stage])
+            Action(stage, kind, numbers[0])
+            for (stage, kind), numbers in ready[index].items()
+            if numbers and (kind is not Kind.FORWARD or held[index] < limits[index] - later_stages[stage])
         ]
         if not now:
             continue
         action = min(now, key=rule)
-        del ready[index][action]
+        heapq.heappop(ready[index][action.stage, action.kind])
         rows[index].append(action)
         held[index] += (action.kind is Kind.FORWARD) - (Kind.WEIGHT in action.kind.parts)
         free_at[index] = done = time + costs.of(action.stage, action.kind)
         heapq.heappush(events, (done, index))
         for following in _following(action, num_stages, backward):
             home = slice_of_stage[following.stage]
-            ready[home][following] = since = done + costs.transfer * (home != index)
+            since = done + costs.transfer * (home != index)
+            heapq.heappush(later[home], (since, following))
             heapq.heappush(events, (since, home))
     return tuple(map(tuple, rows))
 

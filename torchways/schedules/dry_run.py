@@ -51,7 +51,7 @@ class Timeline:
     Attributes:
         rows: what each slice does, in order.
         held: for each slice, the most microbatches whose activations it holds at a time, over all of its stages: from
-            the end of a forward pass to the end of its weight gradients.
+            the end of a forward pass to the end of its weight gradients. Without backward passes it holds none.
     """
 
     rows: tuple[tuple[Span, ...], ...]
@@ -60,7 +60,7 @@ class Timeline:
     @property
     def makespan(self) -> float:
         """When the last action ends."""
-        return max((row[-1].end for row in self.rows if row), default=0.0)
+        return max((span.end for row in self.rows for span in row), default=0.0)
 
     @property
     def bubble(self) -> float:
@@ -76,7 +76,7 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
         ConfigError: actions are missing or come twice, or slices wait for each other; the message has the grid.
     """
     _check_actions(schedule)
-    homes = schedule.slice_of_stage
+    homes, num_stages = schedule.slice_of_stage, schedule.num_stages
     ended: dict[tuple[int, Kind, int], float] = {}
     rows: list[list[Span]] = [[] for _ in schedule.rows]
     waiting = set(range(len(rows)))
@@ -86,7 +86,7 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
             row = rows[index]
             while len(row) < len(schedule.rows[index]):
                 action = schedule.rows[index][len(row)]
-                needed = list(_needed(action, schedule.num_stages))
+                needed = list(_needed(action, num_stages))
                 if any(key not in ended for key in needed):
                     break
                 arrivals = (ended[key] + costs.transfer * (homes[key[0]] != index) for key in needed)
@@ -99,7 +99,15 @@ def dry_run(schedule: Schedule, costs: Costs = UNIT_COSTS) -> Timeline:
                 waiting.discard(index)
         if not moved:
             raise ConfigError(_deadlock_text(schedule, rows, ended))
-    return Timeline(rows=tuple(map(tuple, rows)), held=tuple(_most_held(row) for row in schedule.rows))
+    return Timeline(rows=tuple(map(tuple, rows)), held=tuple(map(most_held, schedule.rows)))
+
+
+def held_by_stage(schedule: Schedule) -> tuple[int, ...]:
+    """Returns, for each stage, the most microbatches whose activations it holds at a time."""
+    actions = [action for row in schedule.rows for action in row]
+    return tuple(
+        most_held(action for action in actions if action.stage == stage) for stage in range(schedule.num_stages)
+    )
 
 
 def _needed(action: Action, num_stages: int) -> Iterator[tuple[int, Kind, int]]:
@@ -115,8 +123,12 @@ def _needed(action: Action, num_stages: int) -> Iterator[tuple[int, Kind, int]]:
             yield stage + 1, Kind.INPUT, number
 
 
-def _most_held(row: Iterable[Action]) -> int:
+def most_held(row: Iterable[Action]) -> int:
+    """Returns the most microbatches whose activations are held at a time, of actions in their order."""
     held = most = 0
+    row = list(row)
+    if all(action.kind is Kind.FORWARD for action in row):
+        return 0
     for action in row:
         held += action.kind is Kind.FORWARD
         most = max(most, held)
@@ -132,11 +144,13 @@ def _check_actions(schedule: Schedule) -> None:
             homes[action.stage].add(index)
             for part in action.kind.parts:
                 counts[action.stage, part, action.microbatch] += 1
+    kinds = (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT) if schedule.has_backward else (Kind.FORWARD,)
+    num_microbatches = schedule.num_microbatches
     for stage in range(schedule.num_stages):
         if len(homes[stage]) > 1:
             raise ConfigError(f"schedule {schedule.name} has stage {stage} on slices {sorted(homes[stage])}: take one")
-        for kind in (Kind.FORWARD, Kind.INPUT, Kind.WEIGHT):
-            for number in range(schedule.num_microbatches):
+        for kind in kinds:
+            for number in range(num_microbatches):
                 if counts[stage, kind, number] != 1:
                     name = Action(stage, kind, number)
                     raise ConfigError(

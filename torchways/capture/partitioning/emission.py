@@ -15,6 +15,7 @@ from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY
 from torchways.errors import InternalError, PlacementError
 from torchways.graphs import SOURCE_KEY, computation_of, serialize
 from torchways.ir.program import (
+    ONE_AFTER_THE_OTHER,
     UNPLACED,
     AllReduce,
     Arg,
@@ -177,7 +178,9 @@ class _Emitter:
             orders=tuple(sorted(plan.orders.items())),
             firsts=tuple(self._own_value(carries[0, index].args[0]) for index in indices),  # type: ignore[arg-type]
             outputs=tuple(map(self._own_value, (*(ends[index] for index in indices), *last))),
+            number=plan.number,
             schedule=plan.schedule,
+            is_automatic=plan.label.is_automatic and plan.schedule != ONE_AFTER_THE_OTHER,
             source=plan.label.line,
         )
 

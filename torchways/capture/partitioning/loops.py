@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +19,8 @@ from torchways.capture.partitioning.cutting import Group, GroupKey, call_of
 from torchways.capture.partitioning.placed_graph import PlacedGraph
 from torchways.capture.regions import BACKWARD_KEY, LOOP_KEY, REGION_KEY, LoopLabel
 from torchways.errors import ConfigError
-from torchways.schedules import Kind, Repeat, Schedule, compact, dry_run, make_schedule
+from torchways.ir.program import ONE_AFTER_THE_OTHER
+from torchways.schedules import UNIT_COSTS, Kind, Repeat, Schedule, compact, dry_run, find_schedule, make_schedule
 from torchways.schedules.actions import Action
 
 
@@ -30,17 +32,23 @@ class LoopPlan:
         label: the loop.
         bodies: the groups of each of its bodies.
         orders: the actions of each slice that takes part, by slice.
-        schedule: the schedule's name, or "one after the other".
+        schedule: the schedule's name, or ONE_AFTER_THE_OTHER.
+        number: of the loop, in the order of the trace.
     """
 
+    number: int
     label: LoopLabel
     bodies: list[list[Group]]
     orders: dict[int, tuple[Repeat, ...]]
     schedule: str
 
 
-def plan_loops(placed: PlacedGraph) -> list[LoopPlan]:
+def plan_loops(placed: PlacedGraph, schedules: Mapping[int, Schedule] | None = None) -> list[LoopPlan]:
     """Returns the plans of all loops of a placed graph.
+
+    Args:
+        schedules: those of loops whose schedule is searched for, by number. One that has none yet gets the best for
+            actions that all take the same time, with input and weight gradients apart.
 
     Raises:
         ConfigError: a schedule does not fit the stages.
@@ -49,35 +57,49 @@ def plan_loops(placed: PlacedGraph) -> list[LoopPlan]:
     for node in placed.operators:
         if (loop := node.meta.get(LOOP_KEY)) is not None and node not in placed.apart and node in placed.slice_of:
             nodes[loop[0]][loop[1]].append(node)
-    return [_plan(placed, label, [bodies[number] for number in sorted(bodies)]) for label, bodies in nodes.items()]
+    chosen = schedules or {}
+    return [
+        _plan(placed, label, [bodies[body] for body in sorted(bodies)], number, chosen.get(number))
+        for number, (label, bodies) in enumerate(nodes.items())
+    ]
 
 
-def _plan(placed: PlacedGraph, label: LoopLabel, bodies: list[list[torch.fx.Node]]) -> LoopPlan:
+def _plan(
+    placed: PlacedGraph, label: LoopLabel, bodies: list[list[torch.fx.Node]], number: int, chosen: Schedule | None
+) -> LoopPlan:
     slices = sorted({placed.slice_of[node] for nodes in bodies for node in nodes})
     stages = [_stages(placed, nodes) for nodes in bodies]
     if any(found is None for found in stages):
         order = tuple(compact([Action(0, Kind.FORWARD, turn) for turn in range(label.num_turns)]))
         groups = [_cut(placed, nodes, dict.fromkeys(nodes, (0, Kind.FORWARD))) for nodes in bodies]
-        return LoopPlan(label=label, bodies=groups, orders=dict.fromkeys(slices, order), schedule="one after the other")
+        orders = dict.fromkeys(slices, order)
+        return LoopPlan(number=number, label=label, bodies=groups, orders=orders, schedule=ONE_AFTER_THE_OTHER)
     replicas = _replicas(placed, [node for body in bodies for node in body])
-    schedule = _schedule(label, {stage: homes[0] for stage, homes in replicas.items()})
+    schedule = _schedule(label, {stage: homes[0] for stage, homes in replicas.items()}, chosen)
     has_backward = any(BACKWARD_KEY in node.meta for nodes in bodies for node in nodes)
-    splits = any(action.kind in (Kind.INPUT, Kind.WEIGHT) for row in schedule.rows for action in row)
+    if has_backward and not schedule.has_backward:
+        raise ConfigError(f"schedule {schedule.name} has no backward passes, but microbatches at {label.line} have")
+    splits = schedule.splits_backward
+    if not has_backward:
+        schedule = schedule.forward()
     cut = []
     for nodes, found in zip(bodies, stages, strict=True):
         assert found is not None
         cut.append(_cut(placed, nodes, _actions(placed, nodes, found, splits=splits)))
     orders = {}
     for row in schedule.rows:
-        kept = [action for action in row if has_backward or action.kind is Kind.FORWARD]
-        orders.update(dict.fromkeys(replicas[row[0].stage], tuple(compact(kept))))
-    return LoopPlan(label=label, bodies=cut, orders=orders, schedule=schedule.name)
+        orders.update(dict.fromkeys(replicas[row[0].stage], tuple(compact(row))))
+    return LoopPlan(number=number, label=label, bodies=cut, orders=orders, schedule=schedule.name)
 
 
-def _schedule(label: LoopLabel, homes: dict[int, int]) -> Schedule:
+def _schedule(label: LoopLabel, homes: dict[int, int], chosen: Schedule | None) -> Schedule:
     """Returns the schedule of a loop, whose stages are on these slices."""
     num_stages, num_slices = len(homes), len(set(homes.values()))
-    made = label.schedule
+    made: str | Schedule = label.schedule if chosen is None else chosen
+    if label.is_automatic and chosen is None:
+        rows = {home: row for row, home in enumerate(dict.fromkeys(homes[stage] for stage in range(num_stages)))}
+        places = [rows[homes[stage]] for stage in range(num_stages)]
+        made = find_schedule(places, label.num_turns, UNIT_COSTS, apart=True).schedule
     if isinstance(made, str):
         made = make_schedule(made, num_stages, num_slices, label.num_turns)
     if (made.num_stages, made.num_microbatches) != (num_stages, label.num_turns):

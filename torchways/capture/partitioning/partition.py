@@ -6,6 +6,7 @@ writes the program, with shardings for all values between functions.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +18,10 @@ from torchways.capture.partitioning.packing import pack_small_values
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.partitioning.placement import place
 from torchways.capture.partitioning.seeds import add_seeds
-from torchways.capture.regions import REGION_KEY
+from torchways.capture.regions import LOOP_KEY, REGION_KEY
 from torchways.ir.program import Program
 from torchways.mesh import VirtualSlice
+from torchways.schedules import Schedule
 
 
 @dataclass(slots=True, kw_only=True)
@@ -45,6 +47,18 @@ def meshes_of(
     return list({id(mesh.root): mesh.root for mesh in found if mesh is not None}.values())
 
 
+def has_automatic_loops(graph: torch.fx.Graph) -> bool:
+    """Whether a graph has a loop whose schedule is searched for: it may be partitioned again."""
+    return any(node.meta[LOOP_KEY][0].is_automatic for node in graph.nodes if LOOP_KEY in node.meta)
+
+
+def copy_of(graph: torch.fx.Graph) -> torch.fx.Graph:
+    """Returns a graph with the same operators and labels, for `partition` to change."""
+    copy = torch.fx.Graph()
+    copy.output(copy.graph_copy(graph, {}))
+    return copy
+
+
 def partition(
     graph: torch.fx.Graph,
     inputs: list[PlaceholderSpec],
@@ -52,21 +66,23 @@ def partition(
     name: str,
     written: list[int],
     default_mesh: VirtualSlice | None,
+    schedules: Mapping[int, Schedule] | None = None,
 ) -> PartitionedProgram:
     """Returns the dataflow program of a pure graph.
 
     Args:
-        graph: pure; its outputs end with the new values of the `written` inputs.
-        inputs: one for each placeholder.
+        graph: pure; its outputs end with the new values of the `written` inputs. It is changed.
+        inputs: one for each placeholder; those of seeds are added.
         name: the program's.
         written: positions of the inputs whose new values are the last outputs.
         default_mesh: slice for operators that nothing else places.
+        schedules: see `plan_loops`.
 
     Raises:
         PlacementError: nothing says where the program runs, or a sum has two tensors on one slice.
     """
     placed = place(graph, inputs, name, written, default_mesh)
-    groups, loops = cut(placed), plan_loops(placed)
+    groups, loops = cut(placed), plan_loops(placed, schedules)
     pack_small_values(placed, groups)
     add_seeds(placed, [*groups, *(group for loop in loops for body in loop.bodies for group in body)])
     return PartitionedProgram(program=emit(placed, groups, loops), meshes=placed.meshes)

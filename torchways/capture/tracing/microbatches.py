@@ -269,7 +269,7 @@ class LoopTrace:
                     f"dimensions and the others one of {stacked.dim() - 1}"
                 )
             if value.dim() and is_remainder:
-                self._results[position].remainder = value
+                self._results[position].remainder = value.clone()  # where it is a view, its memory is of the turn
             else:
                 num_rows = self._label.num_turns if value.dim() == 0 else self._num_whole
                 self._collect(number, position, turn, value, num_rows)
