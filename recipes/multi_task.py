@@ -35,7 +35,7 @@ from recipes.models.gpt import GPTConfig
 from recipes.models.multi_task import MultiTaskModel
 from recipes.optim import OptimConfig, build_optimizer, build_schedule
 from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig
-from recipes.training import Job, island_meshes, precision, run_recipe, train
+from recipes.training import Job, island_meshes, precision, read_text, run_recipe, train
 
 log = logging.getLogger("multi_task")
 
@@ -82,7 +82,7 @@ class Settings:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="multi_task")
 def main(cfg: DictConfig) -> None:
-    run_recipe(cfg, Settings, train_multi_task, name="multi_task")
+    run_recipe(cfg, Settings, train_multi_task, log=log, prepare=read_text)
 
 
 def train_multi_task(settings: Settings, data: TextData, run_dir: Path) -> None:

@@ -32,7 +32,7 @@ from recipes.models.gpt import GPT, GPTConfig
 from recipes.models.moe import MoEConfig, SparseGPT
 from recipes.optim import OptimConfig, build_optimizer, build_schedule
 from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig
-from recipes.training import Job, island_meshes, mean_of, next_token_loss, precision, run_recipe, train
+from recipes.training import Job, island_meshes, mean_of, next_token_loss, precision, read_text, run_recipe, train
 
 log = logging.getLogger("sparse_moe")
 
@@ -59,7 +59,7 @@ class Settings:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sparse_moe")
 def main(cfg: DictConfig) -> None:
-    run_recipe(cfg, Settings, train_sparse_moe, name="sparse_moe")
+    run_recipe(cfg, Settings, train_sparse_moe, log=log, prepare=read_text)
 
 
 def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:

@@ -31,7 +31,7 @@ from recipes.flops import count_step_flops
 from recipes.models.gpt import GPT
 from recipes.optim import build_optimizer, build_schedule
 from recipes.settings import Settings
-from recipes.training import Job, mean_of, next_token_loss, precision, run_recipe, train
+from recipes.training import Job, mean_of, next_token_loss, precision, read_text, run_recipe, train
 from torchways.errors import ConfigError
 
 log = logging.getLogger("train_lm")
@@ -39,7 +39,7 @@ log = logging.getLogger("train_lm")
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_lm")
 def main(cfg: DictConfig) -> None:
-    run_recipe(cfg, Settings, train_lm, name="train_lm")
+    run_recipe(cfg, Settings, train_lm, log=log, prepare=read_text)
 
 
 def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:

@@ -29,7 +29,7 @@ from recipes.flops import count_step_flops
 from recipes.optim import OptimConfig, build_optimizer, build_schedule
 from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig, at_least
 from recipes.span_corruption import END, PAD, SpanConfig, corrupted
-from recipes.training import Job, island_meshes, mean_of, precision, run_recipe, train
+from recipes.training import Job, island_meshes, mean_of, precision, read_text, run_recipe, train
 
 log = logging.getLogger("train_t5")
 
@@ -93,7 +93,7 @@ class Settings:
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_t5")
 def main(cfg: DictConfig) -> None:
-    run_recipe(cfg, Settings, train_t5, name="train_t5")
+    run_recipe(cfg, Settings, train_t5, log=log, prepare=read_text)
 
 
 def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:

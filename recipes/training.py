@@ -24,43 +24,54 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import torchways as tw
 from recipes import metrics
-from recipes.data import DataConfig, TextData
+from recipes.data import TextData
 from recipes.metrics import MetricLogger
 from recipes.progress import Progress
 from recipes.settings import ClusterConfig, Precision, TrainConfig, read_settings
 from torchways.errors import ConfigError, InternalError, TorchwaysError
 
 S = TypeVar("S")
+D = TypeVar("D")
 
 
 def run_recipe(
-    cfg: DictConfig, settings_class: type[S], run: Callable[[S, TextData, Path], None], *, name: str
+    cfg: DictConfig,
+    settings_class: type[S],
+    run: Callable[[S, D, Path], None],
+    *,
+    log: logging.Logger,
+    prepare: Callable[[S, logging.Logger], D],
 ) -> None:
-    """Reads settings and text, starts or joins a cluster, and calls `run` with the run's folder.
+    """Reads the settings, starts or joins a cluster, and calls `run` with the run's folder.
 
-    Settings have a section `cluster` and a section `data`, and the property `seq_len`. An error of the user's ends the
-    process with one line.
+    An error of the user's ends the process with one line.
 
     Args:
         cfg: what Hydra composed.
-        settings_class: a frozen dataclass; its fields are the sections.
+        settings_class: a frozen dataclass; its fields are the sections, `cluster` among them.
         run: what the recipe does.
-        name: of the recipe's log.
+        log: the recipe's logger.
+        prepare: reads what `run` needs, before a cluster is used.
     """
     try:
-        settings: Any = read_settings(settings_class, cfg)
-        data_config: DataConfig = settings.data
-        data = TextData(data_config, seq_len=settings.seq_len)
+        settings = read_settings(settings_class, cfg)
+        prepared = prepare(settings, log)
         run_dir = Path(HydraConfig.get().runtime.output_dir)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-        logging.getLogger(name).info("data: %s", data.summary)
         cluster: ClusterConfig = settings.cluster
         with tw.init(islands=cluster.islands, devices_per_island=cluster.devices_per_island):
-            run(settings, data, run_dir)
+            run(settings, prepared, run_dir)
     except InternalError:
         raise  # our bug: its traceback is worth reading
     except TorchwaysError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+def read_text(settings: Any, log: logging.Logger) -> TextData:
+    """Returns the text of the section `data` as bytes, in windows of `seq_len`."""
+    data = TextData(settings.data, seq_len=settings.seq_len)
+    log.info("data: %s", data.summary)
+    return data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import hydra
 import pytest
+import torch
 
 import torchways as tw
-from recipes import metrics, multi_task, sparse_moe, train_t5
-from recipes.data import TextData
+from recipes import finetune_hf, generate, metrics, multi_task, sparse_moe, train_t5
 from recipes.settings import read_settings
+from recipes.training import read_text
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -33,6 +34,23 @@ T5 = [
 ]
 
 
+LLAMA = [
+    *("model.seq_len=16", "model.config.hidden_size=16", "model.config.intermediate_size=32"),
+    *("model.config.num_hidden_layers=2", "model.config.num_attention_heads=2"),
+]
+GPT2 = [
+    *("model.seq_len=16", "model.architecture=GPT2LMHeadModel", "~model.config", "+model.config.vocab_size=256"),
+    *("+model.config.n_embd=16", "+model.config.n_layer=4", "+model.config.n_head=2", "+model.config.n_positions=64"),
+    *("+model.config.resid_pdrop=0.0", "+model.config.embd_pdrop=0.0", "+model.config.attn_pdrop=0.0"),
+]
+TRAIN = {
+    sparse_moe: sparse_moe.train_sparse_moe,
+    multi_task: multi_task.train_multi_task,
+    train_t5: train_t5.train_t5,
+    finetune_hf: finetune_hf.finetune_hf,
+}
+
+
 @pytest.fixture(scope="module")
 def islands():
     """A cluster of three islands with a device each."""
@@ -40,16 +58,40 @@ def islands():
         yield
 
 
-def losses_of(train: Callable, recipe: ModuleType, folder: Path, overrides: list[str]) -> list[dict[str, float]]:
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("To be, or not to be,\nthat is the question.\n" * 100)
+    return path
+
+
+def settings_of(recipe: ModuleType, overrides: list[str]) -> Any:
+    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
+        cfg = hydra.compose(recipe.__name__.rpartition(".")[2], overrides=overrides)
+    return read_settings(recipe.Settings, cfg)
+
+
+def losses_of(recipe: ModuleType, folder: Path, overrides: list[str]) -> list[dict[str, float]]:
     """Runs a recipe and returns what it logged of each step, and of the evaluation."""
     folder.mkdir()
-    with hydra.initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "configs")):
-        cfg = hydra.compose(recipe.__name__.rpartition(".")[2], overrides=[*SMALL, *overrides])
-    settings = read_settings(recipe.Settings, cfg)
-    train(settings, TextData(settings.data, seq_len=settings.seq_len), folder)
+    settings = settings_of(recipe, [*SMALL, *overrides])
+    prepare = finetune_hf.read_tokens if recipe is finetune_hf else read_text
+    TRAIN[recipe](settings, prepare(settings, recipe.log), folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if metrics.UTILISATION in line] == [2, 4]
     return [line for line in lines if metrics.GRAD_NORM in line or metrics.VALIDATION_LOSS in line]
+
+
+def check_losses(recipe: ModuleType, folder: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compares a recipe on islands with the same recipe in eager PyTorch."""
+    found = losses_of(recipe, folder / "islands", overrides)
+    with monkeypatch.context() as patch:
+        patch.setenv("TORCHWAYS_EAGER", "1")
+        expected = losses_of(recipe, folder / "eager", overrides)
+    assert len(found) == STEPS + 1
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert found[3][metrics.TRAIN_LOSS] < found[0][metrics.TRAIN_LOSS]
 
 
 @pytest.mark.parametrize(
@@ -65,16 +107,31 @@ def losses_of(train: Callable, recipe: ModuleType, folder: Path, overrides: list
             marks=pytest.mark.slow,
         ),
         pytest.param(train_t5, T5, id="train_t5"),
+        pytest.param(finetune_hf, LLAMA, id="finetune_hf", marks=pytest.mark.slow),
     ],
 )
-def test_losses_are_those_of_eager(islands, recipe, overrides, tmp_path, monkeypatch):
-    (tmp_path / "text.txt").write_text("To be, or not to be,\nthat is the question.\n" * 100)
-    overrides = [*overrides, f"data.path={tmp_path / 'text.txt'}"]
-    train = getattr(recipe, "train_" + recipe.__name__.rpartition(".")[2].removeprefix("train_"))
-    found = losses_of(train, recipe, tmp_path / "islands", overrides)
-    monkeypatch.setenv("TORCHWAYS_EAGER", "1")
-    expected = losses_of(train, recipe, tmp_path / "eager", overrides)
-    assert len(found) == STEPS + 1
-    for ours, theirs in zip(found, expected, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
-    assert found[3][metrics.TRAIN_LOSS] < found[0][metrics.TRAIN_LOSS]
+def test_losses_are_those_of_eager(islands, recipe, overrides, text, tmp_path, monkeypatch):
+    check_losses(recipe, tmp_path, [*overrides, f"data.path={text}"], monkeypatch)
+
+
+@pytest.mark.slow
+def test_text_is_that_of_transformers(islands, tmp_path):
+    torch.manual_seed(0)
+    model = settings_of(generate, LLAMA).model.new_model().eval()
+    model.save_pretrained(tmp_path / "model")
+    settings = settings_of(
+        generate, [f"model.path={tmp_path / 'model'}", "generate.prompt='To be'", "generate.max_new_tokens=8"]
+    )
+    codec, tokens = generate.read_prompt(settings, generate.log)
+    generate.generate(settings, (codec, tokens), tmp_path)
+    expected = model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=8, do_sample=False)
+    assert (tmp_path / "text.txt").read_text() == codec.decode(expected[0].tolist()) + "\n"
+
+
+@pytest.mark.slow
+def test_a_directory_is_trained_as_a_pipeline(islands, text, tmp_path, monkeypatch):
+    model = settings_of(finetune_hf, [*SMALL, *GPT2, f"data.path={text}"]).model.new_model()
+    model.save_pretrained(tmp_path / "pretrained")
+    overrides = [f"model.path={tmp_path / 'pretrained'}", "model.seq_len=16", f"data.path={text}"]
+    pipeline = ["parallel=pipeline", "parallel.schedule=Interleaved1F1B", "parallel.pipeline_stages=4"]
+    check_losses(finetune_hf, tmp_path, [*overrides, *pipeline, "parallel.stages_per_island=2"], monkeypatch)
