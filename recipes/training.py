@@ -159,9 +159,10 @@ def _log_utilisation(step: int, job: Job, config: TrainConfig, step_time_s: floa
     if job.flops_per_step is None:
         return
     flops_per_s = job.flops_per_step / step_time_s
-    logger.log(step, {metrics.TFLOPS: flops_per_s / 1e12})
+    values = {metrics.TFLOPS: flops_per_s / 1e12}
     if config.peak_flops is not None:
-        logger.log(step, {metrics.UTILISATION: 100 * flops_per_s / config.peak_flops})
+        values[metrics.UTILISATION] = 100 * flops_per_s / config.peak_flops
+    logger.log(step, values)
 
 
 def island_meshes(count: int, batch_size: int, *, setting: str) -> list[tw.VirtualSlice]:

@@ -15,6 +15,7 @@ import torchways as tw
 from recipes import finetune_hf, generate, metrics, multi_task, sparse_moe, train_t5
 from recipes.settings import read_settings
 from recipes.training import read_text
+from torchways.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 STEPS = 4
@@ -78,7 +79,9 @@ def losses_of(recipe: ModuleType, folder: Path, overrides: list[str]) -> list[di
     prepare = finetune_hf.read_tokens if recipe is finetune_hf else read_text
     TRAIN[recipe](settings, prepare(settings, recipe.log), folder)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if metrics.UTILISATION in line] == [2, 4]
+    used = [line for line in lines if metrics.UTILISATION in line]
+    assert [line["step"] for line in used] == [2, 4]
+    assert all(line[metrics.UTILISATION] == pytest.approx(100 * line[metrics.TFLOPS]) for line in used)  # peak: 1e12
     return [line for line in lines if metrics.GRAD_NORM in line or metrics.VALIDATION_LOSS in line]
 
 
@@ -112,6 +115,22 @@ def check_losses(recipe: ModuleType, folder: Path, overrides: list[str], monkeyp
 )
 def test_losses_are_those_of_eager(islands, recipe, overrides, text, tmp_path, monkeypatch):
     check_losses(recipe, tmp_path, [*overrides, f"data.path={text}"], monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "parallel.islands=4",
+            r"parallel\.islands is 4 but the cluster has 3 islands; start it with twrun",
+        ),
+        ("parallel.n_microbatches=3", r"train\.batch_size is 4 but parallel\.n_microbatches is 3; set the one"),
+    ],
+)
+def test_islands_and_microbatches_that_do_not_fit_are_refused(islands, override, message, text, tmp_path):
+    settings = settings_of(multi_task, [*SMALL, *GPT, override, f"data.path={text}"])
+    with pytest.raises(ConfigError, match=message):
+        multi_task.train_multi_task(settings, read_text(settings, multi_task.log), tmp_path)
 
 
 @pytest.mark.slow

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 
+import torchways as tw
 from recipes.models.gpt import GPT
 from recipes.models.moe import MixtureOfExperts, MoEConfig, SparseGPT
 from recipes.sparse_moe import as_dense
+from recipes.training import next_token_loss
+from tests.local_session import LocalSession
+from torchways.controller.function import make_parallel
+from torchways.controller.program import ProgramFunction
 
 SIZES = {"seq_len": 16, "d_model": 8, "n_layers": 2, "n_heads": 2}
 
@@ -74,6 +82,34 @@ def test_tokens_above_the_capacity_are_dropped_in_order(top_k: int, capacity_fac
     torch.testing.assert_close(gradients(module, y, x), gradients(module, expected, x))
     assert routing.dropped.item() == pytest.approx(dropped)
     assert dropped > 0
+
+
+@pytest.mark.parametrize("capacity_factor", [None, 0.75])
+@pytest.mark.parametrize("count", [1, 2])
+def test_gradients_over_two_slices_are_those_of_eager(capacity_factor: float | None, count: int) -> None:
+    torch.manual_seed(0)
+    expected = SparseGPT(MoEConfig(**{**SIZES, "n_layers": 1}, n_experts=3, capacity_factor=capacity_factor))
+    model, session = copy.deepcopy(expected), LocalSession()
+    slices = [session.mesh(), session.mesh()]
+    make_parallel(model, slices[0], {}, lambda: session)
+    for index, expert in enumerate(model.mixtures()[0].experts):
+        make_parallel(expert, slices[index % 2], {}, lambda: session)
+
+    def step_of(module: SparseGPT) -> Callable[[torch.Tensor], torch.Tensor]:
+        def forward_backward(x: torch.Tensor) -> torch.Tensor:
+            logits, routing = module(x)
+            loss = (next_token_loss(logits[:, :-1], x[:, 1:]) + routing.balance) / count
+            loss.backward()
+            return loss
+
+        return lambda x: tw.microbatch(forward_backward, x, n_microbatches=count).sum()
+
+    x = torch.randint(256, (4, 16))
+    loss = ProgramFunction(step_of(model), None, lambda: session)(x)
+    torch.testing.assert_close(loss.cpu(), step_of(expected)(x))
+    for (name, ours), theirs in zip(model.named_parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad.cpu(), theirs.grad, rtol=1e-4, atol=1e-6, msg=name)
+        assert ours.mesh is slices["experts.1." in name]
 
 
 def test_balance_is_one_if_experts_are_equally_likely_and_grows_if_they_are_not() -> None:
