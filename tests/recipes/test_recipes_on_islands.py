@@ -133,7 +133,6 @@ def test_islands_and_microbatches_that_do_not_fit_are_refused(islands, override,
         multi_task.train_multi_task(settings, read_text(settings, multi_task.log), tmp_path)
 
 
-@pytest.mark.slow
 def test_text_is_that_of_transformers(islands, tmp_path):
     torch.manual_seed(0)
     model = settings_of(generate, LLAMA).model.new_model().eval()
