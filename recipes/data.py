@@ -1,14 +1,14 @@
 """Text as bytes: where it is read, how it is split, and the order of its windows.
 
-A token is a byte, so there is no tokenizer and a loss in nats a token is one in nats a byte. Everything is a function
-of the files and the seed: two runs see the same batches.
+A token is a byte, so there is no tokenizer and a loss in nats a token is one in nats a byte, unless a recipe brings a
+tokenizer. Everything is a function of the files and the seed: two runs see the same batches.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -53,13 +53,20 @@ class TextData:
     """Training and validation bytes, and batches of them.
 
     Attributes:
-        train: bytes to train on, uint8.
-        validation: bytes held out, uint8.
+        train: tokens to train on; bytes as uint8.
+        validation: tokens held out.
         summary: one line for the log: source, sizes, checksum.
     """
 
-    def __init__(self, config: DataConfig, *, seq_len: int) -> None:
+    def __init__(
+        self, config: DataConfig, *, seq_len: int, encode: Callable[[bytes], np.ndarray] | None = None
+    ) -> None:
         """Reads the text.
+
+        Args:
+            config: which text.
+            seq_len: length of a window, in tokens.
+            encode: makes integer tokens of text; None: a token is a byte.
 
         Raises:
             ConfigError: there is no such path, it cannot be read, or it is too short for one window of `seq_len`.
@@ -67,24 +74,23 @@ class TextData:
         files = _find_files(config)
         texts = [_read(path) for path in files]
         train, validation = _split(texts, config.validation_fraction)
+        checksum = hashlib.sha256(train + validation).hexdigest()[:12]
+        sizes = f"{len(train):,} training and {len(validation):,} validation bytes"
         source = config.path or f"{sysconfig.get_paths()['stdlib']} (Python's standard library)"
-        for part, text in (("training", train), ("validation", validation)):
-            if len(text) < seq_len + 1:
+        encode = encode or _as_bytes
+        self.train, self.validation = encode(train), encode(validation)
+        unit = "bytes" if encode is _as_bytes else "tokens"
+        for part, tokens in (("training", self.train), ("validation", self.validation)):
+            if len(tokens) < seq_len + 1:
                 raise ConfigError(
-                    f"data.path={source} gives {len(text)} bytes of {part} text, but one window takes "
+                    f"data.path={source} gives {len(tokens)} {unit} of {part} text, but one window takes "
                     f"model.seq_len + 1 = {seq_len + 1}; give more text or a smaller model.seq_len"
                 )
         self._seq_len = seq_len
-        self.train = np.frombuffer(train, dtype=np.uint8)
-        self.validation = np.frombuffer(validation, dtype=np.uint8)
-        checksum = hashlib.sha256(train + validation).hexdigest()[:12]
-        self.summary = (
-            f"{source}: {len(files)} files, {len(train):,} training and {len(validation):,} validation bytes, "
-            f"sha256 {checksum}"
-        )
+        self.summary = f"{source}: {len(files)} files, {sizes}, sha256 {checksum}"
 
     def train_batches(self, batch_size: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields (x, y) for ever, int64 [batch_size, seq_len]; y is x one byte later.
+        """Yields (x, y) for ever, int64 [batch_size, seq_len]; y is x one token later.
 
         An epoch is a shuffle of the text's windows, cut at an offset of its own; a batch may span two epochs.
         """
@@ -108,6 +114,10 @@ class TextData:
     def _windows(self, text: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         windows = torch.from_numpy(text[starts[:, None] + np.arange(self._seq_len + 1)].astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+
+
+def _as_bytes(text: bytes) -> np.ndarray:
+    return np.frombuffer(text, dtype=np.uint8)
 
 
 def _find_files(config: DataConfig) -> list[Path]:

@@ -19,6 +19,8 @@ LEARNING_RATE = "lr"
 THROUGHPUT = "throughput(tps)"
 STEP_TIME = "time_metrics/end_to_end(s)"
 DATA_TIME = "time_metrics/data_loading(s)"
+TFLOPS = "tflops"
+UTILISATION = "mfu(%)"
 
 
 class MetricLogger:

@@ -1,10 +1,10 @@
-"""The recipe's settings: Hydra composes them, frozen dataclasses check them, before any cluster is used."""
+"""The recipes' settings: Hydra composes them, frozen dataclasses check them, before any cluster is used."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -63,7 +63,7 @@ class ParallelConfig:
     """Whether weights are drawn on the slices, each device its part; else on the host, as plain PyTorch draws them."""
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             1,
             pipeline_stages=self.pipeline_stages,
             stages_per_island=self.stages_per_island,
@@ -132,8 +132,12 @@ class TrainConfig:
     precision: Precision = Precision.fp32
     """fp32, or bf16: products are computed in bfloat16 (torch.autocast), while weights and their updates stay fp32."""
 
+    peak_flops: float | None = None
+    """Floating-point operations a second that all devices together can do. With it the metrics have the part that the
+    model's products make of that; null leaves it out, and the metrics have the products' TFLOP/s only."""
+
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             1,
             steps=self.steps,
             batch_size=self.batch_size,
@@ -142,19 +146,63 @@ class TrainConfig:
             eval_batches=self.eval_batches,
             trace_step=self.trace_step,
         )
-        _at_least(0, seed=self.seed)
+        at_least(0, seed=self.seed)
         if not self.max_norm > 0.0:
             raise ValueError(f"max_norm is {self.max_norm} but must be above 0; .inf never scales gradients")
+        if self.peak_flops is not None and not self.peak_flops > 0.0:
+            raise ValueError(f"peak_flops is {self.peak_flops} but must be above 0; null if it is not known")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterConfig:
+    """The cluster that the script starts on this machine; it has no effect under twrun, which starts one itself."""
+
+    islands: int = 2
+    """Groups of devices."""
+
+    devices_per_island: int = 2
+    """Devices of each."""
+
+    def __post_init__(self) -> None:
+        at_least(1, islands=self.islands, devices_per_island=self.devices_per_island)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IslandsConfig:
+    """How a model whose parts have islands of their own is laid over them."""
+
+    islands: int = 2
+    """Islands that the parts are on; all devices of an island share the batch."""
+
+    n_microbatches: int = 1
+    """Chunks of the batch; their gradients add up."""
+
+    def __post_init__(self) -> None:
+        at_least(1, islands=self.islands, n_microbatches=self.n_microbatches)
+
+    def rows(self, batch_size: int) -> int:
+        """Returns the sequences of a microbatch.
+
+        Raises:
+            ConfigError: the batch cannot be split evenly.
+        """
+        if batch_size % self.n_microbatches:
+            raise ConfigError(
+                f"train.batch_size is {batch_size} but parallel.n_microbatches is {self.n_microbatches}; set the one "
+                "to a multiple of the other"
+            )
+        return batch_size // self.n_microbatches
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """All settings of a run."""
+    """All settings of a run of train_lm.py."""
 
     model: GPTConfig
     data: DataConfig
     optim: OptimConfig
     parallel: ParallelConfig
+    cluster: ClusterConfig
     train: TrainConfig
 
     def __post_init__(self) -> None:
@@ -165,6 +213,11 @@ class Settings:
             )
         if self.parallel.devices_per_stage is not None:
             self.mesh_shape(self.parallel.devices_per_stage)
+
+    @property
+    def seq_len(self) -> int:
+        """Bytes of a window of text."""
+        return self.model.seq_len
 
     def mesh_shape(self, num_devices: int) -> tuple[int, int]:
         """Returns the sizes of the mesh axes "dp" and "tp" of a stage with `num_devices` devices.
@@ -196,19 +249,14 @@ class Settings:
         return [stage * layers // stages for stage in range(1, stages)]
 
 
-def read_settings(cfg: DictConfig) -> Settings:
-    """Returns the checked settings.
+def read_settings(settings_class: type[T], cfg: DictConfig) -> T:
+    """Returns the checked settings of a recipe: a dataclass with a field for each section.
 
     Raises:
         ConfigError: a value has the wrong type or is out of range.
     """
-    return Settings(
-        model=_section(GPTConfig, cfg, "model"),
-        data=_section(DataConfig, cfg, "data"),
-        optim=_section(OptimConfig, cfg, "optim"),
-        parallel=_section(ParallelConfig, cfg, "parallel"),
-        train=_section(TrainConfig, cfg, "train"),
-    )
+    sections = get_type_hints(settings_class)
+    return settings_class(**{name: _section(section, cfg, name) for name, section in sections.items()})
 
 
 def _section(cls: type[T], cfg: DictConfig, name: str) -> T:
@@ -226,7 +274,8 @@ def _section(cls: type[T], cfg: DictConfig, name: str) -> T:
         raise ConfigError(f"{name}.{error}") from error
 
 
-def _at_least(minimum: int, **values: int | None) -> None:
+def at_least(minimum: int, **values: int | None) -> None:
+    """Raises ValueError for a value that is neither None nor at least `minimum`."""
     for name, value in values.items():
         if value is not None and value < minimum:
             raise ValueError(f"{name} is {value} but must be at least {minimum}")

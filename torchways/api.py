@@ -656,7 +656,8 @@ def parallelize_module(
     Parameters become arrays and stay the same objects. Optimizer state is split like its parameter. In a program,
     forward and backward are one computation, and the optimizer's update is another. Host tensors passed to a program
     are split on dimension 0 over the mesh axis "dp" as usual. A plan decides where values are stored; it never changes
-    results.
+    results. The module can be a part of a larger one that is placed on another slice: it then runs on its own slice and
+    keeps its parameters there.
 
     Args:
         module: any module, whose values are copied to the slice; or a function that builds one, for example

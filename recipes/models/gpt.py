@@ -135,11 +135,13 @@ class TransformerBlock(nn.Module):
 class GPT(nn.Module):
     """Maps tokens [B, S] to logits [B, S, V] of each next token."""
 
+    block: type[nn.Module] = TransformerBlock
+
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
         self.config = config
         self.tok_embeddings = nn.Embedding(config.vocab_size, config.d_model)
-        self.layers = nn.ModuleDict({str(index): TransformerBlock(config) for index in range(config.n_layers)})
+        self.layers = nn.ModuleDict({str(index): self.block(config) for index in range(config.n_layers)})
         self.norm = nn.LayerNorm(config.d_model)
         self.output = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.init_weights()

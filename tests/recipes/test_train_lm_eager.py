@@ -21,6 +21,7 @@ TAGS = {
     "throughput(tps)",
     "time_metrics/end_to_end(s)",
     "time_metrics/data_loading(s)",
+    "tflops",
 }
 FAST = ["model.d_model=16", "model.n_heads=2", "model.seq_len=16", "train.batch_size=4", "train.eval_batches=2"]
 
@@ -64,7 +65,7 @@ def test_run_leaves_its_files(tmp_path: Path) -> None:
     assert set(EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]) == TAGS
 
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert set(config) == {"model", "data", "optim", "parallel", "train"}
+    assert set(config) == {"model", "data", "optim", "parallel", "cluster", "train"}
     assert config["train"]["steps"] == 7
     assert config["optim"]["name"] == "adamw"
 

@@ -12,7 +12,7 @@ import torch
 from torchways.capture.current_trace import current_trace
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.initialize import build_on_slices
-from torchways.controller.modules import make_placed, note_placed, placed_class
+from torchways.controller.modules import is_placed, make_placed, note_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
@@ -135,12 +135,19 @@ def make_replicated(
 
 
 def _place_host_state(module: torch.nn.Module, homes: Mapping[str, tuple[VirtualSlice | None, Placements]]) -> None:
-    """Says where those arrays of a module go that are still on the host."""
+    """Says where those arrays of a module go that are still on the host.
+
+    Arrays of submodules that were placed before, on slices of their own, go there: these run them.
+    """
     state: list[tuple[str, Any]] = [
         *module.named_parameters(remove_duplicate=False),
         *module.named_buffers(remove_duplicate=False),
     ]
+    inner = [submodule for submodule in module.modules() if submodule is not module and is_placed(submodule)]
+    theirs = {id(array) for submodule in inner for array in (*submodule.parameters(), *submodule.buffers())}
     for name, array in state:
+        if id(array) in theirs and isinstance(array._buffer, HostBuffer) and array._buffer.mesh is not None:
+            continue
         if isinstance(array._buffer, HostBuffer) and name in homes:
             mesh, placements = homes[name]
             array._buffer = HostBuffer(array._buffer.value, mesh=mesh, placements=placements)

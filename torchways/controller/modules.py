@@ -112,6 +112,11 @@ def make_placed(
     module.__class__ = placed_class(type(module), call, entry)
 
 
+def is_placed(module: torch.nn.Module) -> bool:
+    """Whether `make_placed` has been called for a module."""
+    return hasattr(type(module), ENTRY)
+
+
 def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.Module], Callable[..., Any]]) -> type:
     """Returns the subclass of a module class that `make_placed` describes."""
 

@@ -488,6 +488,31 @@ def test_a_microbatch_that_needs_its_stages_twice_in_turn_does_not_fit_every_sch
         agrees(step_of("1F1B"), split=("last",))
 
 
+class Sparse(Small):
+    """Its last layer computes only the rows that a mask selects."""
+
+    def forward(self, x):
+        hidden = self.middle(self.first(x))
+        [rows] = (hidden.sum(-1) > 0).nonzero(as_tuple=True)
+        return hidden.new_zeros(len(x), 2).index_add(0, rows, self.last(hidden[rows]))
+
+
+@pytest.mark.parametrize("split", [(), ("last",)])
+def test_rows_that_a_mask_selects(split):
+    def step_of(module):
+        opt = torch.optim.AdamW(module.parameters(), lr=1e-2, eps=1e-4)
+
+        def step(x):
+            losses = tw.microbatch(backward_of(module), x, n_microbatches=4)
+            opt.step()
+            opt.zero_grad()
+            return losses
+
+        return step
+
+    agrees(step_of, Sparse, split)
+
+
 class Meter:
     def __init__(self):
         self.total = 0.0

@@ -25,6 +25,7 @@ from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY, LoopLabel
 from torchways.capture.tracing.labels import LabellingRecorder
 from torchways.capture.tracing.memory import Memory, place_of
+from torchways.capture.tracing.pure_graph import living_nodes
 from torchways.errors import CaptureError, UserError
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import CARRY, EXIT
@@ -391,12 +392,13 @@ def check_loops(graph: torch.fx.Graph) -> None:
     Raises:
         CaptureError: a node does.
     """
+    living = living_nodes(graph)  # what was viewed again behind the loop, but is not used, does no harm
     for node in graph.nodes:
         loop = node.meta.get(LOOP_KEY)
         if loop is None:
             continue
         for user in node.users:
-            if user.target is not EXIT and user.meta.get(LOOP_KEY) != loop:
+            if user in living and user.target is not EXIT and user.meta.get(LOOP_KEY) != loop:
                 line = user.meta.get(SOURCE_KEY) or node.meta.get(SOURCE_KEY)
                 raise CaptureError(
                     f"{line} uses a tensor that microbatches at {loop[0].line} make, after these: return it from the "

@@ -82,7 +82,8 @@ def _recorded_again(graph: torch.fx.Graph, decompositions: Mapping[Any, Any], *,
     return recorder.graph
 
 
-def _remove_dead_nodes(graph: torch.fx.Graph) -> None:
+def living_nodes(graph: torch.fx.Graph) -> set[torch.fx.Node]:
+    """Returns the nodes of a recorded graph that its results or effects depend on."""
     marks: dict[Any, list[torch.fx.Node]] = {}  # of each value that turns of a loop hand on
     for node in graph.nodes:
         if CARRY_KEY in node.meta:
@@ -94,6 +95,11 @@ def _remove_dead_nodes(graph: torch.fx.Graph) -> None:
         if node not in living:
             living.add(node)
             waiting += [*node.all_input_nodes, *marks.get(node.meta.get(CARRY_KEY), ())]
+    return living
+
+
+def _remove_dead_nodes(graph: torch.fx.Graph) -> None:
+    living = living_nodes(graph)
     for node in reversed(graph.nodes):
         if node not in living:
             graph.erase_node(node)

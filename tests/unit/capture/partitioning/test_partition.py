@@ -1,5 +1,6 @@
 """Where operators run, how they are cut into computations, and how values are split; no processes."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -101,6 +102,38 @@ def test_a_training_step_on_one_slice_is_one_computation_and_an_update_of_all_st
         assert not gradients.donated  # to write where it reads again and again, it would have to copy that first
         state = [array for slots in optimizer.state.values() for array in slots.values()]
         assert len(update.donated) == len([*model.parameters(), *state])
+
+
+@pytest.mark.parametrize("inner_first", [False, True])
+def test_a_module_within_a_module_on_another_slice_keeps_its_state_there(inner_first):
+    session = LocalSession()
+    outer, inner = session.mesh(), session.mesh()
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 1))
+    expected = copy.deepcopy(model)
+    for module, mesh in [(model[1], inner), (model, outer)][:: 1 if inner_first else -1]:
+        make_parallel(module, mesh, {}, lambda: session)
+    x = torch.randn(3, 4)
+    steps = [make_step_of_squares(module) for module in (expected, model)]
+    program = ProgramFunction(steps[1], None, lambda: session)
+    for _ in range(2):
+        torch.testing.assert_close(program(x).cpu(), steps[0](x))
+    assert all(parameter.mesh is inner for parameter in model[1].parameters())
+    assert all(parameter.mesh is outer for number in (0, 2) for parameter in model[number].parameters())
+    moved = [node for node in program.lower().program.nodes if isinstance(node, Transfer)]
+    assert len(moved) == 4  # activations and their gradients, there and back
+
+
+def make_step_of_squares(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+
+    def step(x):
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
 
 
 @pytest.mark.parametrize("clip", [False, True])

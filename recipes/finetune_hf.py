@@ -1,0 +1,137 @@
+"""Trains a causal language model of `transformers` on text files, on one island or as a pipeline over several.
+
+    twrun --islands 2 --devices-per-island 1 recipes/finetune_hf.py                             # a new, small Llama
+    twrun --islands 2 --devices-per-island 1 recipes/finetune_hf.py model.path=DIRECTORY data=text data.path=FILES
+
+A directory has the form of `save_pretrained`, and so has the result: the folder `model` of the run. Nothing is
+downloaded. Stages begin at layers of the model, wherever its class keeps them.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import hydra
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see train_lm.py
+
+import torchways as tw
+from recipes import metrics, settings
+from recipes.data import TextData
+from recipes.flops import count_step_flops
+from recipes.models.hugging_face import HuggingFaceConfig, layers_name
+from recipes.optim import build_optimizer, build_schedule
+from recipes.train_lm import sharding_plan, stage_meshes
+from recipes.training import Job, mean_of, next_token_loss, precision, run_recipe, train
+from torchways.errors import ConfigError
+
+log = logging.getLogger("finetune_hf")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings(settings.Settings):
+    """All settings of a run of finetune_hf.py."""
+
+    model: HuggingFaceConfig
+
+    def __post_init__(self) -> None:
+        settings.Settings.__post_init__(self)
+        if self.model.path is not None and self.parallel.init_on_slices:
+            raise ConfigError(
+                "parallel.init_on_slices makes new weights, but those of model.path are wanted; set it to false"
+            )
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="finetune_hf")
+def main(cfg: DictConfig) -> None:
+    run_recipe(cfg, Settings, finetune_hf, log=log, prepare=read_tokens)
+
+
+def read_tokens(settings: Settings, log: logging.Logger) -> TextData:
+    """Returns the text as tokens of the model."""
+    data = TextData(settings.data, seq_len=settings.seq_len, encode=settings.model.codec().encode)
+    log.info("data: %s", data.summary)
+    return data
+
+
+def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
+    """Trains, evaluates and writes everything to `run_dir`, the model too."""
+    config, parallel = settings.train, settings.parallel
+    torch.manual_seed(config.seed)
+    with torch.device("meta"):
+        layers = layers_name(settings.model.new_model(), settings.model.n_layers) if settings.stage_starts() else ""
+    model = tw.pipeline(
+        settings.model.new_model if parallel.init_on_slices else settings.model.load_model(),
+        split_spec={f"{layers}.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()},
+        meshes=stage_meshes(settings),
+        plan=lambda module, mesh: sharding_plan(settings, module, mesh),
+    )
+    model.train()
+    num_parameters = sum(parameter.numel() for parameter in model.parameters())
+    log.info(
+        "model: %s, %s parameters in %d layers", type(model).__name__, f"{num_parameters:,}", settings.model.n_layers
+    )
+    optimizer = build_optimizer(settings.optim, model.parameters())
+
+    def forward_backward(x: Tensor, y: Tensor) -> Tensor:
+        with precision(config):
+            loss = loss_of(model, {"x": x, "y": y})
+        (loss / parallel.n_microbatches).backward()
+        return loss
+
+    @tw.program
+    def train_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        losses = tw.microbatch(
+            forward_backward, x, y, n_microbatches=parallel.n_microbatches, schedule=parallel.schedule
+        )
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        return {metrics.TRAIN_LOSS: losses.mean(), metrics.GRAD_NORM: grad_norm}
+
+    @tw.program
+    @torch.no_grad()
+    def eval_step(x: Tensor, y: Tensor) -> Tensor:
+        with precision(config):
+            return loss_of(model, {"x": x, "y": y})
+
+    def evaluate() -> dict[str, float]:
+        model.eval()  # without dropout
+        loss = mean_of(eval_step, data.validation_batches(config.batch_size, config.eval_batches))
+        model.train()
+        return {metrics.VALIDATION_LOSS: loss}
+
+    shape = (config.batch_size, settings.seq_len)
+    codec = settings.model.codec()
+    job = Job(
+        step=train_step,
+        batches=data.train_batches(config.batch_size, seed=config.seed),
+        evaluate=evaluate,
+        schedules=[build_schedule(settings.optim, optimizer, num_steps=config.steps)],
+        tokens_per_step=math.prod(shape),
+        flops_per_step=count_step_flops(settings.model.new_model, loss_of, {"x": shape, "y": shape}),
+        unit=codec.unit,
+    )
+    train(job, config, run_dir)
+    plain = settings.model.new_model()
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(run_dir / "model")
+    codec.save(run_dir / "model")
+    log.info("model: written to %s", run_dir / "model")
+
+
+def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
+    """Returns the mean negative log-likelihood in nats of tokens `y`, each after tokens `x`, both [B, S]."""
+    return next_token_loss(model(input_ids=batch["x"], use_cache=False).logits, batch["y"])
+
+
+if __name__ == "__main__":
+    main()
