@@ -29,7 +29,7 @@ from recipes.data import TextData
 from recipes.flops import count_step_flops
 from recipes.models.hugging_face import HuggingFaceConfig, layers_name
 from recipes.optim import build_optimizer, build_schedule
-from recipes.train_lm import sharding_plan, stage_meshes
+from recipes.train_lm import place_model
 from recipes.training import Job, mean_of, next_token_loss, precision, run_recipe, train
 from torchways.errors import ConfigError
 
@@ -68,11 +68,8 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     torch.manual_seed(config.seed)
     with torch.device("meta"):
         layers = layers_name(settings.model.new_model(), settings.model.n_layers) if settings.stage_starts() else ""
-    model = tw.pipeline(
-        settings.model.new_model if parallel.init_on_slices else settings.model.load_model(),
-        split_spec={f"{layers}.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()},
-        meshes=stage_meshes(settings),
-        plan=lambda module, mesh: sharding_plan(settings, module, mesh),
+    model = place_model(
+        settings, settings.model.new_model if parallel.init_on_slices else settings.model.load_model(), layers
     )
     model.train()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -84,13 +81,13 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     def forward_backward(x: Tensor, y: Tensor) -> Tensor:
         with precision(config):
             loss = loss_of(model, {"x": x, "y": y})
-        (loss / parallel.n_microbatches).backward()
+        (loss / parallel.total_microbatches).backward()
         return loss
 
     @tw.program
     def train_step(x: Tensor, y: Tensor) -> dict[str, Tensor]:
         losses = tw.microbatch(
-            forward_backward, x, y, n_microbatches=parallel.n_microbatches, schedule=parallel.schedule
+            forward_backward, x, y, n_microbatches=parallel.total_microbatches, schedule=parallel.schedule
         )
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
         optimizer.step()

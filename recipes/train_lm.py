@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from recipes.data import TextData
 from recipes.flops import count_step_flops
 from recipes.models.gpt import GPT
 from recipes.optim import build_optimizer, build_schedule
-from recipes.settings import Settings
+from recipes.settings import Precision, Settings
 from recipes.training import Job, mean_of, next_token_loss, precision, read_text, run_recipe, train
 from torchways.errors import ConfigError
 
@@ -46,7 +46,8 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
     """Trains, evaluates and writes everything to `run_dir`."""
     config = settings.train
     torch.manual_seed(config.seed)
-    model = build_model(settings)
+    module = (lambda: GPT(settings.model)) if settings.parallel.init_on_slices else GPT(settings.model)
+    model = place_model(settings, module, "layers")
     log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
@@ -93,11 +94,16 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
     train(job, config, run_dir)
 
 
-def build_model(settings: Settings) -> Any:
-    """Returns the model, its stages and replicas on their slices."""
+def place_model(settings: Settings, module: nn.Module | Callable[[], nn.Module], layers: str) -> Any:
+    """Returns a model, or what `module` builds, with its stages and replicas on their slices.
+
+    Args:
+        settings: of the recipe.
+        module: the model, or what builds it on the slices.
+        layers: name of its list of layers.
+    """
     parallel = settings.parallel
-    module = (lambda: GPT(settings.model)) if parallel.init_on_slices else GPT(settings.model)
-    split_spec = {f"layers.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()}
+    split_spec = {f"{layers}.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()}
     meshes = stage_meshes(settings)
 
     def plan(module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:
