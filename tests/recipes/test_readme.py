@@ -15,7 +15,14 @@ import pytest
 ROOT = Path(__file__).parents[2]
 GROUPS = {
     "readme": ["README.md"],
-    "docs": ["docs/programs.md", "docs/sharding.md", "docs/pipelines.md", "docs/replicas.md", "docs/operations.md", "docs/faq.md"],
+    "docs": [
+        "docs/programs.md",
+        "docs/sharding.md",
+        "docs/pipelines.md",
+        "docs/replicas.md",
+        "docs/operations.md",
+        "docs/faq.md",
+    ],
     "generation": ["docs/generation.md"],
 }
 CLUSTER = ["-m", "torchways.run", "--islands", "2", "--devices-per-island", "4"]

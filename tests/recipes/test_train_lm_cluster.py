@@ -26,8 +26,8 @@ PIPELINE = [
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], PIPELINE, pytest.param(SHARDED, marks=pytest.mark.slow)],
-    ids=["plain", "microbatches", "sharded"],
+    [[], PIPELINE, *(pytest.param(item, marks=pytest.mark.slow) for item in (["parallel=replicate"], SHARDED))],
+    ids=["plain", "microbatches", "replicas", "sharded"],
 )
 def test_train_lm_on_two_islands(tmp_path, overrides):
     command = [
