@@ -95,12 +95,12 @@ def _spec(name: str, devices: int) -> systems.SystemSpec:
 def _row(
     workload: dict[str, Any], started: list[systems.System], shown: list[systems.System], repeats: int, seconds: float
 ) -> dict[str, Any]:
-    first = [_ask(system, workload, _FEWEST_STEPS) for system in started]
+    first = [ask(system, workload, _FEWEST_STEPS) for system in started]
     steps = max(_FEWEST_STEPS, round(seconds * _FEWEST_STEPS / max(answer["seconds"] for answer in first)))
     answers = {system.spec.name: [answer] for system, answer in zip(started, first, strict=True)}
     for _ in range(repeats):
         for system in started:
-            answers[system.spec.name].append(_ask(system, workload, steps))
+            answers[system.spec.name].append(ask(system, workload, steps))
     tokens = first[0]["tokens"]
     rates = {name: [steps * tokens / answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
     plain = max(PLAIN, key=lambda name: median(rates[name]))
@@ -115,19 +115,20 @@ def _row(
         "plan": workload["plan"],
         "computations": answers[TORCHWAYS][-1]["computations"],
         "tokens_s": {name: median(found) for name, found in rates.items()},
-        "shown_tokens_s": [_EAGER_STEPS * tokens / _ask(system, workload, _EAGER_STEPS)["seconds"] for system in shown],
+        "shown_tokens_s": [_EAGER_STEPS * tokens / ask(system, workload, _EAGER_STEPS)["seconds"] for system in shown],
         "plain": plain,
         "plain_ms": 1e3 * tokens / median(rates[plain]),
         "ours_ms": 1e3 * tokens / median(ours),
         "ours_over": {name: paired_ratio(ours, found) for name, found in rates.items() if name != TORCHWAYS},
         "ours_over_plain": paired_ratio(ours, rates[plain]),
         "loss_differences": {
-            name: _difference(losses[TORCHWAYS], found) for name, found in losses.items() if name != TORCHWAYS
+            name: difference(losses[TORCHWAYS], found) for name, found in losses.items() if name != TORCHWAYS
         },
     }
 
 
-def _ask(system: systems.System, workload: dict[str, Any], steps: int) -> dict[str, Any]:
+def ask(system: systems.System, workload: dict[str, Any], steps: int) -> dict[str, Any]:
+    """Asks a system for steps of a workload; ends the benchmark where that fails or compiles."""
     answer = system.ask({"workload": workload, "steps": steps})
     if "error" in answer:
         raise SystemExit(f"{system.spec.name}, {workload}: {answer['error']}")
@@ -136,7 +137,7 @@ def _ask(system: systems.System, workload: dict[str, Any], steps: int) -> dict[s
     return answer
 
 
-def _difference(losses: Sequence[float], others: Sequence[float]) -> float:
+def difference(losses: Sequence[float], others: Sequence[float]) -> float:
     """Returns the largest relative difference, step by step."""
     return max(abs(a - b) / abs(b) for a, b in zip(losses, others, strict=True))
 

@@ -10,9 +10,6 @@ import torch
 import torchways as tw
 from tests.cluster.test_microbatches import Model, losses_of, make_step
 from torchways.controller.auto_schedule import MEASURED_CALLS, WARM_UP_CALLS
-from torchways.errors import ResourceExhausted
-from torchways.ir.loops import unrolled
-from torchways.passes.preflight import peak_memory
 
 BEFORE = WARM_UP_CALLS + MEASURED_CALLS
 PLACES = {"ab": 4, "abba": 4, "aabb": 3, "abab": 5}
@@ -78,30 +75,3 @@ def test_the_report_of_a_real_run(slices):
     assert 0 < loop.theoretical_bubble < 0.5
     assert loop.transfer_us >= 0
     assert "Interleaved1F1B" in str(step.report())
-
-
-def test_executors_with_a_budget_get_a_schedule_that_fits():
-    torch.manual_seed(0)
-    model, count = Model(), 8
-
-    def run(budget, schedule, num_calls):
-        with tw.init(islands=2, devices_per_island=1, memory_budget=budget):
-            slices = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
-            step = placed_step(model, slices, "ab", count, schedule)
-            losses = losses_of(step, num_calls, batch=32)
-            lowered = step.lower()
-            peaks = [
-                peak_memory(unrolled(part), lowered.program.slices[part.slice_index]).nbytes for part in lowered.parts
-            ]
-            return losses, max(peaks), step.report().loops[0]
-
-    _, least, _ = run(None, "1F1B", 1)
-    _, most, _ = run(None, "GPipe", 1)
-    budget = (least + most) // 2
-    with pytest.raises(ResourceExhausted):
-        run(budget, "GPipe", 1)
-    losses, peak, loop = run(budget, "auto", BEFORE + 2)
-    assert loop.is_settled
-    assert peak <= budget
-    expected = losses_of(make_step(copy.deepcopy(model), count, "GPipe"), BEFORE + 2, batch=32)
-    torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)

@@ -55,7 +55,10 @@ def check(schedule, num_stages, count, slice_of):
     assert loop.schedule_name == schedule or loop.is_automatic
 
 
-@pytest.mark.parametrize("schedule", PLACES)
+@pytest.mark.parametrize(
+    "schedule",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("1F1B", "ZBVZeroBubble", "auto"))) for name in PLACES],
+)
 def test_two_stages(slice_of, schedule):
     check(schedule, 2, 8, slice_of)
 

@@ -1,6 +1,7 @@
 """`tw.replicate` against the module itself; no processes (tests/local_session.py runs the parts)."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -275,9 +276,11 @@ def test_copies_follow_what_else_changes_the_parameters(session):
     halve(model)
     program(session, lambda: halve(ours))()
     check()
+    gc.collect()
     num_buffers = len(session.buffers)
     check()
-    assert len(session.buffers) == num_buffers
+    gc.collect()
+    assert len(session.buffers) <= num_buffers
 
 
 def test_a_second_forward_after_the_update_reads_new_values(session):

@@ -160,8 +160,8 @@ def test_transfers_and_sums_are_nodes_too(monkeypatch, broken, message):
     assert report.num_nodes == 4  # two computations, a transfer, a sum
     run_part = session._run_part
 
-    def wrong(part, graphs, slots, bindings, slice_id, wires):
-        for step in run_part(part, graphs, slots, bindings, slice_id, wires):
+    def wrong(part, graphs, slots, bindings, slice_id, wires, *others):
+        for step in run_part(part, graphs, slots, bindings, slice_id, wires, *others):
             for key in wires:
                 if isinstance(key, tuple) == (broken == "sum"):
                     wires[key] = wires[key] + 1

@@ -1,0 +1,94 @@
+"""torchways: the training steps of training.py, on a replica of the model on each of two islands.
+
+The model is placed by `tw.replicate`. Each island computes the loss of its half of a batch, in `tw.microbatch`.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+
+import protocol
+import torch
+import training
+
+import torchways as tw
+from torchways.ir.program import AllReduce, Program, Transfer
+from torchways.ir.sizes import logical_bytes
+
+_READ_TIMEOUT = timedelta(minutes=5)
+_ISLANDS = 2
+
+
+class ReplicaTrainer:
+    """A model on a slice of each island."""
+
+    def __init__(self, workload: training.Workload, model: torch.nn.Module) -> None:
+        (dp, tp), self._gradient_bytes = workload.mesh, 4 * sum(parameter.numel() for parameter in model.parameters())
+        self._meshes = [
+            tw.init_device_mesh((dp // _ISLANDS, tp), mesh_dim_names=training.AXES, island=island)
+            for island in range(_ISLANDS)
+        ]
+        tw.replicate(model, self._meshes, plan=training.plan_of(model, workload, self._meshes[0]))
+        optimizer = torch.optim.AdamW(model.parameters(), lr=training.LEARNING_RATE)
+
+        def forward_backward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            loss = model(input_ids=input_ids, labels=labels).loss / _ISLANDS
+            loss.backward()
+            return loss.detach()
+
+        @tw.program
+        def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            losses = tw.microbatch(forward_backward, input_ids, labels, n_microbatches=_ISLANDS)
+            optimizer.step()
+            optimizer.zero_grad()
+            return losses.sum()
+
+        self._step = step
+
+    def run(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
+        losses = [self._step(**batch) for batch in batches]
+        return [loss.item() for loss in tw.get(losses, timeout=_READ_TIMEOUT)]
+
+    def about(self) -> dict[str, Any]:
+        program = self._step.lower().program
+        return {
+            "computations": str(self._step).count(" compute @"),
+            "traces": self._step.num_traces,
+            "traffic": _sent(program) / self._gradient_bytes,
+        }
+
+    def close(self) -> None:
+        del self._step
+        for mesh in self._meshes:
+            mesh.close()
+
+
+def _sent(program: Program) -> int:
+    """Returns the bytes that an island sends in a step, by the program: half of a sum's exchange, and transfers."""
+    sums = [node.inputs[0] for node in program.nodes if isinstance(node, AllReduce)]
+    moved = [node.input for node in program.nodes if isinstance(node, Transfer)]
+    values = {value: program.values[value] for value in (*sums, *moved)}
+    sizes = {value: logical_bytes(item.dtype, item.shape) for value, item in values.items()}
+    # Of two members each sends 2 (n - 1) / n = 1 times the sum's bytes; the busier end of transfers counts.
+    ends = [program.values[value].slice_index for value in moved]
+    busiest = max((sum(sizes[v] for v, e in zip(moved, ends, strict=True) if e == end) for end in set(ends)), default=0)
+    return sum(sizes[value] for value in sums) + busiest
+
+
+class TorchwaysIslands:
+    version = f"torchways {tw.__version__}"
+
+    def prepare(self, workload: training.Workload, model: torch.nn.Module) -> ReplicaTrainer:
+        return ReplicaTrainer(workload, model)
+
+
+@contextmanager
+def open_system(devices: int) -> Iterator[TorchwaysIslands]:
+    with tw.init(islands=_ISLANDS, devices_per_island=devices // _ISLANDS):
+        yield TorchwaysIslands()
+
+
+if __name__ == "__main__":
+    arguments = protocol.argument_parser(__doc__).parse_args()
+    training.serve(lambda: open_system(arguments.devices))
