@@ -102,7 +102,7 @@ def _add_boundary(
     def enter(*_: Any) -> None:
         mode = current_trace()
         if mode is not None:
-            mesh = meshes[mode.replicas.number or 0]
+            mesh = meshes[(mode.replicas.number or 0) % len(meshes)]  # a replica's, or all replicas' one
             mode.enter_stage(mesh, f"stage{stage_index}", stage_index)
 
     if point is SplitPoint.BEGINNING:

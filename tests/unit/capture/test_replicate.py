@@ -10,7 +10,7 @@ from torch import nn
 
 import torchways as tw
 from tests.local_session import LocalSession
-from tests.unit.capture.models import Model
+from tests.unit.capture.models import Model, pipelined
 from torchways.controller.function import make_replicated
 from torchways.controller.program import ProgramFunction
 from torchways.errors import CaptureError, PlacementError, ShapeError, UserError
@@ -399,6 +399,36 @@ def test_a_batch_norm_sees_microbatches_in_their_order(session):
         return step
 
     compare(session, model, replicated(session, model), make, rtol=1e-4)
+
+
+def test_a_pipeline_without_replicas_beside_a_replicated_model(session):
+    """Both work on the microbatches of each replica."""
+    torch.manual_seed(0)
+    model, teacher = Model(), Model()
+    placed_teacher = pipelined(session, copy.deepcopy(teacher), TWO_STAGES, [session.mesh(), session.mesh()])
+
+    def make(model, teacher):
+        opt = adamw(model.parameters())
+
+        def forward_backward(x):
+            with torch.no_grad():
+                wanted = teacher(x)
+            loss = F.mse_loss(model(x), wanted) / 4
+            loss.backward()
+            return loss
+
+        def step(x, _):
+            opt.zero_grad()
+            losses = tw.microbatch(forward_backward, x, n_microbatches=4)
+            opt.step()
+            return (losses,)
+
+        return step
+
+    step = program(session, make(replicated(session, model), placed_teacher))
+    expected = make(model, teacher)
+    for x in batches(3):
+        torch.testing.assert_close(step(x, x)[0].cpu(), expected(x, x)[0], rtol=1e-4, atol=1e-6)
 
 
 class Trainer:
