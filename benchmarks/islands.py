@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import systems
 from benchmarks.report import argument_parser, finish, machine, median, paired_ratio, panel, print_table
-from benchmarks.spmd import DDP, SCRIPTS, TOLERANCE, TORCHWAYS, ask, difference
+from benchmarks.spmd import DDP, SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure
 
 ISLANDS = "two islands"
 #: Model, size, batch, tokens in a sequence, mesh over all devices.
@@ -30,7 +30,6 @@ QUICK = (("llama", "nano", 8, 16, (2, 1)),)
 #: Tokens a second, to one island's and to DDP's; bytes that an island sends, to those of its gradients.
 WANTED = {TORCHWAYS: 0.98, DDP: 1.0}
 WANTED_TRAFFIC = 1.05
-_FEWEST_STEPS = 3
 
 
 def run(workloads: Sequence[Any], repeats: int, seconds: float) -> dict[str, Any]:
@@ -62,22 +61,15 @@ def run(workloads: Sequence[Any], repeats: int, seconds: float) -> dict[str, Any
 
 
 def _row(workload: dict[str, Any], started: list[systems.System], repeats: int, seconds: float) -> dict[str, Any]:
-    first = [ask(system, workload, _FEWEST_STEPS) for system in started]
-    steps = max(_FEWEST_STEPS, round(seconds * _FEWEST_STEPS / max(answer["seconds"] for answer in first)))
-    answers = {system.spec.name: [answer] for system, answer in zip(started, first, strict=True)}
-    for _ in range(repeats):
-        for system in started:
-            answers[system.spec.name].append(ask(system, workload, steps))
-    tokens = first[0]["tokens"]
-    rates = {name: [steps * tokens / answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
-    losses = {name: [loss for answer in found for loss in answer["losses"]] for name, found in answers.items()}
+    answers, rates, losses = measure(workload, started, repeats, seconds)
+    first = answers[ISLANDS][0]
     return {
         "model": f"{workload['model']} {workload['size']}",
-        "parameters": first[0]["parameters"],
+        "parameters": first["parameters"],
         "batch": f"{workload['batch']}x{workload['length']}",
         "devices": math.prod(workload["mesh"]),
         "tokens_s": {name: median(found) for name, found in rates.items()},
-        "ours_ms": 1e3 * tokens / median(rates[ISLANDS]),
+        "ours_ms": 1e3 * first["tokens"] / median(rates[ISLANDS]),
         "ours_over": {name: paired_ratio(rates[ISLANDS], found) for name, found in rates.items() if name != ISLANDS},
         "traffic": answers[ISLANDS][-1]["traffic"],
         "loss_differences": {

@@ -95,20 +95,14 @@ def _spec(name: str, devices: int) -> systems.SystemSpec:
 def _row(
     workload: dict[str, Any], started: list[systems.System], shown: list[systems.System], repeats: int, seconds: float
 ) -> dict[str, Any]:
-    first = [ask(system, workload, _FEWEST_STEPS) for system in started]
-    steps = max(_FEWEST_STEPS, round(seconds * _FEWEST_STEPS / max(answer["seconds"] for answer in first)))
-    answers = {system.spec.name: [answer] for system, answer in zip(started, first, strict=True)}
-    for _ in range(repeats):
-        for system in started:
-            answers[system.spec.name].append(ask(system, workload, steps))
-    tokens = first[0]["tokens"]
-    rates = {name: [steps * tokens / answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
+    answers, rates, losses = measure(workload, started, repeats, seconds)
+    first = answers[TORCHWAYS][0]
+    tokens = first["tokens"]
     plain = max(PLAIN, key=lambda name: median(rates[name]))
-    losses = {name: [loss for answer in found for loss in answer["losses"]] for name, found in answers.items()}
     ours = rates[TORCHWAYS]
     return {
         "model": f"{workload['model']} {workload['size']}",
-        "parameters": first[0]["parameters"],
+        "parameters": first["parameters"],
         "batch": f"{workload['batch']}x{workload['length']}",
         "mesh": "x".join(map(str, workload["mesh"])),
         "devices": math.prod(workload["mesh"]),
@@ -125,6 +119,26 @@ def _row(
             name: difference(losses[TORCHWAYS], found) for name, found in losses.items() if name != TORCHWAYS
         },
     }
+
+
+def measure(
+    workload: dict[str, Any], started: list[systems.System], repeats: int, seconds: float
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, list[float]], dict[str, list[float]]]:
+    """Asks all systems for as many steps, in turn.
+
+    Returns:
+        by the system's name: its answers, of which the first is not counted, tokens a second, and each step's loss.
+    """
+    first = [ask(system, workload, _FEWEST_STEPS) for system in started]
+    steps = max(_FEWEST_STEPS, round(seconds * _FEWEST_STEPS / max(answer["seconds"] for answer in first)))
+    answers = {system.spec.name: [answer] for system, answer in zip(started, first, strict=True)}
+    for _ in range(repeats):
+        for system in started:
+            answers[system.spec.name].append(ask(system, workload, steps))
+    tokens = first[0]["tokens"]
+    rates = {name: [steps * tokens / answer["seconds"] for answer in found[1:]] for name, found in answers.items()}
+    losses = {name: [loss for answer in found for loss in answer["losses"]] for name, found in answers.items()}
+    return answers, rates, losses
 
 
 def ask(system: systems.System, workload: dict[str, Any], steps: int) -> dict[str, Any]:

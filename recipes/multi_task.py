@@ -29,12 +29,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see train_lm.py
 
 import torchways as tw
 from recipes import metrics
-from recipes.data import DataConfig, TextData
+from recipes.data import TextData
 from recipes.flops import count_step_flops
 from recipes.models.gpt import GPTConfig
 from recipes.models.multi_task import MultiTaskModel
-from recipes.optim import OptimConfig, build_optimizer, build_schedule
-from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig
+from recipes.optim import build_optimizer, build_schedule
+from recipes.settings import IslandsSettings
 from recipes.training import Job, island_meshes, precision, read_text, run_recipe, train
 
 log = logging.getLogger("multi_task")
@@ -63,21 +63,11 @@ class TasksConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(IslandsSettings):
     """All settings of a run of multi_task.py."""
 
     model: GPTConfig
-    data: DataConfig
-    optim: OptimConfig
     tasks: TasksConfig
-    parallel: IslandsConfig
-    cluster: ClusterConfig
-    train: TrainConfig
-
-    @property
-    def seq_len(self) -> int:
-        """Bytes of a window of text."""
-        return self.model.seq_len
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="multi_task")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
-from typing import TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -247,6 +247,23 @@ class Settings:
         """Returns the first layer of every stage but the first: 4 layers on 2 stages give [2]."""
         stages, layers = self.parallel.pipeline_stages, self.model.n_layers
         return [stage * layers // stages for stage in range(1, stages)]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IslandsSettings:
+    """The settings that recipes with parts of a model on islands share; each has a section `model` of its own."""
+
+    model: Any
+    data: DataConfig
+    optim: OptimConfig
+    parallel: IslandsConfig
+    cluster: ClusterConfig
+    train: TrainConfig
+
+    @property
+    def seq_len(self) -> int:
+        """Bytes of a window of text."""
+        return int(self.model.seq_len)
 
 
 def read_settings(settings_class: type[T], cfg: DictConfig) -> T:

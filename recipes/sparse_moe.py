@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see train_lm.py
 
 import torchways as tw
 from recipes import metrics
-from recipes.data import DataConfig, TextData
+from recipes.data import TextData
 from recipes.flops import count_step_flops
 from recipes.models.gpt import GPT, GPTConfig
 from recipes.models.moe import MoEConfig, SparseGPT
-from recipes.optim import OptimConfig, build_optimizer, build_schedule
-from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig
+from recipes.optim import build_optimizer, build_schedule
+from recipes.settings import IslandsSettings
 from recipes.training import Job, island_meshes, mean_of, next_token_loss, precision, read_text, run_recipe, train
 
 log = logging.getLogger("sparse_moe")
@@ -41,20 +41,10 @@ DROPPED = "moe/dropped(%)"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(IslandsSettings):
     """All settings of a run of sparse_moe.py."""
 
     model: MoEConfig
-    data: DataConfig
-    optim: OptimConfig
-    parallel: IslandsConfig
-    cluster: ClusterConfig
-    train: TrainConfig
-
-    @property
-    def seq_len(self) -> int:
-        """Bytes of a window of text."""
-        return self.model.seq_len
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="sparse_moe")

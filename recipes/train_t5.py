@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # see train_lm.py
 
 import torchways as tw
 from recipes import metrics
-from recipes.data import DataConfig, TextData
+from recipes.data import TextData
 from recipes.flops import count_step_flops
-from recipes.optim import OptimConfig, build_optimizer, build_schedule
-from recipes.settings import ClusterConfig, IslandsConfig, TrainConfig, at_least
+from recipes.optim import build_optimizer, build_schedule
+from recipes.settings import IslandsSettings, at_least
 from recipes.span_corruption import END, PAD, SpanConfig, corrupted
 from recipes.training import Job, island_meshes, mean_of, precision, read_text, run_recipe, train
 
@@ -74,21 +74,11 @@ class T5Settings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
+class Settings(IslandsSettings):
     """All settings of a run of train_t5.py."""
 
     model: T5Settings
     spans: SpanConfig
-    data: DataConfig
-    optim: OptimConfig
-    parallel: IslandsConfig
-    cluster: ClusterConfig
-    train: TrainConfig
-
-    @property
-    def seq_len(self) -> int:
-        """Bytes of a window of text."""
-        return self.model.seq_len
 
 
 @hydra.main(version_base="1.3", config_path="../configs", config_name="train_t5")

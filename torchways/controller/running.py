@@ -244,35 +244,37 @@ class _Run:
         """Makes the copies that a piece reads and that are not there: of new state, and of what else has changed."""
         variant = self._variant
         missing: dict[VirtualSlice, list[tuple[Array, Placements]]] = {}
-        homes = {
-            item.binding: (variant.meshes[slice_index], item.placements)
-            for slice_index, items in piece.arguments.items()
-            for item in items
-        }
-        for slice_index, items in piece.arguments.items():
+        for slice_index, item in piece.copies:
             mesh = variant.meshes[slice_index]
-            for item in items:
-                if not isinstance(item.binding, CopyOf):
-                    continue
-                array = self._tensor_of(item.binding.original)
-                assert isinstance(array, Array)
-                host = array._buffer
-                if isinstance(host, HostBuffer):
-                    if item.donated and not isinstance(host.value.content, torch.Tensor):
-                        continue  # a constant that this run replaces, on either slice
-                    home, placements = homes.get(item.binding.original, (mesh, item.placements))
-                    array._buffer = buffer = variant.session.put(host, home, placements)
-                    if home is not mesh:
-                        buffer.copies[mesh] = variant.session.put(host, mesh, item.placements)
-                    continue
-                assert isinstance(host, RemoteBuffer)
-                if mesh not in host.copies and host.mesh is not mesh:
-                    missing.setdefault(mesh, []).append((array, item.placements))
+            assert isinstance(item.binding, CopyOf)
+            original = item.binding.original
+            array = self._tensor_of(original)
+            assert isinstance(array, Array)
+            host = array._buffer
+            if isinstance(host, HostBuffer):
+                if item.donated and not isinstance(host.value.content, torch.Tensor):
+                    continue  # a constant that this run replaces, on either slice
+                home, placements = self._home_of(piece, original) or (mesh, item.placements)
+                array._buffer = buffer = variant.session.put(host, home, placements)
+                if home is not mesh:
+                    buffer.copies[mesh] = variant.session.put(host, mesh, item.placements)
+                continue
+            assert isinstance(host, RemoteBuffer)
+            if mesh not in host.copies and host.mesh is not mesh:
+                missing.setdefault(mesh, []).append((array, item.placements))
         for mesh, pairs in missing.items():
             made = self._copies_on(mesh, [array for array, _ in pairs], [placements for _, placements in pairs])
             for (array, _), copy in zip(pairs, made, strict=True):
                 assert isinstance(array._buffer, RemoteBuffer)
                 array._buffer.copies[mesh] = copy
+
+    def _home_of(self, piece: BoundPiece, binding: Binding) -> tuple[VirtualSlice, Placements] | None:
+        """Returns the slice of the argument of a piece that is bound so, and how it is sharded there."""
+        for slice_index, items in piece.arguments.items():
+            for item in items:
+                if item.binding == binding:
+                    return self._variant.meshes[slice_index], item.placements
+        return None
 
     def _check_aliases(self) -> None:
         """Refuses a view and what it is a view of, or two views of one array, where the program writes to one of them.

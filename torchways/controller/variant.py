@@ -127,6 +127,7 @@ class BoundPiece:
         lowered: after all passes.
         arguments: for each part, by slice index, what its arguments are bound to.
         results: what becomes of the results.
+        copies: the arguments that are copies of others, with their slices, by index.
         program_id: what it is registered as.
         bound_to: the slices that it is registered for, in the order of the program's.
     """
@@ -134,6 +135,7 @@ class BoundPiece:
     lowered: LoweredProgram
     arguments: dict[int, list[BoundArgument]]
     results: list[ResultTarget]
+    copies: list[tuple[int, BoundArgument]]
     program_id: ProgramId = ProgramId(0)
     bound_to: tuple[SliceId, ...] = ()
 
@@ -360,11 +362,9 @@ def make_piece(captured: Captured, piece: Piece, meshes: list[VirtualSlice]) -> 
                 results.append(captured.targets[number])
             case MadeValue(value):
                 results.append(target_of(result, piece.program.values[value], meshes))
-    return BoundPiece(
-        lowered=lowered,
-        arguments={part.slice_index: [bound[value] for value in args[part.slice_index]] for part in lowered.parts},
-        results=results,
-    )
+    arguments = {part.slice_index: [bound[value] for value in args[part.slice_index]] for part in lowered.parts}
+    copies = [(index, item) for index, items in arguments.items() for item in items if isinstance(item.binding, CopyOf)]
+    return BoundPiece(lowered=lowered, arguments=arguments, results=results, copies=copies)
 
 
 def target_of(target: Any, value: Value, meshes: list[VirtualSlice]) -> ResultTarget:

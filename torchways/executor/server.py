@@ -27,12 +27,12 @@ from torchways.executor import events
 from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import spec_of
-from torchways.executor.spans import Span
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.clients import Span
 from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
 from torchways.rpc.programs import arguments_from_bytes
 from torchways.rpc.streams import Joiner, Outbox

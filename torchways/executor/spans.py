@@ -6,27 +6,12 @@ import collections
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from torchways.executor.memory import Taker
 from torchways.ir.part import LoopAction
+from torchways.rpc.clients import Span
 
 logger = logging.getLogger(__name__)
-
-
-class Span(NamedTuple):
-    """Something that took time; times are Unix nanoseconds.
-
-    Attributes:
-        part_of: the action of a loop's schedule that it is part of.
-    """
-
-    name: str
-    track: str
-    start_ns: int
-    end_ns: int
-    run_id: int
-    part_of: LoopAction | None = None
 
 
 _MAX_SPANS = 50_000

@@ -18,6 +18,7 @@ import torch.utils._pytree as pytree
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
 from torchways.errors import ShapeError, UserError
+from torchways.parallel.parts import is_split, merged
 from torchways.parallel.replicate import each_replica_apart, replicas_of
 from torchways.schedules import AUTO, SCHEDULES, Schedule
 
@@ -52,7 +53,7 @@ def run_microbatches(
     trace = current_trace()
 
     def call(select: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-        mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if _is_split(leaf) else leaf for leaf in leaves], spec)
+        mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if is_split(leaf) else leaf for leaf in leaves], spec)
         return function(*mine, **mine_kwargs)
 
     rows = [slice(number * chunks.size, (number + 1) * chunks.size) for number in range(chunks.num_chunks)]
@@ -109,14 +110,10 @@ def check_schedule(schedule: str | Schedule) -> None:
         raise UserError(f"tw.microbatch: there is no schedule {schedule!r}; there are {', '.join(names)}")
 
 
-def _is_split(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
-
-
 def _chunks_of(leaves: list[Any], n_microbatches: int) -> _Chunks:
     if not isinstance(n_microbatches, int) or n_microbatches < 1:
         raise UserError(f"tw.microbatch: n_microbatches must be a whole number of at least 1, not {n_microbatches!r}")
-    sizes = sorted({int(leaf.shape[0]) for leaf in leaves if _is_split(leaf)})
+    sizes = sorted({int(leaf.shape[0]) for leaf in leaves if is_split(leaf)})
     if len(sizes) != 1 or not sizes[0]:
         found = f"of sizes {sizes}" if sizes else "none"
         raise ShapeError(
@@ -134,12 +131,8 @@ def _row(leaf: torch.Tensor, chunks: _Chunks, turn: torch.Tensor) -> torch.Tenso
 
 
 def _merged(results: list[Any]) -> Any:
-    flat = [pytree.tree_flatten(result) for result in results]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat):
-        raise UserError("tw.microbatch: the function returns another structure for another chunk")
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return pytree.tree_unflatten([_merged_leaf(list(column)) for column in columns], spec)
+    complaint = "tw.microbatch: the function returns another structure for another chunk"
+    return merged(results, _merged_leaf, complaint)
 
 
 def _merged_leaf(column: list[Any]) -> Any:

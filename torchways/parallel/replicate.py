@@ -25,6 +25,7 @@ from torchways.capture.source import user_line
 from torchways.errors import CaptureError, PlacementError, ShapeError, UserError
 from torchways.mesh import VirtualSlice
 from torchways.operators import REPLICA, SUM_REPLICAS
+from torchways.parallel.parts import is_split, merged
 
 #: Attribute of a replicated module's class: the number of its replicas.
 _COUNT = "_torchways_num_replicas"
@@ -101,7 +102,8 @@ def replica_call(
             return run(replicas.number % len(stages), args, kwargs)
         with mode.unplaced():
             parts = _parts(args, kwargs, len(stages))
-            return _merged([run(number, *part) for number, part in enumerate(parts)])
+            results = [run(number, *part) for number, part in enumerate(parts)]
+            return merged(results, _merged_leaf, f"replicas return different structures at {user_line()}")
 
     return call
 
@@ -237,28 +239,15 @@ class _Copies(torch.autograd.Function):
 def _parts(args: Any, kwargs: Any, count: int) -> list[tuple[Any, Any]]:
     """Splits arguments into those of each replica, along dimension 0 of their tensors."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    sizes = sorted({int(leaf.shape[0]) for leaf in leaves if _is_split(leaf)})
+    sizes = sorted({int(leaf.shape[0]) for leaf in leaves if is_split(leaf)})
     if len(sizes) != 1 or sizes[0] < count:
         raise ShapeError(
             "a replicated module splits its tensor arguments along dimension 0, which must have one size in all of "
             f"them, at least {count}, the number of replicas; it is called with sizes {sizes} at {user_line()}. Make "
             "tensors that belong to no row buffers of the module"
         )
-    columns = [leaf.tensor_split(count) if _is_split(leaf) else [leaf] * count for leaf in leaves]
+    columns = [leaf.tensor_split(count) if is_split(leaf) else [leaf] * count for leaf in leaves]
     return [pytree.tree_unflatten([column[index] for column in columns], spec) for index in range(count)]
-
-
-def _is_split(leaf: Any) -> bool:
-    return isinstance(leaf, torch.Tensor) and leaf.dim() > 0
-
-
-def _merged(results: list[Any]) -> Any:
-    flat = [pytree.tree_flatten(result) for result in results]
-    spec = flat[0][1]
-    if any(other != spec for _, other in flat):
-        raise UserError(f"replicas return different structures at {user_line()}")
-    columns = zip(*(leaves for leaves, _ in flat), strict=True)
-    return pytree.tree_unflatten([_merged_leaf(list(column)) for column in columns], spec)
 
 
 def _merged_leaf(column: list[Any]) -> Any:

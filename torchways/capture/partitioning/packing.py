@@ -5,7 +5,6 @@ Gradient clipping over two slices has a norm for each parameter. In a row they a
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
@@ -14,9 +13,8 @@ import torch
 
 from torchways.capture.partitioning.cutting import Group
 from torchways.capture.partitioning.placed_graph import PlacedGraph
+from torchways.capture.partitioning.rows_of_values import nbytes, put_in_a_row, take_out
 from torchways.graphs import SOURCE_KEY
-
-aten = torch.ops.aten
 
 #: Bytes of a value that is worth packing.
 _SMALL = 4096
@@ -34,7 +32,7 @@ def pack_small_values(placed: PlacedGraph, groups: list[Group]) -> None:
         sent: dict[tuple[int, torch.dtype], dict[torch.fx.Node, list[torch.fx.Node]]] = defaultdict(dict)
         for node in group.nodes:
             value = node.meta["val"]
-            if not isinstance(value, torch.Tensor) or not 0 < value.numel() * value.element_size() <= _SMALL:
+            if not isinstance(value, torch.Tensor) or not 0 < nbytes(node) <= _SMALL:
                 continue
             readers: dict[int, list[torch.fx.Node]] = defaultdict(list)
             for user in node.users:
@@ -61,20 +59,11 @@ def _pack(
         return made
 
     with graph.inserting_before(graph.output_node()):
-        rows = []
-        for node in values:
-            copy = call(aten.clone.default, node, shape=node.meta["val"].shape)
-            rows += [copy, call(aten.view.default, copy, [-1], shape=[copy.meta["val"].numel()])]
-        total = sum(node.meta["val"].numel() for node in values)
-        pack = call(aten.cat.default, rows[1::2], shape=[total])
-        group.nodes += [*rows, pack]
-        placed.slice_of.update(dict.fromkeys((*rows, pack), home))
-        start = 0
-        for node, users in values.items():  # what is taken out of it floats: it is repeated where it is read
-            shape = list(node.meta["val"].shape)
-            end = start + math.prod(shape)
-            part = call(aten.slice.Tensor, pack, 0, start, end, shape=[end - start])
-            item = call(aten.view.default, part, shape, shape=shape)
-            start = end
-            for user in users:
-                user.replace_input_with(node, item)
+        made = put_in_a_row(call, list(values))
+        group.nodes += made
+        placed.slice_of.update(dict.fromkeys(made, home))
+        # What is taken out of it floats: it is repeated where it is read.
+        items = take_out(call, made[-1], [node.meta["val"].shape for node in values])
+    for (node, users), item in zip(values.items(), items, strict=True):
+        for user in users:
+            user.replace_input_with(node, item)

@@ -13,6 +13,7 @@ import operator
 import torch
 
 from torchways.capture.partitioning.placed_graph import PlacedGraph, PlaceholderSpec, summed
+from torchways.capture.partitioning.rows_of_values import nbytes
 from torchways.capture.regions import CARRY_KEY, LOOP_KEY, REGION_KEY, Region
 from torchways.mesh import VirtualSlice
 from torchways.operators import CARRY, CONSTRAIN, EXIT, TURN, is_random
@@ -100,7 +101,7 @@ def _place_by_inputs(placed: PlacedGraph, free: set[torch.fx.Node]) -> None:
             for argument in placed.placed_inputs(node):
                 if argument in slice_of:
                     index = slice_of[argument]
-                    bytes_on[index] = bytes_on.get(index, 0) + _nbytes(argument)
+                    bytes_on[index] = bytes_on.get(index, 0) + nbytes(argument)
             if bytes_on:  # dicts keep order: the first input's slice wins a tie
                 slice_of[node] = max(bytes_on, key=lambda index: bytes_on[index])
     for node, spec in zip(placed.placeholders, placed.inputs, strict=True):
@@ -192,10 +193,3 @@ def _place_outputs(placed: PlacedGraph) -> None:
 def _homes_of_users(placed: PlacedGraph, node: torch.fx.Node) -> list[int]:
     """Returns the slices of the operators that read a node, in their order."""
     return [placed.slice_of[user] for user in node.users if user in placed.slice_of]
-
-
-def _nbytes(node: torch.fx.Node) -> int:
-    value = node.meta["val"]
-    if isinstance(value, (list, tuple)):
-        return sum(item.numel() * item.element_size() for item in value)
-    return int(value.numel() * value.element_size())

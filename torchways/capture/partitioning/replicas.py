@@ -13,6 +13,7 @@ It runs on a pure graph, before placement, which then sees inputs and operators 
 
 from __future__ import annotations
 
+import functools
 import operator
 from bisect import bisect_left
 from collections import defaultdict, deque
@@ -24,6 +25,7 @@ import torch
 
 from torchways.capture.collectives import ALL_REDUCE
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
+from torchways.capture.partitioning.rows_of_values import nbytes, put_in_a_row, take_out
 from torchways.capture.regions import BACKWARD_KEY, LOOP_KEY, PART_KEY, REGION_KEY, Region
 from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
@@ -155,7 +157,7 @@ class _Separation:
             elif node.op == "call_function" and self._is_plain(node):
                 inputs = node.all_input_nodes
                 if any(item in found for item in inputs) and all(
-                    item in found or _nbytes(item) <= _SMALL for item in inputs
+                    item in found or nbytes(item) <= _SMALL for item in inputs
                 ):
                     found.add(node)
         return found
@@ -286,14 +288,14 @@ def _fill_buckets(
         values, max_bytes, dtype = node.args
         this = (node.meta["val"].dtype, dtype, tuple(map(_slice_of, values)))
         first_use = min((order[user] for item in bucket for user in item.users), default=len(order))
-        fits = this == kind and size + _nbytes(node) <= max_bytes and first_use > order[node]
+        fits = this == kind and size + nbytes(node) <= max_bytes and first_use > order[node]
         if bucket and (is_sharded or not fits):
             rows = [item.args[0] for item in bucket]
             ends += [max(addends, key=order.__getitem__) for addends in zip(*rows, strict=True)]
             found.update(_sum(graph, bucket))
             bucket, size = [], 0
         bucket.append(node)
-        kind, size = this, size + _nbytes(node)
+        kind, size = this, size + nbytes(node)
     if bucket:
         found.update(_sum(graph, bucket))
     return found, ends
@@ -345,15 +347,12 @@ def _sum(graph: torch.fx.Graph, bucket: list[torch.fx.Node]) -> dict[torch.fx.No
 
     found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     parts: list[list[torch.fx.Node]] = []
+    shapes = [node.meta["val"].shape for node in bucket]
     with graph.inserting_before(last):
         wholes = []
         for number in range(len(values[0])):
-            rows = []
-            for node, value in zip(bucket, (items[number] for items in values), strict=True):
-                shape = node.meta["val"].shape
-                copy = call(number, aten.clone.default, value, shape=shape, of=dtype)
-                rows.append(call(number, aten.view.default, copy, [-1], shape=[shape.numel()], of=dtype))
-            whole = rows[0] if len(rows) == 1 else call(number, aten.cat.default, rows, shape=[row], of=dtype)
+            add = functools.partial(call, number, of=dtype)
+            whole = put_in_a_row(add, [items[number] for items in values])[-1]
             if wire is not dtype:
                 whole = call(number, aten._to_copy.default, whole, shape=[row], of=wire)
             wholes.append(whole)
@@ -364,25 +363,10 @@ def _sum(graph: torch.fx.Graph, bucket: list[torch.fx.Node]) -> dict[torch.fx.No
             whole.meta.pop(REGION_KEY, None)
             if wire is not dtype:
                 whole = call(number, aten._to_copy.default, whole, shape=[row], of=dtype)
-            start, of_replica = 0, []
-            for node in bucket:
-                shape = node.meta["val"].shape
-                part = whole
-                if len(bucket) > 1:
-                    end = start + shape.numel()
-                    part = call(number, aten.slice.Tensor, whole, 0, start, end, shape=[end - start], of=dtype)
-                    start = end
-                of_replica.append(call(number, aten.view.default, part, list(shape), shape=shape, of=dtype))
-            parts.append(of_replica)
+            parts.append(take_out(functools.partial(call, number, of=dtype), whole, shapes))
     for index, node in enumerate(bucket):
         items = [of_replica[index] for of_replica in parts]
         node.replace_all_uses_with(items[0])
         graph.erase_node(node)
         found[items[0]] = items
     return found
-
-
-def _nbytes(node: torch.fx.Node) -> int:
-    value = node.meta["val"]
-    items = value if isinstance(value, (list, tuple)) else [value]
-    return sum(int(item.numel() * item.element_size()) for item in items)
