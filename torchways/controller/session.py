@@ -30,7 +30,7 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, t
 from torchways.controller.loop import LoopThread
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
-from torchways.ir.part import Arguments, LoopInstruction, SlicePart
+from torchways.ir.part import Arguments, SlicePart
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
 from torchways.rpc.clients import (
@@ -496,15 +496,6 @@ class Session:
             meshes: the slices, by slice index.
             traced_seconds: the time that it took to trace the program, for the log.
         """
-        for part in parts:
-            mesh = meshes[part.slice_index].root
-            if mesh.size() > 1 and any(isinstance(item, LoopInstruction) for item in part.instructions):
-                # Seen on CPU, with layers of width 128: from the second run on, a stage's backward pass gave other
-                # gradients in some runs, from inputs that were right on both devices.
-                raise PlacementError(
-                    f"{name} calls tw.microbatch on a slice of {mesh.size()} devices, {mesh}: microbatches need slices "
-                    "of one device for now. Take smaller slices, or call the function on the whole batch"
-                )
         program_id = ProgramId(self.new_ids(1))
         addresses = [self.slice_address(mesh) for mesh in meshes]
         hosts = {

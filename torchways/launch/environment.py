@@ -12,7 +12,14 @@ logger = logging.getLogger(__name__)
 #: Folder in which executors keep what they compiled, for later clusters.
 COMPILATION_CACHE_VARIABLE = "TORCHWAYS_COMPILATION_CACHE"
 
-_FAST_MIN_MAX = "xla_cpu_enable_fast_min_max"
+#: Flags of XLA's that are on by default on CPU, with other values than PyTorch's.
+_OFF = (
+    # Maxima and minima of what has a NaN are NaN; with it, XLA leaves NaNs out.
+    "xla_cpu_enable_fast_min_max",
+    # XNNPACK packs the right matrix of some large products, and packs it again only when its address changes: after an
+    # update in place (donation), products of some executions are those of the old weights.
+    "xla_cpu_use_xnnpack",
+)
 
 
 #: Where TPU processes of one slice find each other: libtpu's own first port, and how many we use from there.
@@ -78,10 +85,9 @@ def executor_environment(
         # serialized executable not supported". It would compile everything as before, and write it each time.
         if environment.pop("XLA_PERSISTENT_CACHE_PATH", None) or environment.get(COMPILATION_CACHE_VARIABLE):
             logger.warning("no compilation cache on disk: torch-xla's CPU client cannot load what it compiled earlier")
-        # As PyTorch does, maxima and minima of what has a NaN are NaN; by default, XLA leaves NaNs out on CPU.
-        flags = environment.get("XLA_FLAGS", "")
-        if _FAST_MIN_MAX not in flags:
-            environment["XLA_FLAGS"] = f"{flags} --{_FAST_MIN_MAX}=false".strip()
+        flags = environment.get("XLA_FLAGS", "").split()
+        missing = [f"--{flag}=false" for flag in _OFF if not any(flag in given for given in flags)]
+        environment["XLA_FLAGS"] = " ".join([*flags, *missing])
         environment["PJRT_DEVICE"] = "CPU"
         environment["CPU_NUM_DEVICES"] = str(len(device_indices))
     return environment

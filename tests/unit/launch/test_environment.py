@@ -13,7 +13,7 @@ def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
     assert environment["NPROC"] == str(max(4, os.cpu_count()))
     assert environment["OMP_NUM_THREADS"] == "1"
     assert environment["PATH"] == "/bin"
-    assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false"
+    assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false --xla_cpu_use_xnnpack=false"
     assert executor_environment("cpu", range(16), {})["NPROC"] == str(max(32, os.cpu_count()))  # two threads a device
     # Without collectives, a thread a core is enough.
     assert executor_environment("cpu", [0], {})["NPROC"] == str(max(2, os.cpu_count()))
@@ -53,8 +53,8 @@ def test_what_the_user_set_for_threads_is_kept_and_devices_are_ours():
     assert (environment["PJRT_DEVICE"], environment["CPU_NUM_DEVICES"]) == ("CPU", "1")
     assert base["PJRT_DEVICE"] == "GPU"
     flags = executor_environment("cpu", [0], {"XLA_FLAGS": "--xla_dump_to=/tmp"})["XLA_FLAGS"]
-    assert flags == "--xla_dump_to=/tmp --xla_cpu_enable_fast_min_max=false"
-    base = {"XLA_FLAGS": "--xla_cpu_enable_fast_min_max=true"}
+    assert flags == "--xla_dump_to=/tmp --xla_cpu_enable_fast_min_max=false --xla_cpu_use_xnnpack=false"
+    base = {"XLA_FLAGS": "--xla_cpu_use_xnnpack=true --xla_cpu_enable_fast_min_max=true"}
     assert executor_environment("cpu", [0], base)["XLA_FLAGS"] == base["XLA_FLAGS"]
 
 

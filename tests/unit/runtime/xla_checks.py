@@ -113,6 +113,22 @@ def check_soak_and_donation(runtime):
     assert resident[1] < 1.05 * resident[0] + 16 * 4 * size, resident
 
 
+def check_products_of_what_is_updated_in_place(runtime):
+    """XNNPACK keeps what it packed of a matrix that is still at the same address."""
+    size = 512
+    whole = spec("float32", size, size)
+    for product in (lambda x, w: (x @ w,), lambda x, w: (x @ w.t(),)):
+        x, w, change = torch.randn(3, size, size)
+        multiply = runtime.compile(graph(product, x, w), [whole, whole], [whole], [])
+        update = runtime.compile(graph(lambda w, change: (w + change,), w, change), [whole, whole], [whole], [0])
+        inputs, weight, step = runtime.put(x, whole), runtime.put(w.clone(), whole), runtime.put(change, whole)
+        for _ in range(4):
+            [found], _ = runtime.execute(multiply, [inputs, weight])
+            torch.testing.assert_close(read(runtime, found), product(x, w)[0], rtol=1e-3, atol=1e-3)
+            [weight], _ = runtime.execute(update, [weight, step])
+            w = w + change
+
+
 def check_independent_chains(runtime):
     """Collectives of computations that do not wait for each other, in flight at the same time."""
     data = graph(lambda p, x: (p + (x @ x.T).mean() + x.sum(0).mean(),), torch.empty(1000), torch.empty(64, 64))
@@ -181,6 +197,7 @@ def main():
     check_copies(runtime)
     check_placements_of_copies(runtime)
     check_soak_and_donation(runtime)
+    check_products_of_what_is_updated_in_place(runtime)
     check_independent_chains(runtime)
     check_ends_of_donated(runtime)
     check_operators(runtime)
