@@ -6,6 +6,7 @@ parameters are arrays, whose calls are part of a program, and whose `state_dict`
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import weakref
 from collections.abc import Callable, Mapping
@@ -29,6 +30,19 @@ _KEPT = "_torchways_kept"
 _placed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 #: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
 _replaced = WeakIdKeyDictionary()
+
+
+#: Whether `state_dict` gives arrays, and not their values.
+_is_unread = contextvars.ContextVar("is_unread", default=False)
+
+
+def unread_state(module: torch.nn.Module) -> dict[str, Any]:
+    """Returns what `state_dict` does, but with the arrays in it as they are: nothing is read."""
+    before = _is_unread.set(True)
+    try:
+        return dict(module.state_dict())
+    finally:
+        _is_unread.reset(before)
 
 
 def replaced_by(tensor: torch.Tensor) -> Array | None:
@@ -148,7 +162,8 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
         return _plain_copy(self, cls).__reduce_ex__(1)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return get_all(super(placed, self).state_dict(*args, **kwargs), None)
+        state = super(placed, self).state_dict(*args, **kwargs)
+        return state if _is_unread.get() else get_all(state, None)
 
     def load_state_dict(self: Any, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return _load(self, state, strict)

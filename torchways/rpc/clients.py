@@ -339,6 +339,42 @@ class ExecutorClient:
             data += chunk.data
         return dtype, shape, data
 
+    async def save(
+        self, folder: str, prefix: str, buffers: Sequence[pb.NamedBuffer], settled: Callable[[], None]
+    ) -> list[pb.SavedTensor]:
+        """Has the executor write buffers to a file; returns where in it they are.
+
+        Args:
+            folder: where the file goes.
+            prefix: of its name.
+            buffers: their names in the checkpoint, ids and specs.
+            settled: called once later computations do not change what is written.
+
+        Raises:
+            TorchwaysError: the file could not be written, or a buffer is poisoned.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        request = pb.SaveRequest(folder=folder, prefix=prefix, buffers=buffers)
+        written: list[pb.SavedTensor] = []
+        async for response in self._stub.SaveBuffers(request, metadata=self._metadata):
+            if response.HasField("failure"):
+                raise convert.failure_from_proto(response.failure).to_error()
+            settled()
+            written.extend(response.tensors)
+        return written
+
+    async def load(self, slice_id: SliceId, mesh: Sequence[int], buffers: Sequence[pb.LoadedBuffer]) -> None:
+        """Has the executor make buffers of what is in files.
+
+        Raises:
+            TorchwaysError: they could not be read.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        request = pb.LoadRequest(slice_id=slice_id, mesh_shape=mesh, buffers=buffers)
+        response = await self._stub.LoadBuffers(request, metadata=self._metadata)
+        if response.HasField("failure"):
+            raise convert.failure_from_proto(response.failure).to_error()
+
     async def is_ready(self, buffer_id: BufferId) -> bool:
         """Whether a fetch would not wait."""
         request = pb.FetchRequest(buffer_id=buffer_id, only_ready=True)
