@@ -1,6 +1,6 @@
-"""The training steps of benchmarks/spmd.py, islands.py and pipeline.py, shared by the systems that it compares: models, data, splits, requests.
+"""The training steps that benchmarks/spmd.py, islands.py and pipeline.py compare: models, data, splits, requests.
 
-A *workload* is a model of `transformers`, a batch, a mesh of four CPU devices and a plan of how parameters are split. A
+A *workload* is a model of `transformers`, a batch, a mesh of CPU devices and a plan of how parameters are split. A
 *step* is forward, backward and an update by `torch.optim.AdamW`, on a batch that comes from the host. All systems draw
 the same weights and the same batches, and report the loss of every step.
 
