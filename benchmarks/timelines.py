@@ -137,7 +137,7 @@ def draw_lanes(axes: Axes, times: LaneTimes, title: str) -> None:
     for move in times.moves:
         toward = _LANE_HEIGHT / 2 if move.to_lane > move.from_lane else -_LANE_HEIGHT / 2
         ends = [move.from_lane + toward, move.to_lane - toward]
-        axes.plot([move.start, move.end], ends, color=TRANSFER_COLOR, linewidth=0.8)
+        axes.plot([move.start, move.end], ends, color=TRANSFER_COLOR, linewidth=0.8, zorder=0)
     axes.set_yticks(_lanes(times), [f"slice {lane}" for lane in _lanes(times)])
     axes.invert_yaxis()
     axes.set_title(title, loc="left", fontsize=9)
