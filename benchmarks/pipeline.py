@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import simulated_pipeline, systems
 from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
-from benchmarks.spmd import SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure
+from benchmarks.spmd import SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure, running
 from benchmarks.timelines import figure_of_runs
 from torchways.schedules import SCHEDULES
 
@@ -51,13 +51,7 @@ def run(workloads: Sequence[Any], schedule: str, repeats: int, seconds: float) -
             TORCHWAYS: SCRIPTS[TORCHWAYS],
             PIPELINING: ("pipelining_training.py",),
         }
-        specs = [
-            systems.SystemSpec(name, script, flags=(*flags, "--devices", str(num_slices)))
-            for name, (script, *flags) in scripts.items()
-        ]
-        with systems.running(specs, hosts=1) as started:
-            if len(started) < len(specs):
-                raise SystemExit("a system did not start; what it wrote last stands above")
+        with running(scripts, num_slices) as started:
             for size, batch, length, _ in (workload for workload in workloads if workload[3] == num_slices):
                 workload = {
                     "model": "llama",
