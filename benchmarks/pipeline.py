@@ -135,6 +135,7 @@ def draw(rows: Sequence[dict[str, Any]], simulated: Sequence[dict[str, Any]]) ->
             axes.plot(slices, [100 * row["measured_bubble"] for row in mine], "o-", color=f"C{color}", label=name)
             axes.plot(slices, [100 * row["theoretical_bubble"] for row in mine], "--", color=f"C{color}", lw=1)
         axes.plot([], [], "--", color="gray", lw=1, label="theory")
+        axes.legend(loc="upper left", bbox_to_anchor=(1.02, 1))
     else:
         axes = panel("milliseconds a step of the pipeline", "its tokens a second over the other's")
         for name in (TORCHWAYS, PIPELINING):
@@ -142,8 +143,9 @@ def draw(rows: Sequence[dict[str, Any]], simulated: Sequence[dict[str, Any]]) ->
             label = "one SPMD slice" if name == TORCHWAYS else name
             axes.plot(*zip(*points, strict=True), "o", label=label)
         axes.axhline(WANTED, color="gray", ls="--", lw=1)
+        axes.legend()
     axes.set_xscale("log", base=2)
-    axes.legend()
+    axes.xaxis.set_major_formatter("{x:g}")
     return axes
 
 
