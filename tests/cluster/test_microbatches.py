@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -91,9 +92,10 @@ def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(slice
     losses_of(step, 2)
     with tw.profile(tmp_path / "trace.json"):
         losses_of(step, 1)
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = [
         (event["ts"], (event["pid"], event["tid"]), found[1])
-        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        for event in trace
         if (found := re.search(r"stage\d\.([FIW])", event["name"]))
     ]
     lanes = {lane: [event for event in sorted(events) if event[1] == lane] for _, lane, _ in sorted(events)}
@@ -102,6 +104,9 @@ def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(slice
     row = make_schedule("InterleavedZeroBubble", 2, 2, 4).rows[0]
     assert [kind for _, _, kind in first] == [action.kind for action in row if action.kind != "I"]
     assert last[0][0] < first[-2][0]  # the second slice does not wait until the first has done its forward passes
+    # An activation of 2 sequences of 6 tokens, 8 wide; as many gradients go back. (Norms of gradients are smaller.)
+    sent = Counter(event["pid"] for event in trace if event["args"].get("sent_bytes") == 4 * 2 * 6 * 8)
+    assert sorted(sent.values()) == [4, 4]
 
 
 def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(slices):

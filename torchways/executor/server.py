@@ -328,6 +328,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         run_id=span.run_id,
                         action=str(span.part_of.action) if span.part_of is not None else "",
                         loop=span.part_of.loop if span.part_of is not None else 0,
+                        sent_bytes=span.sent_bytes,
                     )
                     for span in spans[start : start + _SPANS_PER_MESSAGE]
                 ]

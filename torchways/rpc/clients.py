@@ -126,6 +126,7 @@ class Span(NamedTuple):
 
     Attributes:
         part_of: the action of a loop's schedule that it is part of.
+        sent_bytes: that it sent to other executors.
     """
 
     name: str
@@ -134,6 +135,7 @@ class Span(NamedTuple):
     end_ns: int
     run_id: int
     part_of: LoopAction | None = None
+    sent_bytes: int = 0
 
 
 class ManagerClient:
@@ -415,6 +417,7 @@ class ExecutorClient:
                 end_ns=s.end_ns,
                 run_id=s.run_id,
                 part_of=LoopAction(s.loop, parse_action(s.action)) if s.action else None,
+                sent_bytes=s.sent_bytes,
             )
             async for response in responses
             for s in response.spans

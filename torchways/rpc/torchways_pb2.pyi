@@ -3015,6 +3015,7 @@ class Span(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     ACTION_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
+    SENT_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     track: _builtins.str
     """"device 0", "transfer", "host" """
@@ -3026,6 +3027,8 @@ class Span(_message.Message):
     """of a loop's schedule, "1F3"; empty where it is part of none"""
     loop: _builtins.int
     """that loop's number in its program"""
+    sent_bytes: _builtins.int
+    """that it sent to other executors"""
     def __init__(
         self,
         *,
@@ -3036,10 +3039,11 @@ class Span(_message.Message):
         run_id: _builtins.int = ...,
         action: _builtins.str = ...,
         loop: _builtins.int = ...,
+        sent_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "end_ns", b"end_ns", "loop", b"loop", "name", b"name", "run_id", b"run_id", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "end_ns", b"end_ns", "loop", b"loop", "name", b"name", "run_id", b"run_id", "sent_bytes", b"sent_bytes", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

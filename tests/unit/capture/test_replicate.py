@@ -128,6 +128,29 @@ def test_tied_and_frozen_parameters(session):
     assert ours.head.weight is ours.embed.weight
 
 
+class TwoNames(nn.Module):
+    """A module with two names, as T5's embedding; a third one has the same parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.hidden, self.head = nn.Embedding(17, 8), nn.Linear(8, 8), nn.Linear(8, 17, bias=False)
+        self.embed, self.head.weight = self.shared, self.shared.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.shared(x) + self.embed(x + 1 - x.ge(16).long()))))
+
+
+@pytest.mark.parametrize("make", [make_step, lambda model, opt: make_microbatched(model, opt, 2)])
+def test_a_module_with_two_names_keeps_its_parameters(session, make):
+    torch.manual_seed(0)
+    model = TwoNames()
+    ours = replicated(session, model)
+    before = ours.shared.weight
+    step = compare(session, model, ours, make)
+    assert step.num_traces == 1
+    assert ours.shared.weight is ours.embed.weight is ours.head.weight is before
+
+
 def test_a_pipeline_of_each_replica(session):
     model = Model()
     step = compare(session, model, replicated(session, model, split=TWO_STAGES), make_step)
