@@ -25,6 +25,7 @@ from torchways.checkpoint.state import (
     RANDOM_STATE,
     Place,
     is_stateful,
+    modules_of,
     named_groups,
     new_tensor_beside,
     parameter_names,
@@ -32,7 +33,7 @@ from torchways.checkpoint.state import (
     set_random_state,
     unpack,
 )
-from torchways.controller.modules import unread_state
+from torchways.controller.modules import send_home, unread_state
 from torchways.errors import CheckpointError
 from torchways.mesh import VirtualSlice
 from torchways.rpc import torchways_pb2 as pb
@@ -99,6 +100,8 @@ class _Loading:
         self._known = metadata.state_dict_metadata
         self._state = state
         self._names = parameter_names(state)
+        for module in modules_of(state):
+            send_home(module)
         #: What takes the values that are read here, after they are.
         self._finish: list[Callable[[Mapping[str, Any]], None]] = []
         tree = self._template(state, ())

@@ -120,6 +120,11 @@ def parameter_names(state: Any) -> dict[int, str]:
     return found
 
 
+def modules_of(state: Any) -> list[nn.Module]:
+    """Returns the modules that are parts of `state`."""
+    return [module for _, module in _modules(state, "")]
+
+
 def _modules(value: Any, path: str) -> Iterator[tuple[str, nn.Module]]:
     if isinstance(value, nn.Module):
         yield path, value

@@ -17,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchways.array import Array, set_grad_quietly
 from torchways.capture.current_trace import current_trace
-from torchways.controller.buffers import get_all, host_array
+from torchways.controller.buffers import HostBuffer, get_all, host_array
 from torchways.errors import ShapeError, UserError
+from torchways.mesh import Placements, VirtualSlice
 
 #: Attribute of a placed module: runs one call of it outside any program.
 ENTRY = "_torchways_entry"
@@ -26,6 +27,8 @@ ENTRY = "_torchways_entry"
 _OURS = "_torchways_"
 #: Where a placed module keeps that.
 _KEPT = "_torchways_kept"
+#: Where a placed module's parameters and buffers are expected to be used, by name.
+_HOMES = "_torchways_homes"
 #: All placed modules.
 _placed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 #: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
@@ -124,6 +127,27 @@ def make_placed(
     """
     note_placed(module)
     module.__class__ = placed_class(type(module), call, entry)
+
+
+def note_homes(module: torch.nn.Module, homes: Mapping[str, tuple[VirtualSlice, Placements]]) -> None:
+    """Notes where the parameters and buffers of a placed module are expected to be used, by name."""
+    vars(module)[_HOMES] = homes
+
+
+def send_home(module: torch.nn.Module) -> None:
+    """Says of those arrays of a module that no program has used yet that they go where they are expected to be."""
+    for submodule in module.modules():
+        homes = vars(submodule).get(_HOMES, {})
+        for name, array in (
+            *submodule.named_parameters(remove_duplicate=False),
+            *submodule.named_buffers(remove_duplicate=False),
+        ):
+            if not isinstance(array, Array) or name not in homes:
+                continue
+            buffer = array._buffer
+            if isinstance(buffer, HostBuffer) and buffer.mesh is None:
+                mesh, placements = homes[name]
+                array._buffer = HostBuffer(buffer.value, None, mesh, buffer.placements or placements)
 
 
 def is_placed(module: torch.nn.Module) -> bool:

@@ -125,7 +125,7 @@ def read(spec: BufferSpec, pieces: Sequence[pb.Piece]) -> torch.Tensor:
     """
     if sum(torch.Size(piece.sizes).numel() for piece in pieces) != torch.Size(spec.shape).numel():
         raise CheckpointError(f"the pieces in the checkpoint do not make up {spec.form}")
-    value = torch.empty(spec.shape, dtype=spec.torch_dtype)
+    value = torch.zeros(spec.shape, dtype=spec.torch_dtype)  # pieces may overlap: nothing of this process shows
     # The reader opens a file once for all that is read of it.
     for is_safetensors in (False, True):
         mine = [piece for piece in pieces if bool(piece.key) is is_safetensors]

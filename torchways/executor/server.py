@@ -179,7 +179,9 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         try:
             ids = {BufferId(buffer.buffer_id) for buffer in request.buffers}
             check_owner(channel.caller(context, self.key).client_id, ids=ids)
-            checkpoint_files.check_place(request.folder)
+            checkpoint_files.check_place(os.path.join(request.folder, request.prefix))
+            if os.path.basename(request.prefix) != request.prefix:
+                raise UserError(f"{request.prefix!r} does not begin a file's name")
             fetches = {buffer_id: self._start_fetch(buffer_id) for buffer_id in ids}
             # One task for each buffer, which tied parameters share.
             tasks = {buffer_id: asyncio.create_task(self._fetched(*fetch)) for buffer_id, fetch in fetches.items()}
