@@ -21,11 +21,12 @@ ROOT = Path(__file__).parents[2]
             "dispatch",
             ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"],
             "rows",
-            marks=pytest.mark.slow,  # the next one starts both, too
+            marks=pytest.mark.slow,  # `smallest` starts both, too
         ),
         ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
-        ("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows"),
+        ("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows"),
+        pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("islands", ["--quick", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         ("generation", ["--hidden", "64", "--layers", "1", "--batches", "1", "--chunks", "4", "--tokens", "5"], "rows"),
         ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
