@@ -17,10 +17,16 @@ ROOT = Path(__file__).parents[2]
     ("name", "options", "checked"),
     [
         ("dispatch", ["--hosts", "2", "--systems", "torchways", "--seconds", "0.05"], "rows"),
-        ("dispatch", ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"], "rows"),
+        pytest.param(
+            "dispatch",
+            ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"],
+            "rows",
+            marks=pytest.mark.slow,  # `smallest` starts both, too
+        ),
         ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
-        ("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows"),
+        ("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows"),
+        pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("islands", ["--quick", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param(
             "pipeline", ["--quick", "--parts", "training", "--seconds", "0.05"], "rows", marks=pytest.mark.slow
@@ -33,7 +39,7 @@ ROOT = Path(__file__).parents[2]
         ("generation", ["--hidden", "64", "--layers", "1", "--batches", "1", "--chunks", "4", "--tokens", "5"], "rows"),
         ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
         ("conditions", ["--layers", "1"], "rows"),
-        ("transfer", ["--sizes", "4,65536"], "latency"),
+        ("transfer", ["--sizes", "4096"], "latency"),
     ],
 )
 def test_benchmark_runs(tmp_path, name, options, checked):

@@ -75,7 +75,7 @@ def batches(count, rows=8):
     return [torch.randint(0, 17, (rows, 5)) for _ in range(count)]
 
 
-def compare(session, model, ours, make, *, steps=4, rows=8, optimizer=adamw, rtol=1e-5, atol=1e-6):
+def compare(session, model, ours, make, *, steps=2, rows=8, optimizer=adamw, rtol=1e-5, atol=1e-6):
     """Trains both; returns our program."""
     expected_step = make(model, optimizer(model.parameters()))
     step = program(session, make(ours, optimizer(ours.parameters())))
@@ -351,7 +351,12 @@ def test_updates_are_one_computation_on_each_slice_and_bit_for_bit_the_same(sess
 # ---- microbatches
 
 
-@pytest.mark.parametrize(("count", "rows"), [(2, 8), (4, 8), (4, 7), (8, 8)])
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(2, 8), (4, 7), pytest.param(4, 8, marks=_slow), pytest.param(8, 8, marks=_slow)]
+)
 def test_each_replica_takes_microbatches_of_its_own(session, count, rows):
     model = Model()
     ours = replicated(session, model)
