@@ -10,7 +10,6 @@ import asyncio
 import gc
 import json
 import logging
-import math
 import os
 import signal
 import socket
@@ -24,9 +23,9 @@ import torch
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import events
-from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine
-from torchways.executor.host_values import spec_of
+from torchways.executor.host_values import checked_put
+from torchways.executor.local_values import LocalValues
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -128,11 +127,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         value = first.value
         parts = [value.data]
         try:
-            check_owner(channel.caller(context, self.key).client_id, ids=[BufferId(first.buffer_id)])
-            spec = spec_of(value.spec, first.mesh_shape)
-            check_spec(spec, spec.mesh)
-            if math.prod(first.mesh_shape) != self.engine.num_devices:
-                raise UserError(f"a mesh {tuple(first.mesh_shape)} is not one of {self.engine.num_devices} devices")
+            spec = checked_put(first, channel.caller(context, self.key).client_id, self.engine.num_devices)
             left = spec.nbytes - len(value.data)
             async for chunk in chunks:
                 left -= len(chunk.more)
@@ -304,12 +299,14 @@ async def serve(arguments: argparse.Namespace) -> None:
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,
     )
+    local_values = LocalValues(token, key, arguments.set_size, executor.engine.post)
     pb_grpc.add_ExecutorServicer_to_server(executor, server)
     address = await channel.start_server(server, arguments.host)
     ready = {
         "executor_id": arguments.executor_id,
         "address": address,
         "data_address": executor.engine.data_plane.address,
+        "local_address": local_values.address,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "num_devices": len(devices),
