@@ -714,20 +714,20 @@ def data_loader(
     PyTorch's DataLoader, with arrays on the slice in place of tensors. Pass it to a program.
 
     Args:
-        make_dataset: import path of the dataset's class, or of a function that makes it: ``"recipes.data:TextData"``. It
+        make_dataset: import path of the dataset's class, or of a function that makes it: ``"my_data.text:Lines"``. It
             is imported where the executors run. A dataset has `__getitem__` and `__len__`, or is an `IterableDataset`.
         mesh: the slice. If it is a list of slices, each reads an equal part of the rows of every batch on its own host,
             and an item is a list with one batch per slice.
         args, kwargs: arguments of `make_dataset`: numbers, strings, None, and lists and dicts of these.
         batch_size: rows of a batch, of all slices together. If None, each item of the dataset is a batch.
         shuffle: whether each epoch has a random order, that of a `DistributedSampler` with `seed`.
-        seed: of the order and of random numbers that `__getitem__` and `collate_fn` draw from the generators of PyTorch,
-            NumPy and Python. These depend on seed, epoch and batch alone, not on the number of workers. (An
+        seed: of the order, and of random numbers that `__getitem__` and `collate_fn` draw from the generators of
+            PyTorch, NumPy and Python. These depend on seed, epoch and batch alone, not on the number of workers. (An
             IterableDataset's workers are seeded once an epoch.)
         drop_last: whether to leave out a last batch that is smaller.
         num_workers, prefetch_factor, timeout: as of PyTorch's DataLoader, on each slice's host.
         collate_fn: import path of a function that makes a batch of a list of items; None: PyTorch's own.
-        placements: how tensors are split over the slice: one placement per axis, or a partition spec; or a dict of these
+        placements: how tensors are split over the slice: one placement per axis, a partition spec, or a dict of these
             by key (or index) in the batch, in which "" stands for all others. If None, and for tensors that a dict does
             not name, dimension 0 is split over the axis "dp", if there is one.
         prefetch: batches that are on the slice before you take them.

@@ -480,8 +480,8 @@ class ClusterState:
         island = self.islands[item.island_id]
         if not island.has_data_processes:
             raise ConfigError(
-                f"the machine of island {island.island_id} runs no input pipelines of clients, which could run any code "
-                "there: have its node agent started with --data-path (docs/data.md), or read data in the controller"
+                f"the machine of island {island.island_id} runs no input pipelines of clients, which could run any "
+                "code there: start its node agent with --data-path (docs/data.md), or read data in the controller"
             )
         mine = [process for process in self.data_processes.values() if process.slice_id == slice_id]
         ended = [process for process in mine if process.failure is not None]

@@ -170,8 +170,8 @@ class ArrayLoader:
     def _take(self, iterator: _PassIterator) -> Any:
         if iterator is not self._iterator:
             raise UserError(
-                "this iterator of a data loader is of no use any more: another iter(), load_state_dict() or close() came "
-                "after it. Use one iterator at a time"
+                "this iterator of a data loader is of no use any more: another iter(), load_state_dict() or close() "
+                "came after it. Use one iterator at a time"
             )
         found = self._source.take()
         if found is None and iterator.is_resumed:  # the position was behind the last batch of an epoch
@@ -225,8 +225,8 @@ def normalized_rules(placements: Any, meshes: Sequence[VirtualSlice]) -> dict[st
 def _rule(entry: Any, meshes: Sequence[VirtualSlice]) -> tuple[Any, ...]:
     if not isinstance(entry, (list, tuple)):
         raise PlacementError(
-            f"placements of a data loader's tensors must be a list with one placement per mesh axis, or a partition spec, "
-            f"not {entry!r}; to give them by key, use a dict of such lists"
+            "placements of a data loader's tensors must be a list with one placement per mesh axis, or a partition "
+            f"spec, not {entry!r}; to give them by key, use a dict of such lists"
         )
     # Of a tensor with all the dimensions that are named: a partition spec has no more, and Shard(-1) has no meaning.
     if all(item is None or isinstance(item, (tuple, list)) for item in entry) or any(
@@ -335,7 +335,8 @@ class _Part:
 
     async def begin(self, position: Position) -> None:
         """Starts a pass."""
-        assert self._client is not None and self._slice_id is not None
+        assert self._client is not None
+        assert self._slice_id is not None
         address = self._session.slice_address_now(self.mesh)
         paths = [executor.local_address for executor in address.executors]
         if not all(paths):
@@ -348,7 +349,8 @@ class _Part:
 
     async def take(self, pass_number: int, number: int) -> _OnSlice | None:
         """Waits for a batch of a pass; returns None at the end."""
-        assert self._client is not None and self._slice_id is not None
+        assert self._client is not None
+        assert self._slice_id is not None
         session, slice_id = self._session, self._slice_id
         first = session.new_ids(MAX_TENSORS)
         try:
@@ -389,8 +391,8 @@ class _Part:
                 reason = found
             if isinstance(reason, DataProcessLost):
                 return DataProcessLost(
-                    f"the data process of dataset {self.spec.dataset!r} is gone: {reason}. Make the loader anew and load "
-                    "its position"
+                    f"the data process of dataset {self.spec.dataset!r} is gone: {reason}. Make the loader anew and "
+                    "load its position"
                 )
             if time.monotonic() > deadline:
                 text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else error

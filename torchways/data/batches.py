@@ -1,6 +1,7 @@
-"""A dataset and PyTorch's loaders over it: batches from any position on, in an order that depends on seed and epoch alone.
+"""A dataset and PyTorch's loaders over it: batches from any position on.
 
-It runs in a data process, and in the user's own in eager mode. It knows nothing of slices.
+Their order, and random numbers in them, depend on seed, epoch and batch alone. It runs in a data process, and in the
+user's own process in eager mode. It knows nothing of slices.
 """
 
 from __future__ import annotations
@@ -108,9 +109,15 @@ class Batches:
         except Exception as error:
             raise failed(f"the length of dataset {self.spec.dataset!r} cannot be known", error) from error
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, position: Position) -> dict[str, Any]:
         spec = self.spec
-        options: dict[str, Any] = {"num_workers": spec.num_workers, "collate_fn": self._collate}
+        # PyTorch draws the seed of workers from it, and else from the process's own generator.
+        generator = torch.Generator().manual_seed(_mixed(spec.seed, position.epoch, 0))
+        options: dict[str, Any] = {
+            "num_workers": spec.num_workers,
+            "collate_fn": self._collate,
+            "generator": generator,
+        }
         if spec.num_workers:
             options |= {"prefetch_factor": spec.prefetch_factor, "timeout": spec.timeout}
             options["worker_init_fn"] = _DieWith(os.getpid())
@@ -120,8 +127,8 @@ class Batches:
         order = _Order(self.spec, len(self._dataset), position)
         items: Dataset[Any] = _Items(self._dataset, keeps_generators=self.spec.num_workers == 0)
         if self.spec.batch_size is None:
-            return DataLoader(items, batch_size=None, sampler=order, **self._options())
-        return DataLoader(items, batch_sampler=order, **self._options())
+            return DataLoader(items, batch_size=None, sampler=order, **self._options(position))
+        return DataLoader(items, batch_sampler=order, **self._options(position))
 
     def _iterable_loader(self, position: Position) -> Any:
         # Its import takes as long as PyTorch's own, of which it is part.
@@ -129,14 +136,11 @@ class Batches:
 
         if hasattr(self._dataset, "set_epoch"):
             self._dataset.set_epoch(position.epoch)
-        # The seed of workers is drawn from it.
-        generator = torch.Generator().manual_seed(_mixed(self.spec.seed, position.epoch, 0))
         loader: Any = StatefulDataLoader(
             self._dataset,
             batch_size=self.spec.batch_size,
             drop_last=self.spec.drop_last,
-            generator=generator,
-            **self._options(),
+            **self._options(position),
         )
         if position.state is not None:
             loader.load_state_dict(decode_state(position.state))
@@ -178,8 +182,8 @@ class _Order:
         parts = self._spec.num_parts
         if len(rows) % parts:
             raise ShapeError(
-                f"batch {number} of epoch {self._position.epoch} has {len(rows)} rows, which cannot be split evenly over "
-                f"{parts} slices: leave it out with drop_last=True"
+                f"batch {number} of epoch {self._position.epoch} has {len(rows)} rows, which cannot be split evenly "
+                f"over {parts} slices: leave it out with drop_last=True"
             )
         size = len(rows) // parts
         return rows[self._spec.part_index * size : (self._spec.part_index + 1) * size]
@@ -254,8 +258,8 @@ def _imported(name: str, path: str) -> Any:
             found = getattr(found, part)
     except Exception as error:
         raise failed(
-            f"{name} {path!r} cannot be imported (from {os.getcwd()}): it must be importable where the slice's executors "
-            "run",
+            f"{name} {path!r} cannot be imported (in {os.getcwd()}): it must be importable where the slice's "
+            "executors run",
             error,
         ) from error
     if not callable(found):

@@ -2,8 +2,8 @@
 
 The main thread makes batches: PyTorch's loader forks its workers there, and Python tells only that thread of a worker
 that dies. gRPC's loop has a thread of its own and hands requests over. A batch that was asked for goes to the executors
-as soon as it is there, and then the controller is told what it is like. Nothing is made that was not asked for, but what
-PyTorch's workers prefetch.
+as soon as it is there, and then the controller is told what it is like. Nothing is made that was not asked for, but
+what PyTorch's workers prefetch.
 """
 
 from __future__ import annotations

@@ -34,8 +34,8 @@ def flatten(tree: Any) -> tuple[Any, list[torch.Tensor], list[str]]:
             value = torch.from_numpy(value if value.flags.writeable else value.copy())
         if not isinstance(value, torch.Tensor):
             raise DataError(
-                f"the batch has a {type(value).__name__} at {_path_text(path)}: a batch consists of tensors, numbers and "
-                "strings in dicts, lists and tuples; convert it in collate_fn"
+                f"the batch has a {type(value).__name__} at {_path_text(path)}: a batch consists of tensors, numbers "
+                "and strings in dicts, lists and tuples; convert it in collate_fn"
             )
         if value.layout is not torch.strided or value.is_quantized or value.device.type != "cpu":
             raise DataError(

@@ -7,12 +7,14 @@ its other users do to it, nobody but they comes to harm.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import socket
 import struct
 import tempfile
 import threading
+import time
 from collections.abc import Callable
 
 import torch
@@ -33,6 +35,7 @@ logger = logging.getLogger(__name__)
 _HEADER = struct.Struct("<I?")
 #: Linux's limit for the path of a socket, with room to spare.
 _MAX_PATH = 100
+_RETRY_SECONDS = 0.1
 
 
 class LocalValues:
@@ -63,9 +66,21 @@ class LocalValues:
         self.address = path
         threading.Thread(target=self._accept, name="local values", daemon=True).start()
 
+    def close(self) -> None:
+        """Takes no more connections; those that are open go on."""
+        self._socket.shutdown(socket.SHUT_RDWR)
+        self._socket.close()
+
     def _accept(self) -> None:
         while True:
-            connection, _ = self._socket.accept()
+            try:
+                connection, _ = self._socket.accept()
+            except OSError as error:  # it was closed, or there are no file descriptors left
+                if self._socket.fileno() < 0 or error.errno == errno.EINVAL:
+                    return
+                logger.warning("a local connection could not be accepted: %s", error)
+                time.sleep(_RETRY_SECONDS)
+                continue
             threading.Thread(target=self._serve, args=(connection,), name="local values", daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:

@@ -268,8 +268,8 @@ class NodeAgent:
         """Starts a data process: it runs code of a client's, and so has that client's identity and not our key."""
         client = Caller(Role.CLIENT, ClientId(order.client_id))
         environment = {**os.environ, CLIENT_SECRET_VARIABLE: self._key.secret_of(client)}
-        if self._arguments.data_path:
-            environment["PYTHONPATH"] = self._arguments.data_path
+        paths = [self._arguments.data_path, os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         flags = ["--client-id", str(order.client_id), "--name", order.name]
         ready = await self._spawn(order.name, "torchways.data", flags, environment, has_key=False)
         if ready is not None:
@@ -400,8 +400,8 @@ def main() -> None:
     parser.add_argument("--executor-idle", type=float, default=60.0)
     parser.add_argument(
         "--data-path",
-        help="let clients run input pipelines (tw.data_loader), that is code of theirs, as this user, which is imported "
-        'from these folders (separated as in PYTHONPATH); "": from this environment only',
+        help="folders, as in PYTHONPATH, from which clients' input pipelines (tw.data_loader) may import code, besides "
+        'installed packages; "" for these alone. Without it clients may run none: it is running code as this user',
     )
     parser.add_argument("--log-dir")
     parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
