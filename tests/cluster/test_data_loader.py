@@ -16,19 +16,14 @@ import torchways as tw
 from benchmarks.input_pipeline import controller_bytes
 from tests import datasets
 from tests.cluster.conftest import status_of, wait_gone
-from torchways.config import ClusterConfig
 from torchways.errors import (
     ConfigError,
     DataError,
     DataProcessLost,
-    ExecutorLost,
     PlacementError,
-    SessionClosed,
     ShapeError,
     UserError,
 )
-from torchways.launch.embedded import start_cluster
-from torchways.rpc.channel import TOKEN_VARIABLE
 
 ROWS = "tests.datasets:Rows"
 
@@ -450,38 +445,3 @@ def test_eager_mode_yields_the_same_batches_as_tensors(meshes, monkeypatch):
         ),
     ):
         list(eager)
-
-
-def test_executors_and_sessions_that_are_lost():
-    with tw.init(islands=1, devices_per_island=1):
-        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
-        batches = tw.data_loader(ROWS, mesh, args=[4000], batch_size=2)
-        iterator = iter(batches)
-        next(iterator)
-        pids = dict(tw.cluster_info().processes)
-        [executor] = [pid for name, pid in pids.items() if name.startswith("executor")]
-        os.kill(executor, signal.SIGKILL)
-        with pytest.raises(ExecutorLost, match=r"signal 9 \(SIGKILL\)"):
-            take_all(iterator)
-        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
-        batches = tw.data_loader(ROWS, mesh, args=[4000], batch_size=2, num_workers=2)
-        iterator = iter(batches)
-        next(iterator)
-        pids = set(dict(tw.cluster_info().processes).values())
-    assert wait_gone(pids) == set()
-    with pytest.raises(SessionClosed, match=r"tw\.shutdown\(\)"):
-        next(iterator)
-    batches.close()
-
-
-def test_a_standing_cluster_runs_no_code_of_clients_unless_it_is_told_to(monkeypatch):
-    cluster = start_cluster(ClusterConfig(islands=1, devices_per_island=1))
-    try:
-        monkeypatch.setenv("TORCHWAYS_ADDRESS", cluster.address)
-        monkeypatch.setenv(TOKEN_VARIABLE, cluster.token)
-        with tw.init():
-            mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
-            with pytest.raises(ConfigError, match=r"island 0 runs no input pipelines of clients.*--data-path"):
-                tw.data_loader(ROWS, mesh, args=[4])
-    finally:
-        cluster.close()

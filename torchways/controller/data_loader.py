@@ -88,23 +88,22 @@ class ArrayLoader:
         #: Where the next pass begins, if it was loaded.
         self._resumed: Position | None = None
         self._next_epoch = 0
-        #: Of the pass under way; an iterator of an earlier one is of no use any more.
-        self._iterator: _PassIterator | None = None
+        #: Rises with each pass: an iterator of an earlier one is of no use any more.
+        self._pass_number = 0
         self._closed = False
 
     def __iter__(self) -> Iterator[Any]:
-        position, self._resumed = self._resumed or Position(epoch=self._next_epoch), None
-        return self._begin(position)
-
-    def _begin(self, position: Position) -> _PassIterator:
         if self._closed:
             raise UserError("this data loader is closed; make a new one with tw.data_loader")
-        self._iterator = None
+        position, self._resumed = self._resumed or Position(epoch=self._next_epoch), None
+        self._pass_number += 1
+        self._begin(position)
+        return _PassIterator(self, self._pass_number, is_resumed=position.batch > 0)
+
+    def _begin(self, position: Position) -> None:
         self._source.begin(position)
         self._position = position
         self._next_epoch = position.epoch + 1
-        self._iterator = _PassIterator(self, is_resumed=position.batch > 0)
-        return self._iterator
 
     def __len__(self) -> int:
         """Returns the number of batches of an epoch.
@@ -157,18 +156,18 @@ class ArrayLoader:
                     f"{name}={value!r}: batches would not be those that come next. Make the loader with the same {name}"
                 )
         position = Position.from_json(json.dumps({key: state_dict[key] for key in ("epoch", "batch", "state")}))
-        self._iterator = None
+        self._pass_number += 1
         self._position = self._resumed = position
         self._next_epoch = position.epoch
 
     def close(self) -> None:
         """Ends the processes of the loader. Its arrays stay. A second call does nothing."""
         self._closed = True
-        self._iterator = None
+        self._pass_number += 1
         self._source.close()
 
     def _take(self, iterator: _PassIterator) -> Any:
-        if iterator is not self._iterator:
+        if iterator.number != self._pass_number:
             raise UserError(
                 "this iterator of a data loader is of no use any more: another iter(), load_state_dict() or close() "
                 "came after it. Use one iterator at a time"
@@ -176,11 +175,9 @@ class ArrayLoader:
         found = self._source.take()
         if found is None and iterator.is_resumed:  # the position was behind the last batch of an epoch
             self._begin(Position(epoch=self._position.epoch + 1))
-            self._iterator = iterator
             found = self._source.take()
         iterator.is_resumed = False
         if found is None:
-            self._iterator = None
             self._position = Position(epoch=self._position.epoch + 1)
             iterator.is_over = True
             raise StopIteration
@@ -192,12 +189,14 @@ class _PassIterator:
     """The batches of one pass.
 
     Attributes:
+        number: of the pass.
         is_resumed: it began in the middle of an epoch, and nothing was taken yet.
         is_over: it came to the end.
     """
 
-    def __init__(self, loader: ArrayLoader, *, is_resumed: bool) -> None:
+    def __init__(self, loader: ArrayLoader, number: int, *, is_resumed: bool) -> None:
         self._loader = loader
+        self.number = number
         self.is_resumed = is_resumed
         self.is_over = False
 
@@ -356,10 +355,12 @@ class _Part:
         try:
             taken = await self._client.take(pass_number, number, first)
         except (grpc.aio.AioRpcError, TorchwaysError) as error:
-            for buffer_id in range(first, first + MAX_TENSORS):  # some may be there
-                session.release(slice_id, BufferId(buffer_id))
+            self._release(slice_id, first)
             if isinstance(error, grpc.aio.AioRpcError) or type(error) is InfraError:
                 raise await self._lost(error) from error
+            raise
+        except BaseException:  # the channel was closed: nobody waits any more
+            self._release(slice_id, first)
             raise
         if taken is None:
             return None
@@ -369,6 +370,11 @@ class _Part:
             buffers.append((buffer, shape, getattr(torch, dtype)))
             nbytes += logical_bytes(dtype, shape)
         return _OnSlice(json.loads(taken.structure), buffers, json.loads(taken.state), nbytes)
+
+    def _release(self, slice_id: SliceId, first: int) -> None:
+        """Gives back the buffers of a batch of which some may be on the slice."""
+        for buffer_id in range(first, first + MAX_TENSORS):
+            self._session.release(slice_id, BufferId(buffer_id))
 
     def take_later(self, number: int) -> concurrent.futures.Future[_OnSlice | None]:
         """Starts waiting for a batch of the pass under way."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import random
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 #: In place of the dataset's own state: why it has none, raised when somebody asks for the position.
 NO_STATE = "no state"
+#: Of the loader's state of an iterable dataset, as JSON: it comes with each batch.
+_MAX_STATE_BYTES = 1 << 16
 
 
 class Batches:
@@ -271,7 +274,11 @@ def _imported(name: str, path: str) -> Any:
 
 def _state_of(loader: Any) -> Any:
     try:
-        return encode_state(loader.state_dict())
+        state = encode_state(loader.state_dict())
+        size = len(json.dumps(state))
+        if size <= _MAX_STATE_BYTES:
+            return state
+        return {NO_STATE: f"its state has {size:,} bytes of JSON, but at most {_MAX_STATE_BYTES:,} are possible"}
     except Exception as error:
         return {NO_STATE: f"{type(error).__name__}: {error}"}
 

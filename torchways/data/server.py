@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +40,45 @@ from torchways.rpc.identity import CLIENT_SECRET_VARIABLE, Caller, OneIdentity, 
 
 logger = logging.getLogger(__name__)
 
+#: Of a batch's containers and plain values, as JSON: one message has to hold them.
+_MAX_STRUCTURE_BYTES = 1 << 20
+#: Of a traceback, the end: errors cross processes in one message.
+_MAX_TEXT = 1 << 16
+
+
+class _WorkerDeaths:
+    """Where PyTorch's loader may raise that a worker has died: while a batch is awaited.
+
+    Its handler of SIGCHLD raises on the main thread, wherever that is: between two steps of ours, a request could be
+    lost.
+    """
+
+    def __init__(self) -> None:
+        self._theirs: Any = None
+        self._is_awaited = False
+
+    def confine(self) -> None:
+        """Puts our handler before the one that PyTorch's loader has installed when it started its first worker."""
+        handler = signal.getsignal(signal.SIGCHLD)
+        if callable(handler) and handler != self._on_signal:
+            self._theirs = handler
+            signal.signal(signal.SIGCHLD, self._on_signal)
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        if self._is_awaited:
+            self._theirs(number, frame)
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raises deaths inside, and at once those since the last time."""
+        self._is_awaited = True
+        try:
+            if self._theirs is not None:
+                self._theirs(signal.SIGCHLD, None)
+            yield
+        finally:
+            self._is_awaited = False
+
 
 class _Pass:
     """A pass over the dataset, for one slice.
@@ -50,7 +90,14 @@ class _Pass:
         over: the answer to whatever is asked for from now on: the end, or the failure.
     """
 
-    def __init__(self, request: pb.BeginPassRequest, batches: Batches, token: str, identity: OneIdentity) -> None:
+    def __init__(
+        self,
+        request: pb.BeginPassRequest,
+        batches: Batches,
+        token: str,
+        identity: OneIdentity,
+        worker_deaths: _WorkerDeaths,
+    ) -> None:
         position = Position.from_json(request.position)
         self.number = request.pass_number
         self.next = position.batch
@@ -61,10 +108,13 @@ class _Pass:
         self._rules = batches.spec.rules
         self._executors = LocalExecutors(request.local_addresses, token, str(identity))
         self._items: Iterator[tuple[Any, Position]] = batches.begin(position)
+        self._worker_deaths = worker_deaths
+        worker_deaths.confine()
 
     def make_next(self, request: pb.TakeBatchRequest) -> pb.TakeBatchResponse:
         """Makes the next batch and brings it to the executors."""
-        found = next(self._items, None)
+        with self._worker_deaths.raised():
+            found = next(self._items, None)
         if found is None:
             return pb.TakeBatchResponse(end=True)
         batch, position = found
@@ -84,11 +134,15 @@ class _Pass:
             )
             for index, (spec, tensor) in enumerate(zip(specs, tensors, strict=True))
         ]
+        text = json.dumps(structure)
+        if len(text) > _MAX_STRUCTURE_BYTES:
+            raise DataError(
+                f"batch {self.next} has {len(text):,} bytes of strings, numbers and keys, which go to the controller, "
+                f"but at most {_MAX_STRUCTURE_BYTES:,} are possible: make tensors of them in collate_fn"
+            )
         self._executors.put(puts)
         self.next += 1
-        return pb.TakeBatchResponse(
-            batch=pb.Batch(structure=json.dumps(structure), tensors=specs, state=json.dumps(position.state))
-        )
+        return pb.TakeBatchResponse(batch=pb.Batch(structure=text, tensors=specs, state=json.dumps(position.state)))
 
     def _spec(self, tensor: torch.Tensor, key: str) -> pb.TensorSpec:
         shape = tuple(tensor.shape)
@@ -132,6 +186,7 @@ class DataProcess(pb_grpc.DataProcessServicer):
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._batches: Batches | None = None
         self._pass: _Pass | None = None
+        self._worker_deaths = _WorkerDeaths()
 
     # ---- gRPC's loop
 
@@ -163,7 +218,6 @@ class DataProcess(pb_grpc.DataProcessServicer):
                 self._make_wanted()
                 self._inbox.get()()
             except Exception as error:
-                # PyTorch's loader raises on this thread, wherever it is, when a worker dies.
                 logger.info("a pass fails: %s", error)
                 self._fail(error)
 
@@ -218,7 +272,7 @@ class DataProcess(pb_grpc.DataProcessServicer):
         try:
             if self._batches is None:
                 raise ConfigError("there is no dataset yet")
-            self._pass = _Pass(request, self._batches, self._token, self._identity)
+            self._pass = _Pass(request, self._batches, self._token, self._identity, self._worker_deaths)
             _set(answer, pb.BeginPassResponse())
         except TorchwaysError as error:
             _set(answer, pb.BeginPassResponse(failure=self._failure(error)))
@@ -236,10 +290,6 @@ class DataProcess(pb_grpc.DataProcessServicer):
             _set(answer, pb.TakeBatchResponse(failure=self._failure(error)))
         else:
             current.wanted[request.number] = (request, answer)
-
-
-#: Of a traceback, the end: errors cross processes in one message.
-_MAX_TEXT = 1 << 16
 
 
 def _set(answer: Any, value: Any) -> None:

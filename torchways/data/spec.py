@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 from torchways.errors import ConfigError
 
 #: Tensors of a batch, at most: a batch's buffer ids are reserved before anybody knows it.
-MAX_TENSORS = 1024
+MAX_TENSORS = 256
 
 #: Placements of a tensor: one for each axis of the slice, or a partition spec (`mesh.normalize_placements`).
 Rule: TypeAlias = tuple[Any, ...]
