@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 import torchways as tw
 from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
 
-KINDS = ("torchways", "sent")
+KINDS = ("torchways", "sent", "put")
 ROWS = 64
 #: Of Linux's struct tcp_info: bytes that the other end has acknowledged, and bytes received.
 _TCP_INFO_BYTES, _TCP_INFO_OFFSET = 192, 120
@@ -55,6 +55,7 @@ class Pipeline:
         self.batches: dict[str, Callable[[], Iterator[Any]]] = {
             "torchways": lambda: iter(self._ours),
             "sent": lambda: iter(self._theirs),
+            "put": lambda: (tw.distribute_tensor(batch, mesh, ["S(0)"]) for batch in self._theirs),
         }
 
     def run(self, kind: str) -> tuple[float, float]:
@@ -114,7 +115,9 @@ def _row(size: int, devices: int, num_batches: int, num_workers: int, repeats: i
         "devices": devices,
         "ours_gb_per_s": median(speeds["torchways"]) / 1e9,
         "sent_gb_per_s": median(speeds["sent"]) / 1e9,
+        "put_gb_per_s": median(speeds["put"]) / 1e9,
         "ours_over_sent": paired_ratio(speeds["torchways"], speeds["sent"]),
+        "ours_over_put": paired_ratio(speeds["torchways"], speeds["put"]),
         "spread_of_ours": (max(speeds["torchways"]) - min(speeds["torchways"])) / median(speeds["torchways"]),
         "our_bytes_a_step": round(median([count for _, count in found["torchways"][1:]])),
         "sent_bytes_a_step": round(median([count for _, count in found["sent"][1:]])),
@@ -126,7 +129,9 @@ def draw(rows: list[dict[str, Any]]) -> Axes:
     axes = panel("MB a batch", "GB/s of batches")
     for devices in sorted({row["devices"] for row in rows}):
         mine = [row for row in rows if row["devices"] == devices]
-        for key, label in (("ours_gb_per_s", "tw.data_loader"), ("sent_gb_per_s", "sent with the run")):
+        labels = {"ours": "tw.data_loader", "sent": "sent with the run", "put": "tw.distribute_tensor"}
+        for kind, label in labels.items():
+            key = f"{kind}_gb_per_s"
             axes.plot([r["batch_mb"] for r in mine], [r[key] for r in mine], "o-", label=f"{label}, {devices} devices")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)

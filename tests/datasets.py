@@ -57,6 +57,10 @@ class Failing(Rows):
                 raise StopIteration
             if self.how == "strange":
                 return {"x": object()}
+            if self.how == "talk":
+                return "x" * 2_000_000
+            if self.how == "many":
+                return [torch.ones(1)] * 300
             raise ValueError(f"row {index} is broken")
         return super().__getitem__(index)
 
@@ -117,10 +121,10 @@ class _Counter:
 
 
 class BadState(Counting):
-    """Has a state that nobody can write down."""
+    """Has a state that nobody can write down, or one that is too large."""
 
     def state_dict(self):
-        return {"lock": object()}
+        return {"large": bytes(100_000)} if self.keeps_state else {"lock": object()}
 
     def load_state_dict(self, state):
         pass

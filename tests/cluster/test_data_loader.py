@@ -237,6 +237,10 @@ def test_positions_in_iterable_datasets(meshes, num_workers, keeps_state):
             again.load_state_dict(states[taken - 1])
             end = 6 if taken < 6 else 12
             assert [values(b).tolist() for b in again] == [b.tolist() for b in expected[taken:end]]
+    with loader("Counting", meshes[0], 12, keeps_state, batch_size=2, num_workers=num_workers + 1) as other:
+        other.load_state_dict(states[1])
+        with pytest.raises(DataError, match="a pass cannot begin: "):
+            iter(other)
 
 
 def test_a_state_that_cannot_be_written_down_fails_where_it_is_asked_for(meshes):
@@ -244,6 +248,10 @@ def test_a_state_that_cannot_be_written_down_fails_where_it_is_asked_for(meshes)
         assert [values(batch).tolist() for batch in batches] == [[0, 1], [2, 3], [4, 5], [6, 7]]
         next(iter(batches))
         with pytest.raises(DataError, match=r"the position in dataset .* is not known: DataError: .* has a object at"):
+            batches.state_dict()
+    with loader("BadState", meshes[0], 8, True, batch_size=2) as batches:
+        next(iter(batches))
+        with pytest.raises(DataError, match=r"its state has \d+,\d+ bytes of JSON, but at most 65,536 are possible"):
             batches.state_dict()
 
 
@@ -299,6 +307,15 @@ def test_a_row_that_cannot_be_read_is_reported_with_its_traceback_and_number(mes
         pytest.raises(DataError, match=r"the batch has a object at \['x'\]: a batch consists of tensors"),
     ):
         next(iter(batches))
+    for how, match in [
+        ("talk", r"batch 0 has 2,\d+,\d+ bytes of strings, numbers and keys, .* but at most 1,048,576 are possible"),
+        ("many", "batch 0 has 300 tensors, but at most 256 are possible"),
+    ]:
+        with (
+            loader("Failing", meshes[0], 8, 0, how, batch_size=None) as batches,
+            pytest.raises(DataError, match=match),
+        ):
+            next(iter(batches))
 
 
 def test_a_worker_that_is_killed_is_reported_and_none_is_left(meshes):
@@ -438,10 +455,9 @@ def test_eager_mode_yields_the_same_batches_as_tensors(meshes, monkeypatch):
         second = [next(iterator) for _ in range(2)][1]
         eager.load_state_dict({**eager.state_dict(), "batch": 1})
         same(next(iter(eager)), second)
-    with (
-        loader("Failing", slices[0], 8, 5, "raise", batch_size=4) as eager,
-        pytest.raises(
-            DataError, match="batch 1 of epoch 0 cannot be read: ValueError: row 5 is broken while reading item 5"
-        ),
-    ):
-        list(eager)
+    with loader("Failing", slices[0], 8, 5, "raise", batch_size=4) as eager:
+        iterator = iter(eager)
+        next(iterator)
+        for _ in range(2):  # it stays so
+            with pytest.raises(DataError, match="batch 1 of epoch 0 cannot be read: ValueError: row 5 is broken while"):
+                next(iterator)

@@ -489,12 +489,11 @@ class ClusterState:
             raise ResourceExhausted(
                 f"slice {slice_id} has {_MAX_DATA_PROCESSES} data processes, the most that one may have: close loaders"
             )
-        if len(mine) >= _MAX_DATA_PROCESSES:
-            del self.data_processes[ended[0].process_id]
+        forgotten = self.end_data_process(ended[0].process_id) if len(mine) >= _MAX_DATA_PROCESSES else []
         process_id, self._next_data_process = self._next_data_process, self._next_data_process + 1
         new = DataProcess(process_id, client_id, slice_id, island.node_id, island.host)
         self.data_processes[process_id] = new
-        return new, [StartData(node_id=new.node_id, name=new.name, client_id=client_id)]
+        return new, [*forgotten, StartData(node_id=new.node_id, name=new.name, client_id=client_id)]
 
     def end_data_process(self, process_id: int) -> list[Command]:
         """Ends a data process and forgets it."""

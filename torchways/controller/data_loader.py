@@ -261,23 +261,32 @@ class EagerSource:
         self._batches = [Batches(spec) for spec in specs]
         self._is_list = is_list
         self._items: list[Iterator[tuple[Any, Position]]] = []
+        #: Of the pass under way: it stays, as that of a data process does.
+        self._failure: TorchwaysError | None = None
         self.num_batches = self._batches[0].num_batches
 
     def begin(self, position: Position) -> None:
         """See `Source`."""
         self.close()
+        self._failure = None
         self._items = [batches.begin(position) for batches in self._batches]
 
     def take(self) -> tuple[Any, Position] | None:
         """See `Source`."""
-        found = [next(items, None) for items in self._items]
-        if found[0] is None:
-            return None
+        if self._failure is not None:
+            raise self._failure
         batches = []
-        for item in found:
-            assert item is not None
-            structure, tensors, _ = flatten(item[0])
-            batches.append(unflatten(structure, tensors))
+        try:
+            found = [next(items, None) for items in self._items]
+            if found[0] is None:
+                return None
+            for item in found:
+                assert item is not None
+                structure, tensors, _ = flatten(item[0])
+                batches.append(unflatten(structure, tensors))
+        except TorchwaysError as error:
+            self._failure = error
+            raise
         return batches if self._is_list else batches[0], found[0][1]
 
     def close(self) -> None:
@@ -299,6 +308,7 @@ class _OnSlice:
     nbytes: int
 
     def arrays(self) -> Any:
+        """Returns the batch, with new arrays for its tensors."""
         return unflatten(self.structure, [Array(buffer, shape, dtype) for buffer, shape, dtype in self.buffers])
 
 

@@ -332,6 +332,7 @@ def main() -> None:
     die_with_parent(arguments.parent_pid)
     os.setpgid(0, 0)  # the node agent ends the group: this process and its workers
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.dup2(2, 1)  # what datasets print goes where errors go
     torch.set_num_threads(1)
     identity = OneIdentity(Caller(Role.CLIENT, ClientId(arguments.client_id)), os.environ.pop(CLIENT_SECRET_VARIABLE))
     token = channel.cluster_token()

@@ -73,7 +73,11 @@ def test_none_starts_where_the_node_agent_forbids_it_nor_without_end():
     with pytest.raises(ResourceExhausted, match="slice 1 has 64 data processes, the most"):
         cluster.start_data_process(1, item.slice_id)
     cluster.handle(core.ProcessExited(name=processes[3].name, reason="exit code 1"))
-    start(cluster, item)  # in the place of one that has ended
+    new, commands = cluster.start_data_process(1, item.slice_id)  # in the place of one that has ended
+    assert commands == [
+        core.SettleDataProcess(process_id=processes[3].process_id),
+        core.StartData(node_id=0, name=new.name, client_id=1),
+    ]
     assert len(cluster.data_processes) == 64
     cluster.islands[0].has_data_processes = False
     with pytest.raises(ConfigError, match=r"island 0 runs no input pipelines of clients.*--data-path"):
