@@ -17,6 +17,7 @@ from typing import Any
 import torchways as tw
 from torchways import errors
 from torchways.config import ClusterConfig
+from torchways.controller.data_loader import ArrayLoader
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.program import ProgramFunction
 from torchways.controller.report import LoopReport, ProgramReport, StageReport
@@ -51,6 +52,7 @@ GROUPS = {
         "redistribute",
     ],
     "Arrays": ["Array", "get"],
+    "Data": ["data_loader"],
     "Inspection": ["parity", "profile", "cluster_info", "executor_status"],
 }
 
@@ -62,6 +64,7 @@ RETURNED = {
     StageReport: "An item of `LoopReport.stages`.",
     BalancedStages: "The result of `tw.balanced_stages`.",
     StageEstimate: "An item of `BalancedStages.stages`.",
+    ArrayLoader: "The result of `tw.data_loader`.",
     ParityReport: "The value of `with tw.parity() as report`.",
     ClusterInfo: "The result of `tw.cluster_info`.",
     IslandInfo: "An item of `ClusterInfo.islands`.",
@@ -71,7 +74,15 @@ RETURNED = {
 
 #: Annotations that would tell a reader nothing.
 _NOT_SHOWN = ("Any", "None", "_Scope", "Iterator[None]")
-_SECTIONS = ("Args:", "Returns:", "Raises:", "Raises (when called):", "Raises (a call inside):", "Attributes:")
+_SECTIONS = (
+    "Args:",
+    "Returns:",
+    "Raises:",
+    "Raises (when called):",
+    "Raises (a call inside):",
+    "Raises (also from iterating):",
+    "Attributes:",
+)
 
 
 def page() -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ from torchways.config import ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
+from torchways.controller.data_loader import ArrayLoader, make_loader
 from torchways.controller.function import make_function, make_parallel, make_pipeline, make_replicated
 from torchways.controller.generation import run_generate
 from torchways.controller.generation_options import merged, num_new_tokens, repeated, token_choice
@@ -36,6 +38,7 @@ from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session
 from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
+from torchways.data.spec import LoaderSpec
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId
 from torchways.launch.embedded import start_cluster
@@ -123,6 +126,7 @@ def init(
         platform=platform,
         memory_budget=memory_budget,
         log_level=log_level,
+        data_path=_import_path(),
         **given,
     )
     if is_eager():
@@ -154,6 +158,11 @@ def init(
     _session = session
     atexit.register(session.close)
     return _Scope()
+
+
+def _import_path() -> tuple[str, ...]:
+    """Returns the folders that this process imports from, for the data processes of a cluster of its own."""
+    return tuple(os.path.abspath(entry) for entry in sys.path)  # "" is the current folder
 
 
 async def _make_manager(address: str, token: str) -> ManagerClient:
@@ -680,6 +689,70 @@ def parallelize_module(
         placements_of(module, mesh, plan_of(module, mesh, plan))
         return module
     return make_parallel(module, mesh, plan, _current)
+
+
+def data_loader(
+    make_dataset: str,
+    mesh: VirtualSlice | Sequence[VirtualSlice],
+    *,
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    batch_size: int | None = 1,
+    shuffle: bool = False,
+    seed: int = 0,
+    drop_last: bool = False,
+    num_workers: int = 0,
+    prefetch_factor: int = 2,
+    timeout: float = 0,
+    collate_fn: str | None = None,
+    placements: Sequence[Any] | Mapping[str | int, Sequence[Any]] | None = None,
+    prefetch: int = 2,
+) -> ArrayLoader:
+    """Reads batches with PyTorch's DataLoader on the hosts of a slice. They do not pass the controller.
+
+    Returns once the dataset is made, in a process beside the slice's executors. Each batch is a tree like that of
+    PyTorch's DataLoader, with arrays on the slice in place of tensors. Pass it to a program.
+
+    Args:
+        make_dataset: import path of the dataset's class, or of a function that makes it: ``"my_data.text:Lines"``. It
+            is imported where the executors run. A dataset has `__getitem__` and `__len__`, or is an `IterableDataset`.
+        mesh: the slice. If it is a list of slices, each reads an equal part of the rows of every batch on its own host,
+            and an item is a list with one batch per slice.
+        args, kwargs: arguments of `make_dataset`: numbers, strings, None, and lists and dicts of these.
+        batch_size: rows of a batch, of all slices together. If None, each item of the dataset is a batch.
+        shuffle: whether each epoch has a random order, that of a `DistributedSampler` with `seed`.
+        seed: of the order, and of random numbers that `__getitem__` and `collate_fn` draw from the generators of
+            PyTorch, NumPy and Python. These depend on seed, epoch and batch alone, not on the number of workers. (An
+            IterableDataset's workers are seeded once an epoch.)
+        drop_last: whether to leave out a last batch that is smaller.
+        num_workers, prefetch_factor, timeout: as of PyTorch's DataLoader, on each slice's host.
+        collate_fn: import path of a function that makes a batch of a list of items; None: PyTorch's own.
+        placements: how tensors are split over the slice: one placement per axis, a partition spec, or a dict of these
+            by key (or index) in the batch, in which "" stands for all others. If None, and for tensors that a dict does
+            not name, dimension 0 is split over the axis "dp", if there is one.
+        prefetch: batches that are on the slice before you take them.
+
+    Raises (also from iterating):
+        ConfigError: an option is invalid or does not fit the dataset, or the cluster runs no code of clients.
+        DataError: the dataset cannot be imported or made, or an item cannot be read; with the traceback.
+        DataProcessLost: the process of the dataset ended.
+        PlacementError: a tensor cannot be split as it should.
+    """
+    spec = LoaderSpec(
+        dataset=make_dataset,
+        args=tuple(args),
+        kwargs=kwargs or {},
+        batch_size=batch_size,
+        shuffle=shuffle,
+        seed=seed,
+        drop_last=drop_last,
+        num_workers=num_workers,
+        prefetch_factor=prefetch_factor,
+        timeout=timeout,
+        collate_fn=collate_fn,
+        rules={},
+    )
+    return make_loader(spec, mesh, placements, prefetch, None if is_eager() else _current)
 
 
 def distribute_tensor(tensor: torch.Tensor, mesh: VirtualSlice, placements: Sequence[Any] | None = None) -> Any:

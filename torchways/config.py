@@ -44,6 +44,10 @@ class ClusterConfig:
     executor_idle: timedelta = timedelta(seconds=60)
     """How long an executor stays alive after the last slice of its devices is closed. A new slice of the same devices
     is ready at once until then."""
+    data_path: tuple[str, ...] | None = None
+    """Folders from which input pipelines (`tw.data_loader`) import datasets, besides the environment. If None, no
+    client may run one: that is running code as the cluster's user. `tw.init()` and `twrun` give their
+    own import path."""
     start_timeout: timedelta = timedelta(seconds=120)
     """Longest wait for the cluster, or for the executors of a slice, to be ready. Importing torch-xla takes seconds, or
     tens of seconds on a loaded machine."""

@@ -67,6 +67,10 @@ class RemoteError(TorchwaysError):
         self.run_id = run_id
 
 
+class DataError(RemoteError):
+    """An input pipeline failed: its dataset cannot be made, or an item of it cannot be read; see `tw.data_loader`."""
+
+
 class ParityError(TorchwaysError):
     """Parity mode found a node of a program whose values differ from eager PyTorch; see `tw.parity`.
 
@@ -116,6 +120,10 @@ class ClusterLost(InfraError):
     """The resource manager, a scheduler or the node agent ended or cannot be reached."""
 
 
+class DataProcessLost(InfraError):
+    """The process of an input pipeline ended or cannot be reached. Make the loader anew and load its position."""
+
+
 class DeadlineExceeded(InfraError, TimeoutError):
     """A wait took longer than its deadline."""
 
@@ -162,10 +170,10 @@ class Failure:
             message += f"\n  at {self.source}"
         if self.process:
             message += f"\n  reported by {self.process}"
-        if cls is RemoteError:
+        if issubclass(cls, RemoteError):
             if self.traceback:
                 message += f"\n  remote traceback:\n{self.traceback}"
-            return RemoteError(
+            return cls(
                 message,
                 function=self.function,
                 source=self.source,

@@ -84,6 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             memory_budget=parsed.memory_budget,
             log_level=parsed.log_level,
             log_dir=parsed.log_dir,
+            data_path=_import_path(parsed),
         )
         code = _run(config, parsed)
     except TorchwaysError as error:
@@ -106,6 +107,12 @@ def _missing(parsed: argparse.Namespace) -> str | None:
     if not os.path.isfile(parsed.script):
         return f"there is no script {parsed.script!r} (in {os.getcwd()})"
     return None
+
+
+def _import_path(parsed: argparse.Namespace) -> tuple[str, ...]:
+    """Returns the folders that the script imports from, for the cluster's data processes."""
+    first = os.getcwd() if parsed.module or parsed.no_python else os.path.dirname(os.path.abspath(parsed.script))
+    return (first, *(os.path.abspath(entry) for entry in sys.path[1:]))
 
 
 def _command(parsed: argparse.Namespace) -> list[str]:

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
         ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
         ("conditions", ["--layers", "1"], "rows"),
         ("transfer", ["--sizes", "4096"], "latency"),
+        ("input_pipeline", ["--sizes", "65536", "--devices", "1", "--batches", "6", "--workers", "1"], "rows"),
     ],
 )
 def test_benchmark_runs(tmp_path, name, options, checked):

@@ -21,6 +21,7 @@ GROUPS = {
         "docs/pipelines.md",
         "docs/replicas.md",
         "docs/operations.md",
+        "docs/data.md",
         "docs/faq.md",
     ],
     "generation": ["docs/generation.md"],

@@ -46,6 +46,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._nodes: dict[int, asyncio.Queue[pb.NodeCommand | None]] = {}
         self._agents: dict[int, pb.NodeJoined] = {}
         self._settled: dict[SliceId, asyncio.Event] = defaultdict(asyncio.Event)
+        self._data_settled: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: set[asyncio.Task[None]] = set()
 
     def handle(self, event: core.Event) -> None:
@@ -60,6 +61,9 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                     self._order(command.node_id, pb.NodeCommand(start_scheduler=start))
                 case core.StartExecutor():
                     self._order(command.node_id, pb.NodeCommand(start_executor=_start_executor(command)))
+                case core.StartData():
+                    start_data = pb.StartData(name=command.name, client_id=command.client_id)
+                    self._order(command.node_id, pb.NodeCommand(start_data=start_data))
                 case core.EndProcess():
                     self._order(command.node_id, pb.NodeCommand(end_process=pb.EndProcess(name=command.name)))
                 case core.ConnectSlice():
@@ -74,6 +78,10 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                     self._settled[command.slice_id].set()
                     if command.slice_id not in self.core.slices:
                         del self._settled[command.slice_id]  # released; who waits holds the event
+                case core.SettleDataProcess():
+                    self._data_settled[command.process_id].set()
+                    if command.process_id not in self.core.data_processes:
+                        del self._data_settled[command.process_id]  # ended; who waits holds the event
                 case core.TellLost():
                     lost = pb.ExecutorLost(
                         executor_id=command.executor_id, slice_id=command.slice_id, reason=command.reason
@@ -234,6 +242,51 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self.handle(core.SliceReleased(slice_id=slice_id, scheduler_knows=request.scheduler_knows))
         return pb.ReleaseSliceResponse()
 
+    # ---- data processes
+
+    async def StartDataProcess(
+        self, request: pb.StartDataProcessRequest, context: grpc.aio.ServicerContext
+    ) -> pb.StartDataProcessResponse:
+        """Has a process started for an input pipeline of a slice."""
+        slice_id = SliceId(request.slice_id)
+        try:
+            self._check_owner(context, slice_id)
+            client_id = channel.caller(context, self._key).client_id
+            process, commands = self.core.start_data_process(client_id, slice_id)
+        except TorchwaysError as error:
+            return pb.StartDataProcessResponse(failure=convert.failure_to_proto(failure_from(error)))
+        self._carry_out(commands)
+        return pb.StartDataProcessResponse(process_id=process.process_id)
+
+    def _own_data_process(self, context: grpc.aio.ServicerContext, process_id: int) -> core.DataProcess | None:
+        """Returns a data process of the caller's; None: there is none of this number, for all that it may know."""
+        process = self.core.data_processes.get(process_id)
+        mine = channel.caller(context, self._key).client_id
+        return process if process is not None and process.client_id == mine else None
+
+    async def WaitDataProcess(
+        self, request: pb.WaitDataProcessRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DataProcessInfo:
+        """Waits until a data process is ready or has ended; the caller's deadline bounds the wait."""
+        process = self._own_data_process(context, request.process_id)
+        if process is not None and not process.is_settled:
+            await self._data_settled[process.process_id].wait()
+            process = self._own_data_process(context, request.process_id)
+        if process is None:
+            reason = f"data process {request.process_id} has ended with its slice or its loader"
+            failure = Failure(kind="DataProcessLost", message=reason)
+            return pb.DataProcessInfo(failure=convert.failure_to_proto(failure))
+        failed = convert.failure_to_proto(process.failure) if process.failure is not None else None
+        return pb.DataProcessInfo(address=process.address, pid=process.pid, failure=failed)
+
+    async def EndDataProcess(
+        self, request: pb.EndDataProcessRequest, context: grpc.aio.ServicerContext
+    ) -> pb.EndDataProcessResponse:
+        """Ends a data process."""
+        if self._own_data_process(context, request.process_id) is not None:
+            self._carry_out(self.core.end_data_process(request.process_id))
+        return pb.EndDataProcessResponse()
+
     async def DescribeCluster(
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClusterInfo:
@@ -255,6 +308,9 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         for item in self.core.device_sets.values():
             for executor_id, executor in item.executors.items():
                 info.processes.add(name=core.process_name(executor_id), pid=executor.pid, host=executor.host)
+        for process in self.core.data_processes.values():
+            if process.address and process.failure is None:
+                info.processes.add(name=process.name, pid=process.pid, host=process.host)
         return info
 
     # ---- nodes
@@ -279,6 +335,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 platform=joined.platform,
                 devices_per_island=tuple(joined.devices_per_island),
                 hosts_per_island=max(1, joined.hosts_per_island),
+                has_data_processes=joined.has_data_processes,
             )
         )
         island_ids = range(first_island, first_island + len(joined.devices_per_island))
@@ -308,6 +365,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     def _process_ready(self, ready: pb.ProcessReady) -> None:
         if ready.HasField("executor"):
             self.handle(core.ExecutorReady(executor_id=ready.executor.executor_id, info=ready.executor))
+        elif ready.HasField("data"):
+            self.handle(core.DataProcessReady(name=ready.name, address=ready.data.address, pid=ready.pid))
         else:
             named = [i for i in self.core.islands.values() if f"scheduler i{i.island_id}" == ready.name]
             if not named:

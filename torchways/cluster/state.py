@@ -18,6 +18,7 @@ from typing import Any, TypeAlias, assert_never
 
 from torchways.errors import (
     ClusterLost,
+    ConfigError,
     Failure,
     InternalError,
     PlacementError,
@@ -37,6 +38,7 @@ class NodeJoined:
     platform: str
     devices_per_island: tuple[int, ...]
     hosts_per_island: int = 1
+    has_data_processes: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +63,15 @@ class ExecutorReady:
 
     executor_id: str
     info: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DataProcessReady:
+    """A data process serves."""
+
+    name: str
+    address: str
+    pid: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +118,7 @@ Event: TypeAlias = (
     | NodeLost
     | SchedulerReady
     | ExecutorReady
+    | DataProcessReady
     | SliceConnected
     | ProcessExited
     | SliceReleased
@@ -133,6 +145,15 @@ class StartExecutor:
     device_set: DeviceSet
     executor_id: str
     device_indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartData:
+    """Have a node start a data process, with a client's identity."""
+
+    node_id: int
+    name: str
+    client_id: ClientId
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +205,13 @@ class SettleSlice:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SettleDataProcess:
+    """A data process is ready, or has ended: answer who waits for it."""
+
+    process_id: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TellLost:
     """Tell a client that an executor is gone."""
 
@@ -203,12 +231,14 @@ class TellClosing:
 Command: TypeAlias = (
     StartScheduler
     | StartExecutor
+    | StartData
     | EndProcess
     | ConnectSlice
     | DisconnectSlice
     | DisconnectExecutor
     | WaitIdle
     | SettleSlice
+    | SettleDataProcess
     | TellLost
     | TellClosing
 )
@@ -225,6 +255,7 @@ class Island:
     #: Slices on each device.
     load: list[int]
     num_hosts: int = 1
+    has_data_processes: bool = False
     scheduler_address: str = ""
     scheduler_pid: int = 0
     #: Device sets that were started here so far.
@@ -318,6 +349,38 @@ class Slice:
         return tuple(self.device_set.devices_of)
 
 
+@dataclass(slots=True)
+class DataProcess:
+    """A process of an input pipeline, for as long as its slice lives.
+
+    Attributes:
+        failure: how it ended; such a one is kept, to be asked for.
+    """
+
+    process_id: int
+    client_id: ClientId
+    slice_id: SliceId
+    node_id: int
+    host: str
+    address: str = ""
+    pid: int = 0
+    failure: Failure | None = None
+
+    @property
+    def name(self) -> str:
+        """What its process is called."""
+        return f"data process {self.process_id}"
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether it is ready, or has ended."""
+        return bool(self.address) or self.failure is not None
+
+
+#: Data processes of a slice, those that have ended among them.
+_MAX_DATA_PROCESSES = 64
+
+
 def process_name(executor_id: str) -> str:
     """Returns what an executor's process is called."""
     return f"executor {executor_id}"
@@ -334,7 +397,9 @@ class ClusterState:
     clients: dict[ClientId, str] = field(default_factory=dict)
     #: Why the cluster cannot go on; empty while it can. Then nothing can be reserved.
     closing: str = ""
+    data_processes: dict[int, DataProcess] = field(default_factory=dict)
     _next_slice: int = 1
+    _next_data_process: int = 1
     _next_client: int = 1
 
     def attach(self, name: str) -> ClientId:
@@ -397,6 +462,56 @@ class ClusterState:
         new = self.slices[slice_id] = Slice(slice_id, client_id, used, shape, axis_names)
         used.slices.add(slice_id)
         return new, [*commands, *self._connect(used)]
+
+    def start_data_process(self, client_id: ClientId, slice_id: SliceId) -> tuple[DataProcess, list[Command]]:
+        """Starts a process for an input pipeline of a slice, which its owner has checked to be the client's.
+
+        Raises:
+            ClusterLost: the cluster is closing.
+            PlacementError: the slice is not reserved any more, or failed.
+            ConfigError: the slice's machine runs no code of clients.
+            ResourceExhausted: the slice has had too many.
+        """
+        if self.closing:
+            raise ClusterLost(f"the cluster is closing: {self.closing}")
+        item = self.slices.get(slice_id)
+        if item is None or item.state == "failed":
+            raise PlacementError(f"slice {slice_id} is closed or lost: make a new mesh")
+        island = self.islands[item.island_id]
+        if not island.has_data_processes:
+            raise ConfigError(
+                f"the machine of island {island.island_id} runs no input pipelines of clients, which could run any "
+                "code there: start its node agent with --data-path (docs/data.md), or read data in the controller"
+            )
+        mine = [process for process in self.data_processes.values() if process.slice_id == slice_id]
+        ended = [process for process in mine if process.failure is not None]
+        if len(mine) - len(ended) >= _MAX_DATA_PROCESSES:
+            raise ResourceExhausted(
+                f"slice {slice_id} has {_MAX_DATA_PROCESSES} data processes, the most that one may have: close loaders"
+            )
+        forgotten = self.end_data_process(ended[0].process_id) if len(mine) >= _MAX_DATA_PROCESSES else []
+        process_id, self._next_data_process = self._next_data_process, self._next_data_process + 1
+        new = DataProcess(process_id, client_id, slice_id, island.node_id, island.host)
+        self.data_processes[process_id] = new
+        return new, [*forgotten, StartData(node_id=new.node_id, name=new.name, client_id=client_id)]
+
+    def end_data_process(self, process_id: int) -> list[Command]:
+        """Ends a data process and forgets it."""
+        process = self.data_processes.pop(process_id, None)
+        if process is None:
+            return []
+        settle = SettleDataProcess(process_id=process_id)
+        if process.failure is not None:
+            return [settle]
+        return [settle, EndProcess(node_id=process.node_id, name=process.name)]
+
+    def _end_data_processes(self, slice_id: SliceId) -> list[Command]:
+        """Ends the data processes of a slice that is gone."""
+        commands: list[Command] = []
+        for process in list(self.data_processes.values()):
+            if process.slice_id == slice_id:
+                commands += self.end_data_process(process.process_id)
+        return commands
 
     def _choose(self, island: Island, size: int) -> tuple[int, ...] | None:
         """Returns the least used devices; of several, those that have executors. None: all are taken."""
@@ -479,6 +594,12 @@ class ClusterState:
                 return [command for item in self._sets_of(island) for command in self._connect(item)]
             case ExecutorReady():
                 return self._executor_ready(event)
+            case DataProcessReady():
+                process = self._data_process(event.name)
+                if process is None:
+                    return []  # given up meanwhile; it is being ended
+                process.address, process.pid = event.address, event.pid
+                return [SettleDataProcess(process_id=process.process_id)]
             case SliceConnected():
                 item = self.slices.get(event.slice_id)
                 if item is None or item.state == "failed":
@@ -509,7 +630,13 @@ class ClusterState:
         for num_devices in event.devices_per_island:
             island_id = IslandId(len(self.islands))
             self.islands[island_id] = Island(
-                island_id, event.node_id, event.platform, event.host, [0] * num_devices, event.hosts_per_island
+                island_id,
+                event.node_id,
+                event.platform,
+                event.host,
+                [0] * num_devices,
+                event.hosts_per_island,
+                event.has_data_processes,
             )
             name = f"scheduler i{island_id}"
             commands.append(StartScheduler(node_id=event.node_id, name=name, island_id=island_id))
@@ -527,7 +654,17 @@ class ClusterState:
     def _set_of(self, executor_id: str) -> DeviceSet | None:
         return next((item for item in self.device_sets.values() if executor_id in item.devices_of), None)
 
+    def _data_process(self, name: str) -> DataProcess | None:
+        return next((process for process in self.data_processes.values() if process.name == name), None)
+
     def _exited(self, event: ProcessExited) -> list[Command]:
+        process = self._data_process(event.name)
+        if process is not None:
+            message = f"{process.name} is lost: {event.reason}"
+            if event.log_tail:
+                message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
+            process.failure = Failure(kind="DataProcessLost", message=message)
+            return [SettleDataProcess(process_id=process.process_id)]
         if event.name.startswith("scheduler"):
             return self.close(f"{event.name} ended: {event.reason}")
         executor_id = event.name.removeprefix(process_name(""))
@@ -546,6 +683,7 @@ class ClusterState:
                 TellLost(client_id=item.client_id, executor_id=executor_id, slice_id=slice_id, reason=event.reason)
             )
             commands.append(SettleSlice(slice_id=slice_id))
+            commands += self._end_data_processes(slice_id)
         return [*commands, *self._end_set(lost, event.reason, without=executor_id)]
 
     def _release(self, slice_id: SliceId, reason: str, scheduler_knows: bool = False) -> list[Command]:
@@ -556,7 +694,7 @@ class ClusterState:
         for device in item.device_indices:
             island.load[device] -= 1
         used.slices.discard(slice_id)
-        commands: list[Command] = [SettleSlice(slice_id=slice_id)]
+        commands: list[Command] = [SettleSlice(slice_id=slice_id), *self._end_data_processes(slice_id)]
         if item.is_connecting and item.state != "failed" and not scheduler_knows:
             commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
         if not used.slices and used.name in self.device_sets:

@@ -141,6 +141,8 @@ class Session:
     _runs: dict[RunId, _Run] = field(default_factory=dict)
     #: The run whose end somebody waits for.
     _awaited: RunId | None = None
+    #: Ids before which somebody waits for all runs.
+    _awaited_before: list[int] = field(default_factory=list)
     #: Messages that the loop has not sent yet, in order, and whether it was told of them.
     _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
     _sending: bool = False
@@ -207,7 +209,7 @@ class Session:
         if self.broken is not None:
             raise self.broken
 
-    def _is_usable(self) -> bool:
+    def is_usable(self) -> bool:
         """Whether there is still something to give back to, and this process may."""
         return not self.closed and self.broken is None and os.getpid() == self.pid
 
@@ -251,6 +253,20 @@ class Session:
             raise PlacementError(f"mesh {mesh} is closed or belongs to another session; make one with init_device_mesh")
         return self._wait_slice(entry)
 
+    def slice_address_now(self, mesh: VirtualSlice) -> SliceAddress:
+        """Returns where a slice is that was waited for before; on the loop, which must not wait."""
+        entry = self._slices.get(mesh.slice_id)
+        if entry is None or entry.address is None:
+            raise PlacementError(f"mesh {mesh} is closed: make a new one with init_device_mesh")
+        return entry.address
+
+    def lost_executor_error(self, mesh: VirtualSlice) -> ExecutorLost | None:
+        """Returns the error of the first executor of a slice that is known to be lost."""
+        entry = self._slices.get(mesh.slice_id)
+        clients = entry.executors if entry is not None else ()
+        lost = [client.executor_id for client in clients if client.executor_id in self._lost_executors]
+        return self._executor_lost(lost[0]) if lost else None
+
     def _wait_slice(self, entry: _Slice) -> SliceAddress:
         result_of(entry.ready, self.start_timeout.total_seconds() + 5)
         assert entry.address is not None
@@ -283,7 +299,7 @@ class Session:
 
     def forget_slice(self, slice_id: SliceId) -> None:
         """Gives a slice back that nobody refers to any more. Called by the garbage collector: any thread, no wait."""
-        if self._is_usable():
+        if self.is_usable():
             self.loop.start(self._release_unused(slice_id))
 
     async def _release_unused(self, slice_id: SliceId) -> None:
@@ -299,7 +315,7 @@ class Session:
 
     def _release_slice(self, slice_id: SliceId) -> None:
         entry = self._slices.pop(slice_id, None)
-        if entry is not None and self._is_usable():
+        if entry is not None and self.is_usable():
             self.loop.run(self._give_back(slice_id, entry), _CALL, "the slice to be released")
 
     async def _give_back(self, slice_id: SliceId, entry: _Slice) -> None:
@@ -512,7 +528,7 @@ class Session:
 
     def release(self, slice_id: SliceId, buffer_id: BufferId) -> None:
         """Gives one buffer back, batched with others. Called by the garbage collector: any thread, no waiting."""
-        if not self._is_usable():
+        if not self.is_usable():
             return
         with self._lock:
             batch = self._releases[slice_id]
@@ -603,7 +619,7 @@ class Session:
         self._not_compiled.pop(program_id, None)
         self._first_runs.pop(program_id, None)
         self._waited_for.pop(program_id, None)
-        if not self._is_usable():
+        if not self.is_usable():
             return
         try:
             for island in islands:
@@ -685,6 +701,15 @@ class Session:
         self._awaited = None
         self.check()
 
+    def wait_for_runs_before(self, first_id: int) -> None:
+        """Waits until no run is in flight that was sent before an id was given out (`new_ids`)."""
+        self._awaited_before.append(first_id)
+        try:
+            self._wait(lambda: not any(run_id < first_id for run_id in tuple(self._runs)), "the data loader")
+        finally:
+            self._awaited_before.remove(first_id)
+        self.check()
+
     def wait_for_runs(self, timeout: timedelta) -> None:
         """Waits until no run is in flight."""
         self._wait(lambda: not self._runs, "the session", time.monotonic() + timeout.total_seconds())
@@ -734,7 +759,8 @@ class Session:
             if run.first is not None and failure is None:
                 logger.info("%s", run.first)
             # Who waits is not woken for every single run.
-            if not self._runs or run_id == self._awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
+            is_awaited = run_id == self._awaited or any(run_id < first_id for first_id in self._awaited_before)
+            if not self._runs or is_awaited or len(self._runs) == self.max_runs_in_flight * 3 // 4:
                 self._room.look_again()
         if failure is not None:
             logger.info("run %d of %s failed: %s", run_id, run.name, failure.message)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from torchways.errors import Failure
+from torchways.errors import Failure, UserError
+from torchways.executor.checks import check_spec
+from torchways.ids import BufferId, ClientId
 from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.identity import check_owner
 from torchways.runtime.base import BufferSpec, Runtime
 
 
@@ -17,6 +21,34 @@ def spec_of(message: pb.TensorSpec, mesh: Sequence[int]) -> BufferSpec:
     return BufferSpec(
         dtype=message.dtype, shape=tuple(message.shape), placements=tuple(message.placements), mesh=tuple(mesh)
     )
+
+
+def checked_put(first: pb.PutChunk, client_id: ClientId, num_devices: int) -> BufferSpec:
+    """Returns the spec of a value that a client puts, once it is checked.
+
+    Args:
+        first: says of which buffer and slice it is, and what it is like.
+        client_id: who puts it.
+        num_devices: of this executor's set, on all hosts.
+
+    Raises:
+        TorchwaysError: the buffer is another's, or such a value cannot be on these devices.
+    """
+    check_owner(client_id, ids=[BufferId(first.buffer_id)])
+    return checked_spec(first.value.spec, first.mesh_shape, num_devices)
+
+
+def checked_spec(message: pb.TensorSpec, mesh: Sequence[int], num_devices: int) -> BufferSpec:
+    """Returns the spec of a value on a mesh whose axes have these sizes, once it is checked.
+
+    Raises:
+        TorchwaysError: such a value cannot be on these devices.
+    """
+    spec = spec_of(message, mesh)
+    check_spec(spec, spec.mesh)
+    if math.prod(mesh) != num_devices:
+        raise UserError(f"a mesh {tuple(mesh)} is not one of {num_devices} devices")
+    return spec
 
 
 def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor | int, spec: BufferSpec) -> Any:

@@ -10,11 +10,10 @@ import asyncio
 import gc
 import json
 import logging
-import math
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
@@ -24,9 +23,9 @@ import torch
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
-from torchways.executor.checks import check_spec
 from torchways.executor.engine import Engine
-from torchways.executor.host_values import spec_of
+from torchways.executor.host_values import checked_put, checked_spec
+from torchways.executor.local_values import LocalValues
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -128,10 +127,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         value = first.value
         parts = [value.data]
         try:
-            check_owner(channel.caller(context, self.key).client_id, ids=[BufferId(first.buffer_id)])
-            spec = spec_of(value.spec, first.mesh_shape)
-            check_spec(spec, spec.mesh)
-            self._check_mesh(first.mesh_shape)
+            spec = checked_put(first, channel.caller(context, self.key).client_id, self.engine.num_devices)
             left = spec.nbytes - len(value.data)
             async for chunk in chunks:
                 left -= len(chunk.more)
@@ -212,9 +208,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             client_id = channel.caller(context, self.key).client_id
             check_owner(client_id, ids=[BufferId(buffer.buffer_id) for buffer in request.buffers])
             for buffer in request.buffers:
-                spec = spec_of(buffer.spec, request.mesh_shape)
-                check_spec(spec, spec.mesh)
-                self._check_mesh(request.mesh_shape)
+                spec = checked_spec(buffer.spec, request.mesh_shape, self.engine.num_devices)
                 for piece in buffer.pieces:
                     checkpoint_files.check_place(piece.file)
                 data = await asyncio.to_thread(checkpoint_files.read, spec, buffer.pieces)
@@ -229,10 +223,6 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             return failure_from(error, process=process)
         reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return Failure(kind="CheckpointError", message=str(reason), process=process)
-
-    def _check_mesh(self, shape: Sequence[int]) -> None:
-        if math.prod(shape) != self.engine.num_devices:
-            raise UserError(f"a mesh {tuple(shape)} is not one of {self.engine.num_devices} devices")
 
     def _put(self, buffer_id: BufferId, data: pb.HostValue | torch.Tensor, spec: BufferSpec, slice_id: SliceId) -> None:
         self.engine.post(
@@ -379,12 +369,14 @@ async def serve(arguments: argparse.Namespace) -> None:
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,
     )
+    local_values = LocalValues(token, key, arguments.set_size, executor.engine.post)
     pb_grpc.add_ExecutorServicer_to_server(executor, server)
     address = await channel.start_server(server, arguments.host)
     ready = {
         "executor_id": arguments.executor_id,
         "address": address,
         "data_address": executor.engine.data_plane.address,
+        "local_address": local_values.address,
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "num_devices": len(devices),

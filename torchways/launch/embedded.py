@@ -80,6 +80,7 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         *("--ready-fd", str(write_fd)),
         *("--owner-pid", str(os.getpid())),
         *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),
+        *(("--data-path", os.pathsep.join(config.data_path)) if config.data_path is not None else ()),
     ]
     # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
     try:

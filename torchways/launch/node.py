@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ import grpc
 import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
+from torchways.ids import ClientId
 from torchways.launch.child import Child, Process, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
 from torchways.launch.template import Template, can_fork
@@ -30,13 +32,24 @@ from torchways.observability.process import setup_process
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.rpc.identity import CLUSTER_KEY_VARIABLE, Caller, Role, metadata, new_cluster_key, take_cluster_key
+from torchways.rpc.identity import (
+    CLIENT_SECRET_VARIABLE,
+    CLUSTER_KEY_VARIABLE,
+    Caller,
+    Role,
+    metadata,
+    new_cluster_key,
+    take_cluster_key,
+)
 from torchways.runtime.device_simulator import SECRET_VARIABLE
 
 logger = logging.getLogger(__name__)
 
 _MANAGER = "resource manager"
 _READY_SECONDS = 120.0
+#: How long what data processes leave behind is looked at, and how often.
+_GROUP_SECONDS = 2.0
+_GROUP_ATTEMPTS = 40
 
 
 class NodeAgent:
@@ -51,6 +64,8 @@ class NodeAgent:
         self._outgoing: asyncio.Queue[pb.NodeEvent] = asyncio.Queue()
         #: The devices (island, number) that executors were started for.
         self._devices_of: dict[str, set[tuple[int, int]]] = {}
+        #: Pids of data processes, each of which leads a process group: its workers.
+        self._groups: set[int] = set()
         #: Names of children that are not there yet.
         self._starting: set[str] = set()
         self._over = asyncio.Event()
@@ -156,6 +171,7 @@ class NodeAgent:
             platform=self._arguments.platform,
             devices_per_island=[self._arguments.devices_per_island] * self._arguments.islands,
             hosts_per_island=self._arguments.hosts_per_island,
+            has_data_processes=self._arguments.data_path is not None,
         )
         self._outgoing.put_nowait(pb.NodeEvent(joined=joined))
         me = Caller(Role.NODE)
@@ -190,6 +206,8 @@ class NodeAgent:
                 self._start(self._start_scheduler(command.start_scheduler), command.start_scheduler.name)
             case "start_executor":
                 self._start(self._start_executor(command.start_executor), command.start_executor.name)
+            case "start_data":
+                self._start(self._start_data(command.start_data), command.start_data.name)
             case "end_process":
                 child = self._children.get(command.end_process.name)
                 self._starting.discard(command.end_process.name)
@@ -246,6 +264,17 @@ class NodeAgent:
         if ready is not None:
             self._report_ready(order.name, pb.ProcessReady(executor=pb.ExecutorInfo(**ready)))
 
+    async def _start_data(self, order: pb.StartData) -> None:
+        """Starts a data process: it runs code of a client's, and so has that client's identity and not our key."""
+        client = Caller(Role.CLIENT, ClientId(order.client_id))
+        environment = {**os.environ, CLIENT_SECRET_VARIABLE: self._key.secret_of(client)}
+        paths = [self._arguments.data_path, os.environ.get("PYTHONPATH", "")]
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
+        flags = ["--client-id", str(order.client_id), "--name", order.name]
+        ready = await self._spawn(order.name, "torchways.data", flags, environment, has_key=False)
+        if ready is not None:
+            self._report_ready(order.name, pb.ProcessReady(data=pb.DataReady(address=ready["address"])))
+
     async def _wait_for_devices(self, order: pb.StartExecutor) -> None:
         """Waits until no executor that was told to end has any of these devices: on TPU, a process owns its chips."""
         mine = {(order.island_id, device) for device in order.device_indices}
@@ -262,14 +291,26 @@ class NodeAgent:
             self._outgoing.put_nowait(pb.NodeEvent(ready=ready))
 
     async def _spawn(
-        self, name: str, module: str, flags: list[str], environment: dict[str, str], template: Template | None = None
+        self,
+        name: str,
+        module: str,
+        flags: list[str],
+        environment: dict[str, str],
+        template: Template | None = None,
+        *,
+        has_key: bool = True,
     ) -> dict[str, Any] | None:
-        """Starts a child and waits for its ready line; returns None if it ended, or was ended, before."""
+        """Starts a child and waits for its ready line; returns None if it ended, or was ended, before.
+
+        Args:
+            has_key: whether it gets the cluster's key.
+        """
         if self._over.is_set():
             return None
         flags = ["--host", self._arguments.host, *flags]
         environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
-        environment[CLUSTER_KEY_VARIABLE] = self._key.hex()
+        if has_key:
+            environment[CLUSTER_KEY_VARIABLE] = self._key.hex()
         launch = launch_alone = launch_command([sys.executable, "-m", module, *flags], environment)
         if template is not None:
             logger.info("waiting for the template to fork %s", name)
@@ -283,6 +324,8 @@ class NodeAgent:
 
         self._starting.add(name)
         child = self._children[name] = await Child.start(name, launch, self._arguments.log_dir)
+        if not has_key:
+            self._groups.add(child.pid)
         self._start(self._clean_up_after(child, environment["TMPDIR"]), f"cleaning up after {name}")
         self._start(self._watch(child), f"watching {name}")
         if self._over.is_set() or name not in self._starting:  # told to end meanwhile
@@ -313,12 +356,33 @@ class NodeAgent:
     async def _clean_up_after(self, child: Child, folder: str) -> None:
         await child.wait()
         shutil.rmtree(folder, ignore_errors=True)
+        if child.pid in self._groups:
+            self._groups.discard(child.pid)
+            await _end_group(child.pid)
 
     def _tail_of(self, child: Child) -> str:
         """Returns the child's last lines where they went to a file, so that they are seen as well."""
         if self._arguments.log_dir is None or not child.log_tail():
             return ""
         return f"; the last lines that it wrote:\n{child.log_tail().rstrip()}"
+
+
+async def _end_group(leader: int) -> None:
+    """Waits for what a data process left behind: its workers, which die with it, and what they have started.
+
+    They are our children since it ended (see `Template`). After a while they are killed.
+    """
+    for attempt in range(_GROUP_ATTEMPTS):
+        try:
+            while os.waitpid(-leader, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
+                pass
+        except ChildProcessError:
+            return
+        if attempt >= _GROUP_ATTEMPTS // 2:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+        await asyncio.sleep(_GROUP_SECONDS / _GROUP_ATTEMPTS)
+    logger.error("processes of group %d do not end, even by SIGKILL", leader)
 
 
 def main() -> None:
@@ -334,6 +398,11 @@ def main() -> None:
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--executor-idle", type=float, default=60.0)
+    parser.add_argument(
+        "--data-path",
+        help="folders, as in PYTHONPATH, from which clients' input pipelines (tw.data_loader) may import code, besides "
+        'installed packages; "" for these alone. Without it clients may run none: it is running code as this user',
+    )
     parser.add_argument("--log-dir")
     parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
     parser.add_argument("--owner-pid", type=int, help="end with this process, even while stdin is open")

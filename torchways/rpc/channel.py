@@ -16,7 +16,7 @@ import grpc
 import grpc.aio
 
 from torchways.errors import ClusterLost, ConfigError
-from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, ClusterKey, Role, may_call
+from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, Identifies, Role, may_call
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ def open_channel(address: str) -> grpc.aio.Channel:
     return grpc.aio.insecure_channel(address, options=_OPTIONS)
 
 
-def caller(context: grpc.aio.ServicerContext, key: ClusterKey) -> Caller:
+def caller(context: grpc.aio.ServicerContext, key: Identifies) -> Caller:
     """Returns who makes the call that a method of `make_server`'s server handles."""
     return _caller(context.invocation_metadata(), key)
 
 
-def _caller(metadata: Any, key: ClusterKey) -> Caller:
+def _caller(metadata: Any, key: Identifies) -> Caller:
     for name, value in metadata or ():
         if name == IDENTITY_KEY:
             found = key.identify(value if isinstance(value, str) else value.decode("ascii", "replace"))
@@ -77,7 +77,7 @@ def _caller(metadata: Any, key: ClusterKey) -> Caller:
 class _Gatekeeper(grpc.aio.ServerInterceptor):
     """Refuses every call that does not carry the cluster's token, or that its caller's role may not make."""
 
-    def __init__(self, token: str, key: ClusterKey) -> None:
+    def __init__(self, token: str, key: Identifies) -> None:
         self._token = token.encode()
         self._key = key
 
@@ -126,7 +126,7 @@ def _refusal_like(handler: grpc.RpcMethodHandler, code: grpc.StatusCode, reason:
     )
 
 
-def make_server(token: str, key: ClusterKey) -> grpc.aio.Server:
+def make_server(token: str, key: Identifies) -> grpc.aio.Server:
     """Returns an unstarted server that refuses callers without `token`, and calls that are not the caller's to make."""
     return grpc.aio.server(interceptors=[_Gatekeeper(token, key)], options=_SERVER_OPTIONS)
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import grpc
 import grpc.aio
@@ -19,6 +19,7 @@ import grpc.aio
 from torchways.errors import DeadlineExceeded, Failure
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
 from torchways.ir.part import LoopAction
+from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -46,6 +47,7 @@ class ExecutorAddress:
     pid: int
     lowered_ops: frozenset[str]
     budget_bytes: int = 0
+    local_address: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,6 +205,7 @@ class ManagerClient:
                 pid=executor.pid,
                 lowered_ops=frozenset(executor.lowered_ops),
                 budget_bytes=executor.budget_bytes,
+                local_address=executor.local_address,
             )
             for executor in info.executors
         )
@@ -217,6 +220,29 @@ class ManagerClient:
         """Gives a slice back; `scheduler_knows` from us (`close_message`), behind the slice's last run."""
         request = pb.ReleaseSliceRequest(slice_id=slice_id, scheduler_knows=scheduler_knows)
         await self._call(self._stub.ReleaseSlice, request)
+
+    async def start_data_process(self, slice_id: SliceId) -> int:
+        """Has a data process started beside a slice's executors; returns its number."""
+        response = await self._call(self._stub.StartDataProcess, pb.StartDataProcessRequest(slice_id=slice_id))
+        if response.WhichOneof("result") == "failure":
+            raise convert.failure_from_proto(response.failure).to_error()
+        return int(response.process_id)
+
+    async def wait_data_process(self, process_id: int, timeout: timedelta) -> str:
+        """Waits until a data process is ready; returns its address.
+
+        Raises:
+            DataProcessLost: it has ended.
+        """
+        request = pb.WaitDataProcessRequest(process_id=process_id)
+        info = await self._call(self._stub.WaitDataProcess, request, timeout.total_seconds())
+        if info.HasField("failure"):
+            raise convert.failure_from_proto(info.failure).to_error()
+        return str(info.address)
+
+    async def end_data_process(self, process_id: int) -> None:
+        """Ends a data process."""
+        await self._call(self._stub.EndDataProcess, pb.EndDataProcessRequest(process_id=process_id))
 
     async def describe(self) -> ClusterInfo:
         """Returns what the cluster consists of."""
@@ -427,6 +453,72 @@ class ExecutorClient:
         """Closes the channel."""
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
+
+
+class TakenBatch(NamedTuple):
+    """A batch that is on its slice.
+
+    Attributes:
+        structure: JSON of its containers and values (data/trees.py).
+        tensors: dtype, shape and placements of each tensor.
+        state: JSON of the loader's state behind it.
+    """
+
+    structure: str
+    tensors: tuple[tuple[str, tuple[int, ...], Placements], ...]
+    state: str
+
+
+class DataProcessClient:
+    """A data process. All calls raise `grpc.aio.AioRpcError` where it is gone, and the failures that it reports."""
+
+    def __init__(self, address: str, metadata: Metadata) -> None:
+        self._channel = channel.open_channel(address)
+        self._stub = pb_grpc.DataProcessStub(self._channel)
+        self._metadata = metadata
+
+    async def open(self, spec: str) -> int | None:
+        """Makes the dataset; returns the number of batches of a pass, if it is known."""
+        response = await self._stub.OpenDataset(pb.OpenDatasetRequest(spec=spec), metadata=self._metadata)
+        _raise_failure(response)
+        return int(response.num_batches) if response.HasField("num_batches") else None
+
+    async def begin(
+        self, pass_number: int, position: str, slice_id: SliceId, mesh: VirtualSlice, local_addresses: Sequence[str]
+    ) -> None:
+        """Starts a pass at a position, for a slice."""
+        request = pb.BeginPassRequest(
+            pass_number=pass_number,
+            position=position,
+            slice_id=slice_id,
+            mesh_shape=mesh.shape,
+            axis_names=mesh.mesh_dim_names,
+            local_addresses=local_addresses,
+        )
+        _raise_failure(await self._stub.BeginPass(request, metadata=self._metadata))
+
+    async def take(self, pass_number: int, number: int, first_buffer_id: int) -> TakenBatch | None:
+        """Waits until a batch is on the slice, as buffers from `first_buffer_id` on; None: there is no such batch."""
+        request = pb.TakeBatchRequest(pass_number=pass_number, number=number, first_buffer_id=first_buffer_id)
+        response = await self._stub.TakeBatch(request, metadata=self._metadata)
+        match response.WhichOneof("result"):
+            case "batch":
+                batch = response.batch
+                specs = [(spec.dtype, tuple(spec.shape), tuple(spec.placements)) for spec in batch.tensors]
+                return TakenBatch(batch.structure, tuple(specs), batch.state)
+            case "failure":
+                _raise_failure(response)
+        return None
+
+    async def close(self) -> None:
+        """Closes the channel."""
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._channel.close(None)
+
+
+def _raise_failure(response: Any) -> None:
+    if response.HasField("failure"):
+        raise convert.failure_from_proto(response.failure).to_error()
 
 
 def _failure(message: pb.ProgramReady | pb.RunFinished) -> Failure | None:

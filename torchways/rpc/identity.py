@@ -15,12 +15,15 @@ import hmac
 import os
 import secrets
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torchways.errors import AccessDenied, ConfigError
 from torchways.ids import BufferId, ClientId, ProgramId, RunId, SliceId, owner
 
 CLUSTER_KEY_VARIABLE = "TORCHWAYS_CLUSTER_KEY"
+#: Of a data process: the secret of its client.
+CLIENT_SECRET_VARIABLE = "TORCHWAYS_CLIENT_SECRET"
 
 #: Metadata of a call: the cluster's token, and "role:client id:secret".
 TOKEN_KEY = "torchways-token"
@@ -58,6 +61,9 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "ResourceManager/ReserveSlice": frozenset({Role.CLIENT}),
     "ResourceManager/WaitSlice": frozenset({Role.CLIENT}),
     "ResourceManager/ReleaseSlice": frozenset({Role.CLIENT}),
+    "ResourceManager/StartDataProcess": frozenset({Role.CLIENT}),
+    "ResourceManager/WaitDataProcess": frozenset({Role.CLIENT}),
+    "ResourceManager/EndDataProcess": frozenset({Role.CLIENT}),
     "ResourceManager/DescribeCluster": frozenset({Role.CLIENT, Role.NEWCOMER}),
     "ResourceManager/JoinNode": frozenset({Role.NODE}),
     "Scheduler/Connect": frozenset({Role.CLIENT}),
@@ -71,7 +77,33 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "Executor/LoadBuffers": frozenset({Role.CLIENT}),
     "Executor/GetStatus": frozenset({Role.CLIENT}),
     "Executor/CollectTrace": frozenset({Role.CLIENT}),
+    "DataProcess/OpenDataset": frozenset({Role.CLIENT}),
+    "DataProcess/BeginPass": frozenset({Role.CLIENT}),
+    "DataProcess/TakeBatch": frozenset({Role.CLIENT}),
 }
+
+
+class Identifies(Protocol):
+    """What tells who makes a call: the cluster's key, or, without it, one identity that is known."""
+
+    def identify(self, text: str) -> Caller | None:
+        """Returns the caller that a call's identity proves; None: it proves nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class OneIdentity:
+    """One client's identity, in a process that has been given no more; see `Identifies`."""
+
+    caller: Caller
+    secret: str = field(repr=False)
+
+    def __str__(self) -> str:
+        """As in the metadata of its calls."""
+        return f"{self.caller.role}:{self.caller.client_id}:{self.secret}"
+
+    def identify(self, text: str) -> Caller | None:
+        """See `Identifies`."""
+        return self.caller if hmac.compare_digest(text.encode(), str(self).encode()) else None
 
 
 def may_call(caller: Caller, method: str) -> bool:

@@ -7,6 +7,7 @@ Everything that crosses a process boundary in torchways, except tensor bytes bet
   controller --ResourceManager--> resource manager <--ResourceManager-- node agents
   controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a set of devices and host)
   controller --Executor.PutBuffer / FetchBuffer--> executors (bulk host data only)
+  controller --DataProcess--> data processes (one an input pipeline and slice), which fill executors' buffers
 
 Every call carries the cluster's token in the metadata key "torchways-token" and, but for a newcomer's, who makes it in
 "torchways-identity" (rpc/identity.py): what a message names is checked against that.
@@ -475,6 +476,7 @@ class ExecutorInfo(_message.Message):
     LOWERED_OPS_FIELD_NUMBER: _builtins.int
     PLATFORM_FIELD_NUMBER: _builtins.int
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
+    LOCAL_ADDRESS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     """"i0.e1": the first that island 0 started (and ".h2" for host 2)"""
     address: _builtins.str
@@ -488,6 +490,8 @@ class ExecutorInfo(_message.Message):
     """"cpu", "tpu" or "simulated" """
     budget_bytes: _builtins.int
     """of each device; 0: no limit"""
+    local_address: _builtins.str
+    """path of the socket at which it takes values from processes of its host"""
     @_builtins.property
     def lowered_ops(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """"aten::add.Tensor": operators that this runtime lowers to XLA"""
@@ -504,10 +508,11 @@ class ExecutorInfo(_message.Message):
         lowered_ops: _abc.Iterable[_builtins.str] | None = ...,
         platform: _builtins.str = ...,
         budget_bytes: _builtins.int = ...,
+        local_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget_bytes", b"budget_bytes", "data_address", b"data_address", "executor_id", b"executor_id", "host", b"host", "lowered_ops", b"lowered_ops", "num_devices", b"num_devices", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "budget_bytes", b"budget_bytes", "data_address", b"data_address", "executor_id", b"executor_id", "host", b"host", "local_address", b"local_address", "lowered_ops", b"lowered_ops", "num_devices", b"num_devices", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -550,6 +555,134 @@ class ReleaseSliceResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseSliceResponse: _TypeAlias = ReleaseSliceResponse  # noqa: Y015
+
+@_typing.final
+class StartDataProcessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartDataProcessRequest: _TypeAlias = StartDataProcessRequest  # noqa: Y015
+
+@_typing.final
+class StartDataProcessResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    process_id: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """ConfigError where the cluster runs no code of clients, ResourceExhausted, ..."""
+
+    def __init__(
+        self,
+        *,
+        process_id: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "process_id", b"process_id", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "process_id", b"process_id", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["process_id", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___StartDataProcessResponse: _TypeAlias = StartDataProcessResponse  # noqa: Y015
+
+@_typing.final
+class WaitDataProcessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    process_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        process_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process_id", b"process_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WaitDataProcessRequest: _TypeAlias = WaitDataProcessRequest  # noqa: Y015
+
+@_typing.final
+class DataProcessInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port of its service DataProcess"""
+    pid: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """set where it has ended"""
+
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "failure", b"failure", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataProcessInfo: _TypeAlias = DataProcessInfo  # noqa: Y015
+
+@_typing.final
+class EndDataProcessRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROCESS_ID_FIELD_NUMBER: _builtins.int
+    process_id: _builtins.int
+    def __init__(
+        self,
+        *,
+        process_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["process_id", b"process_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndDataProcessRequest: _TypeAlias = EndDataProcessRequest  # noqa: Y015
+
+@_typing.final
+class EndDataProcessResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndDataProcessResponse: _TypeAlias = EndDataProcessResponse  # noqa: Y015
 
 @_typing.final
 class DescribeClusterRequest(_message.Message):
@@ -731,12 +864,15 @@ class NodeJoined(_message.Message):
     PLATFORM_FIELD_NUMBER: _builtins.int
     DEVICES_PER_ISLAND_FIELD_NUMBER: _builtins.int
     HOSTS_PER_ISLAND_FIELD_NUMBER: _builtins.int
+    HAS_DATA_PROCESSES_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     pid: _builtins.int
     """the agent's"""
     platform: _builtins.str
     hosts_per_island: _builtins.int
     """processes that an island's devices are split over"""
+    has_data_processes: _builtins.bool
+    """clients may run input pipelines on this machine"""
     @_builtins.property
     def devices_per_island(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """one island an entry"""
@@ -749,10 +885,11 @@ class NodeJoined(_message.Message):
         platform: _builtins.str = ...,
         devices_per_island: _abc.Iterable[_builtins.int] | None = ...,
         hosts_per_island: _builtins.int = ...,
+        has_data_processes: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_per_island", b"devices_per_island", "host", b"host", "hosts_per_island", b"hosts_per_island", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["devices_per_island", b"devices_per_island", "has_data_processes", b"has_data_processes", "host", b"host", "hosts_per_island", b"hosts_per_island", "pid", b"pid", "platform", b"platform"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -766,6 +903,7 @@ class ProcessReady(_message.Message):
     PID_FIELD_NUMBER: _builtins.int
     SCHEDULER_FIELD_NUMBER: _builtins.int
     EXECUTOR_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """as given in StartProcess"""
     pid: _builtins.int
@@ -773,6 +911,8 @@ class ProcessReady(_message.Message):
     def scheduler(self) -> Global___SchedulerReady: ...
     @_builtins.property
     def executor(self) -> Global___ExecutorInfo: ...
+    @_builtins.property
+    def data(self) -> Global___DataReady: ...
     def __init__(
         self,
         *,
@@ -780,10 +920,11 @@ class ProcessReady(_message.Message):
         pid: _builtins.int = ...,
         scheduler: Global___SchedulerReady | None = ...,
         executor: Global___ExecutorInfo | None = ...,
+        data: Global___DataReady | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "scheduler", b"scheduler"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "executor", b"executor", "scheduler", b"scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor", b"executor", "name", b"name", "pid", b"pid", "scheduler", b"scheduler"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "executor", b"executor", "name", b"name", "pid", b"pid", "scheduler", b"scheduler"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -807,6 +948,25 @@ class SchedulerReady(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SchedulerReady: _TypeAlias = SchedulerReady  # noqa: Y015
+
+@_typing.final
+class DataReady(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DataReady: _TypeAlias = DataReady  # noqa: Y015
 
 @_typing.final
 class ProcessExited(_message.Message):
@@ -846,6 +1006,7 @@ class NodeCommand(_message.Message):
     START_SCHEDULER_FIELD_NUMBER: _builtins.int
     START_EXECUTOR_FIELD_NUMBER: _builtins.int
     END_PROCESS_FIELD_NUMBER: _builtins.int
+    START_DATA_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___NodeAccepted:
         """always the first"""
@@ -856,6 +1017,8 @@ class NodeCommand(_message.Message):
     def start_executor(self) -> Global___StartExecutor: ...
     @_builtins.property
     def end_process(self) -> Global___EndProcess: ...
+    @_builtins.property
+    def start_data(self) -> Global___StartData: ...
     def __init__(
         self,
         *,
@@ -863,12 +1026,13 @@ class NodeCommand(_message.Message):
         start_scheduler: Global___StartScheduler | None = ...,
         start_executor: Global___StartExecutor | None = ...,
         end_process: Global___EndProcess | None = ...,
+        start_data: Global___StartData | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["accepted", "start_scheduler", "start_executor", "end_process"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["accepted", "start_scheduler", "start_executor", "end_process", "start_data"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -981,6 +1145,29 @@ class EndProcess(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___EndProcess: _TypeAlias = EndProcess  # noqa: Y015
+
+@_typing.final
+class StartData(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    client_id: _builtins.int
+    """whose identity it gets, and no other"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        client_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartData: _TypeAlias = StartData  # noqa: Y015
 
 @_typing.final
 class ClientMessages(_message.Message):
@@ -3048,3 +3235,250 @@ class Span(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Span: _TypeAlias = Span  # noqa: Y015
+
+@_typing.final
+class OpenDatasetRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SPEC_FIELD_NUMBER: _builtins.int
+    spec: _builtins.str
+    """JSON of a LoaderSpec (torchways/data/spec.py)"""
+    def __init__(
+        self,
+        *,
+        spec: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["spec", b"spec"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OpenDatasetRequest: _TypeAlias = OpenDatasetRequest  # noqa: Y015
+
+@_typing.final
+class OpenDatasetResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUM_BATCHES_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    num_batches: _builtins.int
+    """of a pass; not set where nobody knows"""
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        num_batches: _builtins.int | None = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_num_batches", b"_num_batches", "failure", b"failure", "num_batches", b"num_batches"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_num_batches", b"_num_batches", "failure", b"failure", "num_batches", b"num_batches"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__num_batches: _TypeAlias = _typing.Literal["num_batches"]  # noqa: Y015
+    _WhichOneofArgType__num_batches: _TypeAlias = _typing.Literal["_num_batches", b"_num_batches"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__num_batches) -> _WhichOneofReturnType__num_batches | None: ...
+
+Global___OpenDatasetResponse: _TypeAlias = OpenDatasetResponse  # noqa: Y015
+
+@_typing.final
+class BeginPassRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PASS_NUMBER_FIELD_NUMBER: _builtins.int
+    POSITION_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    MESH_SHAPE_FIELD_NUMBER: _builtins.int
+    AXIS_NAMES_FIELD_NUMBER: _builtins.int
+    LOCAL_ADDRESSES_FIELD_NUMBER: _builtins.int
+    pass_number: _builtins.int
+    """rises"""
+    position: _builtins.str
+    """JSON of a Position (torchways/data/spec.py)"""
+    slice_id: _builtins.int
+    @_builtins.property
+    def mesh_shape(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def axis_names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def local_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """of all the slice's executors"""
+
+    def __init__(
+        self,
+        *,
+        pass_number: _builtins.int = ...,
+        position: _builtins.str = ...,
+        slice_id: _builtins.int = ...,
+        mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
+        axis_names: _abc.Iterable[_builtins.str] | None = ...,
+        local_addresses: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["axis_names", b"axis_names", "local_addresses", b"local_addresses", "mesh_shape", b"mesh_shape", "pass_number", b"pass_number", "position", b"position", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPassRequest: _TypeAlias = BeginPassRequest  # noqa: Y015
+
+@_typing.final
+class BeginPassResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___BeginPassResponse: _TypeAlias = BeginPassResponse  # noqa: Y015
+
+@_typing.final
+class TakeBatchRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PASS_NUMBER_FIELD_NUMBER: _builtins.int
+    NUMBER_FIELD_NUMBER: _builtins.int
+    FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
+    pass_number: _builtins.int
+    number: _builtins.int
+    """of the batch: rises by one from the position that the pass began at"""
+    first_buffer_id: _builtins.int
+    """its tensors are the buffers from here on, at most spec.py's MAX_TENSORS"""
+    def __init__(
+        self,
+        *,
+        pass_number: _builtins.int = ...,
+        number: _builtins.int = ...,
+        first_buffer_id: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_buffer_id", b"first_buffer_id", "number", b"number", "pass_number", b"pass_number"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakeBatchRequest: _TypeAlias = TakeBatchRequest  # noqa: Y015
+
+@_typing.final
+class TakeBatchResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BATCH_FIELD_NUMBER: _builtins.int
+    END_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    end: _builtins.bool
+    """the pass has no batch of this number"""
+    @_builtins.property
+    def batch(self) -> Global___Batch: ...
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        batch: Global___Batch | None = ...,
+        end: _builtins.bool = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "end", b"end", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch", b"batch", "end", b"end", "failure", b"failure", "result", b"result"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_result: _TypeAlias = _typing.Literal["batch", "end", "failure"]  # noqa: Y015
+    _WhichOneofArgType_result: _TypeAlias = _typing.Literal["result", b"result"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_result) -> _WhichOneofReturnType_result | None: ...
+
+Global___TakeBatchResponse: _TypeAlias = TakeBatchResponse  # noqa: Y015
+
+@_typing.final
+class Batch(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STRUCTURE_FIELD_NUMBER: _builtins.int
+    TENSORS_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    structure: _builtins.str
+    """JSON: containers and values of the batch, tensors by index (torchways/data/trees.py)"""
+    state: _builtins.str
+    """JSON: position behind the batch, where the dataset or loader keeps one"""
+    @_builtins.property
+    def tensors(self) -> _containers.RepeatedCompositeFieldContainer[Global___TensorSpec]: ...
+    def __init__(
+        self,
+        *,
+        structure: _builtins.str = ...,
+        tensors: _abc.Iterable[Global___TensorSpec] | None = ...,
+        state: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["state", b"state", "structure", b"structure", "tensors", b"tensors"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Batch: _TypeAlias = Batch  # noqa: Y015
+
+@_typing.final
+class LocalPut(_message.Message):
+    """What a process of the executor's host sends over its local socket (executor/local_values.py), with an open file."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TOKEN_FIELD_NUMBER: _builtins.int
+    IDENTITY_FIELD_NUMBER: _builtins.int
+    PUT_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    token: _builtins.str
+    identity: _builtins.str
+    """as in the metadata of a call"""
+    offset: _builtins.int
+    """of the content in the file"""
+    @_builtins.property
+    def put(self) -> Global___PutChunk:
+        """its value has a spec and no content"""
+
+    def __init__(
+        self,
+        *,
+        token: _builtins.str = ...,
+        identity: _builtins.str = ...,
+        put: Global___PutChunk | None = ...,
+        offset: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["put", b"put"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["identity", b"identity", "offset", b"offset", "put", b"put", "token", b"token"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalPut: _TypeAlias = LocalPut  # noqa: Y015
+
+@_typing.final
+class LocalPutResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    FAILURE_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___LocalPutResponse: _TypeAlias = LocalPutResponse  # noqa: Y015

@@ -61,6 +61,21 @@ class ResourceManagerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.DescribeClusterRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ClusterInfo.FromString,
                 _registered_method=True)
+        self.StartDataProcess = channel.unary_unary(
+                '/torchways.v1.ResourceManager/StartDataProcess',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.StartDataProcessRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StartDataProcessResponse.FromString,
+                _registered_method=True)
+        self.WaitDataProcess = channel.unary_unary(
+                '/torchways.v1.ResourceManager/WaitDataProcess',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.WaitDataProcessRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.DataProcessInfo.FromString,
+                _registered_method=True)
+        self.EndDataProcess = channel.unary_unary(
+                '/torchways.v1.ResourceManager/EndDataProcess',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.EndDataProcessRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.EndDataProcessResponse.FromString,
+                _registered_method=True)
         self.JoinNode = channel.stream_stream(
                 '/torchways.v1.ResourceManager/JoinNode',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.NodeEvent.SerializeToString,
@@ -106,6 +121,27 @@ class ResourceManagerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartDataProcess(self, request, context):
+        """Starts a process of the client's on the slice's host, for an input pipeline; returns before it is ready. It ends with
+        the slice at the latest.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WaitDataProcess(self, request, context):
+        """Waits until a data process is ready or has ended; afterwards says how it ended.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndDataProcess(self, request, context):
+        """Missing associated documentation comment in .proto file."""
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def JoinNode(self, request_iterator, context):
         """A node agent's stream: it reports what its processes do and is told which to start and end.
         """
@@ -140,6 +176,21 @@ def add_ResourceManagerServicer_to_server(servicer, server):
                     servicer.DescribeCluster,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.DescribeClusterRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.ClusterInfo.SerializeToString,
+            ),
+            'StartDataProcess': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartDataProcess,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.StartDataProcessRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.StartDataProcessResponse.SerializeToString,
+            ),
+            'WaitDataProcess': grpc.unary_unary_rpc_method_handler(
+                    servicer.WaitDataProcess,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.WaitDataProcessRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.DataProcessInfo.SerializeToString,
+            ),
+            'EndDataProcess': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndDataProcess,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.EndDataProcessRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.EndDataProcessResponse.SerializeToString,
             ),
             'JoinNode': grpc.stream_stream_rpc_method_handler(
                     servicer.JoinNode,
@@ -284,6 +335,87 @@ class ResourceManager:
             '/torchways.v1.ResourceManager/DescribeCluster',
             torchways_dot_rpc_dot_torchways__pb2.DescribeClusterRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.ClusterInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartDataProcess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.ResourceManager/StartDataProcess',
+            torchways_dot_rpc_dot_torchways__pb2.StartDataProcessRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.StartDataProcessResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WaitDataProcess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.ResourceManager/WaitDataProcess',
+            torchways_dot_rpc_dot_torchways__pb2.WaitDataProcessRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.DataProcessInfo.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndDataProcess(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.ResourceManager/EndDataProcess',
+            torchways_dot_rpc_dot_torchways__pb2.EndDataProcessRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.EndDataProcessResponse.FromString,
             options,
             channel_credentials,
             insecure,
@@ -863,6 +995,176 @@ class Executor:
             '/torchways.v1.Executor/LoadBuffers',
             torchways_dot_rpc_dot_torchways__pb2.LoadRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.LoadResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class DataProcessStub:
+    """---------------------------------------------------------------- data processes
+
+    An input pipeline of one client on one slice's host (torchways/data). Only that client may call it.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.OpenDataset = channel.unary_unary(
+                '/torchways.v1.DataProcess/OpenDataset',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenDatasetRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenDatasetResponse.FromString,
+                _registered_method=True)
+        self.BeginPass = channel.unary_unary(
+                '/torchways.v1.DataProcess/BeginPass',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.BeginPassRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.BeginPassResponse.FromString,
+                _registered_method=True)
+        self.TakeBatch = channel.unary_unary(
+                '/torchways.v1.DataProcess/TakeBatch',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.TakeBatchRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TakeBatchResponse.FromString,
+                _registered_method=True)
+
+
+class DataProcessServicer:
+    """---------------------------------------------------------------- data processes
+
+    An input pipeline of one client on one slice's host (torchways/data). Only that client may call it.
+    """
+
+    def OpenDataset(self, request, context):
+        """Imports and makes the dataset. Once.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def BeginPass(self, request, context):
+        """Starts a pass at a position; what was asked for of another pass is answered with an end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def TakeBatch(self, request, context):
+        """Waits for the pass's next batch, and until the slice's executors have it. Batches come in the order of their numbers.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_DataProcessServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'OpenDataset': grpc.unary_unary_rpc_method_handler(
+                    servicer.OpenDataset,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenDatasetRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenDatasetResponse.SerializeToString,
+            ),
+            'BeginPass': grpc.unary_unary_rpc_method_handler(
+                    servicer.BeginPass,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.BeginPassRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.BeginPassResponse.SerializeToString,
+            ),
+            'TakeBatch': grpc.unary_unary_rpc_method_handler(
+                    servicer.TakeBatch,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TakeBatchRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.TakeBatchResponse.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'torchways.v1.DataProcess', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('torchways.v1.DataProcess', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class DataProcess:
+    """---------------------------------------------------------------- data processes
+
+    An input pipeline of one client on one slice's host (torchways/data). Only that client may call it.
+    """
+
+    @staticmethod
+    def OpenDataset(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.DataProcess/OpenDataset',
+            torchways_dot_rpc_dot_torchways__pb2.OpenDatasetRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.OpenDatasetResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def BeginPass(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.DataProcess/BeginPass',
+            torchways_dot_rpc_dot_torchways__pb2.BeginPassRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.BeginPassResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def TakeBatch(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.DataProcess/TakeBatch',
+            torchways_dot_rpc_dot_torchways__pb2.TakeBatchRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.TakeBatchResponse.FromString,
             options,
             channel_credentials,
             insecure,
