@@ -9,13 +9,15 @@ import ast
 import enum
 import inspect
 import itertools
+import operator
 import re
 import textwrap
 from pathlib import Path
 from typing import Any
 
 import torchways as tw
-from torchways import errors
+from torchways import checkpoint, errors
+from torchways.checkpoint import Saving
 from torchways.config import ClusterConfig
 from torchways.controller.data_loader import ArrayLoader
 from torchways.controller.parity.report import ParityReport
@@ -53,6 +55,7 @@ GROUPS = {
     ],
     "Arrays": ["Array", "get"],
     "Data": ["data_loader"],
+    "Checkpoints": ["checkpoint.save", "checkpoint.load", "checkpoint.latest"],
     "Inspection": ["parity", "profile", "cluster_info", "executor_status"],
 }
 
@@ -64,6 +67,7 @@ RETURNED = {
     StageReport: "An item of `LoopReport.stages`.",
     BalancedStages: "The result of `tw.balanced_stages`.",
     StageEstimate: "An item of `BalancedStages.stages`.",
+    Saving: "The result of `tw.checkpoint.save`.",
     ArrayLoader: "The result of `tw.data_loader`.",
     ParityReport: "The value of `with tw.parity() as report`.",
     ClusterInfo: "The result of `tw.cluster_info`.",
@@ -88,8 +92,9 @@ _SECTIONS = (
 def page() -> str:
     """Returns the whole page."""
     grouped = [name for names in GROUPS.values() for name in names]
-    if sorted(grouped) != sorted(tw.__all__):
-        raise ValueError(f"GROUPS and torchways.__all__ differ in {set(grouped) ^ set(tw.__all__)}")
+    public = [*tw.__all__, *(f"checkpoint.{name}" for name in checkpoint.__all__ if name != Saving.__name__)]
+    if sorted(grouped) != sorted(public):
+        raise ValueError(f"GROUPS and the public names differ in {set(grouped) ^ set(public)}")
     parts = [
         "# API",
         "<!-- Made by docs/make_api.py from docstrings: edit those, then run `make docs`. -->",
@@ -106,7 +111,7 @@ def page() -> str:
     for title, names in GROUPS.items():
         parts.append(f"## {title}")
         for name in names:
-            parts += _entry(f"tw.{name}", getattr(tw, name))
+            parts += _entry(f"tw.{name}", operator.attrgetter(name)(tw))
     parts.append("## Other classes")
     for cls, purpose in RETURNED.items():
         parts += _entry(cls.__name__, cls, purpose)
@@ -116,7 +121,7 @@ def page() -> str:
 
 
 def _anchor(name: str) -> str:
-    return f"tw{name}".lower()
+    return f"tw{name}".lower().replace(".", "")
 
 
 def _entry(title: str, value: Any, purpose: str = "") -> list[str]:
