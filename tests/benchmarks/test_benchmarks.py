@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[2]
         ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
         ("conditions", ["--layers", "1"], "rows"),
         ("transfer", ["--sizes", "4096"], "latency"),
+        ("checkpoints", ["--sizes", "nano", "--batch", "2", "--length", "16", "--steps", "2"], "rows"),
         ("input_pipeline", ["--sizes", "65536", "--devices", "1", "--batches", "6", "--workers", "1"], "rows"),
     ],
 )
