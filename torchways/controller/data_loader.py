@@ -514,11 +514,11 @@ class ClusterSource:
             self._start()
         self._wait(self._on_all(lambda part: part.begin(position)), "a pass")
         self._next_number = position.batch
-        self._ask()
+        self._ask(self._prefetch)
 
-    def _ask(self) -> None:
-        """Asks for batches ahead, while runs are not too far behind."""
-        while len(self._ahead) <= self._prefetch:
+    def _ask(self, count: int) -> None:
+        """Asks for the next batches, as far as they were not asked for."""
+        while len(self._ahead) < count:
             self._ahead.append([part.take_later(self._next_number) for part in self._parts])
             self._next_number += 1
 
@@ -535,7 +535,7 @@ class ClusterSource:
             # Runs that were sent before the second-oldest batch was taken may read the oldest; none younger does.
             session.wait_for_runs_before(self._marks[1])
             self._marks.popleft()
-        self._ask()
+        self._ask(1 + self._prefetch)
         futures = self._ahead[0]
         found = [self._wait(future, f"batch {self._position.batch}") for future in futures]
         self._ahead.popleft()
@@ -547,7 +547,6 @@ class ClusterSource:
         self._max_in_use = max(least, min(most, _BYTES_IN_USE // largest))
         self._marks.append(session.new_ids(1))
         self._position = Position(epoch=self._position.epoch, batch=self._position.batch + 1, state=found[0].state)
-        self._ask()
         arrays = [batch.arrays() for batch in found]
         return arrays if self._is_list else arrays[0], self._position
 
