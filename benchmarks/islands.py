@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from benchmarks import systems
 from benchmarks.report import argument_parser, finish, machine, median, paired_ratio, panel, print_table
-from benchmarks.spmd import DDP, SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure
+from benchmarks.spmd import DDP, SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure, running
 
 ISLANDS = "two islands"
 #: Model, size, batch, tokens in a sequence, mesh over all devices.
@@ -39,13 +39,7 @@ def run(workloads: Sequence[Any], repeats: int, seconds: float) -> dict[str, Any
         scripts = {ISLANDS: ("torchways_islands.py",), TORCHWAYS: SCRIPTS[TORCHWAYS]}
         if devices == 2:
             scripts[DDP] = SCRIPTS[DDP]
-        specs = [
-            systems.SystemSpec(name, script, flags=(*flags, "--devices", str(devices)))
-            for name, (script, *flags) in scripts.items()
-        ]
-        with systems.running(specs, hosts=1) as started:
-            if len(started) < len(specs):
-                raise SystemExit("a system did not start; what it wrote last stands above")
+        with running(scripts, devices) as started:
             for model, size, batch, length, mesh in found:
                 workload = {
                     "model": model,

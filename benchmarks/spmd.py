@@ -13,7 +13,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,8 @@ def run(workloads: Sequence[Any], repeats: int, seconds: float) -> dict[str, Any
     for devices, found in itertools.groupby(workloads, lambda workload: math.prod(workload[4][0])):
         names = (TORCHWAYS, *PLAIN, *([PYTORCH[devices]] if devices in PYTORCH else []))
         with contextlib.ExitStack() as stack:
-            started = stack.enter_context(systems.running([_spec(name, devices) for name in names], hosts=1))
-            if len(started) < len(names):
-                raise SystemExit("a system did not start; what it wrote last stands above")
-            shown = stack.enter_context(systems.running([_spec(EAGER, 1)], hosts=1)) if devices == 4 else []
+            started = stack.enter_context(running({name: SCRIPTS[name] for name in names}, devices))
+            shown = stack.enter_context(running({EAGER: SCRIPTS[EAGER]}, 1)) if devices == 4 else []
             for model, size, batch, length, (mesh, plan) in found:
                 workload = {"model": model, "size": size, "batch": batch, "length": length, "mesh": mesh, "plan": plan}
                 rows.append(_row(workload, started, shown, repeats, seconds))
@@ -87,9 +85,21 @@ def run(workloads: Sequence[Any], repeats: int, seconds: float) -> dict[str, Any
     return {"machine": machine(), "rows": rows}
 
 
-def _spec(name: str, devices: int) -> systems.SystemSpec:
-    script, *flags = SCRIPTS[name]
-    return systems.SystemSpec(name, script, flags=(*flags, "--devices", str(devices)))
+@contextlib.contextmanager
+def running(scripts: Mapping[str, tuple[str, ...]], devices: int) -> Iterator[list[systems.System]]:
+    """Starts scripts of peers/, given by name with their flags, on as many devices each, and ends them.
+
+    Raises:
+        SystemExit: one does not start.
+    """
+    specs = [
+        systems.SystemSpec(name, script, flags=(*flags, "--devices", str(devices)))
+        for name, (script, *flags) in scripts.items()
+    ]
+    with systems.running(specs, hosts=1) as started:
+        if len(started) < len(specs):
+            raise SystemExit("a system did not start; what it wrote last stands above")
+        yield started
 
 
 def _row(

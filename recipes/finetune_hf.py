@@ -77,6 +77,7 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
         "model: %s, %s parameters in %d layers", type(model).__name__, f"{num_parameters:,}", settings.model.n_layers
     )
     optimizer = build_optimizer(settings.optim, model.parameters())
+    schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
     def forward_backward(x: Tensor, y: Tensor) -> Tensor:
         with precision(config):
@@ -112,12 +113,13 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
         step=train_step,
         batches=data.train_batches(config.batch_size, seed=config.seed),
         evaluate=evaluate,
-        schedules=[build_schedule(settings.optim, optimizer, num_steps=config.steps)],
+        schedules=[schedule],
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
         tokens_per_step=math.prod(shape),
         flops_per_step=count_step_flops(settings.model.new_model, loss_of, {"x": shape, "y": shape}),
         unit=codec.unit,
     )
-    train(job, config, run_dir)
+    train(job, config, settings.checkpoint, run_dir)
     plain = settings.model.new_model()
     plain.load_state_dict(model.state_dict())
     plain.save_pretrained(run_dir / "model")

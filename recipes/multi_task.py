@@ -115,10 +115,8 @@ def train_multi_task(settings: Settings, data: TextData, run_dir: Path) -> None:
         return train_step
 
     steps = {tasks: make_step(tasks) for tasks in turns}
-    order = itertools.cycle(turns)
 
-    def step(x: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        tasks = next(order)
+    def step(tasks: tuple[str, ...], x: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
         results = steps[tasks](x, {task: targets[task] for task in tasks})
         for task in tasks:
             schedules[task].step()
@@ -148,14 +146,22 @@ def train_multi_task(settings: Settings, data: TextData, run_dir: Path) -> None:
     ]
     job = Job(
         step=step,
-        batches=with_targets(data.train_batches(config.batch_size, seed=config.seed)),
+        batches=(
+            (tasks, x, targets)
+            for tasks, (x, targets) in zip(
+                itertools.cycle(turns),
+                with_targets(data.train_batches(config.batch_size, seed=config.seed)),
+                strict=False,
+            )
+        ),
         evaluate=evaluate,
         schedules=[schedules["encoder"]],  # heads have theirs in `step`
         tokens_per_step=math.prod(shape),
         flops_per_step=sum(flops) // len(flops),
+        state={"model": model, "optimizers": optimizers, "schedules": schedules},
         unit="nats",
     )
-    train(job, config, run_dir)
+    train(job, config, settings.checkpoint, run_dir)
 
 
 def make_model(settings: Settings) -> MultiTaskModel:

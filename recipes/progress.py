@@ -20,7 +20,9 @@ class Progress:
     on a line of its own.
     """
 
-    def __init__(self, *, num_steps: int, tokens_per_step: int, recent: int = 10, file: TextIO | None = None) -> None:
+    def __init__(
+        self, *, num_steps: int, tokens_per_step: int, first: int = 0, recent: int = 10, file: TextIO | None = None
+    ) -> None:
         self._file = file or sys.stderr
         # Recorders and CI give terminals of no size, on which tqdm draws nothing: they get lines, too.
         self._redraws = self._file.isatty() and 0 not in os.get_terminal_size(self._file.fileno())
@@ -28,6 +30,7 @@ class Progress:
         self._step_times_s: deque[float] = deque(maxlen=recent)
         self._bar = tqdm(
             total=num_steps,
+            initial=first,
             unit="step",
             file=self._file,
             dynamic_ncols=self._redraws,
@@ -35,6 +38,7 @@ class Progress:
             delay=0 if self._redraws else float("inf"),  # never draws by itself
         )
         self._since = time.perf_counter()
+        self._first = first
 
     def restart_clock(self) -> None:
         """Leaves out of the step time what was done since the last read, e.g. an evaluation."""
@@ -44,7 +48,7 @@ class Progress:
         """Counts `num_steps` as done, now that their loss is known, and returns the seconds each took."""
         now = time.perf_counter()
         step_time_s, self._since = (now - self._since) / num_steps, now
-        if self._bar.n == 0 and num_steps < self._bar.total:
+        if self._bar.n == self._first and num_steps < self._bar.total:
             self._first_time_s = step_time_s  # holds the compilation: not a sample of what is to come
         else:
             self._step_times_s.append(step_time_s)

@@ -154,6 +154,30 @@ class TrainConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CheckpointConfig:
+    """What a run leaves to go on from."""
+
+    every: int | None = None
+    """Steps between two checkpoints. With it, one is also written at the end, and on SIGTERM and Ctrl-C; null writes
+    none."""
+
+    keep: int = 2
+    """How many checkpoints there are at most; the oldest goes when a new one is complete."""
+
+    resume: str | None = None
+    """auto goes on from the latest checkpoint in `folder`, or starts anew if there is none; a path goes on from that
+    checkpoint; null starts anew."""
+
+    folder: str = "checkpoints"
+    """Where checkpoints are; all machines of the cluster must see it."""
+
+    def __post_init__(self) -> None:
+        at_least(1, every=self.every, keep=self.keep)
+        if not self.folder:
+            raise ValueError("folder is empty; give a folder for checkpoints")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ClusterConfig:
     """The cluster that the script starts on this machine; it has no effect under twrun, which starts one itself."""
 
@@ -204,6 +228,7 @@ class Settings:
     parallel: ParallelConfig
     cluster: ClusterConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig
 
     def __post_init__(self) -> None:
         if self.parallel.pipeline_stages > self.model.n_layers:
@@ -259,6 +284,7 @@ class IslandsSettings:
     parallel: IslandsConfig
     cluster: ClusterConfig
     train: TrainConfig
+    checkpoint: CheckpointConfig
 
     @property
     def seq_len(self) -> int:

@@ -60,6 +60,7 @@ def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:
     model = place(SparseGPT(settings.model), island_meshes(settings.parallel.islands, rows, setting="parallel.islands"))
     log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
+    schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
     def forward_backward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with precision(config):
@@ -97,7 +98,8 @@ def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:
         step=train_step,
         batches=data.train_batches(config.batch_size, seed=config.seed),
         evaluate=evaluate,
-        schedules=[build_schedule(settings.optim, optimizer, num_steps=config.steps)],
+        schedules=[schedule],
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
         tokens_per_step=math.prod(shape),
         flops_per_step=count_step_flops(
             lambda: GPT(as_dense(settings.model)),
@@ -105,7 +107,7 @@ def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:
             {"x": shape, "y": shape},
         ),
     )
-    train(job, config, run_dir)
+    train(job, config, settings.checkpoint, run_dir)
 
 
 def place(model: SparseGPT, meshes: list[tw.VirtualSlice]) -> SparseGPT:

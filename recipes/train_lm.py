@@ -90,8 +90,9 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
             lambda gpt, batch: next_token_loss(gpt(batch["x"]), batch["y"]),
             {"x": shape, "y": shape},
         ),
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
     )
-    train(job, config, run_dir)
+    train(job, config, settings.checkpoint, run_dir)
 
 
 def place_model(settings: Settings, module: nn.Module | Callable[[], nn.Module], layers: str) -> Any:

@@ -100,6 +100,7 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info("model: %s parameters in 2 times %d layers", f"{num_parameters:,}", settings.model.num_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
+    schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
 
     def forward_backward(inputs: Tensor, targets: Tensor) -> Tensor:
         with precision(config):
@@ -131,7 +132,8 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
         step=train_step,
         batches=corrupted(windows, settings.spans, seed=config.seed),
         evaluate=evaluate,
-        schedules=[build_schedule(settings.optim, optimizer, num_steps=config.steps)],
+        schedules=[schedule],
+        state={"model": model, "optimizer": optimizer, "schedule": schedule},
         tokens_per_step=config.batch_size * (input_length + target_length),
         flops_per_step=count_step_flops(
             lambda: make_model(settings),
@@ -140,7 +142,7 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
         ),
         unit="nats/token",
     )
-    train(job, config, run_dir)
+    train(job, config, settings.checkpoint, run_dir)
 
 
 def make_model(settings: Settings) -> transformers.T5ForConditionalGeneration:

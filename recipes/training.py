@@ -7,6 +7,7 @@ and writes metrics, a trace and a picture of the loss into the run's folder.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import sys
 import time
@@ -24,10 +25,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 import torchways as tw
 from recipes import metrics
+from recipes.checkpoints import Checkpoints
 from recipes.data import TextData
 from recipes.metrics import MetricLogger
 from recipes.progress import Progress
-from recipes.settings import ClusterConfig, Precision, TrainConfig, read_settings
+from recipes.settings import CheckpointConfig, ClusterConfig, Precision, TrainConfig, read_settings
 from torchways.errors import ConfigError, InternalError, TorchwaysError
 
 S = TypeVar("S")
@@ -81,29 +83,43 @@ class Job:
     Attributes:
         step: computes an update of a batch; returns at once. Its results are scalars by metric tag, among them
             `metrics.TRAIN_LOSS`; those that are None are left out.
-        batches: the batches, without end: the arguments of `step`.
+        batches: the batches, without end: the arguments of `step`. They are the same for each run, so a run that goes
+            on takes those again that it had.
         evaluate: returns metrics of the held-out text, among them `metrics.VALIDATION_LOSS`.
         schedules: learning rates; the first one is logged.
         tokens_per_step: tokens of a batch, for the throughput.
         flops_per_step: floating-point operations of a step, or None if they are not known.
+        state: what a checkpoint holds: model, optimizers, learning rates.
         unit: of the loss.
     """
 
     step: Callable[..., Mapping[str, Tensor | None]]
-    batches: Iterator[tuple[Tensor, ...]]
+    batches: Iterator[tuple[Any, ...]]
     evaluate: Callable[[], Mapping[str, float]]
     schedules: Sequence[LRScheduler]
     tokens_per_step: int
     flops_per_step: int | None
+    state: Mapping[str, Any]
     unit: str = "nats/byte"
 
 
-def train(job: Job, config: TrainConfig, run_dir: Path) -> None:
-    """Trains, evaluates and writes everything to `run_dir`; prints the last losses and the throughput."""
-    progress = Progress(num_steps=config.steps, tokens_per_step=job.tokens_per_step)
+def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: Path) -> None:
+    """Trains, evaluates and writes everything to `run_dir`; prints the last losses and the throughput.
+
+    Raises:
+        SystemExit: a signal asked for the end, and a checkpoint is written.
+    """
+    checkpoints = Checkpoints(checkpoint, job.state)
+    done = checkpoints.resume()
+    if done >= config.steps:
+        print(f"nothing to do: the checkpoint is of step {done}, and train.steps is {config.steps}", flush=True)
+        return
+    for _ in itertools.islice(job.batches, done):
+        pass
+    progress = Progress(num_steps=config.steps, first=done, tokens_per_step=job.tokens_per_step)
     pending: list[_PendingStep] = []
-    with MetricLogger(run_dir) as logger, contextlib.closing(progress):
-        for step in range(1, config.steps + 1):
+    with MetricLogger(run_dir) as logger, contextlib.closing(progress), checkpoints:
+        for step in range(done + 1, config.steps + 1):
             started = time.perf_counter()
             batch = next(job.batches)
             data_time_s = time.perf_counter() - started
@@ -113,13 +129,16 @@ def train(job: Job, config: TrainConfig, run_dir: Path) -> None:
             for schedule in job.schedules:
                 schedule.step()
             pending.append(_PendingStep(step=step, results=results, lr=lr, data_time_s=data_time_s))
-            if step % config.log_every == 0 or step == config.steps:
+            checkpoints.after(step, is_last=step == config.steps)
+            if step % config.log_every == 0 or step == config.steps or checkpoints.signal:
                 train_loss, step_time_s = _read_pending(pending, progress, logger)
                 _log_utilisation(step, job, config, step_time_s, logger)
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 validation = job.evaluate()
                 logger.log(step, validation)
                 progress.restart_clock()
+            if checkpoints.signal and step < config.steps:
+                sys.exit(128 + checkpoints.signal)
     print(
         f"train loss       {train_loss:.4f} {job.unit} (step {config.steps})\n"
         f"validation loss  {validation[metrics.VALIDATION_LOSS]:.4f} {job.unit}\n"

@@ -99,6 +99,9 @@ _MODULE_OF = {
     "Schedule": "torchways.schedules",
 }
 
+#: Modules that are part of the interface.
+_MODULES = ("checkpoint", "errors")
+
 __all__ = [
     "Array",
     "Schedule",
@@ -134,8 +137,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "errors":
-        return importlib.import_module("torchways.errors")
+    if name in _MODULES:
+        return importlib.import_module(f"torchways.{name}")
     if name not in _MODULE_OF:
         raise AttributeError(f"module 'torchways' has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -2,8 +2,8 @@
 
 There are three families: the user's program must change (`UserError`), a node of it failed on an executor
 (`RemoteError`), or a machine or process failed (`InfraError`). Besides these, `InternalError` is a bug in torchways,
-and `ParityError` is a difference that parity mode found. Each message names what happened, the values, the rule and the
-remedy.
+`ParityError` is a difference that parity mode found, and `CheckpointError` is about files. Each message names what
+happened, the values, the rule and the remedy.
 """
 
 from __future__ import annotations
@@ -37,6 +37,10 @@ class PlacementError(UserError, ValueError):
 
 class ConfigError(UserError, ValueError):
     """A setting is unknown or out of range."""
+
+
+class CheckpointError(TorchwaysError):
+    """A checkpoint could not be written or read. What was saved before is as it was."""
 
 
 class ResourceExhausted(UserError):

@@ -1,6 +1,6 @@
-"""The training steps of benchmarks/spmd.py, shared by the systems that it compares: models, data, splits, requests.
+"""The training steps that benchmarks/spmd.py, islands.py and pipeline.py compare: models, data, splits, requests.
 
-A *workload* is a model of `transformers`, a batch, a mesh of four CPU devices and a plan of how parameters are split. A
+A *workload* is a model of `transformers`, a batch, a mesh of CPU devices and a plan of how parameters are split. A
 *step* is forward, backward and an update by `torch.optim.AdamW`, on a batch that comes from the host. All systems draw
 the same weights and the same batches, and report the loss of every step.
 
@@ -29,6 +29,7 @@ import transformers
 
 from torchways.mesh import VirtualSlice
 from torchways.parallel.plans import Plan, fully_shard, tensor_parallel
+from torchways.schedules import make_schedule
 
 #: Steps before any is counted: torch-xla compiles the first three or so anew, until shardings stay as they are.
 WARM_UP_STEPS = 4
@@ -58,6 +59,8 @@ class Workload:
         length: tokens in a sequence; T5's input and its output each have as many.
         mesh: sizes of the axes `AXES`.
         plan: "data", "full" (fully sharded), "tensor" or "full x tensor".
+        num_microbatches: that a pipeline splits a batch into; systems without a pipeline take whole batches.
+        schedule: of the pipeline.
     """
 
     model: str
@@ -66,6 +69,8 @@ class Workload:
     length: int
     mesh: tuple[int, int]
     plan: str
+    num_microbatches: int = 1
+    schedule: str = ""
 
     @property
     def tokens(self) -> int:
@@ -122,6 +127,20 @@ def plan_of(model: torch.nn.Module, workload: Workload, mesh: VirtualSlice) -> P
     if "full" in workload.plan:
         plan = fully_shard(model, mesh, plan=plan)
     return plan
+
+
+def slices_of_stages(schedule: str, num_slices: int, num_microbatches: int) -> list[int]:
+    """Returns the slice, or process, of each stage of a pipeline; a slice has two stages where the schedule allows."""
+    num_stages = num_slices if schedule in ("GPipe", "1F1B") else 2 * num_slices
+    found = make_schedule(schedule, num_stages, num_slices, num_microbatches).slice_of_stage
+    return [found[stage] for stage in range(num_stages)]
+
+
+def first_layers(num_layers: int, num_stages: int) -> list[int]:
+    """Returns the number of the layer that each stage begins with; stages have as many layers, or nearly."""
+    if num_stages > num_layers:
+        raise ValueError(f"{num_layers} layers cannot be split into {num_stages} stages")
+    return [stage * num_layers // num_stages for stage in range(num_stages)]
 
 
 class Trainer(Protocol):

@@ -17,15 +17,29 @@ ROOT = Path(__file__).parents[2]
     ("name", "options", "checked"),
     [
         ("dispatch", ["--hosts", "2", "--systems", "torchways", "--seconds", "0.05"], "rows"),
-        ("dispatch", ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"], "rows"),
+        pytest.param(
+            "dispatch",
+            ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"],
+            "rows",
+            marks=pytest.mark.slow,  # `smallest` starts both, too
+        ),
         ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
-        ("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows"),
+        ("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows"),
+        pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("islands", ["--quick", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
+        pytest.param(
+            "pipeline", ["--quick", "--parts", "training", "--seconds", "0.05"], "rows", marks=pytest.mark.slow
+        ),
+        (
+            "pipeline",
+            ["--parts", "simulated", "--slices", "2", "--pass-seconds", "0.002", "--calls", "1"],
+            "simulated",
+        ),
         ("generation", ["--hidden", "64", "--layers", "1", "--batches", "1", "--chunks", "4", "--tokens", "5"], "rows"),
         ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
         ("conditions", ["--layers", "1"], "rows"),
-        ("transfer", ["--sizes", "4,65536"], "latency"),
+        ("transfer", ["--sizes", "4096"], "latency"),
         ("input_pipeline", ["--sizes", "65536", "--devices", "1", "--batches", "6", "--workers", "1"], "rows"),
     ],
 )
@@ -45,6 +59,17 @@ def test_benchmark_runs(tmp_path, name, options, checked):
 
 def _environment():
     return {**os.environ, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.mark.slow
+def test_pictures_of_schedules(tmp_path):
+    options = ["--pictures", str(tmp_path / "schedules.png"), "--pass-seconds", "0.005"]
+    command = [sys.executable, "-m", "benchmarks.pipeline", *options]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=_environment(), capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "schedules.png").stat().st_size > 50_000
 
 
 def test_a_peer_that_is_not_installed_is_left_out_with_a_word(monkeypatch, tmp_path, capsys):

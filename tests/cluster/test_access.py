@@ -115,6 +115,55 @@ def test_buffers_of_another_are_not_read_nor_written(victim):
     attack(victim, action)
 
 
+def test_buffers_of_another_are_not_saved_nor_loaded(victim, tmp_path):
+    async def action(client_id, mine, manager, scheduler, executor):
+        spec = pb.TensorSpec(**SPEC)
+
+        async def saved(buffer_id, folder=tmp_path, prefix="__"):
+            buffers = [pb.NamedBuffer(name="x", buffer_id=buffer_id, spec=spec)]
+            request = pb.SaveRequest(folder=str(folder), prefix=prefix, buffers=buffers)
+            return [answer.failure.kind async for answer in executor.SaveBuffers(request, metadata=mine)]
+
+        async def loaded(buffer_id, piece):
+            buffer = pb.LoadedBuffer(buffer_id=buffer_id, spec=spec, pieces=[piece])
+            request = pb.LoadRequest(slice_id=victim.slice_id, mesh_shape=[1], buffers=[buffer])
+            return (await executor.LoadBuffers(request, metadata=mine)).failure.kind
+
+        own = (client_id << 40) + 1
+        assert await saved(victim.buffer_id) == ["AccessDenied"]
+        assert await saved(own, folder="relative") == ["CheckpointError"]
+        assert await saved(own, prefix="../../x") == ["UserError"]
+        assert list(tmp_path.iterdir()) == []
+        # A pickle that would run code, bytes that are no file of ours, a box outside the tensor, and one too few.
+        marker = tmp_path / "ran"
+        torch.save({"x": Marker(marker)}, tmp_path / "pickle")
+        (tmp_path / "noise").write_bytes(bytes(range(256)))
+        box = {"source": [0], "target": [0], "sizes": [4]}
+        for name in ("pickle", "noise", "none"):
+            piece = pb.Piece(file=str(tmp_path / name), length=1 << 20, **box)
+            assert await loaded(own, piece) == "CheckpointError"
+            assert await loaded(own, pb.Piece(file=str(tmp_path / name), key="x", **box)) == "CheckpointError"
+            assert await loaded(victim.buffer_id, piece) == "AccessDenied"
+        torch.save(torch.ones(4), tmp_path / "good")
+        size = (tmp_path / "good").stat().st_size
+        for wrong in ({"target": [1 << 40]}, {"target": [-2]}, {"sizes": [2]}, {"sizes": []}):
+            piece = pb.Piece(file=str(tmp_path / "good"), length=size, **{**box, **wrong})
+            assert await loaded(own, piece) == "CheckpointError", wrong
+        assert not marker.exists()
+
+    attack(victim, action)
+
+
+class Marker:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
 def messages_of(victim, client_id):
     """What an attacker may tell a scheduler, and whether it is answered; programs and runs fail with a typed error."""
     mine = client_id << 40

@@ -36,7 +36,9 @@ def actions_in_trace(path):
     return list(lanes.values())
 
 
-@pytest.mark.parametrize("where", PLACES)
+@pytest.mark.parametrize(
+    "where", [pytest.param(w, marks=[pytest.mark.slow] * (w not in ("ab", "abba"))) for w in PLACES]
+)
 def test_losses_are_those_of_gradient_accumulation_over_the_switch(slices, where, tmp_path):
     torch.manual_seed(0)
     model, count = Model(), PLACES[where]

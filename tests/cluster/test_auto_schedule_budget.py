@@ -17,23 +17,21 @@ def test_executors_with_a_budget_get_a_schedule_that_fits():
     torch.manual_seed(0)
     model, count = Model(), 8
 
-    def run(budget, schedule, num_calls):
-        with tw.init(islands=2, devices_per_island=1, memory_budget=budget):
-            slices = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
-            step = placed_step(model, slices, "ab", count, schedule)
-            losses = losses_of(step, num_calls, batch=32)
-            lowered = step.lower()
-            peaks = [
-                peak_memory(unrolled(part), lowered.program.slices[part.slice_index]).nbytes for part in lowered.parts
-            ]
-            return losses, max(peaks), step.report().loops[0]
+    def run(schedule, num_calls):
+        slices = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+        step = placed_step(model, slices, "ab", count, schedule)
+        losses = losses_of(step, num_calls, batch=32)
+        lowered = step.lower()
+        peaks = [peak_memory(unrolled(part), lowered.program.slices[part.slice_index]).nbytes for part in lowered.parts]
+        return losses, max(peaks), step.report().loops[0]
 
-    _, least, _ = run(None, "1F1B", 1)
-    _, most, _ = run(None, "GPipe", 1)
+    with tw.init(islands=2, devices_per_island=1):
+        least, most = (run(schedule, 1)[1] for schedule in ("1F1B", "GPipe"))
     budget = (least + most) // 2
-    with pytest.raises(ResourceExhausted):
-        run(budget, "GPipe", 1)
-    losses, peak, loop = run(budget, "auto", BEFORE + 2)
+    with tw.init(islands=2, devices_per_island=1, memory_budget=budget):
+        with pytest.raises(ResourceExhausted):
+            run("GPipe", 1)
+        losses, peak, loop = run("auto", BEFORE + 2)
     assert loop.is_settled
     assert peak <= budget
     expected = losses_of(make_step(copy.deepcopy(model), count, "GPipe"), BEFORE + 2, batch=32)

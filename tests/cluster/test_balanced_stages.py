@@ -9,8 +9,11 @@ import transformers
 import torchways as tw
 from tests.cluster.test_hugging_face import GPT2, VOCABULARY
 
+#: With "auto", the schedule changes after some calls.
+NUM_STEPS = {"1F1B": 4, "auto": 8}
 
-@pytest.mark.parametrize("schedule", ["1F1B", "auto"])
+
+@pytest.mark.parametrize("schedule", ["1F1B", pytest.param("auto", marks=pytest.mark.slow)])
 def test_a_gpt2_in_two_balanced_stages_trains_as_the_whole(cluster, schedule):
     torch.manual_seed(0)
     model = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**GPT2, "n_layer": 4}))
@@ -37,7 +40,7 @@ def test_a_gpt2_in_two_balanced_stages_trains_as_the_whole(cluster, schedule):
         return step
 
     step, whole = tw.program(make_step(ours)), make_step(model)
-    losses = [[run(ids).cpu() for _ in range(8)] for run in (step, whole)]
+    losses = [[run(ids).cpu() for _ in range(NUM_STEPS[schedule])] for run in (step, whole)]
     torch.testing.assert_close(torch.stack(losses[0]), torch.stack(losses[1]), rtol=1e-4, atol=0)
     assert losses[0][-1] < losses[0][0]
     [loop] = step.report().loops

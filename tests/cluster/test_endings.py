@@ -49,7 +49,13 @@ def pids_of(script):
     return [int(pid) for pid in script.stdout.readline().split()]
 
 
-@pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
+_slow = pytest.mark.slow
+#: Each case starts a cluster and an executor. `make test` takes those that differ: a script that ends, a signal that it
+#: handles, and one that it cannot; which exit code follows which signal is tested without executors (test_launch.py).
+SIGNALS = [pytest.param(signal.SIGINT, marks=_slow), signal.SIGTERM, signal.SIGKILL]
+
+
+@pytest.mark.parametrize(("how", "code"), [pytest.param("normal", 0, marks=_slow), ("exception", 1)])
 def test_script_ends(start, how, code):
     script = start(how)
     pids = pids_of(script)
@@ -58,7 +64,7 @@ def test_script_ends(start, how, code):
     assert wait_gone(pids) == set()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", SIGNALS, ids=lambda sent: sent.name)
 def test_script_is_ended(start, sent):
     script = start("wait")
     pids = pids_of(script)
@@ -70,6 +76,7 @@ def test_script_is_ended(start, sent):
 TWRUN = [sys.executable, "-m", "torchways.run", "--islands", "1", "--devices_per_island=2"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code"), [("normal", 0), ("exception", 1)])
 def test_twrun_returns_the_scripts_code(start, how, code):
     script = start(how, TWRUN)
@@ -78,7 +85,7 @@ def test_twrun_returns_the_scripts_code(start, how, code):
     assert wait_gone(pids) == set()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", SIGNALS, ids=lambda sent: sent.name)
 def test_twrun_is_ended(start, sent):
     script = start("wait", TWRUN)
     pids = pids_of(script)

@@ -91,6 +91,7 @@ def test_computations_of_three_clients_over_four_hosts_never_deadlock(tmp_path, 
     assert [out for out, _ in printed] == ["done\n"] * 3, printed
 
 
+@pytest.mark.slow  # simulated in tests/unit/island/test_gang.py
 def test_they_deadlock_in_the_order_of_arrival(tmp_path):
     with island("arrival", tmp_path) as environment, clients(environment, 1000) as running:
         [log] = wait_for(lambda: list(tmp_path.glob("device*")), "the device's log")

@@ -52,7 +52,9 @@ def num_buffers(mesh, until, seconds=10.0):
         time.sleep(0.05)
 
 
-@pytest.mark.parametrize("config", [LLAMA, GPT2], ids=["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "config", [pytest.param(LLAMA, id="llama"), pytest.param(GPT2, id="gpt2", marks=pytest.mark.slow)]
+)
 def test_greedy_tokens_are_those_of_transformers(cluster, config):
     model = build(config)
     expected = model.generate(

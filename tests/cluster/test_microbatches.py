@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 
 import pytest
 import torch
@@ -74,7 +75,9 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("schedule", PLACES)
+@pytest.mark.parametrize(
+    "schedule", [pytest.param(name, marks=[pytest.mark.slow] * (name == "GPipe")) for name in PLACES]
+)
 def test_losses_are_those_of_gradient_accumulation(slices, schedule):
     torch.manual_seed(0)
     split, where, count = PLACES[schedule]
@@ -91,9 +94,10 @@ def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(slice
     losses_of(step, 2)
     with tw.profile(tmp_path / "trace.json"):
         losses_of(step, 1)
+    trace = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
     events = [
         (event["ts"], (event["pid"], event["tid"]), found[1])
-        for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        for event in trace
         if (found := re.search(r"stage\d\.([FIW])", event["name"]))
     ]
     lanes = {lane: [event for event in sorted(events) if event[1] == lane] for _, lane, _ in sorted(events)}
@@ -102,11 +106,14 @@ def test_slices_keep_the_schedules_order_and_do_not_wait_for_whole_batches(slice
     row = make_schedule("InterleavedZeroBubble", 2, 2, 4).rows[0]
     assert [kind for _, _, kind in first] == [action.kind for action in row if action.kind != "I"]
     assert last[0][0] < first[-2][0]  # the second slice does not wait until the first has done its forward passes
+    # An activation of 2 sequences of 6 tokens, 8 wide; as many gradients go back. (Norms of gradients are smaller.)
+    sent = Counter(event["pid"] for event in trace if event["args"].get("sent_bytes") == 4 * 2 * 6 * 8)
+    assert sorted(sent.values()) == [4, 4]
 
 
 def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(slices):
     sizes = {}
-    for count in (4, 64):
+    for count in (4, 16):
         ours = tw.pipeline(Model(), split_spec=PLACES["1F1B"][0], meshes=list(slices))
         step = tw.program(make_step(ours, count, "1F1B"))
         losses_of(step, 2, batch=count)
@@ -119,7 +126,7 @@ def test_a_run_is_one_message_an_island_whatever_the_number_of_microbatches(slic
             1: 3,
         }
         sizes[count] = len(str(step).splitlines())
-    assert sizes[4] == sizes[64]
+    assert sizes[4] == sizes[16]
 
 
 def test_gradients_beside_the_update(slices):

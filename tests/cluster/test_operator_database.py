@@ -43,7 +43,6 @@ COMMON = {
     "median",
     "nn.functional.conv2d",
     "nn.functional.cross_entropy",
-    "nn.functional.ctc_loss",
     "nn.functional.scaled_dot_product_attention",
     "topk",
     "where",

@@ -12,7 +12,7 @@ from recipes.models.gpt import GPT, GPTConfig
 from tests.cluster.conftest import status_of
 from tests.cluster.test_hugging_face import MAIN, build, check_training
 
-STEPS = 10
+STEPS = 5
 VOCAB = 64
 
 
@@ -98,7 +98,7 @@ def test_models_of_transformers_agree_with_eager(cluster, shape, plan, name):
     def place(model):
         return tw.parallelize_module(model, mesh, _plans(model, mesh, plan))
 
-    check_training(build(name, config), place, data)
+    check_training(build(name, config), place, data, num_steps=4)
     mesh.close()
 
 

@@ -57,7 +57,7 @@ def check(schedule, num_stages, count, slice_of):
 
 @pytest.mark.parametrize(
     "schedule",
-    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("1F1B", "ZBVZeroBubble", "auto"))) for name in PLACES],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("1F1B", "auto"))) for name in PLACES],
 )
 def test_two_stages(slice_of, schedule):
     check(schedule, 2, 8, slice_of)

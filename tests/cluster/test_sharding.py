@@ -125,7 +125,7 @@ def _plan(model, mesh):
     return {**sharded, "layers.*:output": ("dp", None, "tp"), ":input": ("dp", None)}
 
 
-def _losses(model, wrap, steps=3):
+def _losses(model, wrap, steps=2):
     step = wrap(training_step(model, torch.optim.AdamW(model.parameters(), lr=1e-3)))
     generator = torch.Generator().manual_seed(1)
     losses = []

@@ -65,15 +65,19 @@ def split(model, meshes):
     return tw.pipeline(model, split_spec={"layers.2": tw.SplitPoint.BEGINNING}, meshes=meshes)
 
 
-@pytest.mark.parametrize("num_steps", [20, pytest.param(50, marks=pytest.mark.slow)])
-def test_steps_agree_with_eager(cluster, meshes, num_steps):
+#: Of the batches in a quick test, where eager PyTorch's steps and the executors' would take most of the time.
+SMALL = {"batch_size": 8, "length": 32}
+
+
+@pytest.mark.parametrize(("num_steps", "sizes"), [(12, SMALL), pytest.param(50, {}, marks=pytest.mark.slow)])
+def test_steps_agree_with_eager(cluster, meshes, num_steps, sizes):
     torch.manual_seed(0)
     eager = GPT(TINY)
     ours = split(copy.deepcopy(eager), meshes)
     before = api._current().num_messages()
-    losses, step = train(ours, num_steps, tw.program)
+    losses, step = train(ours, num_steps, tw.program, **sizes)
     after = api._current().num_messages()
-    expected, _ = train(eager, num_steps)
+    expected, _ = train(eager, num_steps, **sizes)
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=0)
     assert losses[-1] < losses[0] - num_steps / 50
     assert step.num_traces == 1
@@ -132,14 +136,14 @@ def test_a_first_run_says_what_it_took(cluster, meshes, caplog):
 
 
 def test_memory_is_flat(cluster, meshes):
-    """Parameters and optimizer state are donated: step 200 needs no more memory than step 20."""
+    """Parameters and optimizer state are donated: step 80 needs no more memory than step 20."""
     model = split(GPT(TINY), meshes)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     step = tw.program(make_step(model, optimizer))
     resident = {}
-    for number, (x, y) in enumerate(batches(200, batch_size=4, length=32), start=1):
+    for number, (x, y) in enumerate(batches(80, batch_size=4, length=32), start=1):
         loss, _ = step(x, y)
-        if number in (20, 200):
+        if number in (20, 80):
             loss.item()
             resident[number] = {
                 name: psutil.Process(pid).memory_info().rss
@@ -148,7 +152,7 @@ def test_memory_is_flat(cluster, meshes):
             }
     assert resident[20]
     for name, before in resident[20].items():
-        assert resident[200][name] < 1.05 * before, name
+        assert resident[80][name] < 1.05 * before, name
 
 
 def test_arrays_are_futures(cluster, meshes):

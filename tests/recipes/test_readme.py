@@ -22,6 +22,7 @@ GROUPS = {
         "docs/replicas.md",
         "docs/operations.md",
         "docs/data.md",
+        "docs/checkpoints.md",
         "docs/faq.md",
     ],
     "generation": ["docs/generation.md"],

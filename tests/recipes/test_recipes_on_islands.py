@@ -101,7 +101,12 @@ def check_losses(recipe: ModuleType, folder: Path, overrides: list[str], monkeyp
     ("recipe", "overrides"),
     [
         pytest.param(sparse_moe, [*GPT, "model.n_experts=3"], id="sparse_moe"),
-        pytest.param(sparse_moe, [*GPT, "model.n_experts=2", "model.capacity_factor=0.75"], id="sparse_moe_capacity"),
+        pytest.param(
+            sparse_moe,
+            [*GPT, "model.n_experts=2", "model.capacity_factor=0.75"],
+            id="sparse_moe_capacity",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(multi_task, GPT, id="multi_task"),
         pytest.param(
             multi_task,

@@ -77,10 +77,14 @@ def test_bad_cluster_settings(bad):
 
 
 def test_chrome_trace_has_named_rows():
-    spans = [Span(name="f", track="device 0", start_ns=2_000, end_ns=5_000, run_id=1)]
+    spans = [
+        Span(name="f", track="device 0", start_ns=2_000, end_ns=5_000, run_id=1),
+        Span(name="send", track="transfer", start_ns=5_000, end_ns=6_000, run_id=1, sent_bytes=8),
+    ]
     events = chrome_trace({"i0.e1": spans})["traceEvents"]
-    assert [event["args"].get("name") for event in events] == ["i0.e1", "device 0", None]
-    assert (events[2]["ts"], events[2]["dur"]) == (0, 3)
+    assert [event["args"].get("name") for event in events] == ["i0.e1", "device 0", "transfer", None, None]
+    assert [(event["ts"], event["dur"]) for event in events[3:]] == [(0, 3), (3, 1)]
+    assert [event["args"].get("sent_bytes") for event in events[3:]] == [None, 8]
 
 
 def test_a_caller_without_the_token_is_refused():

@@ -12,7 +12,7 @@ import torch
 from torchways.capture.current_trace import current_trace
 from torchways.controller.buffers import HostBuffer
 from torchways.controller.initialize import build_on_slices
-from torchways.controller.modules import is_placed, make_placed, note_placed, placed_class
+from torchways.controller.modules import is_placed, make_placed, note_homes, note_placed, placed_class
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantOptions
@@ -36,6 +36,7 @@ def make_function(
     """Returns `target` (a function, a module class or a module) as a compiled function on `mesh`."""
     if isinstance(target, torch.nn.Module):
         make_placed(target, _call_on(mesh), lambda module: _module_entry(module, mesh, get_session, options))
+        note_homes(target, {name: (mesh.root, texts) for name, texts in placements_of(target, mesh, {}).items()})
         return target
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
         return _function_class(target, mesh, get_session, options)
@@ -103,6 +104,7 @@ def make_pipeline(
         homes = {name: (None, texts) for name, texts in placements(module).items()}
     make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
     _place_host_state(module, homes)
+    note_homes(module, place(module))
     return module
 
 

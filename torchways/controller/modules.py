@@ -6,6 +6,7 @@ parameters are arrays, whose calls are part of a program, and whose `state_dict`
 
 from __future__ import annotations
 
+import contextvars
 import copy
 import weakref
 from collections.abc import Callable, Mapping
@@ -16,8 +17,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from torchways.array import Array, set_grad_quietly
 from torchways.capture.current_trace import current_trace
-from torchways.controller.buffers import get_all, host_array
+from torchways.controller.buffers import HostBuffer, get_all, host_array
 from torchways.errors import ShapeError, UserError
+from torchways.mesh import Placements, VirtualSlice
 
 #: Attribute of a placed module: runs one call of it outside any program.
 ENTRY = "_torchways_entry"
@@ -25,10 +27,25 @@ ENTRY = "_torchways_entry"
 _OURS = "_torchways_"
 #: Where a placed module keeps that.
 _KEPT = "_torchways_kept"
+#: Where a placed module's parameters and buffers are expected to be used, by name.
+_HOMES = "_torchways_homes"
 #: All placed modules.
 _placed: weakref.WeakSet[torch.nn.Module] = weakref.WeakSet()
 #: Parameters and buffers that could not become arrays themselves, and the arrays that took their place.
 _replaced = WeakIdKeyDictionary()
+
+
+#: Whether `state_dict` gives arrays, and not their values.
+_is_unread = contextvars.ContextVar("is_unread", default=False)
+
+
+def unread_state(module: torch.nn.Module) -> dict[str, Any]:
+    """Returns what `state_dict` does, but with the arrays in it as they are: nothing is read."""
+    before = _is_unread.set(True)
+    try:
+        return dict(module.state_dict())
+    finally:
+        _is_unread.reset(before)
 
 
 def replaced_by(tensor: torch.Tensor) -> Array | None:
@@ -112,6 +129,27 @@ def make_placed(
     module.__class__ = placed_class(type(module), call, entry)
 
 
+def note_homes(module: torch.nn.Module, homes: Mapping[str, tuple[VirtualSlice, Placements]]) -> None:
+    """Notes where the parameters and buffers of a placed module are expected to be used, by name."""
+    vars(module)[_HOMES] = homes
+
+
+def send_home(module: torch.nn.Module) -> None:
+    """Says of those arrays of a module that no program has used yet that they go where they are expected to be."""
+    for submodule in module.modules():
+        homes = vars(submodule).get(_HOMES, {})
+        for name, array in (
+            *submodule.named_parameters(remove_duplicate=False),
+            *submodule.named_buffers(remove_duplicate=False),
+        ):
+            if not isinstance(array, Array) or name not in homes:
+                continue
+            buffer = array._buffer
+            if isinstance(buffer, HostBuffer) and buffer.mesh is None:
+                mesh, placements = homes[name]
+                array._buffer = HostBuffer(buffer.value, None, mesh, buffer.placements or placements)
+
+
 def is_placed(module: torch.nn.Module) -> bool:
     """Whether `make_placed` has been called for a module."""
     return hasattr(type(module), ENTRY)
@@ -148,7 +186,8 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
         return _plain_copy(self, cls).__reduce_ex__(1)
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return get_all(super(placed, self).state_dict(*args, **kwargs), None)
+        state = super(placed, self).state_dict(*args, **kwargs)
+        return state if _is_unread.get() else get_all(state, None)
 
     def load_state_dict(self: Any, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         return _load(self, state, strict)

@@ -159,7 +159,7 @@ def _loop_report(variant: Variant, loop: Loop, runs: Sequence[MeasuredRun]) -> L
     return LoopReport(
         source=loop.source,
         num_microbatches=loop.num_turns,
-        schedule_name=loop.schedule,
+        schedule_name=found.schedule.name if found is not None else loop.schedule,  # its name among those tried
         schedule=schedule,
         is_automatic=loop.is_automatic,
         is_settled=not loop.is_automatic or search is None or search.is_over,

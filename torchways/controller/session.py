@@ -33,6 +33,7 @@ from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_
 from torchways.ir.part import Arguments, SlicePart
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
+from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.clients import (
     ClusterInfo,
     ExecutorClient,
@@ -119,6 +120,8 @@ class Session:
     #: Ends the embedded cluster; None where the cluster is not ours.
     end_cluster: Callable[[], None] | None
     max_runs_in_flight: int = 64
+    #: Waits for what must end before the session does.
+    before_close: list[Callable[[], None]] = field(default_factory=list)
     closed: bool = False
     pid: int = field(default_factory=os.getpid)
     #: Held while a call is bound, sent and its results are put in place: who holds it sees no array in between.
@@ -174,9 +177,12 @@ class Session:
         reading.add_done_callback(self._ended)
 
     def close(self) -> None:
-        """Gives everything back and ends the embedded cluster. Idempotent; never waits for computations."""
+        """Gives everything back and ends the embedded cluster. Idempotent; it waits for checkpoints only."""
         if self.closed:
             return
+        if os.getpid() == self.pid and self.broken is None:
+            for wait in self.before_close:
+                wait()
         self.closed = True
         if os.getpid() != self.pid:  # forked: what it would end is the other process's
             return
@@ -426,6 +432,78 @@ class Session:
         except grpc.aio.AioRpcError as error:
             raise await self._executor_error(entry.executors[0].executor_id, error) from error
         return tensor_from_bytes(dtype, shape, data)
+
+    def save_buffers(
+        self, folder: str, buffers: Mapping[str, tuple[RemoteBuffer, pb.TensorSpec]]
+    ) -> list[concurrent.futures.Future[list[pb.SavedTensor]]]:
+        """Starts writing buffers to files, each executor its own. Runs that are sent from now on do not change them.
+
+        Args:
+            folder: where the files go; the executors must see it.
+            buffers: with the form that each is said to have, by their names in the checkpoint.
+
+        Returns:
+            What will be written where, by each executor.
+        """
+        by_executor: dict[str, list[pb.NamedBuffer]] = defaultdict(list)
+        for name, (buffer, spec) in buffers.items():
+            executor_id = self._executors_of(buffer.mesh)[0].executor_id
+            by_executor[executor_id].append(pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec))
+        settling: list[concurrent.futures.Future[None]] = []
+        saving = []
+        for executor_id, named in by_executor.items():
+            settled: concurrent.futures.Future[None] = concurrent.futures.Future()
+            saving.append(self.loop.start(self._save(executor_id, folder, named, settled)))
+            settling.append(settled)
+        for settled in settling:
+            result_of(settled, _CALL.total_seconds())
+        return saving
+
+    async def _save(
+        self,
+        executor_id: str,
+        folder: str,
+        buffers: Sequence[pb.NamedBuffer],
+        settled: concurrent.futures.Future[None],
+    ) -> list[pb.SavedTensor]:
+        def settle() -> None:
+            if not settled.done():
+                settled.set_result(None)
+
+        try:
+            return await self._executors[executor_id].save(folder, f"__{executor_id}_", buffers, settle)
+        except grpc.aio.AioRpcError as error:
+            raise await self._executor_error(executor_id, error) from error
+        finally:
+            settle()
+
+    def load_buffers(
+        self, mesh: VirtualSlice, values: Sequence[tuple[Placements, pb.LoadedBuffer]]
+    ) -> concurrent.futures.Future[list[RemoteBuffer]]:
+        """Starts making buffers on a slice of what is in files.
+
+        Args:
+            mesh: the slice, all of whose hosts must see the files.
+            values: placements, and what to read; the ids are set here.
+        """
+        address, executors = self.slice_address(mesh), self._executors_of(mesh)
+        buffers = [RemoteBuffer(self, mesh.root, texts, BufferId(self.new_ids(1))) for texts, _ in values]
+        messages = [message for _, message in values]
+        for buffer, message in zip(buffers, messages, strict=True):
+            message.buffer_id = buffer.buffer_id
+
+        async def load() -> list[RemoteBuffer]:
+            loading = [client.load(address.slice_id, mesh.root.shape, messages) for client in executors]
+            try:
+                await asyncio.gather(*loading)
+            except grpc.aio.AioRpcError as error:
+                raise await self._executor_error(executors[0].executor_id, error) from error
+            return buffers
+
+        return self.loop.start(load())
+
+    def _executors_of(self, mesh: VirtualSlice) -> tuple[ExecutorClient, ...]:
+        return self._slices[self.slice_address(mesh).slice_id].executors
 
     async def _wait_broken(self) -> None:
         assert self._lost_event is not None

@@ -399,9 +399,9 @@ class Engine:
         task, edge, cell = command.task, command.instruction.edge_id, command.cell
         run_id = task.run.run_id
         peers = task.run.program.routes.targets[edge]
-        started = time.time_ns()
 
         left = len(peers)
+        started = sent_bytes = 0
         failures: list[Failure] = []
 
         def sent(failure: Failure | None) -> None:
@@ -410,10 +410,14 @@ class Engine:
             failures.extend([failure] if failure is not None else [])
             if left == 0:
                 name = f"send edge {edge} to {', '.join(peers)}"
-                self.spans.note(name, "transfer", started, time.time_ns(), run_id)
+                self.spans.note(name, "transfer", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
                 self._soon(events.UnitFinished(task=task, failure=lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
+            nonlocal started, sent_bytes
+            started = time.time_ns()
+            if not isinstance(value, Failure):
+                sent_bytes = value.nbytes * sum(peer != self.executor_id for peer in peers)
             for peer in peers:
                 if peer == self.executor_id:  # to another slice of these devices
                     self._on_arrived(peer, run_id, edge, 0, as_sent(value))
@@ -439,8 +443,10 @@ class Engine:
             if local is None:
                 return
 
-            def done(total: torch.Tensor | None, failure: Failure | None) -> None:
-                self.spans.note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id)
+            def done(total: torch.Tensor | None, failure: Failure | None, sent_bytes: int) -> None:
+                if total is not None:
+                    sent_bytes += total.nbytes * len(route.followers)
+                self.spans.note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
                 result = total if failure is None else failure
                 assert result is not None
                 for peer in route.followers:

@@ -35,10 +35,19 @@ def checked_put(first: pb.PutChunk, client_id: ClientId, num_devices: int) -> Bu
         TorchwaysError: the buffer is another's, or such a value cannot be on these devices.
     """
     check_owner(client_id, ids=[BufferId(first.buffer_id)])
-    spec = spec_of(first.value.spec, first.mesh_shape)
+    return checked_spec(first.value.spec, first.mesh_shape, num_devices)
+
+
+def checked_spec(message: pb.TensorSpec, mesh: Sequence[int], num_devices: int) -> BufferSpec:
+    """Returns the spec of a value on a mesh whose axes have these sizes, once it is checked.
+
+    Raises:
+        TorchwaysError: such a value cannot be on these devices.
+    """
+    spec = spec_of(message, mesh)
     check_spec(spec, spec.mesh)
-    if math.prod(first.mesh_shape) != num_devices:
-        raise UserError(f"a mesh {tuple(first.mesh_shape)} is not one of {num_devices} devices")
+    if math.prod(mesh) != num_devices:
+        raise UserError(f"a mesh {tuple(mesh)} is not one of {num_devices} devices")
     return spec
 
 

@@ -40,6 +40,7 @@ class _Reduction:
         value: what it brings into the round that is under way.
         arrived: pieces by round and peer.
         is_claimed: a thread works on it.
+        sent_bytes: that this executor sent to the others.
     """
 
     me: str = ""
@@ -50,9 +51,10 @@ class _Reduction:
     is_large: bool = False
     numel: int = 0
     dtype: torch.dtype = torch.float32
-    done: Callable[[torch.Tensor | None, Failure | None], None] | None = None
+    done: Callable[[torch.Tensor | None, Failure | None, int], None] | None = None
     arrived: dict[tuple[int, str], _Piece] = field(default_factory=dict)
     is_claimed: bool = False
+    sent_bytes: int = 0
 
     def piece_for(self, peer: str) -> _Piece:
         """Returns what a peer gets in this round; for this executor itself, what it adds."""
@@ -111,7 +113,7 @@ class Reducer:
         value: _Piece,
         shape: tuple[int, ...],
         dtype: torch.dtype,
-        done: Callable[[torch.Tensor | None, Failure | None], None],
+        done: Callable[[torch.Tensor | None, Failure | None, int], None],
     ) -> None:
         """Adds this executor's value.
 
@@ -121,7 +123,7 @@ class Reducer:
                 the one that gives it (`give`).
             value: CPU tensor, or why there is none. Must not change until `done`.
             shape, dtype: of the value.
-            done: called once with the sum, or with the failure of a member.
+            done: called once with the sum, or with the failure of a member, and the bytes that this executor sent.
         """
         numel = torch.Size(shape).numel()
         is_large = self._me in members and len(members) > 1 and numel * dtype.itemsize > _SMALL_BYTES
@@ -176,7 +178,9 @@ class Reducer:
                 if item.me in group:
                     for peer in others:
                         if peer not in self._lost:
-                            self._send(peer, *key, 1 + item.round, item.piece_for(peer))
+                            piece = item.piece_for(peer)
+                            item.sent_bytes += piece.nbytes if isinstance(piece, torch.Tensor) else 0
+                            self._send(peer, *key, 1 + item.round, piece)
             with self._lock:
                 known = {peer: item.arrived.get((item.round, peer), self._lost.get(peer)) for peer in others}
                 if any(piece is None for piece in known.values()):
@@ -189,9 +193,9 @@ class Reducer:
             del self._reductions[key]
         assert item.done is not None
         if isinstance(item.value, Failure):
-            item.done(None, item.value)
+            item.done(None, item.value, item.sent_bytes)
         else:
-            item.done(item.value, None)
+            item.done(item.value, None, item.sent_bytes)
 
 
 def _small_rounds(members: tuple[str, ...], me: str) -> tuple[tuple[str, ...], ...]:

@@ -22,9 +22,9 @@ import psutil
 import torch
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
-from torchways.executor import events
+from torchways.executor import checkpoint_files, events
 from torchways.executor.engine import Engine
-from torchways.executor.host_values import checked_put
+from torchways.executor.host_values import checked_put, checked_spec
 from torchways.executor.local_values import LocalValues
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
@@ -35,7 +35,7 @@ from torchways.rpc.clients import Span
 from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
 from torchways.rpc.programs import arguments_from_bytes
 from torchways.rpc.streams import Joiner, Outbox
-from torchways.runtime.base import Runtime
+from torchways.runtime.base import BufferSpec, Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -139,16 +139,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             raise AssertionError from error
         if len(parts) > 1:
             value.data = b"".join(parts)
-        self.engine.post(
-            events.BufferPut(
-                buffer_id=BufferId(first.buffer_id),
-                data=value,
-                spec=spec,
-                nbytes=spec.device_nbytes,
-                slice_id=SliceId(first.slice_id),
-                form=spec.form,
-            )
-        )
+        self._put(BufferId(first.buffer_id), value, spec, SliceId(first.slice_id))
         return pb.PutResponse()
 
     async def FetchBuffer(
@@ -164,7 +155,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         if request.only_ready:
             yield pb.FetchChunk(ready=await self._is_computed(buffer_id))
             return
-        value = await self._value(buffer_id)
+        value = await self._fetched(*self._start_fetch(buffer_id))
         if isinstance(value, Failure):
             yield pb.FetchChunk(failure=convert.failure_to_proto(value))
             return
@@ -176,8 +167,77 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
             yield pb.FetchChunk(data=bytes(data[start : start + _CHUNK_BYTES]))
 
-    async def _value(self, buffer_id: BufferId) -> torch.Tensor | Failure:
-        """Waits until a buffer is computed or poisoned."""
+    async def SaveBuffers(
+        self, request: pb.SaveRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.SaveResponse]:
+        """Writes buffers to a file; see the service's definition."""
+        values: dict[str, asyncio.Task[torch.Tensor | Failure]] = {}
+        try:
+            ids = {BufferId(buffer.buffer_id) for buffer in request.buffers}
+            check_owner(channel.caller(context, self.key).client_id, ids=ids)
+            checkpoint_files.check_place(os.path.join(request.folder, request.prefix))
+            if os.path.basename(request.prefix) != request.prefix:
+                raise UserError(f"{request.prefix!r} does not begin a file's name")
+            fetches = {buffer_id: self._start_fetch(buffer_id) for buffer_id in ids}
+            # One task for each buffer, which tied parameters share.
+            tasks = {buffer_id: asyncio.create_task(self._fetched(*fetch)) for buffer_id, fetch in fetches.items()}
+            values = {buffer.name: tasks[BufferId(buffer.buffer_id)] for buffer in request.buffers}
+            # Behind the fetches: from here on, who would donate these buffers waits for their copies.
+            await asyncio.wrap_future(self.engine.run(lambda: None))
+            yield pb.SaveResponse()
+            specs = {buffer.name: buffer.spec for buffer in request.buffers}
+
+            def value_of(name: str) -> torch.Tensor:
+                task = values.pop(name)  # its memory is free as soon as it is written
+                value = asyncio.run_coroutine_threadsafe(_result(task), self.loop).result()
+                if isinstance(value, Failure):
+                    raise value.to_error()
+                return value
+
+            written = await asyncio.to_thread(checkpoint_files.write, request.folder, request.prefix, specs, value_of)
+            yield pb.SaveResponse(tensors=written)
+        except (OSError, TorchwaysError) as error:
+            yield pb.SaveResponse(failure=convert.failure_to_proto(self._file_failure(error)))
+        finally:
+            for task in values.values():
+                task.cancel()
+
+    async def LoadBuffers(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> pb.LoadResponse:
+        """Makes buffers of what is in files; see the service's definition."""
+        try:
+            client_id = channel.caller(context, self.key).client_id
+            check_owner(client_id, ids=[BufferId(buffer.buffer_id) for buffer in request.buffers])
+            for buffer in request.buffers:
+                spec = checked_spec(buffer.spec, request.mesh_shape, self.engine.num_devices)
+                for piece in buffer.pieces:
+                    checkpoint_files.check_place(piece.file)
+                data = await asyncio.to_thread(checkpoint_files.read, spec, buffer.pieces)
+                self._put(BufferId(buffer.buffer_id), data, spec, SliceId(request.slice_id))
+        except Exception as error:  # files may hold anything
+            return pb.LoadResponse(failure=convert.failure_to_proto(self._file_failure(error)))
+        return pb.LoadResponse()
+
+    def _file_failure(self, error: Exception) -> Failure:
+        process = f"executor {self.engine.executor_id}"
+        if isinstance(error, TorchwaysError):
+            return failure_from(error, process=process)
+        reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return Failure(kind="CheckpointError", message=str(reason), process=process)
+
+    def _put(self, buffer_id: BufferId, data: pb.HostValue | torch.Tensor, spec: BufferSpec, slice_id: SliceId) -> None:
+        self.engine.post(
+            events.BufferPut(
+                buffer_id=buffer_id,
+                data=data,
+                spec=spec,
+                nbytes=spec.device_nbytes,
+                slice_id=slice_id,
+                form=spec.form,
+            )
+        )
+
+    def _start_fetch(self, buffer_id: BufferId) -> tuple[BufferId, int, asyncio.Future[torch.Tensor | Failure]]:
+        """Asks for a buffer's value, as it is after the runs that are here."""
         future: asyncio.Future[torch.Tensor | Failure] = self.loop.create_future()
 
         def fetched(value: torch.Tensor | Failure) -> None:
@@ -185,7 +245,12 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             value = value.clone() if isinstance(value, torch.Tensor) else value
             self.loop.call_soon_threadsafe(_set_if_waiting, future, value)
 
-        fetch_id = self.engine.fetch(buffer_id, fetched)
+        return buffer_id, self.engine.fetch(buffer_id, fetched), future
+
+    async def _fetched(
+        self, buffer_id: BufferId, fetch_id: int, future: asyncio.Future[torch.Tensor | Failure]
+    ) -> torch.Tensor | Failure:
+        """Waits until a buffer that was asked for is computed or poisoned."""
         try:
             while True:
                 done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
@@ -255,10 +320,15 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         run_id=span.run_id,
                         action=str(span.part_of.action) if span.part_of is not None else "",
                         loop=span.part_of.loop if span.part_of is not None else 0,
+                        sent_bytes=span.sent_bytes,
                     )
                     for span in spans[start : start + _SPANS_PER_MESSAGE]
                 ]
             )
+
+
+async def _result(task: asyncio.Task[torch.Tensor | Failure]) -> torch.Tensor | Failure:
+    return await task
 
 
 def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:

@@ -38,9 +38,10 @@ class Spans:
         end_ns: int,
         run_id: int = 0,
         part_of: LoopAction | None = None,
+        sent_bytes: int = 0,
     ) -> None:
         """Keeps a span."""
-        self._spans.append(Span(name, track, start_ns, end_ns, run_id, part_of))
+        self._spans.append(Span(name, track, start_ns, end_ns, run_id, part_of, sent_bytes))
 
     def note_computed(
         self,

@@ -9,13 +9,14 @@ from typing import Any, Protocol
 
 
 class TraceSpan(Protocol):
-    """Something that took time; times are Unix nanoseconds."""
+    """Something that took time; times are Unix nanoseconds. `sent_bytes` went to other executors."""
 
     name: str
     track: str
     start_ns: int
     end_ns: int
     run_id: int
+    sent_bytes: int
 
 
 def chrome_trace(spans: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def chrome_trace(spans: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
                     "tid": tracks[span.track],
                     "ts": (span.start_ns - origin) / 1e3,
                     "dur": (span.end_ns - span.start_ns) / 1e3,
-                    "args": {"run_id": span.run_id},
+                    "args": {"run_id": span.run_id, **({"sent_bytes": span.sent_bytes} if span.sent_bytes else {})},
                 }
             )
     return {"traceEvents": events, "displayTimeUnit": "ms"}

@@ -91,7 +91,7 @@ def replica_call(
         def run(number: int, args: Any, kwargs: Any) -> Any:
             values = _state_of(mode, module, number, counterparts, homes, reduction)
             with replicas.calling(module, number), mode.stage(stages[number][0], type(module).__name__, 0):
-                return torch.func.functional_call(module, values, args, kwargs)
+                return torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
 
         if replicas.leaves is None and mode.loop is not None:
             raise CaptureError(
@@ -116,8 +116,12 @@ def _state_of(
     homes: dict[str, VirtualSlice],
     reduction: Reduction,
 ) -> dict[str, torch.Tensor]:
-    """Returns what stands for a module's parameters on a replica, by name."""
-    found: dict[str, torch.Tensor] = {}
+    """Returns what stands for a module's parameters on a replica, by name.
+
+    A parameter that several modules hold has a name for each of them, and a module that has several names only one:
+    torch.func.functional_call would leave its values in a module that it is given twice.
+    """
+    found: dict[int, torch.Tensor] = {}
     for name, value in module.named_parameters():
         slices = counterparts[homes[name].root]
 
@@ -133,17 +137,22 @@ def _state_of(
                 if number not in leaf.copies:
                     with mode.placed(slices[number]):
                         leaf.copies[number] = mode.leaf_copy(value, number)
-                found[name] = leaf.copies[number]
+                found[id(value)] = leaf.copies[number]
         elif has_gradient:
             key = (id(value), mode.value_of(value))
             known = mode.replicas.values
             if key not in known:
                 with mode.unplaced():
                     known[key] = _Copies.apply(value, copy_on, len(slices), reduction)
-            found[name] = known[key][number]
+            found[id(value)] = known[key][number]
         elif number:
-            found[name] = copy_on(number)
-    return found
+            found[id(value)] = copy_on(number)
+    return {
+        f"{prefix}.{name}" if prefix else name: found[id(value)]
+        for prefix, part in module.named_modules()
+        for name, value in part.named_parameters(recurse=False)
+        if id(value) in found
+    }
 
 
 @contextmanager

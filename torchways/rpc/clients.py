@@ -128,6 +128,7 @@ class Span(NamedTuple):
 
     Attributes:
         part_of: the action of a loop's schedule that it is part of.
+        sent_bytes: that it sent to other executors.
     """
 
     name: str
@@ -136,6 +137,7 @@ class Span(NamedTuple):
     end_ns: int
     run_id: int
     part_of: LoopAction | None = None
+    sent_bytes: int = 0
 
 
 class ManagerClient:
@@ -365,6 +367,42 @@ class ExecutorClient:
             data += chunk.data
         return dtype, shape, data
 
+    async def save(
+        self, folder: str, prefix: str, buffers: Sequence[pb.NamedBuffer], settled: Callable[[], None]
+    ) -> list[pb.SavedTensor]:
+        """Has the executor write buffers to a file; returns where in it they are.
+
+        Args:
+            folder: where the file goes.
+            prefix: of its name.
+            buffers: their names in the checkpoint, ids and specs.
+            settled: called once later computations do not change what is written.
+
+        Raises:
+            TorchwaysError: the file could not be written, or a buffer is poisoned.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        request = pb.SaveRequest(folder=folder, prefix=prefix, buffers=buffers)
+        written: list[pb.SavedTensor] = []
+        async for response in self._stub.SaveBuffers(request, metadata=self._metadata):
+            if response.HasField("failure"):
+                raise convert.failure_from_proto(response.failure).to_error()
+            settled()
+            written.extend(response.tensors)
+        return written
+
+    async def load(self, slice_id: SliceId, mesh: Sequence[int], buffers: Sequence[pb.LoadedBuffer]) -> None:
+        """Has the executor make buffers of what is in files.
+
+        Raises:
+            TorchwaysError: they could not be read.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        request = pb.LoadRequest(slice_id=slice_id, mesh_shape=mesh, buffers=buffers)
+        response = await self._stub.LoadBuffers(request, metadata=self._metadata)
+        if response.HasField("failure"):
+            raise convert.failure_from_proto(response.failure).to_error()
+
     async def is_ready(self, buffer_id: BufferId) -> bool:
         """Whether a fetch would not wait."""
         request = pb.FetchRequest(buffer_id=buffer_id, only_ready=True)
@@ -405,6 +443,7 @@ class ExecutorClient:
                 end_ns=s.end_ns,
                 run_id=s.run_id,
                 part_of=LoopAction(s.loop, parse_action(s.action)) if s.action else None,
+                sent_bytes=s.sent_bytes,
             )
             async for response in responses
             for s in response.spans

@@ -73,6 +73,8 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "Executor/Control": frozenset({Role.SCHEDULER}),
     "Executor/PutBuffer": frozenset({Role.CLIENT}),
     "Executor/FetchBuffer": frozenset({Role.CLIENT}),
+    "Executor/SaveBuffers": frozenset({Role.CLIENT}),
+    "Executor/LoadBuffers": frozenset({Role.CLIENT}),
     "Executor/GetStatus": frozenset({Role.CLIENT}),
     "Executor/CollectTrace": frozenset({Role.CLIENT}),
     "DataProcess/OpenDataset": frozenset({Role.CLIENT}),

@@ -701,6 +701,16 @@ class ExecutorStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
                 _registered_method=True)
+        self.SaveBuffers = channel.unary_stream(
+                '/torchways.v1.Executor/SaveBuffers',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.SaveRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SaveResponse.FromString,
+                _registered_method=True)
+        self.LoadBuffers = channel.unary_unary(
+                '/torchways.v1.Executor/LoadBuffers',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.LoadRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.LoadResponse.FromString,
+                _registered_method=True)
 
 
 class ExecutorServicer:
@@ -740,6 +750,21 @@ class ExecutorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SaveBuffers(self, request, context):
+        """Writes buffers to files, each laid out as torch.distributed.checkpoint does. The first answer comes when no later
+        computation can change what will be written, the second when it is written.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def LoadBuffers(self, request, context):
+        """Makes buffers of what is in files; answers when it is read.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ExecutorServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -767,6 +792,16 @@ def add_ExecutorServicer_to_server(servicer, server):
                     servicer.CollectTrace,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.SerializeToString,
+            ),
+            'SaveBuffers': grpc.unary_stream_rpc_method_handler(
+                    servicer.SaveBuffers,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.SaveRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.SaveResponse.SerializeToString,
+            ),
+            'LoadBuffers': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadBuffers,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.LoadRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.LoadResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -906,6 +941,60 @@ class Executor:
             '/torchways.v1.Executor/CollectTrace',
             torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SaveBuffers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchways.v1.Executor/SaveBuffers',
+            torchways_dot_rpc_dot_torchways__pb2.SaveRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.SaveResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadBuffers(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.Executor/LoadBuffers',
+            torchways_dot_rpc_dot_torchways__pb2.LoadRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.LoadResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,14 +16,18 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import flop_registry
 
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph, run_graph
 from torchways.runtime.base import BufferSpec, OnDevice
 from torchways.runtime.device_simulator import SECRET_VARIABLE
 
-#: How long each simulated computation takes, seconds.
+#: How long each simulated computation takes at least, seconds.
 SECONDS_VARIABLE = "TORCHWAYS_SIMULATED_SECONDS"
+#: Floating-point operations of matrix products that a simulated device does in a second; those of a computation are
+#: added to its time. Without it, products take no time.
+FLOPS_VARIABLE = "TORCHWAYS_SIMULATED_FLOPS"
 _ENQUEUE_SECONDS = 60.0
 
 
@@ -31,6 +35,14 @@ _ENQUEUE_SECONDS = 60.0
 class _Computation:
     done: bool = False
     callbacks: list[Callable[[], None]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class _Executable:
+    """A graph, and how long its computation takes."""
+
+    graph: torch.fx.Graph
+    seconds: float
 
 
 @dataclass(slots=True)
@@ -64,6 +76,7 @@ class SimulatedRuntime:
         self._devices = list(devices)
         self._num_hosts = num_hosts
         self._seconds = float(os.environ.get(SECONDS_VARIABLE, "0"))
+        self._flops = float(os.environ.get(FLOPS_VARIABLE, "inf")) * len(self._devices) * num_hosts
         self._acknowledged: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._computations: dict[str, _Computation] = {}
         self._lock = threading.Lock()
@@ -97,12 +110,13 @@ class SimulatedRuntime:
         outputs: Sequence[BufferSpec],
         donated: Sequence[int],
         on_device: OnDevice,
-    ) -> torch.fx.Graph:
+    ) -> _Executable:
         """See `Runtime.compile`."""
-        return deserialize_graph(graph)
+        read = deserialize_graph(graph)
+        return _Executable(read, self._seconds + count_flops(read) / self._flops)
 
     def execute(
-        self, executable: torch.fx.Graph, inputs: Sequence[_Buffer], gang_key: str
+        self, executable: _Executable, inputs: Sequence[_Buffer], gang_key: str
     ) -> tuple[list[_Buffer], Sequence[_Buffer]]:
         """Puts a computation into the device queues; see `Runtime.execute`.
 
@@ -113,9 +127,9 @@ class SimulatedRuntime:
         computation = _Computation()
         with self._lock:
             self._computations[key] = computation
-        message = {"enqueue": key, "devices": self._devices, "parts": self._num_hosts, "seconds": self._seconds}
+        message = {"enqueue": key, "devices": self._devices, "parts": self._num_hosts, "seconds": executable.seconds}
         self._socket.sendall(json.dumps(message).encode() + b"\n")
-        values = run_graph(executable, *(buffer.value for buffer in inputs))
+        values = run_graph(executable.graph, *(buffer.value for buffer in inputs))
         try:
             self._acknowledged.get(timeout=_ENQUEUE_SECONDS)
         except queue.Empty:
@@ -148,3 +162,18 @@ class SimulatedRuntime:
         """See `Runtime.lowered_ops`: all."""
         names: list[Any] = torch._C._dispatch_get_all_op_names()
         return [str(name) for name in names]
+
+
+def count_flops(graph: torch.fx.Graph) -> int:
+    """Returns the floating-point operations of a graph, by the formulas of PyTorch's flop counter."""
+
+    def value_of(node: torch.fx.Node) -> Any:
+        return node.meta["val"]
+
+    found = 0
+    for node in graph.nodes:
+        count = flop_registry.get(getattr(node.target, "overloadpacket", None))
+        if count is not None:
+            args, kwargs = torch.fx.map_arg((node.args, node.kwargs), value_of)
+            found += count(*args, **kwargs, out_val=node.meta["val"])
+    return found

@@ -14,10 +14,11 @@ from torchways.controller.generation_options import merged, token_choice
 from torchways.controller.logits import TokenChoice
 from torchways.errors import ShapeError, UserError
 
+#: One layer: most of a test's time goes into traces, and tests/cluster/test_generation.py has two.
 LLAMA = {
     "vocab_size": 64,
     "hidden_size": 32,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "intermediate_size": 64,

@@ -75,7 +75,7 @@ def batches(count, rows=8):
     return [torch.randint(0, 17, (rows, 5)) for _ in range(count)]
 
 
-def compare(session, model, ours, make, *, steps=4, rows=8, optimizer=adamw, rtol=1e-5, atol=1e-6):
+def compare(session, model, ours, make, *, steps=2, rows=8, optimizer=adamw, rtol=1e-5, atol=1e-6):
     """Trains both; returns our program."""
     expected_step = make(model, optimizer(model.parameters()))
     step = program(session, make(ours, optimizer(ours.parameters())))
@@ -126,6 +126,29 @@ def test_tied_and_frozen_parameters(session):
     step = compare(session, model, ours, make_step)
     assert len(nodes_of(step, Transfer)) == 2
     assert ours.head.weight is ours.embed.weight
+
+
+class TwoNames(nn.Module):
+    """A module with two names, as T5's embedding; a third one has the same parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared, self.hidden, self.head = nn.Embedding(17, 8), nn.Linear(8, 8), nn.Linear(8, 17, bias=False)
+        self.embed, self.head.weight = self.shared, self.shared.weight
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.hidden(self.shared(x) + self.embed(x + 1 - x.ge(16).long()))))
+
+
+@pytest.mark.parametrize("make", [make_step, lambda model, opt: make_microbatched(model, opt, 2)])
+def test_a_module_with_two_names_keeps_its_parameters(session, make):
+    torch.manual_seed(0)
+    model = TwoNames()
+    ours = replicated(session, model)
+    before = ours.shared.weight
+    step = compare(session, model, ours, make)
+    assert step.num_traces == 1
+    assert ours.shared.weight is ours.embed.weight is ours.head.weight is before
 
 
 def test_a_pipeline_of_each_replica(session):
@@ -328,7 +351,12 @@ def test_updates_are_one_computation_on_each_slice_and_bit_for_bit_the_same(sess
 # ---- microbatches
 
 
-@pytest.mark.parametrize(("count", "rows"), [(2, 8), (4, 8), (4, 7), (8, 8)])
+_slow = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("count", "rows"), [(2, 8), (4, 7), pytest.param(4, 8, marks=_slow), pytest.param(8, 8, marks=_slow)]
+)
 def test_each_replica_takes_microbatches_of_its_own(session, count, rows):
     model = Model()
     ours = replicated(session, model)

@@ -93,6 +93,22 @@ def test_it_measures_and_goes_on_by_the_best_schedule(where):
     torch.testing.assert_close(losses, expected, rtol=1e-4, atol=1e-6)
 
 
+def test_the_report_names_the_schedule_that_stays_as_the_search_does():
+    """With these times the schedule from before stays; another one, by the same rule for these times, is longer."""
+    tenths = {Kind.FORWARD: (14, 14, 8, 14), Kind.INPUT: (0, 10, 2, 3), Kind.WEIGHT: (3, 3, 1, 10)}
+    torch.manual_seed(0)
+    session = LocalSession(time_of=lambda action: 1e5 * tenths[action.kind][action.stage])
+    step = ProgramFunction(make_step(placed_model(session, "aabb", Model()), 3), None, lambda: session)
+    losses_of(step, BEFORE)
+    before = step.report().loops[0].schedule
+    losses_of(step, 1)
+    [loop] = step.report().loops
+    assert loop.is_settled
+    assert loop.schedule.rows == before.rows
+    assert loop.schedule_name == f"{before.name}, of equal times"
+    assert loop.tried[loop.schedule_name] == min(loop.tried.values()) < loop.tried[before.name]
+
+
 def test_losses_are_the_same_over_the_switch():
     torch.manual_seed(0)
     model, session = Model(), LocalSession(time_of=functools.partial(time_of, slow_stage=0))

@@ -1,5 +1,7 @@
 """Sums between executors: any order of messages, any number of members, failures and lost peers."""
 
+from collections import Counter
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,20 +17,21 @@ class World:
 
     def __init__(self, count):
         self.names = tuple(f"e{index}" for index in range(count))
-        self.messages, self.results, self.sent_bytes = [], {}, dict.fromkeys(self.names, 0)
+        self.messages, self.results, self.sent_bytes = [], {}, Counter()
         self.members = {name: Reducer(name, self.sender(name)) for name in self.names}
 
     def sender(self, name):
         def send(peer, run_id, edge_id, phase, piece):
             if isinstance(piece, torch.Tensor):
-                self.sent_bytes[name] += piece.numel() * piece.element_size()
+                self.sent_bytes[run_id, name] += piece.numel() * piece.element_size()
                 piece = piece.clone().view(torch.uint8)  # as it arrives: bytes
             self.messages.append((peer, name, run_id, edge_id, phase, piece))
 
         return send
 
     def start(self, name, value, shape, run_id=1, members=None):
-        def done(total, failure):
+        def done(total, failure, sent_bytes):
+            assert sent_bytes == self.sent_bytes[run_id, name]
             assert (run_id, name) not in self.results
             self.results[run_id, name] = failure if failure is not None else total.reshape(shape)
 

@@ -1,0 +1,82 @@
+"""Folders of checkpoints: ``step_00000100`` is complete; what is being written has another name until it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+#: What torch.distributed.checkpoint writes last.
+METADATA = ".metadata"
+
+_STEP = re.compile(r"step_(\d+)")
+_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a complete checkpoint of ours, or of plain PyTorch."""
+    return (folder / METADATA).is_file()
+
+
+def steps(folder: Path) -> dict[int, Path]:
+    """Returns the complete checkpoints in a folder by their steps, in order."""
+    if not folder.is_dir():
+        return {}
+    found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    return {step: path for step, path in sorted(found.items()) if is_checkpoint(path)}
+
+
+def latest(folder: str | os.PathLike[str]) -> Path | None:
+    """Returns the complete checkpoint of the highest step in a folder, or None if there is none."""
+    found = steps(Path(folder))
+    return found[max(found)] if found else None
+
+
+def step_folder(folder: Path, step: int | None) -> Path:
+    """Returns where the checkpoint of a step goes; None: the folder itself is the checkpoint."""
+    return folder if step is None else folder / f"step_{step:08d}"
+
+
+def begin(final: Path) -> Path:
+    """Makes the folder in which a checkpoint is written, and removes what others that never ended have left.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for path in final.parent.iterdir():
+        if _PARTIAL.fullmatch(path.name):
+            shutil.rmtree(path, ignore_errors=True)
+    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial.mkdir()
+    return partial
+
+
+def commit(partial: Path, final: Path) -> None:
+    """Gives a checkpoint that is all written its name; one that had it before is there until then.
+
+    Raises:
+        OSError: it cannot be renamed.
+    """
+    old = None
+    if final.exists():
+        old = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+        final.rename(old)
+    partial.rename(final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the names, too, must be there after a crash
+    finally:
+        os.close(folder)
+    if old is not None:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all complete checkpoints but the `keep` latest."""
+    for path in list(steps(folder).values())[:-keep]:
+        # Without its metadata it is none any more, however far the removal comes.
+        (path / METADATA).unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
