@@ -51,6 +51,8 @@ _BYTES_IN_USE = 256 << 20
 _BATCHES_IN_USE = (2, 64)
 #: How long an error waits for word of how a data process ended.
 _REASON_SECONDS = 3.0
+#: How much later than of a data process's end word of its executor's end may come: on another stream.
+_LATER_SECONDS = 0.5
 _LOG_SECONDS = 10.0
 
 
@@ -394,22 +396,25 @@ class _Part:
         """Returns the error for a process or executor that cannot be reached, with the reason if word of it comes."""
         session = self._session
         deadline = time.monotonic() + _REASON_SECONDS
+        reason: TorchwaysError | None = None
         while True:
             if session.broken is not None:
                 return session.broken
             if (lost := session.lost_executor_error(self.mesh)) is not None:
                 return lost
-            reason: TorchwaysError | None = None
+            if isinstance(reason, DataProcessLost):  # of an executor's end, which ends it too, we had heard by now
+                return DataProcessLost(
+                    f"the data process of dataset {self.spec.dataset!r} is gone: {reason}. Make the loader anew and "
+                    "load its position"
+                )
             try:
                 assert self._process_id is not None
                 await session.manager.wait_data_process(self._process_id, timedelta(seconds=_REASON_SECONDS))
             except TorchwaysError as found:
                 reason = found
             if isinstance(reason, DataProcessLost):
-                return DataProcessLost(
-                    f"the data process of dataset {self.spec.dataset!r} is gone: {reason}. Make the loader anew and "
-                    "load its position"
-                )
+                await asyncio.sleep(_LATER_SECONDS)
+                continue
             if time.monotonic() > deadline:
                 text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else error
                 return DataProcessLost(f"the data process of dataset {self.spec.dataset!r} cannot be reached ({text})")
