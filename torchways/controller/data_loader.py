@@ -396,6 +396,7 @@ class _Part:
         """Returns the error for a process or executor that cannot be reached, with the reason if word of it comes."""
         session = self._session
         deadline = time.monotonic() + _REASON_SECONDS
+        process_id = self._process_id or 0  # 0: its loader was closed
         reason: TorchwaysError | None = None
         while True:
             if session.broken is not None:
@@ -408,8 +409,7 @@ class _Part:
                     "load its position"
                 )
             try:
-                assert self._process_id is not None
-                await session.manager.wait_data_process(self._process_id, timedelta(seconds=_REASON_SECONDS))
+                await session.manager.wait_data_process(process_id, timedelta(seconds=_REASON_SECONDS))
             except TorchwaysError as found:
                 reason = found
             if isinstance(reason, DataProcessLost):
