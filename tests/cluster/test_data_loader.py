@@ -17,6 +17,8 @@ import torchways as tw
 from benchmarks.input_pipeline import controller_bytes
 from tests import datasets
 from tests.cluster.conftest import status_of, wait_gone
+from torchways.api import _current as current_session
+from torchways.controller import data_loader
 from torchways.errors import (
     ConfigError,
     DataError,
@@ -400,6 +402,43 @@ def test_batches_that_are_not_taken_are_given_back(meshes):
     while (left := status_of(meshes[0]).num_buffers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert left == 0
+
+
+def test_no_more_than_the_prefetched_batches_wait_on_the_slice(meshes):
+    with loader("Rows", meshes[0], 400, batch_size=2, prefetch=3) as batches:
+        iterator = iter(batches)
+        for taken in range(1, 4):
+            kept = next(iterator)
+            deadline = time.monotonic() + 20
+            while (found := status_of(meshes[0]).num_buffers) != 8 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            assert found == 8, taken  # two tensors of this batch, and of three more
+        time.sleep(0.2)
+        assert status_of(meshes[0]).num_buffers == 8
+        assert kept["label"].tolist() == [4, 5]
+
+
+def test_the_controller_does_not_run_far_ahead_of_the_slice(meshes, monkeypatch):
+    monkeypatch.setattr(data_loader, "_BYTES_IN_USE", 0)
+
+    @tw.program(mesh=meshes[0])
+    def slow(x):
+        for _ in range(60):
+            x = (x @ x).softmax(-1)
+        return x.sum()
+
+    session = current_session()
+    options = {"batch_size": 256, "placements": [Replicate()], "num_workers": 1}
+    with loader("Rows", meshes[0], 256 * 10, 256, **options) as batches:
+        iterator = iter(batches)
+        slow(next(iterator)["x"]).item()
+        in_flight, sums = [], []
+        for batch in iterator:
+            in_flight.append(len(session._runs))
+            sums.append(slow(batch["x"]))
+        assert len(sums) == 9
+        assert 1 <= max(in_flight) <= 2
+        assert [round(value.item()) for value in sums] == [256] * 9
 
 
 def test_a_slice_that_moves_takes_its_loader_along(meshes):

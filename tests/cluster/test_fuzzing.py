@@ -124,7 +124,10 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
             await one_call(manager.DescribeCluster, pb.DescribeClusterRequest())
             await one_call(manager.ReserveSlice, pb.ReserveSliceRequest())
             await one_call(manager.WaitSlice, pb.WaitSliceRequest())
-            sent += 28
+            await one_call(manager.StartDataProcess, pb.StartDataProcessRequest())
+            await one_call(manager.WaitDataProcess, pb.WaitDataProcessRequest())
+            await one_call(manager.EndDataProcess, pb.EndDataProcessRequest())
+            sent += 31
         # Refused, answered with an error, or waiting for what never comes; the processes are there.
         assert grpc.StatusCode.UNAVAILABLE not in codes
 

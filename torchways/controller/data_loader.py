@@ -51,6 +51,8 @@ _BYTES_IN_USE = 256 << 20
 _BATCHES_IN_USE = (2, 64)
 #: How long an error waits for word of how a data process ended.
 _REASON_SECONDS = 3.0
+#: How much later than of a data process's end word of its executor's end may come: on another stream.
+_LATER_SECONDS = 0.5
 _LOG_SECONDS = 10.0
 
 
@@ -394,22 +396,25 @@ class _Part:
         """Returns the error for a process or executor that cannot be reached, with the reason if word of it comes."""
         session = self._session
         deadline = time.monotonic() + _REASON_SECONDS
+        process_id = self._process_id or 0  # 0: its loader was closed
+        reason: TorchwaysError | None = None
         while True:
             if session.broken is not None:
                 return session.broken
             if (lost := session.lost_executor_error(self.mesh)) is not None:
                 return lost
-            reason: TorchwaysError | None = None
-            try:
-                assert self._process_id is not None
-                await session.manager.wait_data_process(self._process_id, timedelta(seconds=_REASON_SECONDS))
-            except TorchwaysError as found:
-                reason = found
-            if isinstance(reason, DataProcessLost):
+            if isinstance(reason, DataProcessLost):  # of an executor's end, which ends it too, we had heard by now
                 return DataProcessLost(
                     f"the data process of dataset {self.spec.dataset!r} is gone: {reason}. Make the loader anew and "
                     "load its position"
                 )
+            try:
+                await session.manager.wait_data_process(process_id, timedelta(seconds=_REASON_SECONDS))
+            except TorchwaysError as found:
+                reason = found
+            if isinstance(reason, DataProcessLost):
+                await asyncio.sleep(_LATER_SECONDS)
+                continue
             if time.monotonic() > deadline:
                 text = f"{error.code().name}: {error.details()}" if isinstance(error, grpc.aio.AioRpcError) else error
                 return DataProcessLost(f"the data process of dataset {self.spec.dataset!r} cannot be reached ({text})")
@@ -514,11 +519,11 @@ class ClusterSource:
             self._start()
         self._wait(self._on_all(lambda part: part.begin(position)), "a pass")
         self._next_number = position.batch
-        self._ask()
+        self._ask(self._prefetch)
 
-    def _ask(self) -> None:
-        """Asks for batches ahead, while runs are not too far behind."""
-        while len(self._ahead) <= self._prefetch:
+    def _ask(self, count: int) -> None:
+        """Asks for the next batches, as far as they were not asked for."""
+        while len(self._ahead) < count:
             self._ahead.append([part.take_later(self._next_number) for part in self._parts])
             self._next_number += 1
 
@@ -535,7 +540,7 @@ class ClusterSource:
             # Runs that were sent before the second-oldest batch was taken may read the oldest; none younger does.
             session.wait_for_runs_before(self._marks[1])
             self._marks.popleft()
-        self._ask()
+        self._ask(1 + self._prefetch)
         futures = self._ahead[0]
         found = [self._wait(future, f"batch {self._position.batch}") for future in futures]
         self._ahead.popleft()
@@ -547,7 +552,6 @@ class ClusterSource:
         self._max_in_use = max(least, min(most, _BYTES_IN_USE // largest))
         self._marks.append(session.new_ids(1))
         self._position = Position(epoch=self._position.epoch, batch=self._position.batch + 1, state=found[0].state)
-        self._ask()
         arrays = [batch.arrays() for batch in found]
         return arrays if self._is_list else arrays[0], self._position
 
