@@ -1,6 +1,7 @@
 """`tw.data_loader` on real clusters: the batches of PyTorch's own DataLoader, positions, and what goes wrong."""
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -398,6 +399,7 @@ def test_batches_that_are_not_taken_are_given_back(meshes):
             if number == 20:
                 break
         del batch
+    gc.collect()  # of the errors of other tests, whose frames have arrays
     deadline = time.monotonic() + 20
     while (left := status_of(meshes[0]).num_buffers) and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -405,6 +407,7 @@ def test_batches_that_are_not_taken_are_given_back(meshes):
 
 
 def test_no_more_than_the_prefetched_batches_wait_on_the_slice(meshes):
+    gc.collect()  # as above
     with loader("Rows", meshes[0], 400, batch_size=2, prefetch=3) as batches:
         iterator = iter(batches)
         for taken in range(1, 4):
