@@ -6,6 +6,7 @@ executor/local_values.py.
 
 from __future__ import annotations
 
+import os
 import socket
 import struct
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class LocalExecutors:
             connection.settimeout(_ANSWER_SECONDS)
             self._sockets.append(connection)
             try:
-                connection.connect(path)
+                _connect(connection, path)
             except OSError as error:
                 self.close()
                 raise InfraError(f"an executor of the slice cannot be reached at {path} ({error})") from error
@@ -103,6 +104,15 @@ def shareable(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype).share_memory_()
     return copy.copy_(tensor)
+
+
+def _connect(connection: socket.socket, path: str) -> None:
+    # By way of the folder: a socket's own path has at most 107 bytes.
+    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        connection.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
+    finally:
+        os.close(folder)
 
 
 def _send(connection: socket.socket, message: pb.LocalPut, fd: int | None) -> None:

@@ -33,8 +33,6 @@ logger = logging.getLogger(__name__)
 
 #: As in torchways/data/local.py: size of the message, and whether a file comes with it.
 _HEADER = struct.Struct("<I?")
-#: Linux's limit for the path of a socket, with room to spare.
-_MAX_PATH = 100
 _RETRY_SECONDS = 0.1
 
 
@@ -47,7 +45,7 @@ class LocalValues:
         post: takes the values, on some thread.
 
     Attributes:
-        address: path of the socket; "" where the system has none for us.
+        address: path of the socket.
     """
 
     def __init__(self, token: str, key: Identifies, num_devices: int, post: Callable[[BufferPut], None]) -> None:
@@ -55,15 +53,15 @@ class LocalValues:
         self._key = key
         self._num_devices = num_devices
         self._post = post
-        self.address = ""
-        path = os.path.join(tempfile.gettempdir(), "values.sock")
-        if len(path.encode()) > _MAX_PATH:
-            logger.warning("no socket for local values: %s is too long a path; set TMPDIR to a shorter one", path)
-            return
+        self.address = os.path.join(tempfile.gettempdir(), "values.sock")
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.bind(path)
+        # By way of the folder: a socket's own path has at most 107 bytes.
+        folder = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            self._socket.bind(f"/proc/self/fd/{folder}/values.sock")
+        finally:
+            os.close(folder)
         self._socket.listen(16)
-        self.address = path
         threading.Thread(target=self._accept, name="local values", daemon=True).start()
 
     def close(self) -> None:
