@@ -4,6 +4,7 @@ import copy
 import resource
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
 from tests.cluster.conftest import status_of
 from torchways.array import Array
-from torchways.errors import CheckpointError
+from torchways.errors import CheckpointError, PlacementError
 
 CONFIG = GPTConfig(vocab_size=17, seq_len=8, d_model=16, n_layers=2, n_heads=2)
 SPLIT = {"layers.1": tw.SplitPoint.BEGINNING}
@@ -236,16 +237,30 @@ def test_a_disk_that_is_full(meshes, tmp_path):
 def test_a_value_that_is_gone_is_not_saved(meshes, tmp_path):
     values = {"values": tw.distribute_tensor(torch.ones(4), meshes[0], None)}
     tw.checkpoint.save(tmp_path, values, step=1).result()
-    session = values["values"]._buffer.session
-    session.release(meshes[0].slice_id, values["values"]._buffer.buffer_id)
-    while status_of(meshes[0]).num_buffers:
-        pass
+    buffer, count = values["values"]._buffer, status_of(meshes[0]).num_buffers
+    buffer.session.release(meshes[0].slice_id, buffer.buffer_id)
+    deadline = time.monotonic() + 30
+    while status_of(meshes[0]).num_buffers >= count and time.monotonic() < deadline:
+        time.sleep(0.01)
     saving = tw.checkpoint.save(tmp_path, values, step=2)
     with pytest.raises(
         CheckpointError, match=r"could not be saved: .*was released.*the last complete one is step_0+1\."
     ):
         saving.result()
     assert tw.checkpoint.latest(tmp_path).name == "step_00000001"
+
+
+def test_a_mesh_that_is_closed(cluster, meshes, tmp_path):
+    """The call raises at once, and is in nobody's way."""
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    values = {"values": tw.distribute_tensor(torch.ones(4), mesh, None)}
+    values["values"].tolist()
+    mesh.close()
+    with pytest.raises(PlacementError, match="is closed"):
+        tw.checkpoint.save(tmp_path, values, step=1)
+    assert list(tmp_path.iterdir()) == []
+    others = {"values": tw.distribute_tensor(torch.ones(4), meshes[0], None)}
+    assert tw.checkpoint.save(tmp_path, others, step=2).result().name == "step_00000002"
 
 
 def test_a_folder_of_several_safetensors(meshes, tmp_path):

@@ -56,6 +56,7 @@ class Saving:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._pid = os.getpid()
         self._future: concurrent.futures.Future[None] = concurrent.futures.Future()
 
     def done(self) -> bool:
@@ -78,7 +79,7 @@ class Saving:
     def _wait(self) -> None:
         """Waits until it is over, however it ends."""
         started = time.monotonic()
-        while not self._future.done():
+        while not self._future.done() and os.getpid() == self._pid:  # who was forked meanwhile has no thread for it
             with contextlib.suppress(concurrent.futures.TimeoutError, CheckpointError):
                 result_of(self._future, _SAY_SECONDS)
             if not self._future.done():
@@ -124,8 +125,12 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
             previous._wait()
         saving = Saving(final)
         job = _Job(final, keep, collect(state))
+        try:
+            job.snapshot()
+        except BaseException:
+            job.clean_up()
+            raise
         _current = saving
-        job.snapshot()
         threading.Thread(target=_run, args=(job, saving), name="torchways-checkpoint", daemon=True).start()
     return saving
 
