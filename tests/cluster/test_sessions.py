@@ -22,7 +22,7 @@ def run(script, tmp_path, **environment):
     folder = tmp_path / "tmp"
     folder.mkdir()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "TMPDIR": str(folder), **environment}
-    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=120)
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, env=environment, timeout=240)
     # torch._inductor, which PyTorch's own modules import, keeps its cache there.
     return done, [item.name for item in folder.iterdir() if not item.name.startswith("torchinductor")]
 
