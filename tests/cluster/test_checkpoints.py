@@ -244,7 +244,7 @@ def test_a_value_that_is_gone_is_not_saved(meshes, tmp_path):
         time.sleep(0.01)
     saving = tw.checkpoint.save(tmp_path, values, step=2)
     with pytest.raises(
-        CheckpointError, match=r"could not be saved: .*was released.*the last complete one is step_0+1\."
+        CheckpointError, match=r"(?s)could not be saved: .*was released.*the last complete one is step_0+1\."
     ):
         saving.result()
     assert tw.checkpoint.latest(tmp_path).name == "step_00000001"
