@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -228,7 +228,7 @@ class Settings:
     parallel: ParallelConfig
     cluster: ClusterConfig
     train: TrainConfig
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
         if self.parallel.pipeline_stages > self.model.n_layers:
@@ -284,7 +284,7 @@ class IslandsSettings:
     parallel: IslandsConfig
     cluster: ClusterConfig
     train: TrainConfig
-    checkpoint: CheckpointConfig
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     @property
     def seq_len(self) -> int:
