@@ -47,7 +47,7 @@ def test_train_lm_on_two_islands(tmp_path, overrides):
     assert losses[-1] < losses[0]
     events = json.loads((run / "trace.json").read_text())["traceEvents"]
     rows = [(event["pid"], event["args"]["name"]) for event in events if event["name"] == "thread_name"]
-    assert sum(name.startswith("device") for _, name in rows) == (2 if overrides == PIPELINE else 4)
+    assert sum(name.startswith("device") for _, name in rows) == 4
 
 
 def test_bad_settings_are_one_clear_line(tmp_path):
