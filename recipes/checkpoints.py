@@ -61,11 +61,11 @@ class Checkpoints:
     def after(self, step: int, *, is_last: bool) -> None:
         """Saves a checkpoint of the run as it is after a step, if it is time."""
         every = self._config.every
-        if every is None or not (is_last or self.signal or step % every == 0):
+        if every is None or not (is_last or step % every == 0):
             return
         self._saved = step
         saving = tw.checkpoint.save(self._folder, {**self._state, _STEP: step}, step=step, keep=self._config.keep)
-        if is_last or self.signal:
+        if is_last:
             try:
                 log.info("saved %s", saving.result())
             except CheckpointError:  # it is in the log; the results of the training are worth having

@@ -129,16 +129,17 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
             for schedule in job.schedules:
                 schedule.step()
             pending.append(_PendingStep(step=step, results=results, lr=lr, data_time_s=data_time_s))
-            checkpoints.after(step, is_last=step == config.steps)
-            if step % config.log_every == 0 or step == config.steps or checkpoints.signal:
+            ending = checkpoints.signal  # one that comes later is for the next step, which saves
+            checkpoints.after(step, is_last=step == config.steps or ending is not None)
+            if step % config.log_every == 0 or step == config.steps or ending:
                 train_loss, step_time_s = _read_pending(pending, progress, logger)
                 _log_utilisation(step, job, config, step_time_s, logger)
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
                 validation = job.evaluate()
                 logger.log(step, validation)
                 progress.restart_clock()
-            if checkpoints.signal and step < config.steps:
-                sys.exit(128 + checkpoints.signal)
+            if ending and step < config.steps:
+                sys.exit(128 + ending)
     print(
         f"train loss       {train_loss:.4f} {job.unit} (step {config.steps})\n"
         f"validation loss  {validation[metrics.VALIDATION_LOSS]:.4f} {job.unit}\n"
