@@ -14,8 +14,8 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
 from benchmarks import simulated_pipeline, systems
-from benchmarks.report import argument_parser, finish, machine, median, numbers, paired_ratio, panel, print_table
-from benchmarks.spmd import SCRIPTS, TOLERANCE, TORCHWAYS, difference, measure, running
+from benchmarks.report import argument_parser, machine, numbers, panel, print_table
+from benchmarks.spmd import SCRIPTS, TORCHWAYS, compare, finish_compared, running
 from benchmarks.timelines import figure_of_runs
 from torchways.schedules import SCHEDULES
 
@@ -70,22 +70,13 @@ def run(workloads: Sequence[Any], schedule: str, repeats: int, seconds: float) -
 
 
 def _row(workload: dict[str, Any], started: list[systems.System], repeats: int, seconds: float) -> dict[str, Any]:
-    answers, rates, losses = measure(workload, started, repeats, seconds)
-    first = answers[PIPELINE][0]
+    row, answers, _ = compare(workload, started, PIPELINE, repeats, seconds)
     return {
-        "model": f"{workload['model']} {workload['size']}",
-        "parameters": first["parameters"],
-        "batch": f"{workload['batch']}x{workload['length']}",
+        **row,
         "slices": workload["mesh"][0],
-        "stages": first["stages"],
+        "stages": answers[PIPELINE][0]["stages"],
         "microbatches": workload["num_microbatches"],
         "schedule": workload["schedule"],
-        "tokens_s": {name: median(found) for name, found in rates.items()},
-        "ours_ms": 1e3 * first["tokens"] / median(rates[PIPELINE]),
-        "ours_over": {name: paired_ratio(rates[PIPELINE], found) for name, found in rates.items() if name != PIPELINE},
-        "loss_differences": {
-            name: difference(losses[PIPELINE], found) for name, found in losses.items() if name != PIPELINE
-        },
     }
 
 
@@ -186,21 +177,17 @@ def main() -> None:
             list(SCHEDULES), counts, arguments.calls, arguments.pass_seconds
         )
     rows, simulated = results["rows"], results["simulated"]
-    worst = max((found for row in rows for found in row["loss_differences"].values()), default=0.0)
     if rows:
         print_table(*table(rows))
         for name in (TORCHWAYS, PIPELINING):
             of_it = [row["ours_over"][name] for row in rows]
             label = "one SPMD slice" if name == TORCHWAYS else name
             print(f"at least {WANTED} of {label} in {sum(ratio >= WANTED for ratio in of_it)} of {len(of_it)} rows")
-        print(f"largest relative difference of losses: {worst:.1e}")
     if simulated:
         print_table(*bubble_table(simulated))
         near = sum(abs(excess(row)) <= WANTED_BUBBLE for row in simulated)
         print(f"simulated: bubble within {100 * WANTED_BUBBLE:.0f} points of theory in {near} of {len(simulated)} rows")
-    finish("pipeline", results, draw(rows, simulated), print_json=arguments.json)
-    if worst > TOLERANCE:
-        sys.exit(f"the systems do not compute the same: losses differ by {worst:.1e}, more than {TOLERANCE:g}")
+    finish_compared("pipeline", results, draw(rows, simulated), print_json=arguments.json)
 
 
 if __name__ == "__main__":

@@ -105,30 +105,43 @@ def running(scripts: Mapping[str, tuple[str, ...]], devices: int) -> Iterator[li
 def _row(
     workload: dict[str, Any], started: list[systems.System], shown: list[systems.System], repeats: int, seconds: float
 ) -> dict[str, Any]:
-    answers, rates, losses = measure(workload, started, repeats, seconds)
-    first = answers[TORCHWAYS][0]
-    tokens = first["tokens"]
+    found, answers, rates = compare(workload, started, TORCHWAYS, repeats, seconds)
+    tokens = answers[TORCHWAYS][0]["tokens"]
     plain = max(PLAIN, key=lambda name: median(rates[name]))
-    ours = rates[TORCHWAYS]
     return {
-        "model": f"{workload['model']} {workload['size']}",
-        "parameters": first["parameters"],
-        "batch": f"{workload['batch']}x{workload['length']}",
+        **found,
         "mesh": "x".join(map(str, workload["mesh"])),
         "devices": math.prod(workload["mesh"]),
         "plan": workload["plan"],
         "computations": answers[TORCHWAYS][-1]["computations"],
-        "tokens_s": {name: median(found) for name, found in rates.items()},
         "shown_tokens_s": [_EAGER_STEPS * tokens / ask(system, workload, _EAGER_STEPS)["seconds"] for system in shown],
         "plain": plain,
         "plain_ms": 1e3 * tokens / median(rates[plain]),
-        "ours_ms": 1e3 * tokens / median(ours),
-        "ours_over": {name: paired_ratio(ours, found) for name, found in rates.items() if name != TORCHWAYS},
-        "ours_over_plain": paired_ratio(ours, rates[plain]),
-        "loss_differences": {
-            name: difference(losses[TORCHWAYS], found) for name, found in losses.items() if name != TORCHWAYS
-        },
+        "ours_over_plain": paired_ratio(rates[TORCHWAYS], rates[plain]),
     }
+
+
+def compare(
+    workload: dict[str, Any], started: list[systems.System], ours: str, repeats: int, seconds: float
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]], dict[str, list[float]]]:
+    """Measures a workload on all systems.
+
+    Returns:
+        what every table of training steps has of it, with the system `ours` against each other one; and by the
+        system's name its answers, of which the first is not counted, and tokens a second.
+    """
+    answers, rates, losses = measure(workload, started, repeats, seconds)
+    first, others = answers[ours][0], [name for name in rates if name != ours]
+    row = {
+        "model": f"{workload['model']} {workload['size']}",
+        "parameters": first["parameters"],
+        "batch": f"{workload['batch']}x{workload['length']}",
+        "tokens_s": {name: median(found) for name, found in rates.items()},
+        "ours_ms": 1e3 * first["tokens"] / median(rates[ours]),
+        "ours_over": {name: paired_ratio(rates[ours], rates[name]) for name in others},
+        "loss_differences": {name: difference(losses[ours], losses[name]) for name in others},
+    }
+    return row, answers, rates
 
 
 def measure(
@@ -255,9 +268,15 @@ def main() -> None:
         results["main_job"] = job = main_job(arguments.main_job_steps, arguments.repeats)
         times = ", ".join(f"{name} {value:.0f} ms a step" for name, value in job["ms"].items())
         print(f"the recipe (make train): {times}; ours/eager {job['ours_over_eager']:.2f}")
-    worst = max(difference for row in rows for difference in row["loss_differences"].values())
-    print(f"largest relative difference of losses: {worst:.1e}")
-    finish("spmd", results, draw(rows), print_json=arguments.json)
+    finish_compared("spmd", results, draw(rows), print_json=arguments.json)
+
+
+def finish_compared(name: str, results: dict[str, Any], axes: Axes, *, print_json: bool) -> None:
+    """Finishes a benchmark of training steps; ends it in an error where the systems' losses differ."""
+    worst = max((found for row in results["rows"] for found in row["loss_differences"].values()), default=0.0)
+    if results["rows"]:
+        print(f"largest relative difference of losses: {worst:.1e}")
+    finish(name, results, axes, print_json=print_json)
     if worst > TOLERANCE:
         sys.exit(f"the systems do not compute the same: losses differ by {worst:.1e}, more than {TOLERANCE:g}")
 

@@ -31,7 +31,6 @@ class Checkpoints:
         self._config = config
         self._state = state
         self._folder = Path(config.folder)
-        self._saved: int | None = None
         self._handlers: dict[int, Any] = {}
         self.signal: signal.Signals | None = None
 
@@ -63,7 +62,6 @@ class Checkpoints:
         every = self._config.every
         if every is None or not (is_last or step % every == 0):
             return
-        self._saved = step
         saving = tw.checkpoint.save(self._folder, {**self._state, _STEP: step}, step=step, keep=self._config.keep)
         if is_last:
             try:

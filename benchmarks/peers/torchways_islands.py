@@ -9,60 +9,41 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import protocol
 import torch
 import training
+from torchways_microbatches import MicrobatchTrainer
 
 import torchways as tw
 
-_READ_TIMEOUT = timedelta(minutes=5)
 _ISLANDS = 2
 
 
-class ReplicaTrainer:
+class ReplicaTrainer(MicrobatchTrainer):
     """A model on a slice of each island."""
 
     def __init__(self, workload: training.Workload, model: torch.nn.Module) -> None:
         (dp, tp), self._gradient_bytes = workload.mesh, 4 * sum(parameter.numel() for parameter in model.parameters())
-        self._meshes = [
+        meshes = [
             tw.init_device_mesh((dp // _ISLANDS, tp), mesh_dim_names=training.AXES, island=island)
             for island in range(_ISLANDS)
         ]
-        tw.replicate(model, self._meshes, plan=training.plan_of(model, workload, self._meshes[0]))
-        optimizer = torch.optim.AdamW(model.parameters(), lr=training.LEARNING_RATE)
-
-        def forward_backward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            loss = model(input_ids=input_ids, labels=labels).loss / _ISLANDS
-            loss.backward()
-            return loss.detach()
-
-        @tw.program
-        def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            losses = tw.microbatch(forward_backward, input_ids, labels, n_microbatches=_ISLANDS)
-            optimizer.step()
-            optimizer.zero_grad()
-            return losses.sum()
-
-        self._step = step
+        tw.replicate(model, meshes, plan=training.plan_of(model, workload, meshes[0]))
+        super().__init__(model, meshes, _ISLANDS, "1F1B")
         self._traffic = 0.0
 
     def run(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
         if self._traffic:
-            return self._losses(batches)
+            return super().run(batches)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
             with tw.profile(path):
-                losses = self._losses(batches)
+                losses = super().run(batches)
             self._traffic = _sent(json.loads(path.read_text())) / len(batches) / self._gradient_bytes
         return losses
-
-    def _losses(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
-        losses = [self._step(**batch) for batch in batches]
-        return [loss.item() for loss in tw.get(losses, timeout=_READ_TIMEOUT)]
 
     def about(self) -> dict[str, Any]:
         return {
@@ -70,11 +51,6 @@ class ReplicaTrainer:
             "traces": self._step.num_traces,
             "traffic": self._traffic,
         }
-
-    def close(self) -> None:
-        del self._step
-        for mesh in self._meshes:
-            mesh.close()
 
 
 def _sent(trace: dict[str, Any]) -> int:

@@ -5,56 +5,31 @@ The model is split by `tw.pipeline`, into stages of as many layers, and a batch 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 from typing import Any
 
 import protocol
 import torch
 import training
+from torchways_microbatches import MicrobatchTrainer
 
 import torchways as tw
 
-_READ_TIMEOUT = timedelta(minutes=5)
 
-
-class PipelineTrainer:
+class PipelineTrainer(MicrobatchTrainer):
     """A model whose stages are on slices of their own."""
 
     def __init__(self, workload: training.Workload, model: torch.nn.Module, num_slices: int) -> None:
         count, schedule = workload.num_microbatches, workload.schedule
-        self._meshes = [tw.init_device_mesh((1,), mesh_dim_names=("dp",)) for _ in range(num_slices)]
+        meshes = [tw.init_device_mesh((1,), mesh_dim_names=("dp",)) for _ in range(num_slices)]
         homes = training.slices_of_stages(schedule, num_slices, count)
         firsts = training.first_layers(len(model.model.layers), len(homes))
         split = {f"model.layers.{first}": tw.SplitPoint.BEGINNING for first in firsts[1:]}
-        tw.pipeline(model, split_spec=split, meshes=[self._meshes[home] for home in homes])
-        optimizer = torch.optim.AdamW(model.parameters(), lr=training.LEARNING_RATE)
-
-        def forward_backward(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            loss = model(input_ids=input_ids, labels=labels).loss / count
-            loss.backward()
-            return loss.detach()
-
-        @tw.program
-        def step(input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-            losses = tw.microbatch(forward_backward, input_ids, labels, n_microbatches=count, schedule=schedule)
-            optimizer.step()
-            optimizer.zero_grad()
-            return losses.sum()
-
-        self._step = step
-
-    def run(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
-        losses = [self._step(**batch) for batch in batches]
-        return [loss.item() for loss in tw.get(losses, timeout=_READ_TIMEOUT)]
+        tw.pipeline(model, split_spec=split, meshes=[meshes[home] for home in homes])
+        super().__init__(model, meshes, count, schedule)
 
     def about(self) -> dict[str, Any]:
         [loop] = self._step.report().loops
         return {"traces": self._step.num_traces, "stages": len(loop.stages), "bubble": loop.measured_bubble}
-
-    def close(self) -> None:
-        del self._step
-        for mesh in self._meshes:
-            mesh.close()
 
 
 class TorchwaysPipeline:

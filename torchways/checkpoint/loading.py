@@ -17,13 +17,14 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 
 from torchways.array import Array
 from torchways.checkpoint import folders
 from torchways.checkpoint.state import (
     RANDOM_STATE,
     Place,
+    form_of,
     is_stateful,
     modules_of,
     named_groups,
@@ -31,6 +32,7 @@ from torchways.checkpoint.state import (
     parameter_names,
     place_of,
     set_random_state,
+    spec_of,
     unpack,
 )
 from torchways.controller.modules import send_home, unread_state
@@ -115,7 +117,7 @@ class _Loading:
                 place = place_of(leaf)
                 if place is not None:
                     self._remote[name] = leaf, place
-                    self._flat[name] = torch.empty((), dtype=leaf.dtype).expand(leaf.shape)
+                    self._flat[name] = form_of(leaf)
                 else:
                     self._flat[name] = torch.empty(leaf.shape, dtype=leaf.dtype)
                     self._finish.append(functools.partial(_copy, leaf, name))
@@ -157,15 +159,15 @@ class _Loading:
     def _optimizer(self, optimizer: torch.optim.Optimizer, path: tuple[str, ...]) -> dict[str, Any]:
         """An optimizer has no state before its first step: the checkpoint says what it must have."""
         groups = named_groups(optimizer, self._names)
-        states: dict[str, dict[str, Any]] = {}
-        for name, param in (pair for named in groups for pair in named):
-            begin = ".".join((*path, "state", name, ""))
-            kinds = {key[len(begin) :]: key for key in self._known if key.startswith(begin)}
-            states[name] = {}
-            for kind, key in kinds.items():
-                if "." in kind:  # of a parameter whose name begins like this one's
-                    continue
-                states[name][kind] = self._optimizer_value(optimizer, param, kind, key)
+        states: dict[str, dict[str, Any]] = {name: {} for named in groups for name, _ in named}
+        params = {".".join((*path, "state", name)): (name, param) for named in groups for name, param in named}
+        for key in self._known:
+            owner, _, kind = key.rpartition(".")
+            if owner in params:
+                name, param = params[owner]
+                states[name][kind] = value = self._optimizer_value(optimizer, param, kind, key)
+                if not isinstance(value, torch.Tensor):
+                    self._finish.append(functools.partial(_set, optimizer.state[param], kind, key))
         parts = [
             {**group, "params": [name for name, _ in named]}
             for group, named in zip(optimizer.param_groups, groups, strict=True)
@@ -186,11 +188,6 @@ class _Loading:
                         group[key] = flat[name]
 
         self._finish.append(finish)
-        for name, param in (pair for named in groups for pair in named):
-            for kind, value in states[name].items():
-                if not isinstance(value, torch.Tensor):
-                    key = ".".join((*path, "state", name, kind))
-                    self._finish.append(functools.partial(_set, optimizer.state[param], kind, key))
         return {"state": states, "param_groups": parts}
 
     def _optimizer_value(self, optimizer: torch.optim.Optimizer, param: torch.Tensor, kind: str, key: str) -> Any:
@@ -216,9 +213,8 @@ class _Loading:
             )
         for name, leaf in flat.items():
             found = self._known.get(name)
-            is_tensor = isinstance(found, TensorStorageMetadata)
             if isinstance(leaf, torch.Tensor) and found is not None:
-                shape = tuple(found.size) if is_tensor else None  # type: ignore[union-attr]
+                shape = tuple(found.size) if isinstance(found, TensorStorageMetadata) else None
                 if shape != tuple(leaf.shape):
                     raise CheckpointError(
                         f"{name} has the shape {shape} in checkpoint {self._path}, and {tuple(leaf.shape)} here"
@@ -228,10 +224,8 @@ class _Loading:
 
     def read(self, reader: FileSystemReader) -> None:
         """Reads everything: here what is on the host, and on the executors what is theirs."""
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-        planner.set_up_planner(self._flat, self._metadata, is_coordinator=True)
         reader.set_up_storage_reader(self._metadata, True)
-        plan = planner.finish_plan(planner.create_local_plan())
+        planner, plan = _plan(self._flat, self._metadata)
         pieces: dict[str, list[pb.Piece]] = {name: [] for name in self._remote}
         mine = []
         for item in plan.items:
@@ -248,9 +242,7 @@ class _Loading:
     def _start(self, pieces: Mapping[str, list[pb.Piece]]) -> list[Any]:
         by_mesh: dict[VirtualSlice, dict[int, tuple[Array, Any]]] = defaultdict(dict)
         for name, (array, (mesh, placements)) in self._remote.items():
-            dtype = str(array.dtype).removeprefix("torch.")
-            spec = pb.TensorSpec(dtype=dtype, shape=array.shape, placements=placements)
-            loaded = placements, pb.LoadedBuffer(spec=spec, pieces=pieces[name])
+            loaded = placements, pb.LoadedBuffer(spec=spec_of(array, placements), pieces=pieces[name])
             by_mesh[mesh.root].setdefault(id(array._storage), (array, loaded))  # tied parameters once
         loads = []
         for mesh, items in by_mesh.items():
@@ -307,11 +299,17 @@ def _piece(reader: FileSystemReader, item: ReadItem) -> pb.Piece:
     )
 
 
-def _read_bytes(reader: FileSystemReader, metadata: Metadata, name: str) -> bytes:
-    flat: dict[str, Any] = {name: None}
+def _plan(flat: dict[str, Any], metadata: Metadata) -> tuple[DefaultLoadPlanner, LoadPlan]:
+    """Returns the reads of all that `flat` names, and what takes them there."""
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(flat, metadata, is_coordinator=True)
-    reader.read_data(planner.finish_plan(planner.create_local_plan()), planner).wait()
+    return planner, planner.finish_plan(planner.create_local_plan())
+
+
+def _read_bytes(reader: FileSystemReader, metadata: Metadata, name: str) -> bytes:
+    flat: dict[str, Any] = {name: None}
+    planner, plan = _plan(flat, metadata)
+    reader.read_data(plan, planner).wait()
     data: bytes = flat[name]
     return data
 

@@ -13,7 +13,7 @@ import shutil
 import threading
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from torchways.array import Array
 from torchways.checkpoint import folders
-from torchways.checkpoint.state import RANDOM_STATE, collect, pack, random_state
+from torchways.checkpoint.state import RANDOM_STATE, collect, form_of, pack, random_state, spec_of
 from torchways.controller.buffers import RemoteBuffer
 from torchways.errors import CheckpointError, ConfigError, DeadlineExceeded, TorchwaysError
 from torchways.rpc import torchways_pb2 as pb
@@ -152,6 +152,7 @@ def _run(job: _Job, saving: Saving) -> None:
         logger.info("saved %s in %.1f s", saving.path, time.monotonic() - started)
         saving._future.set_result(None)
     except BaseException as error:
+        job.clean_up()
         reason = str(error) if isinstance(error, (OSError, TorchwaysError)) else f"{type(error).__name__}: {error}"
         known = folders.latest(saving.path.parent)
         before = f"the last complete one is {known.name}" if known is not None else "there is none before it"
@@ -160,8 +161,6 @@ def _run(job: _Job, saving: Saving) -> None:
         failure = CheckpointError(message)
         failure.__cause__ = error
         saving._future.set_exception(failure)
-    finally:
-        job.clean_up()
 
 
 class _Job:
@@ -196,7 +195,7 @@ class _Job:
             for number, leaf in enumerate(leaves):
                 buffer = leaf._buffer if isinstance(leaf, Array) else None
                 if isinstance(buffer, RemoteBuffer):
-                    leaves[number] = _form_of(leaf)
+                    leaves[number] = form_of(leaf)
                     remote[id(leaves[number])] = buffer
                 elif isinstance(leaf, torch.Tensor):
                     leaves[number] = leaf.detach().cpu() if buffer is not None else leaf.detach().clone()
@@ -207,7 +206,7 @@ class _Job:
 
     def _start_writing(self, remote: Mapping[int, RemoteBuffer]) -> None:
         flat, _ = flatten_state_dict(self._tree)
-        named = {name: (remote[id(leaf)], _spec_of(leaf)) for name, leaf in flat.items() if id(leaf) in remote}
+        named = {name: (remote[id(leaf)], spec_of(leaf)) for name, leaf in flat.items() if id(leaf) in remote}
         self._remote = frozenset(named)
         if self._partial is None:
             return
@@ -253,21 +252,9 @@ def _session_of(leaf: Any) -> Any:
     return buffer.session if isinstance(buffer, RemoteBuffer) else None
 
 
-def _form_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a tensor of the same shape and dtype that takes no memory; a new one each time."""
-    return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
-
-
-def _spec_of(tensor: torch.Tensor) -> pb.TensorSpec:
-    return pb.TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=tensor.shape)
-
-
 def _result(index: MetadataIndex, tensor: pb.SavedTensor) -> WriteResult:
     return WriteResult(
         index=index,
         size_in_bytes=tensor.length,
         storage_data=_StorageInfo(tensor.file, tensor.offset, tensor.length),
     )
-
-
-__all__: Sequence[str] = ["Saving", "save", "wait_for_saves"]

@@ -23,6 +23,7 @@ from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.modules import replaced_by, unread_state
 from torchways.errors import CheckpointError
 from torchways.mesh import Placements, VirtualSlice
+from torchways.rpc import torchways_pb2 as pb
 
 #: What the caller may not call a part of the state.
 RANDOM_STATE = "random_state"
@@ -158,6 +159,16 @@ def _optimizer_state(optimizer: torch.optim.Optimizer, names: Mapping[int, str])
             for group, named in zip(optimizer.param_groups, groups, strict=True)
         ],
     }
+
+
+def form_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a tensor of the same shape and dtype that takes no memory; a new one each time."""
+    return torch.empty((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def spec_of(tensor: torch.Tensor, placements: Placements = ()) -> pb.TensorSpec:
+    """Returns a tensor's form as a message."""
+    return pb.TensorSpec(dtype=str(tensor.dtype).removeprefix("torch."), shape=tensor.shape, placements=placements)
 
 
 def place_of(tensor: Any) -> Place | None:

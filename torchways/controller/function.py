@@ -98,13 +98,14 @@ def make_pipeline(
 
     module = target if isinstance(target, torch.nn.Module) else build_on_slices(target, place, get_session)
     call = add_stages(module, split_spec, meshes)
+    expected = place(module)
     homes: dict[str, tuple[VirtualSlice | None, Placements]] = {}  # the slice is that of whoever uses it
     if plan is not None:
         add_constraints(module, meshes[0], plan_of(module, meshes[0], plan), _constrain_here)
-        homes = {name: (None, texts) for name, texts in placements(module).items()}
+        homes = {name: (None, texts) for name, (_, texts) in expected.items()}
     make_placed(module, call, lambda placed: _module_entry(placed, None, get_session))
     _place_host_state(module, homes)
-    note_homes(module, place(module))
+    note_homes(module, expected)
     return module
 
 

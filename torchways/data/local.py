@@ -6,9 +6,7 @@ executor/local_values.py.
 
 from __future__ import annotations
 
-import os
 import socket
-import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,9 +15,8 @@ import torch
 from torchways.errors import InfraError
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.local_socket import HEADER, short_name
 
-#: Before each message: its size, and whether a file comes with it.
-HEADER = struct.Struct("<I?")
 #: A value of at most so many bytes is part of the message.
 INLINE_BYTES = 16 << 10
 _ANSWER_SECONDS = 600.0
@@ -44,7 +41,8 @@ class LocalExecutors:
             connection.settimeout(_ANSWER_SECONDS)
             self._sockets.append(connection)
             try:
-                _connect(connection, path)
+                with short_name(path) as name:
+                    connection.connect(name)
             except OSError as error:
                 self.close()
                 raise InfraError(f"an executor of the slice cannot be reached at {path} ({error})") from error
@@ -104,15 +102,6 @@ def shareable(tensor: torch.Tensor) -> torch.Tensor:
         return tensor
     copy = torch.empty(tensor.shape, dtype=tensor.dtype).share_memory_()
     return copy.copy_(tensor)
-
-
-def _connect(connection: socket.socket, path: str) -> None:
-    # By way of the folder: a socket's own path has at most 107 bytes.
-    folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        connection.connect(f"/proc/self/fd/{folder}/{os.path.basename(path)}")
-    finally:
-        os.close(folder)
 
 
 def _send(connection: socket.socket, message: pb.LocalPut, fd: int | None) -> None:

@@ -10,19 +10,17 @@ import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter, _StorageInfo, _StoragePrefix
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import (
     LoadItemType,
     LoadPlan,
-    LoadPlanner,
     ReadItem,
     SavePlan,
-    SavePlanner,
     TensorWriteData,
     WriteItem,
     WriteItemType,
@@ -94,26 +92,15 @@ def _write_item(name: str, spec: pb.TensorSpec) -> WriteItem:
     return WriteItem(index=MetadataIndex(name, offsets), type=WriteItemType.TENSOR, tensor_data=data)
 
 
-class _Values(SavePlanner):
+class _Values(DefaultSavePlanner):
     """Gives the storage writer the values that it asks for; the plan is made already."""
 
     def __init__(self, value_of: Callable[[str], torch.Tensor]) -> None:
+        super().__init__()
         self._value_of = value_of
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
         return self._value_of(write_item.index.fqn)
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> SavePlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> Any:
-        raise NotImplementedError
-
-    def finish_plan(self, new_plan: SavePlan) -> SavePlan:
-        raise NotImplementedError
 
 
 def read(spec: BufferSpec, pieces: Sequence[pb.Piece]) -> torch.Tensor:
@@ -153,10 +140,11 @@ def _read_item(index: MetadataIndex, piece: pb.Piece) -> ReadItem:
     )
 
 
-class _Target(LoadPlanner):
+class _Target(DefaultLoadPlanner):
     """Takes what the storage reader has read."""
 
     def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
         self._value = value
 
     def resolve_tensor(self, read_item: ReadItem) -> torch.Tensor:
@@ -164,21 +152,3 @@ class _Target(LoadPlanner):
         for dim, (start, size) in enumerate(zip(read_item.dest_offsets, read_item.lengths, strict=True)):
             part = part.narrow(dim, start, size)
         return part
-
-    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
-        pass
-
-    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
-        raise NotImplementedError
-
-    def create_local_plan(self) -> LoadPlan:
-        raise NotImplementedError
-
-    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
-        raise NotImplementedError
-
-    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
-        raise NotImplementedError
-
-    def load_bytes(self, read_item: ReadItem, value: Any) -> None:
-        raise NotImplementedError

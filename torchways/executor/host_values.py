@@ -10,7 +10,8 @@ import torch
 
 from torchways.errors import Failure, UserError
 from torchways.executor.checks import check_spec
-from torchways.ids import BufferId, ClientId
+from torchways.executor.events import BufferPut
+from torchways.ids import BufferId, ClientId, SliceId
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.identity import check_owner
 from torchways.runtime.base import BufferSpec, Runtime
@@ -49,6 +50,13 @@ def checked_spec(message: pb.TensorSpec, mesh: Sequence[int], num_devices: int) 
     if math.prod(mesh) != num_devices:
         raise UserError(f"a mesh {tuple(mesh)} is not one of {num_devices} devices")
     return spec
+
+
+def put_event(buffer_id: BufferId, slice_id: SliceId, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> BufferPut:
+    """Returns the event of a value that has come from outside a program."""
+    return BufferPut(
+        buffer_id=buffer_id, data=data, spec=spec, nbytes=spec.device_nbytes, slice_id=slice_id, form=spec.form
+    )
 
 
 def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor | int, spec: BufferSpec) -> Any:

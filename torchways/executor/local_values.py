@@ -11,7 +11,6 @@ import errno
 import logging
 import os
 import socket
-import struct
 import tempfile
 import threading
 import time
@@ -22,17 +21,16 @@ from google.protobuf.message import DecodeError
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor.events import BufferPut
-from torchways.executor.host_values import checked_put
+from torchways.executor.host_values import checked_put, put_event
 from torchways.ids import BufferId, SliceId
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.channel import MAX_MESSAGE_BYTES
 from torchways.rpc.identity import Identifies, Role
+from torchways.rpc.local_socket import HEADER, short_name
 
 logger = logging.getLogger(__name__)
 
-#: As in torchways/data/local.py: size of the message, and whether a file comes with it.
-_HEADER = struct.Struct("<I?")
 _RETRY_SECONDS = 0.1
 
 
@@ -55,12 +53,8 @@ class LocalValues:
         self._post = post
         self.address = os.path.join(tempfile.gettempdir(), "values.sock")
         self._socket = socket.socket(socket.AF_UNIX)
-        # By way of the folder: a socket's own path has at most 107 bytes.
-        folder = os.open(tempfile.gettempdir(), os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            self._socket.bind(f"/proc/self/fd/{folder}/values.sock")
-        finally:
-            os.close(folder)
+        with short_name(self.address) as name:
+            self._socket.bind(name)
         self._socket.listen(16)
         threading.Thread(target=self._accept, name="local values", daemon=True).start()
 
@@ -95,7 +89,7 @@ class LocalValues:
                     if failure is not None:
                         answer.failure.CopyFrom(convert.failure_to_proto(failure))
                     content = answer.SerializeToString()
-                    connection.sendall(_HEADER.pack(len(content), False) + content)
+                    connection.sendall(HEADER.pack(len(content), False) + content)
             except (OSError, ValueError) as error:
                 logger.info("a local connection ended: %s", error)
 
@@ -120,16 +114,7 @@ class LocalValues:
             return failure_from(error)
         except (OSError, RuntimeError) as error:  # the file is none of those that can be read, or there is no memory
             return Failure(kind="UserError", message=f"a local value cannot be read: {error}")
-        self._post(
-            BufferPut(
-                buffer_id=BufferId(put.buffer_id),
-                data=value,
-                spec=spec,
-                nbytes=spec.device_nbytes,
-                slice_id=SliceId(put.slice_id),
-                form=spec.form,
-            )
-        )
+        self._post(put_event(BufferId(put.buffer_id), SliceId(put.slice_id), value, spec))
         return None
 
 
@@ -155,13 +140,13 @@ def _receive_message(connection: socket.socket) -> tuple[bytes, int | None] | No
     head = b""
     fds: list[int] = []
     try:
-        while len(head) < _HEADER.size:
-            piece, came, _, _ = socket.recv_fds(connection, _HEADER.size - len(head), 1)
+        while len(head) < HEADER.size:
+            piece, came, _, _ = socket.recv_fds(connection, HEADER.size - len(head), 1)
             fds += came
             if not piece:
                 return None
             head += piece
-        size, has_file = _HEADER.unpack(head)
+        size, has_file = HEADER.unpack(head)
         if size > MAX_MESSAGE_BYTES or has_file != (len(fds) == 1):
             raise ValueError("it sent what is no message")
         data = bytearray(size)

@@ -24,7 +24,7 @@ import torch
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
 from torchways.executor.engine import Engine
-from torchways.executor.host_values import checked_put, checked_spec
+from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
@@ -35,7 +35,7 @@ from torchways.rpc.clients import Span
 from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
 from torchways.rpc.programs import arguments_from_bytes
 from torchways.rpc.streams import Joiner, Outbox
-from torchways.runtime.base import BufferSpec, Runtime
+from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             raise AssertionError from error
         if len(parts) > 1:
             value.data = b"".join(parts)
-        self._put(BufferId(first.buffer_id), value, spec, SliceId(first.slice_id))
+        self.engine.post(put_event(BufferId(first.buffer_id), SliceId(first.slice_id), value, spec))
         return pb.PutResponse()
 
     async def FetchBuffer(
@@ -212,7 +212,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 for piece in buffer.pieces:
                     checkpoint_files.check_place(piece.file)
                 data = await asyncio.to_thread(checkpoint_files.read, spec, buffer.pieces)
-                self._put(BufferId(buffer.buffer_id), data, spec, SliceId(request.slice_id))
+                self.engine.post(put_event(BufferId(buffer.buffer_id), SliceId(request.slice_id), data, spec))
         except Exception as error:  # files may hold anything
             return pb.LoadResponse(failure=convert.failure_to_proto(self._file_failure(error)))
         return pb.LoadResponse()
@@ -223,18 +223,6 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             return failure_from(error, process=process)
         reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return Failure(kind="CheckpointError", message=str(reason), process=process)
-
-    def _put(self, buffer_id: BufferId, data: pb.HostValue | torch.Tensor, spec: BufferSpec, slice_id: SliceId) -> None:
-        self.engine.post(
-            events.BufferPut(
-                buffer_id=buffer_id,
-                data=data,
-                spec=spec,
-                nbytes=spec.device_nbytes,
-                slice_id=slice_id,
-                form=spec.form,
-            )
-        )
 
     def _start_fetch(self, buffer_id: BufferId) -> tuple[BufferId, int, asyncio.Future[torch.Tensor | Failure]]:
         """Asks for a buffer's value, as it is after the runs that are here."""
