@@ -72,7 +72,7 @@ def test_run_leaves_its_files(tmp_path: Path) -> None:
     assert set(EventAccumulator(str(run / "tensorboard")).Reload().Tags()["scalars"]) == TAGS
 
     config = yaml.safe_load((run / "config.yaml").read_text())
-    assert set(config) == {"model", "data", "optim", "parallel", "cluster", "train"}
+    assert set(config) == {"model", "data", "optim", "parallel", "cluster", "train", "checkpoint"}
     assert config["train"]["steps"] == 7
     assert config["optim"]["name"] == "adamw"
 
