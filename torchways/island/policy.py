@@ -1,36 +1,197 @@
-"""In which order an island runs what its clients ask for."""
+"""Which client's run a set of devices takes next.
+
+A policy decides for one set of devices. The scheduler (admission.py) asks it each time the devices have room for more
+work, and tells it of everything that it needs to decide: runs that came, that were admitted, and that have ended, with
+the device time that they took. Policies are pure: no clock, no socket.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from dataclasses import dataclass, field
-from typing import Any
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
 
-from torchways.ids import ClientId
+from torchways.errors import ConfigError
+from torchways.ids import ClientId, RunId
+
+#: Device time, in seconds, that a client may be owed: what it could not use any longer ago is others'.
+_MAX_LAG_SECONDS = 0.2
+#: Seconds of waiting that are worth one level of priority.
+_AGEING_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """What a client asked for when it joined, within what the cluster allows.
+
+    Attributes:
+        client_id: the client.
+        name: for people.
+        weight: under proportional share, its part of the device time is this in the sum of the weights of all clients
+            that have something to run.
+        priority: under priority, runs of a higher one go first.
+    """
+
+    client_id: ClientId
+    name: str = ""
+    weight: float = 1.0
+    priority: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PendingRun:
-    """A run that was not ordered yet."""
+    """A run that waits for a set of devices.
 
-    client_id: ClientId
-    request: Any
+    Attributes:
+        share: of its client.
+        run_id: the run.
+        arrived: when it came, in seconds.
+        seconds: device time that it is expected to take.
+    """
+
+    share: Share
+    run_id: RunId
+    arrived: float
+    seconds: float
 
 
-@dataclass(slots=True)
+class Policy(Protocol):
+    """Decides for one set of devices. `next` is asked often: it should not take longer than a few microseconds."""
+
+    def add(self, run: PendingRun, *, was_idle: bool) -> None:
+        """A run has come. `was_idle`: its client had no other that waits for these devices or is admitted to them."""
+
+    def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
+        """Returns the run to admit next: one of `runs`, which are the first of each client that may have one."""
+        ...
+
+    def admitted(self, run: PendingRun) -> None:
+        """A run is on its way to the devices."""
+
+    def finished(self, run: PendingRun, seconds: float) -> None:
+        """An admitted run has ended. `seconds`: the device time that it took."""
+
+    def forget(self, client_id: ClientId) -> None:
+        """A client is gone."""
+
+
 class FirstComeFirstServed:
-    """Runs go in the order in which they arrive."""
+    """Runs go in the order in which they came."""
 
-    _queue: deque[PendingRun] = field(default_factory=deque)
+    def add(self, run: PendingRun, *, was_idle: bool) -> None:
+        """See `Policy`."""
 
-    def add(self, run: PendingRun) -> None:
-        """Takes a run that a client asked for."""
-        self._queue.append(run)
+    def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
+        """See `Policy`."""
+        return min(runs, key=_arrival)
 
-    def next(self) -> PendingRun | None:
-        """Returns the run to order next, or None to wait."""
-        return self._queue.popleft() if self._queue else None
+    def admitted(self, run: PendingRun) -> None:
+        """See `Policy`."""
 
-    def drop_client(self, client_id: ClientId) -> None:
-        """Forgets the runs of a client that is gone."""
-        self._queue = deque(run for run in self._queue if run.client_id != client_id)
+    def finished(self, run: PendingRun, seconds: float) -> None:
+        """See `Policy`."""
+
+    def forget(self, client_id: ClientId) -> None:
+        """See `Policy`."""
+
+
+class ProportionalShare(FirstComeFirstServed):
+    """Device time in proportion to weights: stride scheduling (Waldspurger and Weihl, 1995) on measured device time.
+
+    Each client has a *pass*: the device time that it was given, over its weight. The least goes first. A run counts as
+    what it is expected to take while it is admitted, and as what it took once it has ended. A client that had nothing
+    to run begins at the pass of those that had: what it did not use is not owed to it.
+    """
+
+    def __init__(self) -> None:
+        self._passes: dict[ClientId, float] = {}
+        #: The pass of the client that was served last, which rises.
+        self._served = 0.0
+        #: When each client was served last, as a count: of equals, who waits for longest goes first.
+        self._turns: dict[ClientId, int] = {}
+        self._num_turns = 0
+
+    def add(self, run: PendingRun, *, was_idle: bool) -> None:
+        """See `Policy`."""
+        client_id = run.share.client_id
+        mine = self._passes.setdefault(client_id, self._served)
+        if was_idle:
+            self._passes[client_id] = max(mine, self._served)
+
+    def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
+        """See `Policy`."""
+        for run in runs:
+            least = self._served - _MAX_LAG_SECONDS / run.share.weight
+            if self._passes[run.share.client_id] < least:
+                self._passes[run.share.client_id] = least
+        return min(runs, key=self._order)
+
+    def _order(self, run: PendingRun) -> tuple[float, int]:
+        client_id = run.share.client_id
+        return self._passes[client_id], self._turns.get(client_id, 0)
+
+    def admitted(self, run: PendingRun) -> None:
+        """See `Policy`."""
+        client_id = run.share.client_id
+        self._served = max(self._served, self._passes.get(client_id, 0.0))
+        self._num_turns += 1
+        if client_id in self._passes:
+            self._turns[client_id] = self._num_turns
+        self._charge(run, run.seconds)
+
+    def finished(self, run: PendingRun, seconds: float) -> None:
+        """See `Policy`."""
+        self._charge(run, seconds - run.seconds)
+
+    def _charge(self, run: PendingRun, seconds: float) -> None:
+        if run.share.client_id in self._passes:
+            self._passes[run.share.client_id] += seconds / run.share.weight
+
+    def forget(self, client_id: ClientId) -> None:
+        """See `Policy`."""
+        self._passes.pop(client_id, None)
+        self._turns.pop(client_id, None)
+
+
+class StrictPriority(FirstComeFirstServed):
+    """The highest priority goes first. Waiting adds to it, one level a second, so that nobody waits for ever."""
+
+    def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
+        """See `Policy`."""
+        return min(runs, key=lambda run: (-(run.share.priority + (now - run.arrived) / _AGEING_SECONDS), run.arrived))
+
+
+def _arrival(run: PendingRun) -> tuple[float, int]:
+    return run.arrived, run.run_id
+
+
+#: Makes the policy of one set of devices.
+PolicyFactory: TypeAlias = Callable[[], Policy]
+
+POLICIES: dict[str, PolicyFactory] = {
+    "proportional_share": ProportionalShare,
+    "first_come_first_served": FirstComeFirstServed,
+    "priority": StrictPriority,
+}
+
+
+def find_policy(name: str) -> PolicyFactory:
+    """Returns a policy by its name, or by "module:Class".
+
+    Raises:
+        ConfigError: there is none, or it cannot be imported.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, or module:Class, not {name!r}")
+    try:
+        factory = getattr(importlib.import_module(module_name), class_name)
+        is_policy = all(callable(getattr(factory(), method)) for method in ("add", "next", "admitted", "finished"))
+    except Exception as error:
+        raise ConfigError(f"policy {name} cannot be used: {type(error).__name__}: {error}") from error
+    if not is_policy:
+        raise ConfigError(f"policy {name} is no policy: see torchways.island.policy.Policy")
+    return factory

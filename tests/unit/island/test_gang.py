@@ -7,7 +7,8 @@ import pytest
 
 from torchways.errors import InternalError
 from torchways.ids import RunPart
-from torchways.island import state as core
+from torchways.island import events as core
+from torchways.island.state import SchedulerState
 from torchways.runtime.fifo_devices import FifoDevices
 
 NUM_HOSTS = 4
@@ -27,7 +28,7 @@ class Island:
     def __init__(self, seed, gang):
         self.random = random.Random(seed)
         self.gang = gang
-        self.scheduler = core.SchedulerState()
+        self.scheduler = SchedulerState()
         self.devices = FifoDevices()
         self.wires = {}
         self.slices = {}
@@ -103,8 +104,8 @@ def test_four_hosts_three_clients_a_thousand_computations_never_deadlock(seed):
     island = simulate(seed, gang=True)
     assert island.num_done == 3000
     assert island.devices.num_waiting == 0
-    assert island.scheduler._waiting == []
-    assert island.scheduler._granted == {}
+    assert island.scheduler.turns._waiting == []
+    assert island.scheduler.turns._granted == {}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -116,7 +117,7 @@ def test_they_do_deadlock_in_the_order_of_arrival(seed):
 
 
 def test_one_slices_computations_are_granted_ahead_and_anothers_wait():
-    scheduler = core.SchedulerState()
+    scheduler = SchedulerState()
     for slice_id, devices in ((1, (0, 1)), (2, (1, 2)), (3, (3, 4)), (4, (2, 5))):
         ids = tuple(f"s{slice_id}.{device}" for device in devices)
         scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=devices))
@@ -140,7 +141,7 @@ def test_one_slices_computations_are_granted_ahead_and_anothers_wait():
 
 
 def test_a_slice_that_is_gone_lets_the_others_on():
-    scheduler = core.SchedulerState()
+    scheduler = SchedulerState()
     for slice_id, devices in ((1, (0, 1)), (2, (1, 2))):
         ids = tuple(f"s{slice_id}.{device}" for device in devices)
         scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=devices))

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from tests.sizes import sizes
 from torchways.errors import Failure, InternalError
 from torchways.ids import PartId, RunPart
-from torchways.island import state as core
+from torchways.island import events as core
+from torchways.island.state import SchedulerState
 
 
 def make_scheduler(*slices):
     """Each of `slices` is a tuple of executor ids; slice ids count from 1."""
-    scheduler = core.SchedulerState()
+    scheduler = SchedulerState()
     for slice_id, executor_ids in enumerate(slices, start=1):
         added = core.SliceAdded(
             slice_id=slice_id, client_id=1, executor_ids=executor_ids, device_indices=tuple(map(ord, executor_ids))
@@ -24,9 +25,17 @@ def make_scheduler(*slices):
     return scheduler
 
 
-def register(scheduler, program_id, *slices, client=1):
+def register(scheduler, program_id, *slices, client=1, compiled=False, islands=()):
     parts = {slice_id: f"part {slice_id}" for slice_id in slices}
-    return scheduler.handle(core.ProgramRegistered(client_id=client, program_id=program_id, name="step", parts=parts))
+    registered = core.ProgramRegistered(
+        client_id=client, program_id=program_id, name="step", parts=parts, islands=islands
+    )
+    commands = scheduler.handle(registered)
+    for command in commands if compiled else ():
+        if isinstance(command, core.SendLoad):
+            part = command.part_id
+            scheduler.handle(core.ProgramLoaded(executor_id=command.executor_id, part=part, failure=None))
+    return commands
 
 
 def run(scheduler, run_id, *slices, client=1, program_id=5):
@@ -72,7 +81,7 @@ def test_a_program_goes_to_the_executors_of_its_slices_and_is_ready_once():
 
 def test_a_run_has_one_sequence_on_all_its_executors():
     scheduler = make_scheduler(("a", "b"), ("c",))
-    register(scheduler, 5, 1, 2)
+    register(scheduler, 5, 1, 2, compiled=True)
     assert [(c.executor_id, c.sequence, c.arguments) for c in run(scheduler, 1, 1, 2)] == [
         ("a", 1, "arguments 1"),
         ("b", 1, "arguments 1"),
@@ -97,7 +106,7 @@ def test_a_run_has_one_sequence_on_all_its_executors():
 )
 def test_the_failure_of_the_lowest_run_is_kept(failures, kept):
     scheduler = make_scheduler(("a", "b"))
-    register(scheduler, 5, 1)
+    register(scheduler, 5, 1, compiled=True)
     run(scheduler, 3, 1)
     end(scheduler, "a", 3, failures[0])
     (finished,) = end(scheduler, "b", 3, failures[1])
@@ -106,7 +115,7 @@ def test_the_failure_of_the_lowest_run_is_kept(failures, kept):
 
 def test_a_lost_executor_finishes_its_runs_and_its_slice():
     scheduler = make_scheduler(("a",), ("c",))
-    register(scheduler, 5, 1, 2)
+    register(scheduler, 5, 1, 2, compiled=True)
     run(scheduler, 1, 1, 2)
     run(scheduler, 2, 1)
     run(scheduler, 3, 2)
@@ -114,8 +123,6 @@ def test_a_lost_executor_finishes_its_runs_and_its_slice():
     assert [c.run_id for c in finished] == [2]  # run 1 still has a part on c
     assert finished[0].failure.kind == "ExecutorLost"
     assert finished[0].failure.message == "executor a is lost: signal 9 (SIGKILL)"
-    (told,) = loaded(scheduler, "c", 5)
-    assert (told.program_id, told.failure.kind) == (5, "ExecutorLost")
     (first,) = end(scheduler, "c", 1)
     assert (first.run_id, first.failure.kind) == (1, "ExecutorLost")
     (later,) = run(scheduler, 4, 1)
@@ -124,6 +131,14 @@ def test_a_lost_executor_finishes_its_runs_and_its_slice():
         "slice 1 is not on this island: signal 9 (SIGKILL)",
     )
     assert set(scheduler.runs) == {3}
+
+
+def test_a_program_that_loads_on_a_lost_executor_fails():
+    scheduler = make_scheduler(("a",), ("c",))
+    register(scheduler, 5, 1, 2)
+    assert scheduler.handle(core.ExecutorRemoved(executor_id="a", reason="signal 9")) == []
+    (told,) = loaded(scheduler, "c", 5)
+    assert (told.program_id, told.failure.kind) == (5, "ExecutorLost")
 
 
 def test_what_is_not_known_fails_for_who_sent_it():
@@ -152,8 +167,8 @@ def test_the_slices_that_are_left_run_their_parts_of_what_names_a_gone_one():
 
 def test_dropping_a_client_leaves_nothing_of_it():
     scheduler = make_scheduler(("a", "b"), ("c",))
-    register(scheduler, 5, 1, 2, client=1)
-    register(scheduler, 6, 2, client=2)
+    register(scheduler, 5, 1, 2, client=1, compiled=True)
+    register(scheduler, 6, 2, client=2, compiled=True)
     run(scheduler, 1, 1, 2, client=1)
     run(scheduler, 2, 2, client=2, program_id=6)
     commands = scheduler.handle(core.ClientGone(client_id=1))
@@ -179,7 +194,7 @@ def test_releases_and_forgotten_programs_go_to_the_executors_concerned():
 
 def test_an_impossible_event_shows_the_history():
     scheduler = make_scheduler(("a", "b"))
-    register(scheduler, 5, 1)
+    register(scheduler, 5, 1, compiled=True)
     run(scheduler, 1, 1)
     end(scheduler, "a", 1)
     with pytest.raises(InternalError, match=r"run 1 ended for slice 1 on a, not running it; enqueued as sequence 1"):
@@ -196,12 +211,15 @@ def test_an_impossible_event_shows_the_history():
 
 
 def test_slices_of_one_executor_are_parts_of_their_own():
-    scheduler = core.SchedulerState()
+    scheduler = SchedulerState()
     for slice_id in (1, 2):
         assert not scheduler.handle(
             core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=("a",), device_indices=(0,))
         )
-    assert [(c.executor_id, c.part) for c in register(scheduler, 5, 1, 2)] == [("a", "part 1"), ("a", "part 2")]
+    assert [(c.executor_id, c.part) for c in register(scheduler, 5, 1, 2, compiled=True)] == [
+        ("a", "part 1"),
+        ("a", "part 2"),
+    ]
     assert [(c.executor_id, c.slice_id) for c in run(scheduler, 1, 1, 2)] == [("a", 1), ("a", 2)]
     drops = scheduler.handle(core.SliceClosed(slice_id=1, reason="it was closed"))
     assert core.SendDrop(executor_id="a", slice_id=1) in drops
@@ -213,7 +231,7 @@ def test_slices_of_one_executor_are_parts_of_their_own():
 
 
 def test_overlapping_executors_compute_one_at_a_time_while_both_have_slices():
-    scheduler = core.SchedulerState()
+    scheduler = SchedulerState()
 
     def add(slice_id, executor_id, *devices):
         added = core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=(executor_id,), device_indices=devices)
@@ -256,7 +274,7 @@ class Simulation:
         self.scheduler = make_scheduler(*self.SLICES)
         self.clients = {1, 2}
         for client in self.clients:
-            self.carry_out(register(self.scheduler, client, 1, 2, 3, client=client))
+            self.carry_out(register(self.scheduler, client, 1, 2, 3, client=client, compiled=True))
         self.enqueued = defaultdict(list)  # executor -> sequences, in order
         self.sequences = defaultdict(set)  # run -> its sequences
         self.running = []  # (executor, run)
@@ -338,19 +356,18 @@ def test_any_order_of_events_keeps_one_order_and_finishes_each_run_once(events):
 def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
     """Each step: a slice more, a client's program and runs on some slices, which end, are lost or dropped midway."""
     dice = random.Random(seed)
-    scheduler = core.SchedulerState(max_gone_slices=2)
+    scheduler = SchedulerState(max_gone_slices=2)
     scheduler.handle(core.SliceAdded(slice_id=1, client_id=0, executor_ids=("a",), device_indices=(0,)))
     after = []
     for step in range(1, 31):
         mine, executors = 1 + step, (f"b{step}", f"c{step}")
         scheduler.handle(core.SliceAdded(slice_id=mine, client_id=step, executor_ids=executors, device_indices=(0, 1)))
-        register(scheduler, step, 1, mine, client=step)
+        register(scheduler, step, 1, mine, client=step, compiled=True)
         for number in range(5):
             run(scheduler, 100 * step + number, 1, mine, client=step, program_id=step)
         pairs = [("a", 1), *((executor_id, mine) for executor_id in executors)]
         left = [(e, RunPart(100 * step + n, s)) for e, s in pairs for n in range(5)]
         events = [core.RunEnded(executor_id=e, run=part, failure=None) for e, part in left]
-        events += [core.ProgramLoaded(executor_id="a", part=PartId(step, 1), failure=None)]
         events += [
             core.UnitReady(executor_id=executors[0], run=RunPart(100 * step + n, mine), unit=n) for n in range(3)
         ]
@@ -374,7 +391,7 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
 def test_runs_without_end_are_refused_and_hold_up_nobody_else():
     scheduler = make_scheduler(("a",))
     scheduler.max_runs_of_client = 2
-    register(scheduler, 5, 1)
+    register(scheduler, 5, 1, compiled=True)
     run(scheduler, 1, 1)
     run(scheduler, 2, 1)
     [refusal] = run(scheduler, 3, 1)

@@ -1,0 +1,362 @@
+"""Which runs are admitted to the devices: shares, room, order, and no two islands that wait for each other.
+
+Devices are simulated: each lane takes what is admitted in order, and the time is the simulation's.
+"""
+
+import heapq
+import math
+from collections import defaultdict, deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from torchways.cluster.run_order import RunOrder
+from torchways.ids import PartId, RunPart
+from torchways.island import events as core
+from torchways.island.policy import (
+    POLICIES,
+    FirstComeFirstServed,
+    ProportionalShare,
+    Share,
+    StrictPriority,
+    find_policy,
+)
+from torchways.island.state import SchedulerState
+
+WINDOW = 0.005
+
+
+class Cluster:
+    """Schedulers of islands, the order of runs that span them, and devices that take time.
+
+    `seconds` says what a run takes on an executor. A spanning run is computed when all of its parts are at the head of
+    their executors: what waits for another island keeps its devices.
+    """
+
+    def __init__(self, *islands, policy=ProportionalShare, window=WINDOW, delay=0.0):
+        self.now = 0.0
+        self.delay = delay
+        self.schedulers = [SchedulerState(policy, window) for _ in islands]
+        self.order = RunOrder()
+        self.events = []  # heap of (time, number, what happens)
+        self.queues = {executor: deque() for executors in islands for executor in executors}
+        self.busy = defaultdict(float)
+        self.computing = set()
+        self.island_of = {}
+        self.seconds = {}
+        self.admitted = defaultdict(list)  # island -> run ids, in order
+        self.computed = []  # (start, end, executor, run)
+        self.finished = defaultdict(set)
+        self.islands_of = {}
+        self.slices = {}
+        self.num = 0
+        self.wakes = {}
+        self.unfinished = defaultdict(int)  # client -> its runs
+        for number, executors in enumerate(islands):
+            self.order.join(number)
+            for executor in executors:
+                self.island_of[executor] = number
+
+    def at(self, time, action):
+        self.num += 1
+        heapq.heappush(self.events, (time, self.num, action))
+
+    def join(self, client, *executors, weight=1.0, priority=0):
+        """A client with a slice of each executor, and a program over each set of them that it will run."""
+        for executor in executors:
+            slice_id = self.slices[client, executor] = len(self.slices) + 1
+            island = self.island_of[executor]
+            share = Share(client_id=client, weight=weight, priority=priority)
+            device = (list(self.queues).index(executor),)
+            added = core.SliceAdded(
+                slice_id=slice_id, client_id=client, executor_ids=(executor,), device_indices=device, share=share
+            )
+            self.handle(island, added)
+
+    def program(self, client, number, *executors):
+        program_id = client * 1000 + number
+        islands = tuple(sorted({self.island_of[executor] for executor in executors}))
+        for island in islands:
+            slices = [self.slices[client, e] for e in executors if self.island_of[e] == island]
+            parts = {slice_id: None for slice_id in slices}
+            registered = core.ProgramRegistered(
+                client_id=client, program_id=program_id, name="step", parts=parts, islands=islands
+            )
+            self.handle(island, registered)
+            for executor in executors:
+                if self.island_of[executor] == island:
+                    part = PartId(program_id, self.slices[client, executor])
+                    self.handle(island, core.ProgramLoaded(executor_id=executor, part=part, failure=None))
+        return program_id, executors, islands
+
+    def run(self, program, run_id, seconds):
+        program_id, executors, islands = program
+        self.seconds[run_id] = seconds
+        self.islands_of[run_id] = set(islands)
+        self.unfinished[run_id // 10**6] += 1
+        for island in islands:
+            slices = [self.slices[program_id // 1000, e] for e in executors if self.island_of[e] == island]
+            arguments = {slice_id: (run_id, executors) for slice_id in slices}
+            self.handle(
+                island,
+                core.RunRequested(
+                    client_id=program_id // 1000,
+                    program_id=program_id,
+                    run_id=run_id,
+                    first_buffer_id=0,
+                    arguments=arguments,
+                ),
+            )
+
+    def handle(self, island, event):
+        for command in self.schedulers[island].handle(event, self.now):
+            match command:
+                case core.SendEnqueue():
+                    if not self.admitted[island] or self.admitted[island][-1] != command.run.run_id:
+                        self.admitted[island].append(command.run.run_id)
+                    item = (command.run.run_id, command.slice_id, command.arguments[1])
+                    self.at(self.now + self.delay, lambda e=command.executor_id, i=item: self.arrive(e, i))
+                case core.AskOrder():
+                    ordered = self.order.ask(
+                        island, command.run_id, command.client_id, command.islands, is_withdrawn=command.is_withdrawn
+                    )
+                    for item in ordered:
+                        self.at(self.now + self.delay, lambda i=item: self.place(i))
+                case core.TellFinished():
+                    assert island not in self.finished[command.run_id]
+                    self.finished[command.run_id].add(island)
+                    if self.finished[command.run_id] == self.islands_of[command.run_id]:
+                        self.unfinished[command.run_id // 10**6] -= 1
+        wake = self.schedulers[island].wake_time(self.now)
+        if wake is not None and self.wakes.get(island, math.inf) > wake:
+            self.wakes[island] = wake
+            self.at(max(wake, self.now) + 1e-9, lambda: self.wake(island))
+
+    def wake(self, island):
+        self.wakes.pop(island, None)
+        self.handle(island, core.TimePassed())
+
+    def place(self, item):
+        self.handle(item.island_id, core.RunOrdered(run_id=item.run_id))
+
+    def arrive(self, executor, item):
+        self.queues[executor].append(item)
+        self.start()
+
+    def start(self):
+        """Starts all runs whose parts are first everywhere."""
+        for queue in self.queues.values():
+            if not queue:
+                continue
+            run_id, _, executors = queue[0]
+            heads = [self.queues[other][0][0] if self.queues[other] else None for other in executors]
+            if run_id not in self.computing and all(head == run_id for head in heads):
+                self.computing.add(run_id)
+                began, end = self.now, self.now + self.seconds[run_id]
+                for executor in executors:
+                    self.computed.append((began, end, executor, run_id))
+                self.at(end, lambda r=run_id, e=executors: self.end(r, e))
+
+    def end(self, run_id, executors):
+        ended = [(executor, self.queues[executor].popleft()) for executor in executors]
+        self.computing.discard(run_id)
+        for executor, (_, slice_id, _) in ended:
+            report = core.RunEnded(
+                executor_id=executor,
+                run=RunPart(run_id, slice_id),
+                failure=None,
+                device_seconds=self.seconds[run_id],
+            )
+            self.at(self.now + self.delay, lambda e=executor, r=report: self.handle(self.island_of[e], r))
+        self.start()
+
+    def go(self, until=math.inf):
+        while self.events and self.events[0][0] <= until:
+            self.now, _, action = heapq.heappop(self.events)
+            action()
+
+    def all_finished(self):
+        return all(self.finished[run_id] == islands for run_id, islands in self.islands_of.items())
+
+
+def flood(cluster, client, program, seconds, until, ahead=10):
+    """A client that keeps `ahead` runs asked for."""
+    count = 0
+
+    def more():
+        nonlocal count
+        while cluster.unfinished[client] < ahead and cluster.now < until:
+            count += 1
+            cluster.run(program, client * 10**6 + count, seconds)
+        if cluster.now < until:
+            cluster.at(cluster.now + seconds / 2, more)
+
+    more()
+
+
+def device_time(cluster, client, since=0.0, until=math.inf):
+    return sum(
+        min(end, until) - max(start, since)
+        for start, end, _, run_id in cluster.computed
+        if run_id // 10**6 == client and end > since and start < until
+    )
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1, 1), (1, 2, 4, 8)])
+def test_device_time_is_in_proportion_to_weights(weights):
+    cluster = Cluster(["a"], delay=0.0005)
+    for client, weight in enumerate(weights, 1):
+        cluster.join(client, "a", weight=weight)
+    for client in range(1, 5):
+        flood(cluster, client, cluster.program(client, 0, "a"), 0.0003 * client, until=3.0, ahead=40)
+    cluster.go(3.0)
+    times = [device_time(cluster, client, 0.5, 3.0) for client in range(1, 5)]
+    assert sum(times) == pytest.approx(2.5, rel=0.001)  # no gap
+    for seconds, weight in zip(times, weights, strict=True):
+        assert seconds / 2.5 == pytest.approx(weight / sum(weights), abs=0.005)
+
+
+def test_a_short_run_beside_long_ones_waits_for_two_of_them_at_most():
+    cluster = Cluster(["a"], delay=0.0005)
+    for client in (1, 2, 3, 4):
+        cluster.join(client, "a")
+    for client in (1, 2, 3):
+        flood(cluster, client, cluster.program(client, 0, "a"), 0.010, until=5.0)
+    mine = cluster.program(4, 0, "a")
+    asked = {}
+
+    def ask(number=1):
+        asked[4 * 10**6 + number] = cluster.now
+        cluster.run(mine, 4 * 10**6 + number, 0.001)
+        if cluster.now < 4.5:
+            cluster.at(cluster.now + 0.0507, lambda: ask(number + 1))
+
+    cluster.at(0.5, ask)
+    cluster.go(5.0)
+    ends = {run_id: end for _, end, _, run_id in cluster.computed if run_id in asked}
+    waits = [ends[run_id] - asked[run_id] for run_id in ends]
+    assert len(waits) > 70
+    assert max(waits) <= 0.021
+
+
+def test_the_contrast_is_first_come_first_served():
+    cluster = Cluster(["a"], policy=FirstComeFirstServed)
+    for client in (1, 2):
+        cluster.join(client, "a")
+    flood(cluster, 1, cluster.program(1, 0, "a"), 0.010, until=1.0, ahead=20)
+    mine = cluster.program(2, 0, "a")
+    cluster.at(0.5, lambda: cluster.run(mine, 2 * 10**6, 0.001))
+    cluster.go(2.0)
+    [end] = [end for _, end, _, run_id in cluster.computed if run_id == 2 * 10**6]
+    assert end > 0.5 + 0.15
+
+
+_ARRIVALS = st.lists(
+    st.tuples(st.integers(1, 4), st.floats(0, 0.2), st.sampled_from([0.0003, 0.001, 0.01])), min_size=1, max_size=60
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(_ARRIVALS, st.lists(st.sampled_from([1.0, 2.0, 5.0]), min_size=4, max_size=4), st.sampled_from(list(POLICIES)))
+def test_any_arrivals_keep_the_device_busy_and_each_clients_order(arrivals, weights, name):
+    cluster = Cluster(["a"], policy=find_policy(name))
+    for client in range(1, 5):
+        cluster.join(client, "a", weight=weights[client - 1], priority=client)
+    programs = {
+        (client, seconds): cluster.program(client, round(seconds * 10_000), "a")
+        for client in range(1, 5)
+        for seconds in (0.0003, 0.001, 0.01)
+    }
+    for number, (client, time, seconds) in enumerate(sorted(arrivals, key=lambda item: item[1])):
+        run_id = client * 10**6 + number
+        cluster.at(time, lambda c=client, s=seconds, r=run_id: cluster.run(programs[c, s], r, s))
+    cluster.go()
+    assert cluster.all_finished()
+    # Work-conserving: it has ended when a device that never waits would have.
+    end = 0.0
+    for _, time, seconds in sorted(arrivals, key=lambda item: item[1]):
+        end = max(end, time) + seconds
+    assert max(end for _, end, _, _ in cluster.computed) == pytest.approx(end)
+    for client in range(1, 5):
+        mine = [run_id for _, _, _, run_id in cluster.computed if run_id // 10**6 == client]
+        assert mine == sorted(mine)
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.sampled_from([1.0, 2.0, 3.0, 8.0]), min_size=2, max_size=5),
+    st.lists(st.sampled_from([0.0003, 0.001, 0.004]), min_size=5, max_size=5),
+    st.sampled_from([0.0, 0.3]),
+)
+def test_shares_are_within_one_computation_of_ideal(weights, lengths, late):
+    """While the same clients have something to run: of each, the device time over its weight, since the last has come,
+    differs from the others' by no more than what is admitted ahead and one computation of each."""
+    cluster = Cluster(["a"])
+    clients = range(1, len(weights) + 1)
+    for client in clients:
+        cluster.join(client, "a", weight=weights[client - 1])
+        program = cluster.program(client, 0, "a")
+        begin = late if client == 1 else 0.0
+        cluster.at(
+            begin, lambda c=client, p=program: flood(cluster, c, p, lengths[c - 1], until=1.5, ahead=int(0.02 / 0.0003))
+        )
+    cluster.go(1.5)
+    for until in (0.8, 1.1, 1.5):
+        passes = [device_time(cluster, c, late + 0.05, until) / weights[c - 1] for c in clients]
+        slack = max((2 * lengths[c - 1] + WINDOW) / weights[c - 1] for c in clients)
+        assert max(passes) - min(passes) <= 2 * slack
+
+
+def test_with_ageing_nobody_starves():
+    cluster = Cluster(["a"], policy=StrictPriority)
+    cluster.join(1, "a", priority=3)
+    cluster.join(2, "a", priority=0)
+    flood(cluster, 1, cluster.program(1, 0, "a"), 0.01, until=10.0)
+    mine = cluster.program(2, 0, "a")
+    cluster.at(0.5, lambda: cluster.run(mine, 2 * 10**6, 0.01))
+    cluster.go(10.0)
+    [start] = [start for start, _, _, run_id in cluster.computed if run_id == 2 * 10**6]
+    assert 3.0 < start < 4.0  # three levels, one a second
+
+
+_SETS = ("a", "b", "c", "ab", "bc", "ac", "abc", "aA", "bB", "Bc", "AB")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(1, 3), st.sampled_from(_SETS), st.floats(0, 0.05)), min_size=1, max_size=40),
+    st.sampled_from([0.0, WINDOW]),
+    st.sampled_from([0.0, 0.002]),
+    st.sampled_from(list(POLICIES)),
+)
+def test_runs_over_islands_never_wait_for_each_other(runs, window, delay, name):
+    """Three islands; a and A are sets of devices of one. With a window of 0, one run at a time is admitted."""
+    cluster = Cluster("aA", "bB", "c", policy=find_policy(name), window=window, delay=delay)
+    programs = {}
+    for client in (1, 2, 3):
+        cluster.join(client, *"aAbBc", weight=client, priority=client)
+        for number, executors in enumerate(_SETS):
+            programs[client, executors] = cluster.program(client, number, *executors)
+    last = defaultdict(float)
+    for number, (client, executors, pause) in enumerate(runs):
+        last[client] += pause
+        run_id = client * 10**6 + number
+        cluster.at(last[client], lambda c=client, e=executors, r=run_id: cluster.run(programs[c, e], r, 0.003))
+    cluster.go(60.0)
+    assert cluster.all_finished()
+    assert not cluster.order.runs
+    spanning = {run_id for run_id, islands in cluster.islands_of.items() if len(islands) > 1}
+    orders = [[run_id for run_id in order if run_id in spanning] for order in cluster.admitted.values()]
+    for order in orders:
+        for other in orders:
+            common = set(order) & set(other)
+            assert [r for r in order if r in common] == [r for r in other if r in common]
+    for queue in cluster.queues:
+        mine = [run_id for _, _, executor, run_id in cluster.computed if executor == queue]
+        for client in (1, 2, 3):
+            assert (own := [r for r in mine if r // 10**6 == client]) == sorted(own)
+    for scheduler in cluster.schedulers:
+        assert not scheduler.admission.runs
+        assert not scheduler.runs
+        assert all(not lane.admitted and not lane.queues for lane in scheduler.admission.lanes.values())

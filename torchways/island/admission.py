@@ -1,0 +1,447 @@
+"""Which runs are on the devices, and which are held until there is room.
+
+A *lane* is a set of devices with a queue of runs for each client. A run is admitted, which sends it to its executors,
+when it is the next of its client on all of its lanes, its program is compiled, and the lanes have room: less work is
+admitted than the *window*, in device time, which covers the way to the executors and back. Which client is next, a
+lane's policy says. So devices always have work, and what is decided is decided late.
+
+A client may have more than one run admitted on a lane only as far as they fit into the window, too: what waits for
+values from elsewhere does not keep others out.
+
+Runs that span islands are admitted in one order on all of them (cluster/run_order.py): a run whose turn has come is
+*asked* for, and is admitted when its order comes, whatever has been admitted meanwhile. What its client sent behind it
+for the same lanes waits for it.
+
+Releases wait in the queues, too: they concern what was sent before them.
+
+Pure: time comes with calls, in seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from torchways.ids import ClientId, RunId
+from torchways.island.policy import PendingRun, Policy, Share
+
+#: What a run is expected to take before any of its program has ended.
+_UNKNOWN_SECONDS = 0.01
+#: The least that a run counts as, so that those that compute nothing are bounded, too.
+_LEAST_SECONDS = 20e-6
+#: Part of what is known of a program's time that its last run makes up.
+_LEARNING_RATE = 0.25
+#: Executors of a set of devices, one a host.
+DeviceSet: TypeAlias = tuple[str, ...]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class HeldRun:
+    """A run that was not admitted yet.
+
+    Attributes:
+        request: opaque.
+        program: says whether it is compiled, and what runs take.
+        lanes: of its slices here; those that are gone are none.
+        spans: it has parts on other islands.
+        nbytes: that it takes while it is held.
+        is_asked: its turn has come; it waits for its order.
+    """
+
+    run_id: RunId
+    share: Share
+    request: Any
+    program: ProgramTimes
+    lanes: list[Lane]
+    arrived: float
+    spans: bool = False
+    nbytes: int = 0
+    is_asked: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class HeldRelease:
+    """What may be given back once all that its client sent before it is admitted. `request` is opaque."""
+
+    request: Any
+
+
+@dataclass(eq=False, slots=True)
+class ProgramTimes:
+    """What admission knows of a program: whether it is compiled, and the device time of its runs, by lane."""
+
+    is_compiled: bool = False
+    seconds: dict[DeviceSet, float] = field(default_factory=dict)
+
+    def expected(self, devices: DeviceSet) -> float:
+        """Returns the device time that a run is expected to take."""
+        return self.seconds.get(devices, _UNKNOWN_SECONDS)
+
+    def measured(self, devices: DeviceSet, seconds: float) -> None:
+        """Takes what a run took."""
+        known = self.seconds.get(devices)
+        self.seconds[devices] = seconds if known is None else known + _LEARNING_RATE * (seconds - known)
+
+
+@dataclass(slots=True)
+class Usage:
+    """What a client has had of a lane. `seconds`: device time."""
+
+    share: Share
+    seconds: float = 0.0
+    num_finished: int = 0
+
+
+@dataclass(slots=True)
+class Admitted:
+    """A client's runs that are admitted to a lane, oldest first, and the device time that they should take."""
+
+    runs: dict[RunId, PendingRun] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(eq=False, slots=True)
+class Lane:
+    """One set of devices. See the module's docstring.
+
+    Attributes:
+        queues: of each client that has something here, in its order.
+        admitted: of each client that has some, its runs that have not ended.
+        busy_until: when what is admitted should have ended.
+        busy_seconds: device time since the lane's beginning.
+    """
+
+    devices: DeviceSet
+    policy: Policy
+    queues: dict[ClientId, deque[HeldRun | HeldRelease]] = field(default_factory=dict)
+    admitted: dict[ClientId, Admitted] = field(default_factory=dict)
+    busy_until: float = 0.0
+    busy_seconds: float = 0.0
+    usage: dict[ClientId, Usage] = field(default_factory=dict)
+
+    def unfinished_seconds(self, now: float) -> float:
+        """Returns the device time that should be left of what is admitted."""
+        return max(0.0, self.busy_until - now) if self.admitted else 0.0
+
+    def pending(self, run: HeldRun) -> PendingRun:
+        """Returns a run as the policy sees it."""
+        seconds = max(_LEAST_SECONDS, run.program.expected(self.devices))
+        return PendingRun(share=run.share, run_id=run.run_id, arrived=run.arrived, seconds=seconds)
+
+    def uses(self, client_id: ClientId) -> bool:
+        """Whether a client has something here."""
+        return client_id in self.queues or client_id in self.admitted
+
+    def pop(self, client_id: ClientId, item: HeldRun | HeldRelease) -> None:
+        """Takes an item out of a queue."""
+        queue = self.queues[client_id]
+        if queue[0] is item:
+            queue.popleft()
+        else:
+            queue.remove(item)
+        if not queue:
+            del self.queues[client_id]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Admit:
+    """Send a run to its executors."""
+
+    run: HeldRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Ask for a spanning run's place in the order of all islands."""
+
+    run: HeldRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Release:
+    """Give something back."""
+
+    request: Any
+
+
+Decision: TypeAlias = Admit | Ask | Release
+
+
+class Admission:
+    """See the module's docstring. Whoever changes something asks for `decisions` afterwards.
+
+    Args:
+        window: seconds of device time.
+    """
+
+    def __init__(self, window: float = math.inf) -> None:
+        self.window = window
+        self.lanes: dict[DeviceSet, Lane] = {}
+        #: Those that are held.
+        self.runs: dict[RunId, HeldRun] = {}
+        #: Bytes that each client's held runs take.
+        self.held_bytes: dict[ClientId, int] = {}
+        #: Those that span islands and are not asked for, by client, in its order.
+        self._spanning: dict[ClientId, deque[HeldRun]] = {}
+        #: Chosen by a policy, and waiting until all of their lanes have room; nothing else is admitted there.
+        self._chosen: list[HeldRun] = []
+        #: Those whose slices here are gone: they have nothing to wait for but their order.
+        self._without_lanes: list[HeldRun] = []
+        #: Where something may be decided now.
+        self._changed: dict[Lane, None] = {}
+
+    # ---- what comes
+
+    def add_lane(self, devices: DeviceSet, policy: Policy) -> None:
+        """Devices have a first slice."""
+        self.lanes[devices] = Lane(devices, policy)
+
+    def remove_lane(self, devices: DeviceSet) -> None:
+        """Devices have no slice any more; runs that are held for them run elsewhere only."""
+        lane = self.lanes.pop(devices)
+        self._changed.pop(lane, None)
+        for run in [*self.runs.values()]:
+            if lane in run.lanes:
+                run.lanes.remove(lane)
+                self._look_at(run.lanes)
+                if not run.lanes:
+                    self._without_lanes.append(run)
+
+    def hold(self, run: HeldRun) -> None:
+        """A client asked for a run."""
+        client_id = run.share.client_id
+        self.runs[run.run_id] = run
+        self.held_bytes[client_id] = self.held_bytes.get(client_id, 0) + run.nbytes
+        if run.spans:
+            self._spanning.setdefault(client_id, deque()).append(run)
+        if not run.lanes:
+            self._without_lanes.append(run)
+        for lane in run.lanes:
+            was_idle = not lane.uses(client_id)
+            lane.queues.setdefault(client_id, deque()).append(run)
+            lane.usage.setdefault(client_id, Usage(run.share))
+            lane.policy.add(lane.pending(run), was_idle=was_idle)
+        self._look_at(run.lanes)
+
+    def release(self, client_id: ClientId, devices: DeviceSet, request: Any) -> bool:
+        """Takes a release; returns whether it can be carried out at once."""
+        lane = self.lanes.get(devices)
+        if lane is None or client_id not in lane.queues:
+            return True
+        lane.queues[client_id].append(HeldRelease(request))
+        return False
+
+    def compiled(self, program: ProgramTimes) -> None:
+        """A program is compiled, well or not."""
+        program.is_compiled = True
+        for run in self.runs.values():
+            if run.program is program:
+                self._look_at(run.lanes)
+
+    def ordered(self, run_id: RunId, now: float) -> list[Decision]:
+        """A spanning run has its place in the order: it is admitted now. None if it is held no more."""
+        run = self.runs.get(run_id)
+        if run is None or not run.is_asked:
+            return []
+        return [*self._admit(run, now)]
+
+    def cancel(self, run_id: RunId) -> HeldRun | None:
+        """Takes a run out, if it is held."""
+        run = self.runs.get(run_id)
+        if run is None:
+            return None
+        self._take_out(run)
+        self._look_at(run.lanes)
+        return run
+
+    def ended(self, run_id: RunId, client_id: ClientId, devices: DeviceSet, seconds: float, now: float) -> None:
+        """An admitted run has ended on a lane, where it took `seconds` of device time."""
+        lane = self.lanes.get(devices)
+        mine = lane.admitted.get(client_id) if lane is not None else None
+        run = mine.runs.pop(run_id, None) if mine is not None else None
+        if lane is None or mine is None or run is None:
+            return
+        mine.seconds -= run.seconds
+        if not mine.runs:
+            del lane.admitted[client_id]
+        lane.busy_until = max(now, lane.busy_until + seconds - run.seconds) if lane.admitted else now
+        lane.busy_seconds += seconds
+        if (usage := lane.usage.get(client_id)) is not None:
+            usage.seconds += seconds
+            usage.num_finished += 1
+        lane.policy.finished(run, seconds)
+        self._changed[lane] = None
+
+    def drop_client(self, client_id: ClientId) -> list[HeldRun]:
+        """Forgets what is held for a client that is gone; returns its runs. What is admitted ends by itself."""
+        runs = [run for run in self.runs.values() if run.share.client_id == client_id]
+        for run in runs:
+            self._take_out(run)
+        for lane in self.lanes.values():
+            lane.queues.pop(client_id, None)  # releases: all that it has goes
+            lane.usage.pop(client_id, None)
+            lane.policy.forget(client_id)
+            self._changed[lane] = None
+        return runs
+
+    # ---- what is decided
+
+    def decisions(self, now: float) -> list[Decision]:
+        """Returns what can be done now, in order."""
+        for lane in self.lanes.values():
+            if lane.queues and self._has_room(lane, now):
+                self._changed[lane] = None
+        result: list[Decision] = []
+        while self._changed or self._chosen or self._without_lanes:
+            changed, self._changed = list(self._changed), {}
+            for run in list(self._without_lanes):
+                if not run.spans:
+                    result += self._admit(run, now)
+                elif not run.is_asked and self._spanning[run.share.client_id][0] is run:
+                    result += self._ask(run)
+                    self._without_lanes.remove(run)
+            for lane in changed:
+                result += self._releases(lane)
+            blocked: set[Lane] = set()
+            for run in list(self._chosen):
+                if blocked.isdisjoint(run.lanes) and self._have_room(run, now):
+                    self._chosen.remove(run)
+                    result += self._take(run, now)
+                else:
+                    blocked.update(run.lanes)
+            for lane in changed:
+                result += self._decide(lane, blocked, now)
+            if not self._changed:
+                break
+        return result
+
+    def wake_time(self, now: float) -> float | None:
+        """Returns when something may be decided that cannot be now, if nothing happens until then."""
+        times = [
+            lane.busy_until - self.window
+            for lane in self.lanes.values()
+            if lane.queues and not self._has_room(lane, now)
+        ]
+        return min(times, default=None)
+
+    def _decide(self, lane: Lane, blocked: set[Lane], now: float) -> Iterator[Decision]:
+        while lane not in blocked and lane.queues and self._has_room(lane, now):
+            runs = [run for client_id in lane.queues if (run := self._next_of(client_id, lane)) is not None]
+            if not runs:
+                return
+            if len(runs) == 1:
+                run = runs[0]
+            else:
+                pending = lane.policy.next([lane.pending(run) for run in runs], now)
+                run = self.runs[pending.run_id]
+            if blocked.isdisjoint(run.lanes) and self._have_room(run, now):
+                yield from self._take(run, now)
+            else:
+                self._chosen.append(run)
+                blocked.update(run.lanes)
+
+    def _take(self, run: HeldRun, now: float) -> Iterator[Decision]:
+        if run.spans:
+            yield from self._ask(run)
+        else:
+            yield from self._admit(run, now)
+
+    def _ask(self, run: HeldRun) -> Iterator[Decision]:
+        client_id = run.share.client_id
+        waiting = self._spanning[client_id]
+        assert waiting[0] is run
+        waiting.popleft()
+        if not waiting:
+            del self._spanning[client_id]
+        run.is_asked = True
+        yield Ask(run=run)
+        self._look_at(run.lanes)
+        if waiting:
+            self._look_at(waiting[0].lanes)
+
+    def _admit(self, run: HeldRun, now: float) -> Iterator[Decision]:
+        client_id = run.share.client_id
+        self._take_out(run)
+        for lane in run.lanes:
+            pending = lane.pending(run)
+            lane.busy_until = (max(now, lane.busy_until) if lane.admitted else now) + pending.seconds
+            mine = lane.admitted.setdefault(client_id, Admitted())
+            mine.runs[run.run_id] = pending
+            mine.seconds += pending.seconds
+            lane.policy.admitted(pending)
+        yield Admit(run=run)
+        for lane in run.lanes:
+            yield from self._releases_of(client_id, lane)
+        self._look_at(run.lanes)
+
+    def _take_out(self, run: HeldRun) -> None:
+        client_id = run.share.client_id
+        del self.runs[run.run_id]
+        left = self.held_bytes.pop(client_id, 0) - run.nbytes
+        if left:
+            self.held_bytes[client_id] = left
+        for lane in run.lanes:
+            lane.pop(client_id, run)
+        for runs in (self._chosen, self._without_lanes):
+            if run in runs:
+                runs.remove(run)
+        waiting = self._spanning.get(client_id)
+        if waiting is not None and run in waiting:
+            waiting.remove(run)
+            if not waiting:
+                del self._spanning[client_id]
+
+    def _releases(self, lane: Lane) -> Iterator[Decision]:
+        for client_id in list(lane.queues):
+            yield from self._releases_of(client_id, lane)
+
+    def _releases_of(self, client_id: ClientId, lane: Lane) -> Iterator[Decision]:
+        queue = lane.queues.get(client_id)
+        while queue and isinstance(queue[0], HeldRelease):
+            yield Release(request=queue.popleft().request)
+        if queue is not None and not queue:
+            del lane.queues[client_id]
+
+    def _next_of(self, client_id: ClientId, lane: Lane) -> HeldRun | None:
+        """Returns the run of a client that may be admitted to a lane, or asked for, as far as the client goes."""
+        run = self._first_unasked(lane.queues[client_id])
+        if run is None or not run.program.is_compiled or run in self._chosen:
+            return None
+        if run.spans and self._spanning[client_id][0] is not run:
+            return None
+        for other in run.lanes:
+            queue = other.queues[client_id]
+            if (self._first_unasked(queue) if run.spans else queue[0]) is not run or not self._fits(run, other):
+                return None
+        return run
+
+    @staticmethod
+    def _first_unasked(queue: Iterable[HeldRun | HeldRelease]) -> HeldRun | None:
+        first = next((item for item in queue if not (isinstance(item, HeldRun) and item.is_asked)), None)
+        return first if isinstance(first, HeldRun) else None
+
+    def _fits(self, run: HeldRun, lane: Lane) -> bool:
+        """Whether a client may have one more run on a lane: what it has there, but for the first, is in the window."""
+        if self.window == math.inf:
+            return True
+        mine = lane.admitted.get(run.share.client_id)
+        seconds = mine.seconds - next(iter(mine.runs.values())).seconds if mine is not None else 0.0
+        if run.spans:
+            for item in lane.queues[run.share.client_id]:
+                if not isinstance(item, HeldRun) or not item.is_asked:
+                    break
+                seconds += lane.pending(item).seconds
+        return seconds <= self.window
+
+    def _has_room(self, lane: Lane, now: float) -> bool:
+        return lane.unfinished_seconds(now) <= self.window
+
+    def _have_room(self, run: HeldRun, now: float) -> bool:
+        return all(self._has_room(lane, now) for lane in run.lanes)
+
+    def _look_at(self, lanes: Iterable[Lane]) -> None:
+        for lane in lanes:
+            self._changed[lane] = None

@@ -1,0 +1,146 @@
+"""Turns of computations on devices where several sets of them overlap, or where a set has several hosts.
+
+Computations of a set of several hosts (a gang) are enqueued on the devices only as granted. Every host gets its grants
+in one order; one that shares a device with another set's is granted when all hosts have enqueued the other's. So all
+device queues of the island agree on the order, and no two computations can wait for each other. Where two sets of one
+host each share a device, they compute as granted too, while both have slices: one at a time, each until it has ended.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torchways.errors import InternalError
+from torchways.ids import RunPart
+from torchways.island.admission import DeviceSet
+from torchways.island.events import Command, SendGrant, SendGrantsNeeded
+
+
+@dataclass(slots=True)
+class _Turn:
+    """A computation that waits for its turn on devices, or has it; `left` are the hosts that have not passed it."""
+
+    devices: DeviceSet
+    run: RunPart
+    unit: int
+    left: set[str]
+
+
+@dataclass(slots=True)
+class Turns:
+    """See the module's docstring."""
+
+    #: Of sets that have slices, or compute still: the island's devices.
+    devices: dict[DeviceSet, frozenset[int]] = field(default_factory=dict)
+    #: Sets whose computations need grants though they have one host.
+    _needs_grants: set[DeviceSet] = field(default_factory=set)
+    #: Waiting for their turn, oldest first.
+    _waiting: list[_Turn] = field(default_factory=list)
+    #: Granted, and not passed by all hosts.
+    _granted: dict[tuple[RunPart, int], _Turn] = field(default_factory=dict)
+    #: Sets whose executor still computes what it issued before it needed grants, with the epoch of the need.
+    _not_idle: dict[DeviceSet, int] = field(default_factory=dict)
+    #: Changes of who needs grants.
+    _epoch: int = 0
+
+    def add(self, devices: DeviceSet, device_indices: frozenset[int]) -> list[Command]:
+        """A set of devices has a slice."""
+        self.devices[devices] = device_indices
+        return self.share()
+
+    def remove(self, devices: DeviceSet, *, is_lost: bool = False) -> list[Command]:
+        """A set of devices has no slice any more, and computes nothing, or is lost. `share` and `grant` come next."""
+        commands: list[Command] = []
+        if devices in self._needs_grants and not is_lost:
+            self._epoch += 1
+            commands.append(SendGrantsNeeded(executor_id=devices[0], needed=False, epoch=self._epoch))
+        del self.devices[devices]
+        self._forget(devices)
+        return commands
+
+    def idle(self, executor_id: str, epoch: int) -> list[Command]:
+        """What an executor computed before it needed grants has ended."""
+        devices = self.set_of(executor_id)
+        if devices is not None and self._not_idle.get(devices) == epoch:
+            del self._not_idle[devices]
+        return self.grant()
+
+    def share(self) -> list[Command]:
+        """Has the executors of sets that share a device with another wait for grants, and no others."""
+        commands: list[Command] = []
+        alone = [devices for devices in self.devices if len(devices) == 1]
+        for devices in alone:
+            mine = self.devices[devices]
+            needed = any(mine & self.devices[other] for other in self.devices if other != devices)
+            if needed != (devices in self._needs_grants):
+                self._epoch += 1
+                commands.append(SendGrantsNeeded(executor_id=devices[0], needed=needed, epoch=self._epoch))
+                if needed:
+                    self._needs_grants.add(devices)
+                    self._not_idle[devices] = self._epoch
+                else:
+                    self._forget(devices)
+        return commands
+
+    def _forget(self, devices: DeviceSet) -> None:
+        self._needs_grants.discard(devices)
+        self._not_idle.pop(devices, None)
+        self._waiting = [item for item in self._waiting if item.devices != devices]
+        self._granted = {key: item for key, item in self._granted.items() if item.devices != devices}
+
+    def ready(self, executor_id: str, run: RunPart, unit: int) -> list[Command]:
+        """A computation has all that it needs."""
+        devices = self.set_of(executor_id)
+        if devices is None or (len(devices) == 1 and devices not in self._needs_grants):
+            return []  # it is gone, or was told meanwhile that it needs no grants
+        self._waiting.append(_Turn(devices, run, unit, set(devices)))
+        return self.grant()
+
+    def passed(self, executor_id: str, run: RunPart, unit: int) -> list[Command]:
+        """A granted computation needs its turn no more: it is in a host's queues (gang), or it has ended."""
+        devices = self.set_of(executor_id)
+        if devices is None or (len(devices) == 1 and devices not in self._needs_grants):
+            return []
+        key = (run, unit)
+        item = self._granted.get(key)
+        if item is None and len(devices) == 1:
+            return []  # granted before grants were not needed for a while
+        if item is None or executor_id not in item.left:
+            raise InternalError(
+                f"executor {executor_id} passed unit {unit} of run {run.run_id}, which was not granted to it"
+            )
+        item.left.discard(executor_id)
+        if item.left:
+            return []
+        del self._granted[key]
+        return self.grant()
+
+    def set_of(self, executor_id: str) -> DeviceSet | None:
+        """Returns the set that an executor is of."""
+        return next((devices for devices in self.devices if executor_id in devices), None)
+
+    def grant(self) -> list[Command]:
+        """Grants all that no other set's computation, granted or older, is in the way of."""
+        commands: list[Command] = []
+        waiting: list[_Turn] = []
+        #: Who computes on a device, or waits for it; None: several sets do.
+        users: dict[int, DeviceSet | None] = {}
+        for devices in (*dict.fromkeys(item.devices for item in self._granted.values()), *self._not_idle):
+            self._use(users, devices)
+        for item in self._waiting:
+            if self._use(users, item.devices):
+                self._granted[item.run, item.unit] = item
+                commands += [SendGrant(executor_id=e, run=item.run, unit=item.unit) for e in item.devices]
+            else:
+                waiting.append(item)
+        self._waiting = waiting
+        return commands
+
+    def _use(self, users: dict[int, DeviceSet | None], devices: DeviceSet) -> bool:
+        """Adds a set to the users of its devices; returns whether it is the only one on all of them."""
+        is_alone = True
+        for number in self.devices[devices]:
+            if users.setdefault(number, devices) != devices:
+                users[number] = None
+                is_alone = False
+        return is_alone
