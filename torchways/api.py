@@ -834,6 +834,8 @@ def executor_status() -> list[ExecutorStatus]:
 def profile(path: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a Chrome/Perfetto trace of the runs inside the context to `path`, with one row per device.
 
+    The file is compressed if its name ends with ".gz".
+
     Waits for runs in flight on entry and on exit, so that the trace holds only the runs inside.
     """
     if is_eager():

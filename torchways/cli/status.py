@@ -99,7 +99,7 @@ def as_text(facts: dict[str, Any]) -> str:
     ]
     clients = [(str(client["client_id"]), client["name"]) for client in facts["clients"]]
     processes = [
-        (process["name"], str(process["pid"]), process["host"], f"{process['rss_bytes'] / 1e6:,.0f} MB")
+        (process["name"], str(process["pid"]), f"{process['rss_bytes'] / 1e6:,.0f}", process["host"])
         for process in facts["processes"]
     ]
     parts = [
@@ -107,7 +107,7 @@ def as_text(facts: dict[str, Any]) -> str:
         _table(("ISLAND", "PLATFORM", "DEVICES", "SLICES"), islands),
         _table(("SLICE", "ISLAND", "MESH", "DEVICES", "CLIENT", "STATE"), slices) if slices else "no slices",
         _table(("CLIENT", "NAME"), clients) if clients else "no clients",
-        _table(("PROCESS", "PID", "HOST", "MEMORY"), processes),
+        _table(("PROCESS", "PID", "MB", "HOST"), processes),
         *(f"{name} does not answer" for name in facts["unreachable"]),
     ]
     return "\n\n".join(parts)

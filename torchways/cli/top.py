@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import dataclasses
 import json
@@ -18,6 +17,8 @@ from torchways.cli.target import access, add_target_flags, command_parser
 from torchways.errors import ConfigError, DeadlineExceeded
 
 if TYPE_CHECKING:
+    import asyncio
+
     from rich.live import Live
 
     from torchways.cli.activity import Activity
@@ -66,6 +67,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _print_frame(target: OperatorAccess, parsed: argparse.Namespace) -> None:
+    import asyncio
+
     from torchways.cli.activity import activity_between
     from torchways.rpc.operator import ask
 
@@ -101,6 +104,8 @@ class _View:
 
     def run(self) -> None:
         """Draws frames until `q`."""
+        import asyncio
+
         from rich.console import Console
         from rich.live import Live
 

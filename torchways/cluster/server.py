@@ -309,14 +309,14 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         """Returns what there is; resident memory of the processes of this host."""
         info = self._parts()
         for process in info.processes:
-            if process.host in ("", socket.gethostname()):
+            if process.pid and process.host == socket.gethostname():
                 with contextlib.suppress(psutil.Error):
                     process.rss_bytes = psutil.Process(process.pid).memory_info().rss
         return info
 
     def _parts(self) -> pb.ClusterInfo:
         info = pb.ClusterInfo()
-        info.processes.add(name="resource manager", pid=os.getpid())
+        info.processes.add(name="resource manager", pid=os.getpid(), host=socket.gethostname())
         for agent in self._agents.values():
             info.processes.add(name="node agent", pid=agent.pid, host=agent.host)
         for island in self.core.islands.values():
