@@ -42,6 +42,7 @@ from torchways.data.spec import LoaderSpec
 from torchways.errors import ConfigError, SessionClosed, UserError
 from torchways.ids import IslandId
 from torchways.launch.embedded import start_cluster
+from torchways.launch.state_file import find_token
 from torchways.mesh import VirtualSlice, check_mesh, normalize_placements
 from torchways.observability.process import setup_logging
 from torchways.observability.trace import write_chrome_trace
@@ -50,7 +51,6 @@ from torchways.parallel.microbatch import run_microbatches
 from torchways.parallel.pipeline import SplitPoint, add_stages
 from torchways.parallel.plans import PlanOrMaker, placements_of, plan_of
 from torchways.parallel.replicate import Reduction
-from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo, ManagerClient
 from torchways.schedules import Schedule
 
@@ -97,7 +97,9 @@ def init(
 
     Args:
         address: host:port of a resource manager. If None, joins the cluster that `twrun` started (TORCHWAYS_ADDRESS).
-            If there is none, starts an embedded cluster, which ends when this process ends, for whatever reason.
+            If there is none, starts an embedded cluster, which ends when this process ends, for whatever reason. The
+            token of a cluster that runs is that of TORCHWAYS_TOKEN, else of the file that TORCHWAYS_TOKEN_FILE names,
+            else of the state file that `torchways up` made.
         islands, devices_per_island, hosts_per_island, platform: size and PJRT platform of the embedded cluster; see
             `ClusterConfig`.
         memory_budget: bytes that buffers may occupy on each device. A computation that needs more waits until others
@@ -110,7 +112,7 @@ def init(
     TORCHWAYS_COMPILATION_CACHE. On CPU the variable has no effect: torch-xla's CPU client cannot load such files.
 
     Raises:
-        ConfigError: a setting is out of range, or there is no token for `address`.
+        ConfigError: a setting is out of range, there is no token for `address`, or others may read its file.
         ClusterLost: the cluster cannot be reached.
         UserError: this process already has a session.
     """
@@ -137,12 +139,11 @@ def init(
     threading.Thread(target=decomposition_table, name="torchways-prepare", daemon=True).start()  # seconds, at first
     address = address or os.environ.get(ADDRESS_VARIABLE)
     end_cluster: Callable[[], None] | None = None
-    token = os.environ.get(TOKEN_VARIABLE, "")
     if address is None:
         cluster = start_cluster(config)
         address, token, end_cluster = cluster.address, cluster.token, cluster.close
-    elif not token:
-        raise ConfigError(f"no token for the cluster at {address}: set {TOKEN_VARIABLE}; twrun sets it by itself")
+    else:
+        token = find_token(address)
     loop = LoopThread("torchways-session")
     session = Session(
         manager=loop.run(_make_manager(address, token)),
@@ -832,6 +833,8 @@ def executor_status() -> list[ExecutorStatus]:
 @contextlib.contextmanager
 def profile(path: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a Chrome/Perfetto trace of the runs inside the context to `path`, with one row per device.
+
+    The file is compressed if its name ends with ".gz".
 
     Waits for runs in flight on entry and on exit, so that the trace holds only the runs inside.
     """

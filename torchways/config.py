@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -10,6 +11,8 @@ import psutil
 from torchways.errors import ConfigError
 
 PLATFORMS = ("cpu", "tpu", "simulated")
+POLICIES = ("proportional_share", "first_come_first_served", "priority")
+LOG_FORMATS = ("text", "json")
 SCHEDULING = ("gang", "arrival")
 
 
@@ -34,6 +37,9 @@ class ClusterConfig:
     """Address that servers listen on. Anything but loopback opens them to the network (the token still guards)."""
     log_level: str = "warning"
     """Log level of every process: debug, info, warning or error."""
+    log_format: str | None = None
+    """"text", or "json": one JSON object per line, with time, level, process, pid, logger, message and exception. If
+    None, what TORCHWAYS_LOG_FORMAT says, or text."""
     log_dir: str | None = None
     """Folder with one log file per process. If None, everything goes to stderr."""
     memory_budget: int | None = None
@@ -41,6 +47,19 @@ class ClusterConfig:
     If None: on CPU an equal share of 80 % of the machine's memory, on TPU no limit."""
     memory_wait: timedelta = timedelta(seconds=60)
     """How long a computation may wait for memory when nothing is running that could free any. Then it fails."""
+    policy: str = "proportional_share"
+    """Which client's run is next when several wait for the same devices. "proportional_share": each client gets device
+    time by its weight. "first_come_first_served": by order of arrival. "priority": the highest priority first; runs
+    that wait long rise. "module:Class": a policy of your own, which the schedulers import."""
+    window: timedelta = timedelta(milliseconds=5)
+    """How much device time a scheduler admits ahead to a set of devices. It must cover the round trip between
+    scheduler and executor, or devices idle. The larger it is, the longer a run of another client waits."""
+    max_weight: float = 16.0
+    """The largest weight that a client may ask for."""
+    max_priority: int = 10
+    """The highest priority that a client may ask for."""
+    metrics_port: int | None = None
+    """Port of the Prometheus page `/metrics`, on `host`. 0 chooses a free port. If None, there is no such page."""
     executor_idle: timedelta = timedelta(seconds=60)
     """How long an executor stays alive after the last slice of its devices is closed. A new slice of the same devices
     is ready at once until then."""
@@ -63,6 +82,18 @@ class ClusterConfig:
             raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")
         if self.scheduling not in SCHEDULING:
             raise ConfigError(f"scheduling must be one of {', '.join(SCHEDULING)}, not {self.scheduling!r}")
+        if self.log_format is not None and self.log_format not in LOG_FORMATS:
+            raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
+        if self.policy not in POLICIES and not _names_class(self.policy):
+            raise ConfigError(f'policy must be one of {", ".join(POLICIES)}, or "module:Class", not {self.policy!r}')
+        if self.window <= timedelta(0):
+            raise ConfigError(f"window must be longer than 0 s, not {self.window.total_seconds():g} s")
+        if not 0 < self.max_weight < math.inf:
+            raise ConfigError(f"max_weight must be a number above 0, not {self.max_weight!r}")
+        if self.max_priority < 0:
+            raise ConfigError(f"max_priority must be at least 0, not {self.max_priority!r}")
+        if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:
+            raise ConfigError(f"metrics_port must be between 0 and 65535, not {self.metrics_port!r}")
         if self.devices_per_island % self.hosts_per_island:
             uneven = f"{self.devices_per_island} devices cannot be split evenly over {self.hosts_per_island}"
             raise ConfigError(f"{uneven} hosts: make devices_per_island a multiple of hosts_per_island")
@@ -77,3 +108,8 @@ class ClusterConfig:
         if self.platform == "tpu":
             return 0
         return int(0.8 * psutil.virtual_memory().total) // (self.islands * self.devices_per_island)
+
+
+def _names_class(policy: str) -> bool:
+    module, colon, name = policy.partition(":")
+    return bool(colon) and name.isidentifier() and all(part.isidentifier() for part in module.split("."))

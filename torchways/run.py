@@ -1,4 +1,4 @@
-"""`twrun`: starts a cluster on this machine, runs a script against it, ends the cluster.
+"""`twrun`: starts a cluster on this machine, runs a script against it, ends the cluster; or uses one that runs.
 
 Spelled as torchrun where it means the same. But there is one copy of the script, the controller.
 """
@@ -14,15 +14,28 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-from torchways.config import PLATFORMS, ClusterConfig
+from torchways.config import LOG_FORMATS, PLATFORMS, ClusterConfig
 from torchways.errors import TorchwaysError
 from torchways.launch.embedded import EmbeddedCluster, start_cluster
 from torchways.launch.script import bound_command
-from torchways.observability.process import LOG_LEVEL_VARIABLE, LOG_LEVELS, setup_logging
+from torchways.launch.state_file import find_token
+from torchways.observability.process import LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE, LOG_LEVELS, setup_logging
 from torchways.rpc.channel import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
+
+#: Flags that say what cluster to start.
+_OF_NEW_CLUSTERS = (
+    "--islands",
+    "--devices-per-island",
+    "--hosts-per-island",
+    "--platform",
+    "--memory-budget",
+    "--policy",
+    "--log-dir",
+)
 
 _EPILOG = """
 ONLY THE CONTROLLER RUNS THE SCRIPT. Unlike torchrun, twrun starts ONE copy of it, whatever the number of devices: the
@@ -39,12 +52,19 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    result.add_argument("--islands", type=int, default=2, help="islands of the cluster (default: 2)")
-    result.add_argument("--devices-per-island", type=int, default=2, help="devices of each island (default: 2)")
-    result.add_argument("--hosts-per-island", type=int, default=1, help="host processes of each island (default: 1)")
-    result.add_argument("--platform", choices=PLATFORMS, default="cpu", help="PJRT platform (default: cpu)")
+    result.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="run the script against this cluster (`torchways up`), and leave it running",
+    )
+    result.add_argument("--islands", type=int, help="islands of the cluster (default: 2)")
+    result.add_argument("--devices-per-island", type=int, help="devices of each island (default: 2)")
+    result.add_argument("--hosts-per-island", type=int, help="host processes of each island (default: 1)")
+    result.add_argument("--platform", choices=PLATFORMS, help="PJRT platform (default: cpu)")
     result.add_argument("--memory-budget", type=int, help="bytes of buffers a device (default: 80%% of RAM, shared)")
+    result.add_argument("--policy", help="whose run is next where several clients share devices; see `torchways up`")
     result.add_argument("--log-level", choices=LOG_LEVELS, default="warning", help="of every process")
+    result.add_argument("--log-format", choices=LOG_FORMATS, help="text (the default), or json: one object a line")
     result.add_argument("--log-dir", help="folder for one log file a process; default: all to stderr")
     kind = result.add_mutually_exclusive_group()
     kind.add_argument("-m", "--module", action="store_true", help="the script is a module's name, as for python -m")
@@ -57,7 +77,7 @@ def parser() -> argparse.ArgumentParser:
 def normalize(arguments: Sequence[str]) -> list[str]:
     """Returns the arguments with flags spelled with dashes, as far as they are twrun's: --log_dir is --log-dir."""
     result = list(arguments)
-    takes_value = {"--islands", "--devices-per-island", "--platform", "--log-level", "--log-dir"}
+    takes_value = {"--address", *_OF_NEW_CLUSTERS, "--log-level", "--log-format"}
     index = 0
     while index < len(result) and result[index].startswith("-"):
         flag, equals, value = result[index].partition("=")
@@ -74,27 +94,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"twrun: {missing}", file=sys.stderr)
         sys.exit(2)
     os.environ[LOG_LEVEL_VARIABLE] = parsed.log_level
+    if parsed.log_format:
+        os.environ[LOG_FORMAT_VARIABLE] = parsed.log_format
     setup_logging("twrun")
     try:
-        config = ClusterConfig(
-            islands=parsed.islands,
-            devices_per_island=parsed.devices_per_island,
-            hosts_per_island=parsed.hosts_per_island,
-            platform=parsed.platform,
-            memory_budget=parsed.memory_budget,
-            log_level=parsed.log_level,
-            log_dir=parsed.log_dir,
-            data_path=_import_path(parsed),
-        )
-        code = _run(config, parsed)
+        code = _run_against(parsed.address, parsed) if parsed.address else _run(_config(parsed), parsed)
     except TorchwaysError as error:
         print(f"twrun: {error}", file=sys.stderr)
         sys.exit(2)
     sys.exit(code)
 
 
+def _given(parsed: argparse.Namespace) -> dict[str, Any]:
+    """Returns the settings of a new cluster that the command line names."""
+    names = [flag.removeprefix("--").replace("-", "_") for flag in _OF_NEW_CLUSTERS]
+    return {name: value for name in names if (value := getattr(parsed, name)) is not None}
+
+
+def _config(parsed: argparse.Namespace) -> ClusterConfig:
+    return ClusterConfig(
+        log_level=parsed.log_level, log_format=parsed.log_format, data_path=_import_path(parsed), **_given(parsed)
+    )
+
+
 def _missing(parsed: argparse.Namespace) -> str | None:
-    """Says what is wrong with the script's name, before anything is started; None if it is found."""
+    """Says what is wrong with the command line, before anything is started; None if nothing is."""
+    if parsed.address and (given := _given(parsed)):
+        flags = ", ".join("--" + name.replace("_", "-") for name in given)
+        return f"{flags} cannot go with --address: that cluster runs already, with its own settings"
     if parsed.module:
         sys.path.insert(0, os.getcwd())  # as python -m has it
         try:
@@ -119,6 +146,12 @@ def _command(parsed: argparse.Namespace) -> list[str]:
     if parsed.no_python:
         return [parsed.script, *parsed.script_args]
     return [sys.executable, *(["-m"] if parsed.module else []), parsed.script, *parsed.script_args]
+
+
+def _run_against(address: str, parsed: argparse.Namespace) -> int:
+    """Runs the script with a cluster that stays."""
+    environment = {**os.environ, "TORCHWAYS_ADDRESS": address, TOKEN_VARIABLE: find_token(address)}
+    return _wait(subprocess.Popen(bound_command(_command(parsed)), env=environment))
 
 
 class _Interrupted(BaseException):

@@ -36,6 +36,16 @@ def test_how_the_script_is_run(flags, tail):
     assert command[1:] == tail if tail is not None else command == ["s.py", "1"]
 
 
+def test_settings_of_a_new_cluster_cannot_go_with_an_address(tmp_path, capsys):
+    script = tmp_path / "s.py"
+    script.touch()
+    assert run._missing(parse("--address", "host:1", "--log_level", "info", str(script))) is None
+    with pytest.raises(SystemExit) as caught:
+        run.main(["--address=host:1", "--islands", "1", "--memory-budget=5", str(script)])
+    assert caught.value.code == 2
+    assert "twrun: --islands, --memory-budget cannot go with --address" in capsys.readouterr().err
+
+
 def test_help_says_that_only_the_controller_runs_the_script():
     assert "ONLY THE CONTROLLER RUNS THE SCRIPT" in run.parser().format_help()
 

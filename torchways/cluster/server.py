@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import logging
 import os
 import signal
+import socket
 from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from typing import Any, assert_never
 
 import grpc
 import grpc.aio
+import psutil
 
 from torchways.cluster import state as core
+from torchways.cluster.operator import OperatorServer
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
 from torchways.observability.process import die_with_parent, setup_process
@@ -48,6 +52,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._settled: dict[SliceId, asyncio.Event] = defaultdict(asyncio.Event)
         self._data_settled: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: For who runs the cluster.
+        self.operator = OperatorServer(self.core, self.describe, self._order_all, token, key)
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
@@ -116,6 +122,12 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     def _order(self, node_id: int, command: pb.NodeCommand) -> None:
         if node_id in self._nodes:
             self._nodes[node_id].put_nowait(command)
+
+    def _order_all(self, command: pb.NodeCommand) -> int:
+        """Sends a command to every node; returns how many there are."""
+        for node_id in self._nodes:
+            self._order(node_id, command)
+        return len(self._nodes)
 
     def _tell(self, client_id: ClientId, event: pb.ClusterEvent) -> None:
         if client_id in self._clients:
@@ -291,8 +303,20 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self, request: pb.DescribeClusterRequest, context: grpc.aio.ServicerContext
     ) -> pb.ClusterInfo:
         """Says what there is."""
+        return self.describe()
+
+    def describe(self) -> pb.ClusterInfo:
+        """Returns what there is; resident memory of the processes of this host."""
+        info = self._parts()
+        for process in info.processes:
+            if process.pid and process.host == socket.gethostname():
+                with contextlib.suppress(psutil.Error):
+                    process.rss_bytes = psutil.Process(process.pid).memory_info().rss
+        return info
+
+    def _parts(self) -> pb.ClusterInfo:
         info = pb.ClusterInfo()
-        info.processes.add(name="resource manager", pid=os.getpid())
+        info.processes.add(name="resource manager", pid=os.getpid(), host=socket.gethostname())
         for agent in self._agents.values():
             info.processes.add(name="node agent", pid=agent.pid, host=agent.host)
         for island in self.core.islands.values():
@@ -356,6 +380,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             match event.WhichOneof("event"):
                 case "ready":
                     self._process_ready(event.ready)
+                case "stacks":
+                    self.operator.on_stacks(event.stacks)
                 case "exited":
                     exited = event.exited
                     logger.warning("%s (pid %d) ended: %s", exited.name, exited.pid, exited.reason)
@@ -400,18 +426,25 @@ def _summary(item: core.Slice) -> pb.SliceSummary:
     )
 
 
-async def serve(host: str, ready_fd: int, executor_idle: float) -> None:
+async def serve(host: str, ready_fd: int, executor_idle: float, metrics_port: int | None) -> None:
     """Runs the resource manager until it is told to end."""
     token = channel.cluster_token()
     key = take_cluster_key()
     server = channel.make_server(token, key)
     manager = ResourceManagerServer(token, key, executor_idle)
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
+    pb_grpc.add_OperatorServicer_to_server(manager.operator, server)
+    if metrics_port is not None:
+        from torchways.cluster.metrics import MetricsServer  # its libraries are needed only here
+
+        metrics = MetricsServer(host, metrics_port, token, manager.operator.observe)
+        manager.operator.metrics_address = metrics.address
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     address = await channel.start_server(server, host)
     with os.fdopen(ready_fd, "w") as pipe:
-        pipe.write(json.dumps({"address": address}) + "\n")
+        ready = {"address": address, "metrics_address": manager.operator.metrics_address}
+        pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for nodes", address)
     await ending.wait()
     manager.close("it was told to end")
@@ -425,9 +458,14 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--executor-idle", type=float, default=60.0, help="seconds that executors stay without a slice")
+    parser.add_argument("--max-weight", type=float, default=16.0, help="the largest weight that a client may ask for")
+    parser.add_argument("--max-priority", type=int, default=10, help="the highest priority that a client may ask for")
+    parser.add_argument(
+        "--metrics-port", type=int, help="of the page /metrics; 0 chooses one; without it there is none"
+    )
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process("resource manager")
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(serve(arguments.host, arguments.ready_fd, arguments.executor_idle))
+    asyncio.run(serve(arguments.host, arguments.ready_fd, arguments.executor_idle, arguments.metrics_port))

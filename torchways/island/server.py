@@ -236,6 +236,18 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         logger.info("executor %s is gone: %s", request.executor_id, request.reason)
         return pb.RemoveExecutorResponse()
 
+    async def GetStatus(
+        self, request: pb.SchedulerStatusRequest, context: grpc.aio.ServicerContext
+    ) -> pb.SchedulerStatus:
+        """Says which sets of devices there are."""
+        devices = {executors: sorted(indices) for executors, indices in self.core._devices.items()}
+        return pb.SchedulerStatus(
+            device_sets=[
+                pb.DeviceSetStatus(executor_ids=executors, device_indices=indices)
+                for executors, indices in devices.items()
+            ]
+        )
+
 
 def _run_part(message: pb.RunEnded | pb.UnitReady | pb.UnitPassed) -> RunPart:
     return RunPart(RunId(message.run_id), SliceId(message.slice_id))
@@ -344,6 +356,8 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--island-id", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--policy", default="proportional_share", help="which client's run is next")
+    parser.add_argument("--window", type=float, default=0.005, help="seconds of device time that are admitted ahead")
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()
     setup_process(f"scheduler i{arguments.island_id}")

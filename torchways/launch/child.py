@@ -11,6 +11,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,6 +30,10 @@ _LINE_BYTES = 1 << 16
 _TERM_SECONDS = 2.0
 #: How long what a process printed last may be on its way after it has ended (a process of its own may hold the pipe).
 _DRAIN_SECONDS = 0.5
+#: A line of what faulthandler prints. The stacks have ended when none has come for a while.
+_STACK_LINE = re.compile(r"(Current thread|Thread) 0x|  File \"|  \.\.\.|  <|  Garbage-collecting|\n")
+_QUIET_SECONDS = 0.3
+_MAX_STACK_LINES = 5000
 
 
 Process: TypeAlias = subprocess.Popen[bytes] | Forked
@@ -62,6 +67,8 @@ class Child:
     def __init__(self, name: str, process: Process, ready_fd: int, output_fd: int, log_dir: str | None) -> None:
         self.name = name
         self.asked = False
+        self._dump: asyncio.Queue[str] | None = None
+        self._one_dump = asyncio.Lock()
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
         self._log: IO[str] | None = _log_file(log_dir, name) if log_dir is not None else None
         self._process = process
@@ -115,6 +122,24 @@ class Child:
         await asyncio.wait({self._output}, timeout=_DRAIN_SECONDS)
         return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
 
+    async def stacks(self, seconds: float) -> str:
+        """Has it print the stacks of all its threads; returns them, or nothing where it printed none in time."""
+        if not self._ready.done() or self._exited.done():
+            return ""  # the signal would end a process that does not expect it yet
+        async with self._one_dump:
+            lines: list[str] = []
+            queue = self._dump = asyncio.Queue()
+            try:
+                self._process.send_signal(signal.SIGUSR1)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        lines.append(await queue.get())
+                        while len(lines) < _MAX_STACK_LINES:
+                            lines.append(await asyncio.wait_for(queue.get(), _QUIET_SECONDS))
+            finally:
+                self._dump = None
+            return "".join(lines).strip("\n")
+
     async def end(self, *, asked: bool = True) -> None:
         """Ends it: SIGTERM, after two seconds SIGKILL. Idempotent."""
         self.asked = self.asked or asked
@@ -134,6 +159,9 @@ class Child:
         reader = await _open_reader(fd)
         while line := await _next_line(reader):
             text = line.decode(errors="replace")
+            if self._dump is not None and _STACK_LINE.match(text):
+                self._dump.put_nowait(text)
+                continue
             self._tail.append(text)
             with contextlib.suppress(OSError):  # the terminal or disk behind it is gone; the process is not to blame
                 print(text, end="", file=self._log or sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""A cluster of this process's own: for `tw.init()` without an address, and for twrun."""
+"""Starts a cluster on this machine: one of this process's own, or one that stays (`torchways up --detach`)."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import select
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
 
 from torchways.config import ClusterConfig
-from torchways.errors import ClusterLost, DeadlineExceeded
-from torchways.observability.process import LOG_LEVEL_VARIABLE
+from torchways.errors import ClusterLost, ConfigError, DeadlineExceeded
+from torchways.observability.process import LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE
 from torchways.rpc.channel import TOKEN_VARIABLE
 
 logger = logging.getLogger(__name__)
@@ -27,17 +31,23 @@ class EmbeddedCluster:
     Attributes:
         address: the resource manager's host:port.
         token: what its callers must show.
+        metrics_address: host:port of the page /metrics; empty if there is none.
     """
 
-    def __init__(self, agent: subprocess.Popen[bytes], address: str, token: str) -> None:
+    def __init__(self, agent: subprocess.Popen[bytes], address: str, token: str, metrics_address: str = "") -> None:
         self._agent = agent
         self.address = address
         self.token = token
+        self.metrics_address = metrics_address
 
     @property
     def agent_pid(self) -> int:
         """Pid of the node agent, the parent of all other processes of the cluster."""
         return self._agent.pid
+
+    def wait(self) -> int:
+        """Waits until the cluster has ended by itself, or by `torchways down`; returns 0 if it was told to."""
+        return self._agent.wait()
 
     def close(self) -> None:
         """Ends all processes of the cluster and waits until they are gone. Idempotent."""
@@ -56,8 +66,14 @@ def end_agent(agent: subprocess.Popen[bytes]) -> None:
         agent.wait(_END_SECONDS)
 
 
-def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
+def start_cluster(config: ClusterConfig, *, state: Path | None = None, stays: bool = False) -> EmbeddedCluster:
     """Starts the processes of a cluster on this machine; returns when slices can be asked for.
+
+    Args:
+        config: its size and limits.
+        state: its state file (launch/state_file.py), if it shall have one.
+        stays: it does not end with this process, but by SIGTERM to its node agent alone. It then needs
+            `config.log_dir`: its node agent logs there, too.
 
     Raises:
         DeadlineExceeded: it was not ready in `config.start_timeout`.
@@ -65,6 +81,8 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
     """
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
     environment = {**os.environ, TOKEN_VARIABLE: token, LOG_LEVEL_VARIABLE: config.log_level}
+    if config.log_format is not None:
+        environment[LOG_FORMAT_VARIABLE] = config.log_format
     read_fd, write_fd = os.pipe()
     command = [
         *(sys.executable, "-m", "torchways.launch"),
@@ -77,16 +95,29 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         *("--budget-bytes", str(config.budget_bytes)),
         *("--memory-wait", str(config.memory_wait.total_seconds())),
         *("--executor-idle", str(config.executor_idle.total_seconds())),
+        *("--policy", config.policy),
+        *("--window", str(config.window.total_seconds())),
+        *("--max-weight", str(config.max_weight)),
+        *("--max-priority", str(config.max_priority)),
         *("--ready-fd", str(write_fd)),
-        *("--owner-pid", str(os.getpid())),
+        *(("--stays",) if stays else ("--owner-pid", str(os.getpid()))),
+        *(("--state", str(state)) if state is not None else ()),
+        *(("--metrics-port", str(config.metrics_port)) if config.metrics_port is not None else ()),
         *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),
         *(("--data-path", os.pathsep.join(config.data_path)) if config.data_path is not None else ()),
     ]
     # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
     try:
-        agent = subprocess.Popen(
-            command, stdin=subprocess.PIPE, pass_fds=(write_fd,), env=environment, start_new_session=True
-        )
+        with _output(config.log_dir if stays else None) as output:
+            agent = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL if stays else subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                pass_fds=(write_fd,),
+                env=environment,
+                start_new_session=True,
+            )
     except BaseException:
         os.close(read_fd)
         raise
@@ -97,11 +128,29 @@ def start_cluster(config: ClusterConfig) -> EmbeddedCluster:
         if "error" in ready:
             raise ClusterLost(f"the cluster could not start: {ready['error']}")
     except BaseException:
+        if stays:
+            agent.terminate()
         end_agent(agent)
         raise
     finally:
         os.close(read_fd)
-    return EmbeddedCluster(agent, ready["address"], token)
+    return EmbeddedCluster(agent, ready["address"], token, ready.get("metrics_address", ""))
+
+
+@contextmanager
+def _output(log_dir: str | None) -> Iterator[IO[bytes] | None]:
+    """Gives the node agent's log in a folder; None: it has our output."""
+    if log_dir is None:
+        yield None
+        return
+    folder = Path(log_dir)
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = (folder / "node_agent.log").open("ab")
+    except OSError as error:
+        raise ConfigError(f"cannot log to the folder {log_dir}: {error.strerror}; choose another log_dir") from error
+    with file:
+        yield file
 
 
 def _read_line(fd: int, deadline: float) -> bytes:

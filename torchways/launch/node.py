@@ -1,7 +1,8 @@
 """The node agent: starts, watches and ends the torchways processes of one machine.
 
 It lives as long as its stdin is open and its owner lives: the pipe is held by whoever started it (a controller or
-twrun), so that a controller that is killed takes its cluster along. Its children die with it (PR_SET_PDEATHSIG).
+twrun), so that a controller that is killed takes its cluster along. With --stays it has no owner, and lives until
+SIGTERM. Its children die with it (PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -18,6 +20,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -27,6 +30,7 @@ from torchways.errors import ClusterLost, TorchwaysError
 from torchways.ids import ClientId
 from torchways.launch.child import Child, Process, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
+from torchways.launch.state_file import ClusterState, HeldStateFile, hold
 from torchways.launch.template import Template, can_fork
 from torchways.observability.process import setup_process
 from torchways.rpc import channel
@@ -50,6 +54,9 @@ _READY_SECONDS = 120.0
 #: How long what data processes leave behind is looked at, and how often.
 _GROUP_SECONDS = 2.0
 _GROUP_ATTEMPTS = 40
+#: How long a process may take to print its stacks, and how much of them is passed on.
+_STACKS_SECONDS = 5.0
+_MAX_STACKS_CHARACTERS = 1 << 20
 
 
 class NodeAgent:
@@ -69,6 +76,10 @@ class NodeAgent:
         #: Names of children that are not there yet.
         self._starting: set[str] = set()
         self._over = asyncio.Event()
+        #: The cluster could not go on.
+        self.failed = False
+        self._state: HeldStateFile | None = None
+        self._metrics_address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
         #: The cluster's, once it has accepted this node.
@@ -82,13 +93,21 @@ class NodeAgent:
     async def run(self) -> None:
         """Runs until the owner is gone or the cluster cannot go on; then ends all children."""
         try:
+            if self._arguments.state is not None:
+                self._state = hold(Path(self._arguments.state))
+                self._state.write(ClusterState(pid=os.getpid()))
             await self._run()
+        except TorchwaysError as error:
+            self._give_up(str(error))
         finally:
             shutil.rmtree(self._folder, ignore_errors=True)
+            if self._state is not None:
+                self._state.remove()  # the last thing: that the file is held says that the cluster lives
 
     async def _run(self) -> None:
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, self._over.set)
-        self._start(self._watch_owner(), "watching the owner")
+        if not self._arguments.stays:
+            self._start(self._watch_owner(), "watching the owner")
         if self._arguments.owner_pid is not None:
             self._watch_owner_pid(self._arguments.owner_pid)
         if self._arguments.platform != "simulated" and can_fork():
@@ -119,6 +138,7 @@ class NodeAgent:
         """Ends the cluster, telling the owner why if it still waits for the start."""
         if not self._over.is_set():
             logger.error("ending the cluster: %s", reason)
+            self.failed = True
             self._answer({"error": reason})
             self._over.set()
 
@@ -188,9 +208,13 @@ class NodeAgent:
 
     async def _start_manager(self) -> str:
         flags = ["--executor-idle", str(self._arguments.executor_idle)]
+        flags += ["--max-weight", str(self._arguments.max_weight), "--max-priority", str(self._arguments.max_priority)]
+        if self._arguments.metrics_port is not None:
+            flags += ["--metrics-port", str(self._arguments.metrics_port)]
         ready = await self._spawn(_MANAGER, "torchways.cluster", flags, dict(os.environ))
         if ready is None:
             raise ClusterLost("the resource manager ended while it was starting")
+        self._metrics_address = str(ready["metrics_address"])
         return str(ready["address"])
 
     async def _events(self) -> AsyncIterator[pb.NodeEvent]:
@@ -201,18 +225,33 @@ class NodeAgent:
         match command.WhichOneof("command"):
             case "accepted":
                 logger.info("joined %s as islands %s", address, list(command.accepted.island_ids))
-                self._answer({"address": address})
+                self._write_state(address)
+                self._answer({"address": address, "metrics_address": self._metrics_address})
             case "start_scheduler":
                 self._start(self._start_scheduler(command.start_scheduler), command.start_scheduler.name)
             case "start_executor":
                 self._start(self._start_executor(command.start_executor), command.start_executor.name)
             case "start_data":
                 self._start(self._start_data(command.start_data), command.start_data.name)
+            case "dump_stacks":
+                self._start(self._dump_stacks(command.dump_stacks), "printing stacks")
             case "end_process":
                 child = self._children.get(command.end_process.name)
                 self._starting.discard(command.end_process.name)
                 if child is not None:
                     self._start(child.end(), f"ending {child.name}")
+
+    def _write_state(self, address: str) -> None:
+        if self._state is not None:
+            state = ClusterState(
+                pid=os.getpid(),
+                address=address,
+                token=channel.cluster_token(),
+                operator_secret=self._key.secret_of(Caller(Role.OPERATOR)),
+                log_dir=self._arguments.log_dir or "",
+                metrics_address=self._metrics_address,
+            )
+            self._state.write(state)
 
     # ---- children
 
@@ -220,6 +259,7 @@ class NodeAgent:
         if self._arguments.platform == "simulated":
             await self._start_simulator(order.island_id)
         flags = ["--island-id", str(order.island_id)]
+        flags += ["--policy", self._arguments.policy, "--window", str(self._arguments.window)]
         ready = await self._spawn(order.name, "torchways.island", flags, dict(os.environ))
         if ready is not None:
             scheduler = pb.SchedulerReady(address=ready["address"])
@@ -360,11 +400,37 @@ class NodeAgent:
             self._groups.discard(child.pid)
             await _end_group(child.pid)
 
+    async def _dump_stacks(self, order: pb.DumpStacks) -> None:
+        """Has processes print their stacks, all at once, and reports them."""
+        host, which = socket.gethostname(), order.which
+
+        async def dump(name: str, pid: int, printing: Coroutine[Any, Any, str]) -> None:
+            stacks = pb.ProcessStacks(name=name, pid=pid, host=host, text=(await printing)[:_MAX_STACKS_CHARACTERS])
+            self._outgoing.put_nowait(pb.NodeEvent(stacks=pb.StacksDumped(request_id=order.request_id, stacks=stacks)))
+
+        def fits(name: str, pid: int) -> bool:
+            return (not which.pids or pid in which.pids) and (not which.names or name in which.names)
+
+        asked = [child for child in self._children.values() if fits(child.name, child.pid)]
+        dumps = [dump(child.name, child.pid, child.stacks(_STACKS_SECONDS)) for child in asked]
+        if fits("node agent", os.getpid()):
+            dumps.append(dump("node agent", os.getpid(), _own_stacks()))
+        await asyncio.gather(*dumps)
+        end = pb.StacksDumped(request_id=order.request_id, is_last=True)
+        self._outgoing.put_nowait(pb.NodeEvent(stacks=end))
+
     def _tail_of(self, child: Child) -> str:
         """Returns the child's last lines where they went to a file, so that they are seen as well."""
         if self._arguments.log_dir is None or not child.log_tail():
             return ""
         return f"; the last lines that it wrote:\n{child.log_tail().rstrip()}"
+
+
+async def _own_stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read().strip("\n")
 
 
 async def _end_group(leader: int) -> None:
@@ -398,6 +464,15 @@ def main() -> None:
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--executor-idle", type=float, default=60.0)
+    parser.add_argument("--policy", default="proportional_share")
+    parser.add_argument("--window", type=float, default=0.005, help="seconds of device time that are admitted ahead")
+    parser.add_argument("--max-weight", type=float, default=16.0)
+    parser.add_argument("--max-priority", type=int, default=10)
+    parser.add_argument(
+        "--metrics-port", type=int, help="of the page /metrics; 0 chooses one; without it there is none"
+    )
+    parser.add_argument("--state", help="state file of the cluster (launch/state_file.py)")
+    parser.add_argument("--stays", action="store_true", help="live until SIGTERM, whatever becomes of stdin")
     parser.add_argument(
         "--data-path",
         help="folders, as in PYTHONPATH, from which clients' input pipelines (tw.data_loader) may import code, besides "
@@ -409,5 +484,6 @@ def main() -> None:
     arguments = parser.parse_args()
     setup_process("node agent")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(NodeAgent(arguments).run())
-    os._exit(0)  # nothing of ours is left; do not wait for gRPC's threads
+    agent = NodeAgent(arguments)
+    asyncio.run(agent.run())
+    os._exit(1 if agent.failed else 0)  # nothing of ours is left; do not wait for gRPC's threads

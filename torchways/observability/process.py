@@ -1,4 +1,4 @@
-"""What every torchways process does first: title, log format, stack dumps, and dying with its parent."""
+"""What every torchways process does first: title, log, stack dumps, and dying with its parent."""
 
 from __future__ import annotations
 
@@ -11,7 +11,11 @@ import sys
 
 import setproctitle
 
+from torchways.observability.logs import JsonFormatter, text_formatter
+
 LOG_LEVEL_VARIABLE = "TORCHWAYS_LOG_LEVEL"
+#: "text" (the default) or "json".
+LOG_FORMAT_VARIABLE = "TORCHWAYS_LOG_FORMAT"
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 _PR_SET_PDEATHSIG = 1
@@ -29,14 +33,11 @@ def setup_process(role: str) -> None:
 
 
 def setup_logging(role: str) -> None:
-    """Sends the `torchways` loggers to stderr, each line with time, level, `role` and pid."""
+    """Sends the `torchways` loggers to stderr, each line with time, level, `role` and pid, as text or as JSON."""
     level = os.environ.get(LOG_LEVEL_VARIABLE, "warning").upper()
+    is_json = os.environ.get(LOG_FORMAT_VARIABLE, "text").lower() == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        logging.Formatter(
-            f"%(asctime)s.%(msecs)03d %(levelname).1s [{role} {os.getpid()}] %(name)s: %(message)s", "%H:%M:%S"
-        )
-    )
+    handler.setFormatter(JsonFormatter(role) if is_json else text_formatter(role))
     root = logging.getLogger("torchways")
     root.handlers[:] = [handler]
     root.setLevel(level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -49,6 +50,10 @@ def chrome_trace(spans: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
 
 
 def write_chrome_trace(path: Path, spans: Mapping[str, Sequence[Any]]) -> None:
-    """Writes spans as a Chrome trace."""
+    """Writes spans as a Chrome trace, compressed if the file's name ends with ".gz"."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(chrome_trace(spans)))
+    text = json.dumps(chrome_trace(spans))
+    if path.suffix == ".gz":
+        path.write_bytes(gzip.compress(text.encode()))
+    else:
+        path.write_text(text)

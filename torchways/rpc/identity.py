@@ -42,6 +42,8 @@ class Role(enum.StrEnum):
     NODE = "node"
     MANAGER = "manager"
     SCHEDULER = "scheduler"
+    OPERATOR = "operator"
+    """Runs the cluster: who can read the state file of `torchways up`. Sees what all clients do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +68,20 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "ResourceManager/EndDataProcess": frozenset({Role.CLIENT}),
     "ResourceManager/DescribeCluster": frozenset({Role.CLIENT, Role.NEWCOMER}),
     "ResourceManager/JoinNode": frozenset({Role.NODE}),
+    "Operator/Observe": frozenset({Role.OPERATOR, Role.NEWCOMER}),
+    "Operator/DumpStacks": frozenset({Role.OPERATOR}),
+    "Operator/CollectTrace": frozenset({Role.OPERATOR}),
     "Scheduler/Connect": frozenset({Role.CLIENT}),
     "Scheduler/AddSlice": frozenset({Role.MANAGER}),
     "Scheduler/RemoveSlice": frozenset({Role.MANAGER}),
     "Scheduler/RemoveExecutor": frozenset({Role.MANAGER}),
+    "Scheduler/GetStatus": frozenset({Role.MANAGER}),
     "Executor/Control": frozenset({Role.SCHEDULER}),
     "Executor/PutBuffer": frozenset({Role.CLIENT}),
     "Executor/FetchBuffer": frozenset({Role.CLIENT}),
     "Executor/SaveBuffers": frozenset({Role.CLIENT}),
     "Executor/LoadBuffers": frozenset({Role.CLIENT}),
-    "Executor/GetStatus": frozenset({Role.CLIENT}),
+    "Executor/GetStatus": frozenset({Role.CLIENT, Role.MANAGER}),
     "Executor/CollectTrace": frozenset({Role.CLIENT}),
     "DataProcess/OpenDataset": frozenset({Role.CLIENT}),
     "DataProcess/BeginPass": frozenset({Role.CLIENT}),

@@ -8,6 +8,7 @@ Everything that crosses a process boundary in torchways, except tensor bytes bet
   controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a set of devices and host)
   controller --Executor.PutBuffer / FetchBuffer--> executors (bulk host data only)
   controller --DataProcess--> data processes (one an input pipeline and slice), which fill executors' buffers
+  `torchways status`, `top`, ... --Operator--> resource manager, which asks schedulers, executors and node agents
 
 Every call carries the cluster's token in the metadata key "torchways-token" and, but for a newcomer's, who makes it in
 "torchways-identity" (rpc/identity.py): what a message names is checked against that.
@@ -802,24 +803,245 @@ class ProcessInfo(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     PID_FIELD_NUMBER: _builtins.int
     HOST_FIELD_NUMBER: _builtins.int
+    RSS_BYTES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """"scheduler i0", "executor i0.e1", ..."""
     pid: _builtins.int
     host: _builtins.str
+    rss_bytes: _builtins.int
+    """resident memory; 0 where it is not known (a process of another host)"""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         pid: _builtins.int = ...,
         host: _builtins.str = ...,
+        rss_bytes: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "name", b"name", "pid", b"pid"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "name", b"name", "pid", b"pid", "rss_bytes", b"rss_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ProcessInfo: _TypeAlias = ProcessInfo  # noqa: Y015
+
+@_typing.final
+class ObserveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ObserveRequest: _TypeAlias = ObserveRequest  # noqa: Y015
+
+@_typing.final
+class Observation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TIME_NS_FIELD_NUMBER: _builtins.int
+    CLUSTER_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    SCHEDULERS_FIELD_NUMBER: _builtins.int
+    EXECUTORS_FIELD_NUMBER: _builtins.int
+    UNREACHABLE_FIELD_NUMBER: _builtins.int
+    METRICS_ADDRESS_FIELD_NUMBER: _builtins.int
+    time_ns: _builtins.int
+    """Unix time at which the answers were there"""
+    metrics_address: _builtins.str
+    """host:port of /metrics; empty where the cluster serves none"""
+    @_builtins.property
+    def cluster(self) -> Global___ClusterInfo: ...
+    @_builtins.property
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientInfo]:
+        """those that are attached"""
+
+    @_builtins.property
+    def schedulers(self) -> _containers.RepeatedCompositeFieldContainer[Global___IslandStatus]: ...
+    @_builtins.property
+    def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorObservation]: ...
+    @_builtins.property
+    def unreachable(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """names of processes that did not answer in time"""
+
+    def __init__(
+        self,
+        *,
+        time_ns: _builtins.int = ...,
+        cluster: Global___ClusterInfo | None = ...,
+        clients: _abc.Iterable[Global___ClientInfo] | None = ...,
+        schedulers: _abc.Iterable[Global___IslandStatus] | None = ...,
+        executors: _abc.Iterable[Global___ExecutorObservation] | None = ...,
+        unreachable: _abc.Iterable[_builtins.str] | None = ...,
+        metrics_address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cluster", b"cluster"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clients", b"clients", "cluster", b"cluster", "executors", b"executors", "metrics_address", b"metrics_address", "schedulers", b"schedulers", "time_ns", b"time_ns", "unreachable", b"unreachable"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Observation: _TypeAlias = Observation  # noqa: Y015
+
+@_typing.final
+class ClientInfo(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.int
+    name: _builtins.str
+    """for people: "train_lm.py pid 4711" """
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.int = ...,
+        name: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "name", b"name"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientInfo: _TypeAlias = ClientInfo  # noqa: Y015
+
+@_typing.final
+class IslandStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISLAND_ID_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    island_id: _builtins.int
+    @_builtins.property
+    def status(self) -> Global___SchedulerStatus: ...
+    def __init__(
+        self,
+        *,
+        island_id: _builtins.int = ...,
+        status: Global___SchedulerStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["island_id", b"island_id", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___IslandStatus: _TypeAlias = IslandStatus  # noqa: Y015
+
+@_typing.final
+class ExecutorObservation(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ISLAND_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_INDICES_FIELD_NUMBER: _builtins.int
+    STATUS_FIELD_NUMBER: _builtins.int
+    island_id: _builtins.int
+    @_builtins.property
+    def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """of the island"""
+
+    @_builtins.property
+    def status(self) -> Global___ExecutorStatus: ...
+    def __init__(
+        self,
+        *,
+        island_id: _builtins.int = ...,
+        device_indices: _abc.Iterable[_builtins.int] | None = ...,
+        status: Global___ExecutorStatus | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["status", b"status"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "island_id", b"island_id", "status", b"status"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExecutorObservation: _TypeAlias = ExecutorObservation  # noqa: Y015
+
+@_typing.final
+class DumpStacksRequest(_message.Message):
+    """All that are given must fit; none: every process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PIDS_FIELD_NUMBER: _builtins.int
+    NAMES_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def pids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def names(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    def __init__(
+        self,
+        *,
+        pids: _abc.Iterable[_builtins.int] | None = ...,
+        names: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["names", b"names", "pids", b"pids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DumpStacksRequest: _TypeAlias = DumpStacksRequest  # noqa: Y015
+
+@_typing.final
+class ProcessStacks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    TEXT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pid: _builtins.int
+    host: _builtins.str
+    text: _builtins.str
+    """as faulthandler prints it; empty where the process printed none in time"""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        host: _builtins.str = ...,
+        text: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host", b"host", "name", b"name", "pid", b"pid", "text", b"text"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessStacks: _TypeAlias = ProcessStacks  # noqa: Y015
+
+@_typing.final
+class ProcessSpans(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    SPANS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """"executor i0.e1" """
+    @_builtins.property
+    def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        spans: _abc.Iterable[Global___Span] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "spans", b"spans"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessSpans: _TypeAlias = ProcessSpans  # noqa: Y015
 
 @_typing.final
 class NodeEvent(_message.Message):
@@ -830,6 +1052,7 @@ class NodeEvent(_message.Message):
     JOINED_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     EXITED_FIELD_NUMBER: _builtins.int
+    STACKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def joined(self) -> Global___NodeJoined:
         """always the first"""
@@ -838,22 +1061,53 @@ class NodeEvent(_message.Message):
     def ready(self) -> Global___ProcessReady: ...
     @_builtins.property
     def exited(self) -> Global___ProcessExited: ...
+    @_builtins.property
+    def stacks(self) -> Global___StacksDumped: ...
     def __init__(
         self,
         *,
         joined: Global___NodeJoined | None = ...,
         ready: Global___ProcessReady | None = ...,
         exited: Global___ProcessExited | None = ...,
+        stacks: Global___StacksDumped | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "joined", b"joined", "ready", b"ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "joined", b"joined", "ready", b"ready", "stacks", b"stacks"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "joined", b"joined", "ready", b"ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "exited", b"exited", "joined", b"joined", "ready", b"ready", "stacks", b"stacks"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["joined", "ready", "exited"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["joined", "ready", "exited", "stacks"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
 Global___NodeEvent: _TypeAlias = NodeEvent  # noqa: Y015
+
+@_typing.final
+class StacksDumped(_message.Message):
+    """The answer to DumpStacks: one for each process, and a last one of none."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    STACKS_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    is_last: _builtins.bool
+    @_builtins.property
+    def stacks(self) -> Global___ProcessStacks: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        stacks: Global___ProcessStacks | None = ...,
+        is_last: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["stacks", b"stacks"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["is_last", b"is_last", "request_id", b"request_id", "stacks", b"stacks"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StacksDumped: _TypeAlias = StacksDumped  # noqa: Y015
 
 @_typing.final
 class NodeJoined(_message.Message):
@@ -1007,6 +1261,7 @@ class NodeCommand(_message.Message):
     START_EXECUTOR_FIELD_NUMBER: _builtins.int
     END_PROCESS_FIELD_NUMBER: _builtins.int
     START_DATA_FIELD_NUMBER: _builtins.int
+    DUMP_STACKS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def accepted(self) -> Global___NodeAccepted:
         """always the first"""
@@ -1019,6 +1274,8 @@ class NodeCommand(_message.Message):
     def end_process(self) -> Global___EndProcess: ...
     @_builtins.property
     def start_data(self) -> Global___StartData: ...
+    @_builtins.property
+    def dump_stacks(self) -> Global___DumpStacks: ...
     def __init__(
         self,
         *,
@@ -1027,16 +1284,40 @@ class NodeCommand(_message.Message):
         start_executor: Global___StartExecutor | None = ...,
         end_process: Global___EndProcess | None = ...,
         start_data: Global___StartData | None = ...,
+        dump_stacks: Global___DumpStacks | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "dump_stacks", b"dump_stacks", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "command", b"command", "dump_stacks", b"dump_stacks", "end_process", b"end_process", "start_data", b"start_data", "start_executor", b"start_executor", "start_scheduler", b"start_scheduler"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["accepted", "start_scheduler", "start_executor", "end_process", "start_data"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["accepted", "start_scheduler", "start_executor", "end_process", "start_data", "dump_stacks"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___NodeCommand: _TypeAlias = NodeCommand  # noqa: Y015
+
+@_typing.final
+class DumpStacks(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUEST_ID_FIELD_NUMBER: _builtins.int
+    WHICH_FIELD_NUMBER: _builtins.int
+    request_id: _builtins.int
+    @_builtins.property
+    def which(self) -> Global___DumpStacksRequest: ...
+    def __init__(
+        self,
+        *,
+        request_id: _builtins.int = ...,
+        which: Global___DumpStacksRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["which", b"which"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["request_id", b"request_id", "which", b"which"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DumpStacks: _TypeAlias = DumpStacks  # noqa: Y015
 
 @_typing.final
 class NodeAccepted(_message.Message):
@@ -1168,6 +1449,123 @@ class StartData(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartData: _TypeAlias = StartData  # noqa: Y015
+
+@_typing.final
+class SchedulerStatusRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SchedulerStatusRequest: _TypeAlias = SchedulerStatusRequest  # noqa: Y015
+
+@_typing.final
+class SchedulerStatus(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_SETS_FIELD_NUMBER: _builtins.int
+    WAITS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def device_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___DeviceSetStatus]: ...
+    @_builtins.property
+    def waits(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """for people: what held runs wait for"""
+
+    def __init__(
+        self,
+        *,
+        device_sets: _abc.Iterable[Global___DeviceSetStatus] | None = ...,
+        waits: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_sets", b"device_sets", "waits", b"waits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SchedulerStatus: _TypeAlias = SchedulerStatus  # noqa: Y015
+
+@_typing.final
+class DeviceSetStatus(_message.Message):
+    """What a set of devices does, and for whom. Seconds are of device time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_IDS_FIELD_NUMBER: _builtins.int
+    DEVICE_INDICES_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    ADMITTED_SECONDS_FIELD_NUMBER: _builtins.int
+    CLIENTS_FIELD_NUMBER: _builtins.int
+    busy_seconds: _builtins.float
+    admitted_seconds: _builtins.float
+    @_builtins.property
+    def executor_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    @_builtins.property
+    def clients(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientShare]: ...
+    def __init__(
+        self,
+        *,
+        executor_ids: _abc.Iterable[_builtins.str] | None = ...,
+        device_indices: _abc.Iterable[_builtins.int] | None = ...,
+        busy_seconds: _builtins.float = ...,
+        admitted_seconds: _builtins.float = ...,
+        clients: _abc.Iterable[Global___ClientShare] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["admitted_seconds", b"admitted_seconds", "busy_seconds", b"busy_seconds", "clients", b"clients", "device_indices", b"device_indices", "executor_ids", b"executor_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DeviceSetStatus: _TypeAlias = DeviceSetStatus  # noqa: Y015
+
+@_typing.final
+class ClientShare(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
+    BUSY_SECONDS_FIELD_NUMBER: _builtins.int
+    NUM_HELD_FIELD_NUMBER: _builtins.int
+    NUM_ADMITTED_FIELD_NUMBER: _builtins.int
+    NUM_FINISHED_FIELD_NUMBER: _builtins.int
+    client_id: _builtins.int
+    name: _builtins.str
+    weight: _builtins.float
+    priority: _builtins.int
+    busy_seconds: _builtins.float
+    num_held: _builtins.int
+    num_admitted: _builtins.int
+    num_finished: _builtins.int
+    def __init__(
+        self,
+        *,
+        client_id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int = ...,
+        busy_seconds: _builtins.float = ...,
+        num_held: _builtins.int = ...,
+        num_admitted: _builtins.int = ...,
+        num_finished: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["busy_seconds", b"busy_seconds", "client_id", b"client_id", "name", b"name", "num_admitted", b"num_admitted", "num_finished", b"num_finished", "num_held", b"num_held", "priority", b"priority", "weight", b"weight"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ClientShare: _TypeAlias = ClientShare  # noqa: Y015
 
 @_typing.final
 class ClientMessages(_message.Message):

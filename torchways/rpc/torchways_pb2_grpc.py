@@ -454,6 +454,176 @@ class ResourceManager:
             _registered_method=True)
 
 
+class OperatorStub:
+    """---------------------------------------------------------------- operators
+
+    For who runs the cluster; served by the resource manager.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Observe = channel.unary_unary(
+                '/torchways.v1.Operator/Observe',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ObserveRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.Observation.FromString,
+                _registered_method=True)
+        self.DumpStacks = channel.unary_stream(
+                '/torchways.v1.Operator/DumpStacks',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.DumpStacksRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ProcessStacks.FromString,
+                _registered_method=True)
+        self.CollectTrace = channel.unary_stream(
+                '/torchways.v1.Operator/CollectTrace',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ProcessSpans.FromString,
+                _registered_method=True)
+
+
+class OperatorServicer:
+    """---------------------------------------------------------------- operators
+
+    For who runs the cluster; served by the resource manager.
+    """
+
+    def Observe(self, request, context):
+        """Says what the cluster does now. Without the operator's secret, the answer names no programs or clients.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DumpStacks(self, request, context):
+        """Has processes print the stacks of all their threads, and returns them.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def CollectTrace(self, request, context):
+        """Returns the spans of all executors, of all clients.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_OperatorServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Observe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Observe,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ObserveRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.Observation.SerializeToString,
+            ),
+            'DumpStacks': grpc.unary_stream_rpc_method_handler(
+                    servicer.DumpStacks,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.DumpStacksRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ProcessStacks.SerializeToString,
+            ),
+            'CollectTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectTrace,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ProcessSpans.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'torchways.v1.Operator', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('torchways.v1.Operator', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Operator:
+    """---------------------------------------------------------------- operators
+
+    For who runs the cluster; served by the resource manager.
+    """
+
+    @staticmethod
+    def Observe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.Operator/Observe',
+            torchways_dot_rpc_dot_torchways__pb2.ObserveRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.Observation.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DumpStacks(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchways.v1.Operator/DumpStacks',
+            torchways_dot_rpc_dot_torchways__pb2.DumpStacksRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.ProcessStacks.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchways.v1.Operator/CollectTrace',
+            torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.ProcessSpans.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class SchedulerStub:
     """---------------------------------------------------------------- gang scheduler
 
@@ -484,6 +654,11 @@ class SchedulerStub:
                 '/torchways.v1.Scheduler/RemoveExecutor',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.FromString,
+                _registered_method=True)
+        self.GetStatus = channel.unary_unary(
+                '/torchways.v1.Scheduler/GetStatus',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
                 _registered_method=True)
 
 
@@ -520,6 +695,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetStatus(self, request, context):
+        """Says how much device time it gave to whom; called by the resource manager.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -542,6 +724,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.RemoveExecutor,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.SerializeToString,
+            ),
+            'GetStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetStatus,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -654,6 +841,33 @@ class Scheduler:
             '/torchways.v1.Scheduler/RemoveExecutor',
             torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.RemoveExecutorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.Scheduler/GetStatus',
+            torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
             options,
             channel_credentials,
             insecure,

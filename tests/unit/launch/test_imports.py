@@ -7,7 +7,14 @@ import pytest
 
 
 @pytest.mark.parametrize(
-    "module", ["torchways.cluster.server", "torchways.island.server", "torchways.launch.node", "torchways.run"]
+    "module",
+    [
+        "torchways.cluster.server",
+        "torchways.island.server",
+        "torchways.launch.node",
+        "torchways.run",
+        "torchways.cli.main",
+    ],
 )
 def test_the_control_plane_imports_no_torch(module):
     code = f"import sys, {module}; sys.exit('torch' in sys.modules)"

@@ -1,0 +1,5 @@
+"""`python -m torchways`: the command-line program."""
+
+from torchways.cli.main import main
+
+main()

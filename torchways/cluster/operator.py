@@ -1,0 +1,243 @@
+"""The service for who runs the cluster: what all processes do, their stacks, and a trace of all clients.
+
+The resource manager asks schedulers, executors and node agents when it is asked, each with a deadline: one that does
+not answer is named, and holds up nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from torchways.cluster import state as core
+from torchways.ids import ClientId, owner
+from torchways.rpc import channel
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.identity import Caller, ClusterKey, Role, metadata
+
+logger = logging.getLogger(__name__)
+
+#: How long a process may take to say how it does.
+_STATUS_SECONDS = 2.0
+#: ... to send its spans, and its stacks.
+_TRACE_SECONDS = 20.0
+_STACKS_SECONDS = 8.0
+_SPANS_PER_MESSAGE = 2000
+#: What an executor calls a span that it does not show (executor/server.py).
+_HIDDEN = "of another client"
+
+
+class OperatorServer(pb_grpc.OperatorServicer):
+    """See the module's docstring.
+
+    Args:
+        state: the resource manager's core.
+        describe: returns what the cluster consists of.
+        order_all: sends a command to every node; returns how many there are.
+    """
+
+    #: host:port of the page /metrics.
+    metrics_address = ""
+
+    def __init__(
+        self,
+        state: core.ClusterState,
+        describe: Callable[[], pb.ClusterInfo],
+        order_all: Callable[[pb.NodeCommand], int],
+        token: str,
+        key: ClusterKey,
+    ) -> None:
+        self._core = state
+        self._describe = describe
+        self._order_all = order_all
+        self._token = token
+        self._key = key
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._requests = itertools.count(1)
+        #: Answers to requests for stacks, until their end.
+        self._stacks: dict[int, asyncio.Queue[pb.StacksDumped]] = {}
+
+    # ---- what the cluster does
+
+    async def Observe(self, request: pb.ObserveRequest, context: grpc.aio.ServicerContext) -> pb.Observation:
+        """Says what the cluster does now."""
+        found = await self.observe()
+        if channel.caller(context, self._key).role is not Role.OPERATOR:
+            _hide_names(found)
+        return found
+
+    async def observe(self) -> pb.Observation:
+        """Asks all schedulers and executors."""
+        found = pb.Observation(cluster=self._describe(), metrics_address=self.metrics_address)
+        for client_id, name in self._core.clients.items():
+            found.clients.add(client_id=client_id, name=name)
+        await self._forget_channels(list(self._addresses()))
+        islands = [island for island in self._core.islands.values() if island.scheduler_address]
+        executors = list(self._executors())
+        answers = await asyncio.gather(
+            *(self._scheduler_status(island.scheduler_address) for island in islands),
+            *(self._executor_status(info.address) for _, info in executors),
+        )
+        for island, status in zip(islands, answers, strict=False):
+            if isinstance(status, pb.SchedulerStatus):
+                _name_clients(status, self._core.clients)
+                found.schedulers.add(island_id=island.island_id, status=status)
+            else:
+                found.unreachable.append(f"scheduler i{island.island_id}")
+        for (item, info), status in zip(executors, answers[len(islands) :], strict=True):
+            if isinstance(status, pb.ExecutorStatus):
+                indices = item.devices_of[info.executor_id]
+                found.executors.add(island_id=item.island_id, device_indices=indices, status=status)
+            else:
+                found.unreachable.append(core.process_name(info.executor_id))
+        found.time_ns = time.time_ns()
+        return found
+
+    def _executors(self) -> Iterable[tuple[core.DeviceSet, pb.ExecutorInfo]]:
+        for item in self._core.device_sets.values():
+            for info in item.executors.values():
+                yield item, info
+
+    def _addresses(self) -> Iterable[str]:
+        yield from (island.scheduler_address for island in self._core.islands.values())
+        yield from (info.address for _, info in self._executors())
+
+    def _channel(self, address: str) -> grpc.aio.Channel:
+        if address not in self._channels:
+            self._channels[address] = channel.open_channel(address)
+        return self._channels[address]
+
+    async def _forget_channels(self, used: Sequence[str]) -> None:
+        gone = [self._channels.pop(address) for address in list(self._channels) if address not in used]
+        for old in gone:
+            await old.close(_TRACE_SECONDS)
+
+    def _as(self, caller: Caller) -> tuple[tuple[str, str], ...]:
+        return metadata(self._token, caller, self._key.secret_of(caller))
+
+    async def _scheduler_status(self, address: str) -> pb.SchedulerStatus | None:
+        stub = pb_grpc.SchedulerStub(self._channel(address))
+        return await self._ask(stub.GetStatus, pb.SchedulerStatusRequest(), address)
+
+    async def _executor_status(self, address: str) -> pb.ExecutorStatus | None:
+        return await self._ask(pb_grpc.ExecutorStub(self._channel(address)).GetStatus, pb.StatusRequest(), address)
+
+    async def _ask(self, method: Callable[..., Any], request: Any, address: str) -> Any:
+        try:
+            return await method(request, metadata=self._as(Caller(Role.MANAGER)), timeout=_STATUS_SECONDS)
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # the second: its channel was closed meanwhile
+            logger.info("%s does not say how it does: %s", address, error)
+            return None
+
+    # ---- traces
+
+    async def CollectTrace(
+        self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ProcessSpans]:
+        """Returns the spans of all executors.
+
+        An executor shows a client's computations to that client alone, so it is asked in the name of each.
+        """
+        executors = [info for _, info in self._executors()]
+        clients = list(self._core.clients) or [ClientId(0)]
+        tasks = {
+            (info.executor_id, client_id): asyncio.create_task(self._spans(info, client_id, request))
+            for info in executors
+            for client_id in clients
+        }
+        try:
+            for info in executors:
+                answers = {client_id: await tasks[info.executor_id, client_id] for client_id in clients}
+                spans = merged_spans(answers)
+                name = core.process_name(info.executor_id)
+                for start in range(0, max(1, len(spans)), _SPANS_PER_MESSAGE):
+                    yield pb.ProcessSpans(name=name, spans=spans[start : start + _SPANS_PER_MESSAGE])
+        finally:
+            for task in tasks.values():
+                task.cancel()
+
+    async def _spans(self, info: pb.ExecutorInfo, client_id: ClientId, request: pb.TraceRequest) -> list[pb.Span]:
+        stub = pb_grpc.ExecutorStub(self._channel(info.address))
+        mine = self._as(Caller(Role.CLIENT, client_id))
+        try:
+            responses = stub.CollectTrace(request, metadata=mine, timeout=_TRACE_SECONDS)
+            return [span async for response in responses for span in response.spans]
+        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
+            logger.warning("executor %s has no trace for client %d: %s", info.executor_id, client_id, error)
+            return []
+
+    # ---- stacks
+
+    async def DumpStacks(
+        self, request: pb.DumpStacksRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ProcessStacks]:
+        """Has every node's processes print their stacks."""
+        request_id = next(self._requests)
+        answers: asyncio.Queue[pb.StacksDumped] = asyncio.Queue()
+        self._stacks[request_id] = answers
+        try:
+            command = pb.NodeCommand(dump_stacks=pb.DumpStacks(request_id=request_id, which=request))
+            num_open = self._order_all(command)
+            deadline = time.monotonic() + _STACKS_SECONDS
+            with contextlib.suppress(TimeoutError):
+                while num_open:
+                    answer = await asyncio.wait_for(answers.get(), max(0.0, deadline - time.monotonic()))
+                    if answer.HasField("stacks"):
+                        yield answer.stacks
+                    num_open -= answer.is_last
+        finally:
+            del self._stacks[request_id]
+
+    def on_stacks(self, answer: pb.StacksDumped) -> None:
+        """Takes what a node reports."""
+        if answer.request_id in self._stacks:
+            self._stacks[answer.request_id].put_nowait(answer)
+
+
+def _name_clients(status: pb.SchedulerStatus, names: Mapping[ClientId, str]) -> None:
+    for item in status.device_sets:
+        for share in item.clients:
+            share.name = share.name or names.get(ClientId(share.client_id), "")
+
+
+def _hide_names(found: pb.Observation) -> None:
+    """Takes away what tells a caller that is no operator what clients do."""
+    for client in found.clients:
+        client.ClearField("name")
+    for island in found.schedulers:
+        island.status.ClearField("waits")
+        for item in island.status.device_sets:
+            for share in item.clients:
+                share.ClearField("name")
+    for executor in found.executors:
+        executor.status.ClearField("waiting_for")
+        executor.status.ClearField("fallback_counters")
+
+
+def merged_spans(answers: Mapping[ClientId, Sequence[pb.Span]]) -> list[pb.Span]:
+    """Returns an executor's spans, by start, given what it showed to each client; each hides those of the others.
+
+    What no client was shown, since its client is gone, is there without its name.
+    """
+    shown = [
+        span
+        for client_id, spans in answers.items()
+        for span in spans
+        if span.run_id and owner(span.run_id) == client_id
+    ]
+    places = {(span.track, span.start_ns, span.end_ns) for span in shown}
+    others: dict[tuple[str, int, int, str], pb.Span] = {}
+    for span in itertools.chain.from_iterable(answers.values()):
+        place = (span.track, span.start_ns, span.end_ns)
+        if not span.run_id and not (span.name == _HIDDEN and place in places):
+            others.setdefault((*place, span.name), span)
+    return sorted([*shown, *others.values()], key=lambda span: (span.start_ns, span.end_ns))
