@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torchways.api import (
         balanced_stages,
+        cancel,
         cluster_info,
         cond,
         data_loader,
+        deadline,
         distribute_tensor,
         executor_status,
         function,
@@ -65,9 +67,11 @@ _MODULE_OF = {
     **dict.fromkeys(
         [
             "balanced_stages",
+            "cancel",
             "cluster_info",
             "cond",
             "data_loader",
+            "deadline",
             "distribute_tensor",
             "executor_status",
             "function",
@@ -109,9 +113,11 @@ __all__ = [
     "VirtualSlice",
     "all_reduce",
     "balanced_stages",
+    "cancel",
     "cluster_info",
     "cond",
     "data_loader",
+    "deadline",
     "distribute_tensor",
     "executor_status",
     "fully_shard",

@@ -18,12 +18,14 @@ from types import TracebackType
 from typing import Any
 
 import torch
+import torch.utils._pytree as pytree
 
 from torchways.array import Array
 from torchways.capture.lowering.decompositions import decomposition_table
+from torchways.capture.source import user_line
 from torchways.config import ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
-from torchways.controller.buffers import get_all
+from torchways.controller.buffers import RemoteBuffer, get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
 from torchways.controller.data_loader import ArrayLoader, make_loader
 from torchways.controller.function import make_function, make_parallel, make_pipeline, make_replicated
@@ -35,7 +37,7 @@ from torchways.controller.parity.report import parity as parity_mode
 from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
-from torchways.controller.session import Session
+from torchways.controller.session import Session, run_seconds
 from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.data.spec import LoaderSpec
@@ -88,6 +90,8 @@ def init(
     platform: str = "cpu",
     memory_budget: int | None = None,
     memory_wait: timedelta | None = None,
+    weight: float = 1.0,
+    priority: int = 0,
     log_level: str = "warning",
     start_timeout: timedelta | None = None,
 ) -> _Scope:
@@ -105,6 +109,10 @@ def init(
         memory_budget: bytes that buffers may occupy on each device. A computation that needs more waits until others
             have finished. A computation that can never fit is refused.
         memory_wait: how long a computation may wait for memory when nothing is running that could free any.
+        weight: where several clients want the same devices, their parts of the device time are as their weights.
+            Above 0, and at most what the cluster allows (`torchways up --max-weight`). It counts under the policy
+            "proportional_share", the default.
+        priority: runs of a higher priority go first, under the policy "priority".
         log_level: debug, info, warning or error, for this process and for the embedded cluster.
         start_timeout: longest wait for the cluster to start, and for each slice to become ready.
 
@@ -112,7 +120,8 @@ def init(
     TORCHWAYS_COMPILATION_CACHE. On CPU the variable has no effect: torch-xla's CPU client cannot load such files.
 
     Raises:
-        ConfigError: a setting is out of range, there is no token for `address`, or others may read its file.
+        ConfigError: a setting is out of range, the cluster allows no such weight or priority, there is no token for
+            `address`, or others may read its file.
         ClusterLost: the cluster cannot be reached.
         UserError: this process already has a session.
     """
@@ -150,6 +159,7 @@ def init(
         loop=loop,
         start_timeout=config.start_timeout,
         end_cluster=end_cluster,
+        share=(weight, priority),
     )
     try:
         session.start()
@@ -828,6 +838,42 @@ def cluster_info() -> ClusterInfo:
 def executor_status() -> list[ExecutorStatus]:
     """Returns the status of each executor of this session's slices: memory, buffers, runs in flight, host fallbacks."""
     return [] if is_eager() else _current().executor_status()
+
+
+def cancel(*arrays: Any) -> None:
+    """Cancels the runs that make arrays, as far as they are not over.
+
+    What a run has not put on the devices yet is not computed. Reading what it would have made, here or in later runs,
+    raises `torchways.errors.RunCancelled`: also the state that the run would have updated. Does not wait.
+
+    Args:
+        arrays: results of calls, also nested in containers. What is no array is passed over.
+    """
+    if is_eager():
+        return
+    found = [item for item in pytree.tree_leaves(arrays) if isinstance(item, Array)]
+    buffers = [item._buffer for item in found]
+    _current().cancel([buffer for buffer in buffers if isinstance(buffer, RemoteBuffer)])
+
+
+@contextlib.contextmanager
+def deadline(seconds: float) -> Iterator[None]:
+    """Gives each call inside the context a deadline: what is not over after `seconds` is cancelled; see `cancel`.
+
+    Args:
+        seconds: from the call on. The time that a program takes to be traced and compiled counts, except for programs
+            that update state, whose calls wait for that.
+
+    Raises:
+        ConfigError: `seconds` is not above 0.
+    """
+    if not seconds > 0:
+        raise ConfigError(f"seconds must be above 0, not {seconds!r}, at {user_line()}")
+    token = run_seconds.set(seconds)
+    try:
+        yield
+    finally:
+        run_seconds.reset(token)
 
 
 @contextlib.contextmanager

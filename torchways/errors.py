@@ -108,6 +108,10 @@ class ParityError(TorchwaysError):
         self.max_rel_error = max_rel_error
 
 
+class RunCancelled(TorchwaysError):
+    """The array's run was cancelled, or its deadline passed; see `tw.cancel`."""
+
+
 class InfraError(TorchwaysError):
     """A process or a connection failed. Your program may be correct."""
 

@@ -117,7 +117,7 @@ class RunOrder:
     def _is_next(self, run_id: RunId, run: _Asked) -> bool:
         gone = self._gone.get(run.client_id, set())
         for island_id in run.islands:
-            queue = self._queues.get((run.client_id, island_id), ())
+            queue = self._queues.get((run.client_id, island_id), deque())
             if run_id in queue:
                 if queue[0] != run_id:
                     return False

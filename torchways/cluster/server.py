@@ -20,6 +20,7 @@ import psutil
 
 from torchways.cluster import state as core
 from torchways.cluster.operator import OperatorServer
+from torchways.cluster.order_server import RunOrderServer
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
 from torchways.observability.process import die_with_parent, setup_process
@@ -38,8 +39,14 @@ _CLOSING_SECONDS = 0.5
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str, key: ClusterKey, executor_idle: float) -> None:
+    def __init__(
+        self, token: str, key: ClusterKey, *, executor_idle: float, max_weight: float, max_priority: int
+    ) -> None:
         self._executor_idle = executor_idle
+        self._max_weight = max_weight
+        self._max_priority = max_priority
+        #: What each client has of devices; fields of AddSliceRequest.
+        self._shares: dict[ClientId, dict[str, Any]] = {}
         self.core = core.ClusterState()
         self._key = key
         me = Caller(Role.MANAGER)
@@ -147,6 +154,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             client_id=item.client_id,
             executors=[item.device_set.executors[key] for key in item.executor_ids],
             device_indices=item.device_indices,
+            client_name=self.core.clients.get(item.client_id, ""),
+            **self._shares.get(item.client_id, {}),
         )
         try:
             stub = self._scheduler(command.scheduler_address)
@@ -182,7 +191,12 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self, request: pb.AttachRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClusterEvent]:
         """A client's lease: it lasts as long as this stream."""
+        if (refused := self._refusal(request)) is not None:
+            failure = Failure(kind="ConfigError", message=refused)
+            yield pb.ClusterEvent(attached=pb.Attached(failure=convert.failure_to_proto(failure)))
+            return
         client_id = self.core.attach(request.name)
+        self._shares[client_id] = {"weight": request.weight or 1.0, "priority": request.priority}
         queue: asyncio.Queue[pb.ClusterEvent] = asyncio.Queue()
         self._clients[client_id] = queue
         logger.info("client %d attached: %s", client_id, request.name)
@@ -197,9 +211,20 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 closing = event.HasField("closing")
                 yield event
         finally:
-            del self._clients[client_id]
+            del self._clients[client_id], self._shares[client_id]
             logger.info("client %d is gone", client_id)
             self.handle(core.ClientGone(client_id=client_id))
+
+    def _refusal(self, request: pb.AttachRequest) -> str | None:
+        """Returns why a client may not have the share that it asks for."""
+        if not 0 <= request.weight <= self._max_weight:
+            return (
+                f"weight must be above 0 and at most {self._max_weight:g}, this cluster's limit, not {request.weight:g}"
+            )
+        if not -self._max_priority <= request.priority <= self._max_priority:
+            limit = self._max_priority
+            return f"priority must be from {-limit} to {limit}, this cluster's limit, not {request.priority}"
+        return None
 
     async def ReserveSlice(
         self, request: pb.ReserveSliceRequest, context: grpc.aio.ServicerContext
@@ -426,23 +451,30 @@ def _summary(item: core.Slice) -> pb.SliceSummary:
     )
 
 
-async def serve(host: str, ready_fd: int, executor_idle: float, metrics_port: int | None) -> None:
+async def serve(arguments: argparse.Namespace) -> None:
     """Runs the resource manager until it is told to end."""
     token = channel.cluster_token()
     key = take_cluster_key()
     server = channel.make_server(token, key)
-    manager = ResourceManagerServer(token, key, executor_idle)
+    manager = ResourceManagerServer(
+        token,
+        key,
+        executor_idle=arguments.executor_idle,
+        max_weight=arguments.max_weight,
+        max_priority=arguments.max_priority,
+    )
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
+    pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(), server)
     pb_grpc.add_OperatorServicer_to_server(manager.operator, server)
-    if metrics_port is not None:
+    if arguments.metrics_port is not None:
         from torchways.cluster.metrics import MetricsServer  # its libraries are needed only here
 
-        metrics = MetricsServer(host, metrics_port, token, manager.operator.observe)
+        metrics = MetricsServer(arguments.host, arguments.metrics_port, token, manager.operator.observe)
         manager.operator.metrics_address = metrics.address
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
-    address = await channel.start_server(server, host)
-    with os.fdopen(ready_fd, "w") as pipe:
+    address = await channel.start_server(server, arguments.host)
+    with os.fdopen(arguments.ready_fd, "w") as pipe:
         ready = {"address": address, "metrics_address": manager.operator.metrics_address}
         pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for nodes", address)
@@ -468,4 +500,4 @@ def main() -> None:
     setup_process("resource manager")
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(serve(arguments.host, arguments.ready_fd, arguments.executor_idle, arguments.metrics_port))
+    asyncio.run(serve(arguments))

@@ -120,7 +120,7 @@ class _Run:
         session.wait_for_room(name)
         with uninterrupted():
             first = BufferId(session.new_ids(max(1, len(piece.results))))
-            run_id = session.run_program(piece.program_id, name, first, arguments)
+            run_id = session.run_program(piece.program_id, name, range(first, first + len(piece.results)), arguments)
             for buffer in consumed:
                 buffer.consumed = True
             buffers = [

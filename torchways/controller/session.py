@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import concurrent.futures
+import contextvars
 import logging
 import os
 import sys
@@ -46,6 +47,7 @@ from torchways.rpc.clients import (
 from torchways.rpc.programs import (
     HostAddress,
     InlineValue,
+    cancel_message,
     close_message,
     forget_message,
     register_message,
@@ -57,6 +59,9 @@ from torchways.signals import Waiting, result_of
 logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
+
+#: How long the runs of the calls that are made now may take, in seconds; None: as long as they take.
+run_seconds: contextvars.ContextVar[float | None] = contextvars.ContextVar("run_seconds", default=None)
 
 _CALL = timedelta(seconds=35)
 #: For all the arrays of a slice to be read.
@@ -104,8 +109,11 @@ class _FirstRun:
 @dataclass(slots=True)
 class _Run:
     name: str
+    islands: tuple[IslandId, ...]
     islands_left: int
     sent_ns: int
+    #: Ids of the buffers that it makes.
+    results: range
     #: Of a program's first run.
     first: _FirstRun | None
 
@@ -119,6 +127,8 @@ class Session:
     start_timeout: timedelta
     #: Ends the embedded cluster; None where the cluster is not ours.
     end_cluster: Callable[[], None] | None
+    #: Weight and priority, of its share of devices.
+    share: tuple[float, int] = (1.0, 0)
     max_runs_in_flight: int = 64
     #: Waits for what must end before the session does.
     before_close: list[Callable[[], None]] = field(default_factory=list)
@@ -172,7 +182,7 @@ class Session:
     async def _attach(self) -> None:
         self._lost_event = asyncio.Event()
         name = f"{os.path.basename(sys.argv[0]) or 'python'} pid {os.getpid()}"
-        reading = await self.manager.attach(name, self._on_executor_lost, self._on_cluster_lost)
+        reading = await self.manager.attach(name, self.share, self._on_executor_lost, self._on_cluster_lost)
         self._tasks.add(reading)
         reading.add_done_callback(self._ended)
 
@@ -608,7 +618,9 @@ class Session:
         first = _FirstRun(name, num_functions, traced_seconds, time.monotonic())
         self._first_runs[program_id] = self._waited_for[program_id] = first
         for island, island_parts in by_island.items():
-            self._post(self._schedulers[island], register_message(program_id, name, island_parts, hosts))
+            self._post(
+                self._schedulers[island], register_message(program_id, name, island_parts, hosts, list(by_island))
+            )
         self._islands_of[program_id] = tuple(by_island)
         return program_id
 
@@ -631,10 +643,17 @@ class Session:
         self,
         program_id: ProgramId,
         name: str,
-        first_buffer_id: BufferId,
+        results: range,
         arguments: Mapping[SliceId, Arguments[InlineValue]],
     ) -> RunId:
-        """Sends a run: one message to each island that takes part; see `wait_for_room`."""
+        """Sends a run: one message to each island that takes part; see `wait_for_room`.
+
+        Args:
+            program_id: what it runs.
+            name: of the program, for people.
+            results: ids of the buffers that it makes.
+            arguments: of each slice.
+        """
         started_ns = time.time_ns()
         if any(slice_id not in self._slices for slice_id in arguments):
             raise PlacementError(f"{name} runs on a mesh that is closed: its devices and arrays were given back")
@@ -642,13 +661,34 @@ class Session:
         by_island: dict[IslandId, list[tuple[SliceId, Arguments[InlineValue]]]] = defaultdict(list)
         for slice_id, bound in arguments.items():
             by_island[self._slices[slice_id].island].append((slice_id, bound))
-        self._runs[run_id] = _Run(name, len(by_island), started_ns, self._first_runs.pop(program_id, None))
+        first_run = self._first_runs.pop(program_id, None)
+        self._runs[run_id] = _Run(name, tuple(by_island), len(by_island), started_ns, results, first_run)
         for island, slices in by_island.items():
-            self._post(self._schedulers[island], run_message(program_id, run_id, first_buffer_id, slices))
+            message = run_message(program_id, run_id, BufferId(results.start), slices)
+            self._post(self._schedulers[island], message)
+        if (seconds := run_seconds.get()) is not None:
+            reason = f"its deadline of {seconds:g} s has passed"
+            self.loop.call(lambda: self.loop.loop.call_later(seconds, self._cancel, [run_id], reason))
         self._note(
             Span(name=f"dispatch {name}", track="dispatch", start_ns=started_ns, end_ns=time.time_ns(), run_id=run_id)
         )
         return run_id
+
+    def cancel(self, buffers: Sequence[RemoteBuffer]) -> None:
+        """Cancels the runs that make buffers, as far as they are not over."""
+        ids = [buffer.buffer_id for buffer in buffers]
+        runs = [run_id for run_id, run in list(self._runs.items()) if any(number in run.results for number in ids)]
+        self._cancel(runs, "")
+
+    def _cancel(self, run_ids: Sequence[RunId], reason: str) -> None:
+        """Cancels those of some runs that are not over."""
+        by_island: dict[IslandId, list[RunId]] = defaultdict(list)
+        for run_id in run_ids:
+            if (run := self._runs.get(run_id)) is not None:
+                for island in run.islands:
+                    by_island[island].append(run_id)
+        for island, cancelled in by_island.items():
+            self._post(self._schedulers[island], cancel_message(cancelled, reason))
 
     def _post(self, scheduler: SchedulerClient, message: Any) -> None:
         """Has the loop send a message, behind all that were posted before: runs, and the releases of what they read."""

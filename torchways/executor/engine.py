@@ -247,7 +247,13 @@ class Engine:
                 case events.Unload():
                     del self._codes[command.part]
                 case events.ReportEnded():
-                    self._report_later(run_ended=pb.RunEnded(**_ids(command.run), failure=_optional(command.failure)))
+                    self._report_later(
+                        run_ended=pb.RunEnded(
+                            **_ids(command.run),
+                            failure=_optional(command.failure),
+                            device_seconds=command.device_ns / 1e9,
+                        )
+                    )
                 case events.ReportLoaded():
                     loaded = pb.ProgramLoaded(**command.part._asdict(), failure=_optional(command.failure))
                     self._report_later(program_loaded=loaded)
@@ -377,7 +383,8 @@ class Engine:
             name += f" and {len(instructions) - 1} more"
         if first.part_of is not None:
             name += f" {first.part_of.action}"
-        self.spans.note_computed(name, self.num_devices, issued, ended, task.run.run_id, first.part_of)
+        run = task.run
+        run.device_ns += self.spans.note_computed(name, self.num_devices, issued, ended, run.run_id, first.part_of)
 
     def _place(self, command: events.Place) -> None:
         cell = command.cell

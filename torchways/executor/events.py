@@ -34,13 +34,25 @@ class ProgramCompiled:
 
 @dataclass(slots=True, kw_only=True)
 class RunEnqueued:
-    """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read."""
+    """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read.
+
+    `cancelled`: its client does not want it any more; its results are this failure.
+    """
 
     part: PartId
     run_id: RunId
     sequence: int
     first_buffer_id: BufferId
     arguments: Arguments[Any] | None
+    cancelled: Failure | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunCancelled:
+    """A client does not want a run any more that is here; what is not issued of it is this failure."""
+
+    run: RunPart
+    failure: Failure
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -171,6 +183,7 @@ Event: TypeAlias = (
     ProgramArrived
     | ProgramCompiled
     | RunEnqueued
+    | RunCancelled
     | UnitGranted
     | GrantsNeeded
     | BufferPut
@@ -263,10 +276,11 @@ class ReportLoaded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportEnded:
-    """Tell the scheduler that a run is over."""
+    """Tell the scheduler that a run is over, and the time that it had the devices."""
 
     run: RunPart
     failure: Failure | None
+    device_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -95,6 +95,8 @@ class Run:
         own_bytes: the bytes that it has allocated now.
         admitted: `reserved_bytes` are kept for it.
         failure: the lowest of its units' failures.
+        cancelled: what units that are not issued fail with.
+        device_ns: time that it had the devices.
     """
 
     program: LoadedProgram
@@ -111,6 +113,8 @@ class Run:
     own_bytes: int = 0
     admitted: bool = False
     failure: Failure | None = None
+    cancelled: Failure | None = None
+    device_ns: int = 0
 
     @property
     def part(self) -> RunPart:

@@ -58,6 +58,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self._events = Outbox(pb.ExecutorEvent)
         self._num_messages = 0
         self._num_batches = 0
+        #: Their buffers may be named in reads long before the run that makes them is here.
+        self._clients_with_held_runs: set[ClientId] = set()
 
     def report(self, reported: list[pb.ExecutorEvent]) -> None:
         """Queues events for the scheduler; on the engine's thread."""
@@ -97,6 +99,13 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 match command.WhichOneof("command"):
                     case "enqueue":
                         engine.post(_run_enqueued(command.enqueue))
+                    case "cancel_run":
+                        cancel = command.cancel_run
+                        run = RunPart(RunId(cancel.run_id), SliceId(cancel.slice_id))
+                        failure = convert.failure_from_proto(cancel.failure)
+                        engine.post(events.RunCancelled(run=run, failure=failure))
+                    case "held_runs":
+                        self._clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
                     case "grant":
                         run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                         engine.post(events.UnitGranted(run=run, unit=command.grant.unit))
@@ -245,7 +254,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 if done:
                     return future.result()
                 runs = self.engine.core.waiting_for()
-                if not runs:
+                if not runs and owner(buffer_id) not in self._clients_with_held_runs:
                     message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
                     return self.engine.failure("DeadlineExceeded", message)
                 logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, runs[:4])
@@ -331,6 +340,7 @@ def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
         sequence=message.sequence,
         first_buffer_id=BufferId(message.first_buffer_id),
         arguments=arguments_from_bytes(message.arguments),
+        cancelled=convert.failure_from_proto(message.failure) if message.HasField("failure") else None,
     )
 
 

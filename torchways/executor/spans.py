@@ -51,12 +51,16 @@ class Spans:
         ended_ns: int,
         run_id: int,
         part_of: LoopAction | None = None,
-    ) -> None:
-        """Keeps a computation's span for each device: it began when it was issued, or behind the one before it."""
+    ) -> int:
+        """Keeps a computation's span for each device; returns its nanoseconds.
+
+        It began when it was issued, or behind the one before it: what several share is counted once.
+        """
         started = max(issued_ns, self._device_free_ns)
         self._device_free_ns = ended_ns
         for device in range(num_devices):
             self.note(name, f"device {device}", started, ended_ns, run_id, part_of)
+        return ended_ns - started
 
     def note_waits(self, starved: Sequence[Taker]) -> None:
         """Keeps a span of every wait for memory that is over, given those that are not."""

@@ -47,6 +47,7 @@ from torchways.executor.events import (
     ReportEnded,
     ReportLoaded,
     ReportReady,
+    RunCancelled,
     RunEnqueued,
     Send,
     SliceDropped,
@@ -102,6 +103,8 @@ class ExecutorState:
         match event:
             case RunEnqueued():
                 self._enqueue(event)
+            case RunCancelled():
+                self._cancel(event)
             case UnitFinished():
                 self._unit_finished(event.task, event.failure)
             case TransferArrived():
@@ -202,7 +205,7 @@ class ExecutorState:
         forms = program.slot_forms or [""] * len(sizes)
         slice_id = part.slice_id
         cells: list[Cell | None] = [None] * len(sizes)
-        reserved = program.peak_bytes
+        reserved = program.peak_bytes if event.cancelled is None else 0
         for unit in program.units:
             for slot in unit.writes:
                 cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
@@ -237,6 +240,7 @@ class ExecutorState:
             reads_left,
             len(program.units),
             reserved_bytes=max(0, reserved),
+            cancelled=event.cancelled,
         )
         self.runs[part] = run
         known.num_runs += 1
@@ -248,16 +252,23 @@ class ExecutorState:
         for slot in (*range(program.num_args), *known.numbers):
             if slot not in reads_left:
                 self._leave(run, slot)
-        self._drop_donated(known, arguments.buffer_ids)
+        if event.cancelled is None:
+            self._drop_donated(known, arguments.buffer_ids)
         if not program.units:
             self._end_run(run)
             return
         run.tasks = [Task(run, unit, number) for number, unit in enumerate(program.units)]
         run.in_order = [task for task in run.tasks if _takes_memory(task)]
-        if known.is_compiled:
+        if known.is_compiled or event.cancelled is not None:
             self._ready.extend(run.tasks)
         else:
             known.waiting.extend(run.tasks)
+
+    def _cancel(self, event: RunCancelled) -> None:
+        run = self.runs.get(event.run)
+        if run is not None and run.cancelled is None:
+            run.cancelled = event.failure
+            self._ready += [task for task in run.tasks if not task.issued]
 
     @staticmethod
     def _is_next(task: Task) -> bool:
@@ -319,7 +330,7 @@ class ExecutorState:
         instruction = unit.instructions[0]
         if isinstance(instruction, ComputeInstruction) and not self._is_next(task):
             return  # looked at again when it is
-        failure = run.known.failure
+        failure = run.cancelled or run.known.failure
         misfit: Failure | None = None
         for slot in unit.reads:
             cell = cells[slot]
@@ -526,7 +537,7 @@ class ExecutorState:
     def _end_run(self, run: Run) -> None:
         del self.runs[run.part]
         self.memory.end(run)
-        self._commands.append(ReportEnded(run=run.part, failure=run.failure))
+        self._commands.append(ReportEnded(run=run.part, failure=run.failure, device_ns=run.device_ns))
         run.known.num_runs -= 1
         if run.known.is_dropped:
             self._drop_program(run.known)

@@ -135,6 +135,10 @@ class Lane:
         """Whether a client has something here."""
         return client_id in self.queues or client_id in self.admitted
 
+    def num_held(self, client_id: ClientId) -> int:
+        """Returns how many runs of a client wait for these devices."""
+        return sum(isinstance(item, HeldRun) for item in self.queues.get(client_id, ()))
+
     def pop(self, client_id: ClientId, item: HeldRun | HeldRelease) -> None:
         """Takes an item out of a queue."""
         queue = self.queues[client_id]
@@ -326,6 +330,33 @@ class Admission:
             if lane.queues and not self._has_room(lane, now)
         ]
         return min(times, default=None)
+
+    def waits(self, now: float) -> list[str]:
+        """Returns, for people, what the first held run of each client waits for, on each lane."""
+        lines = []
+        for lane in self.lanes.values():
+            for client_id, queue in lane.queues.items():
+                run = next((item for item in queue if isinstance(item, HeldRun)), None)
+                if run is not None:
+                    where = "/".join(lane.devices)
+                    waited = f"run {run.run_id} of client {client_id} waits {now - run.arrived:.1f} s for {where}"
+                    lines.append(f"{waited}: {self._reason(run, lane, now)}")
+        return lines
+
+    def _reason(self, run: HeldRun, lane: Lane, now: float) -> str:
+        if run.is_asked:
+            return "its place in the order of all islands"
+        if not run.program.is_compiled:
+            return "the compilation of its program"
+        if run in self._chosen:
+            return "room on its other devices"
+        if not self._has_room(lane, now):
+            return f"{lane.unfinished_seconds(now) * 1e3:.1f} ms of work that is admitted"
+        if not self._fits(run, lane):
+            return "its client's runs that are admitted, to end"
+        if self._next_of(run.share.client_id, lane) is not run:
+            return "its client's earlier runs on its other devices"
+        return "its turn"
 
     def _decide(self, lane: Lane, blocked: set[Lane], now: float) -> Iterator[Decision]:
         while lane not in blocked and lane.queues and self._has_room(lane, now):

@@ -15,8 +15,12 @@ import grpc
 import grpc.aio
 
 from torchways.errors import AccessDenied, Failure, InternalError, failure_from
-from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
-from torchways.island import state as core
+from torchways.ids import BufferId, ClientId, IslandId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.island import events as core
+from torchways.island.admission import Lane, Usage
+from torchways.island.order import OrderStream
+from torchways.island.policy import PolicyFactory, Share, find_policy
+from torchways.island.state import SchedulerState
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -28,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 #: What a client has not read yet: beyond this nothing more is taken from it.
 _MAX_UNREAD_BYTES = 16 << 20
+#: What a client's runs that are held may take: beyond this nothing more is taken from it.
+_MAX_HELD_BYTES = 64 << 20
+#: How often executors are told whose runs are held.
+_HELD_SECONDS = 5.0
 
 
 class _ExecutorLink:
@@ -70,9 +78,16 @@ class _ExecutorLink:
 class SchedulerServer(pb_grpc.SchedulerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str, key: ClusterKey) -> None:
-        self.core = core.SchedulerState()
+    def __init__(self, token: str, key: ClusterKey, policy: PolicyFactory, window: float) -> None:
+        self.core = SchedulerState(policy, window)
+        #: Set before anything is served.
+        self.order: OrderStream
         self._key = key
+        self._loop = asyncio.get_running_loop()
+        #: Wakes the core, if it wants to be.
+        self._timer: asyncio.TimerHandle | None = None
+        #: Of clients that must wait until less of theirs is held.
+        self._held_room: dict[ClientId, asyncio.Event] = {}
         me = Caller(Role.SCHEDULER)
         self.metadata = metadata(token, me, key.secret_of(me))
         self._links: dict[str, _ExecutorLink] = {}
@@ -80,7 +95,18 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
-        for command in self.core.handle(event):
+        now = self._loop.time()
+        self._carry_out(self.core.handle(event, now))
+        if self._timer is not None:
+            self._timer.cancel()
+        wake = self.core.wake_time(now)
+        self._timer = self._loop.call_at(wake, self.handle, core.TimePassed()) if wake is not None else None
+        for client_id, room in self._held_room.items():
+            if self.core.admission.held_bytes.get(client_id, 0) <= _MAX_HELD_BYTES:
+                room.set()
+
+    def _carry_out(self, commands: Iterable[core.Command]) -> None:
+        for command in commands:
             match command:
                 case core.SendEnqueue():
                     self._send(command.executor_id, pb.ExecutorCommand(enqueue=_enqueue(command)))
@@ -90,6 +116,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                     self._send(command.executor_id, pb.ExecutorCommand(load_program=load))
                 case core.SendDrop():
                     self._send(command.executor_id, _drop(command))
+                case core.SendCancel():
+                    failure = convert.failure_to_proto(command.failure)
+                    cancel = pb.CancelRun(**command.run._asdict(), failure=failure)
+                    self._send(command.executor_id, pb.ExecutorCommand(cancel_run=cancel))
+                case core.AskOrder():
+                    self.order.ask(command)
                 case core.SendGrant():
                     grant = pb.Grant(**command.run._asdict(), unit=command.unit)
                     self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
@@ -120,7 +152,14 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         match event.WhichOneof("event"):
             case "run_ended":
                 ended = event.run_ended
-                self.handle(core.RunEnded(executor_id=executor_id, run=_run_part(ended), failure=_failure(ended)))
+                self.handle(
+                    core.RunEnded(
+                        executor_id=executor_id,
+                        run=_run_part(ended),
+                        failure=_failure(ended),
+                        device_seconds=ended.device_seconds,
+                    )
+                )
             case "unit_ready":
                 ready = event.unit_ready
                 self.handle(core.UnitReady(executor_id=executor_id, run=_run_part(ready), unit=ready.unit))
@@ -160,6 +199,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             reading.cancel()
             del self._clients[client_id]
             self.handle(core.ClientGone(client_id=client_id))
+            self.order.client_gone(client_id)
             logger.info("client %d is gone", client_id)
 
     async def _read_client(
@@ -176,6 +216,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 self._take(client_id, filter(None, map(joiner.join, batch.messages)))
                 # What a client queues without end, or never reads, holds up that client alone.
                 await outbox.room()
+                await self._room_for(client_id)
                 for executor_id in self.core.executors_of(client_id):
                     if executor_id in self._links:
                         await self._links[executor_id].outbox.room()
@@ -183,6 +224,30 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             logger.error("client %d is given up: %s", client_id, error)
             failure = convert.failure_to_proto(failure_from(error))
             self._tell(client_id, pb.SchedulerMessage(client_failure=pb.ClientFailure(failure=failure)))
+
+    async def _room_for(self, client_id: ClientId) -> None:
+        """Waits until not too much is held for a client."""
+        if self.core.admission.held_bytes.get(client_id, 0) <= _MAX_HELD_BYTES:
+            return
+        room = self._held_room[client_id] = asyncio.Event()
+        try:
+            await room.wait()
+        finally:
+            del self._held_room[client_id]
+
+    async def tell_held(self) -> None:
+        """Tells executors, for ever, whose runs are held."""
+        told: dict[str, set[ClientId]] = {}
+        while True:
+            await asyncio.sleep(_HELD_SECONDS)
+            held: dict[str, set[ClientId]] = {}
+            for devices, lane in self.core.admission.lanes.items():
+                for executor_id in devices:
+                    held.setdefault(executor_id, set()).update(lane.queues)
+            for executor_id, clients in held.items():
+                if clients != told.get(executor_id, set()):
+                    self._send(executor_id, pb.ExecutorCommand(held_runs=pb.HeldRuns(client_ids=clients)))
+            told = held
 
     def _take(self, client_id: ClientId, messages: Iterable[pb.ClientMessage]) -> None:
         for message in messages:
@@ -213,7 +278,14 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             if executor.executor_id not in self._links:
                 self._links[executor.executor_id] = _ExecutorLink(self, executor)
         devices = tuple(request.device_indices)
-        self.handle(core.SliceAdded(slice_id=slice_id, client_id=client_id, executor_ids=ids, device_indices=devices))
+        share = Share(
+            client_id=client_id, name=request.client_name, weight=request.weight or 1.0, priority=request.priority
+        )
+        self.handle(
+            core.SliceAdded(
+                slice_id=slice_id, client_id=client_id, executor_ids=ids, device_indices=devices, share=share
+            )
+        )
         logger.info("slice %d has executors %s", slice_id, ", ".join(ids))
         return pb.AddSliceResponse()
 
@@ -239,14 +311,37 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     async def GetStatus(
         self, request: pb.SchedulerStatusRequest, context: grpc.aio.ServicerContext
     ) -> pb.SchedulerStatus:
-        """Says which sets of devices there are."""
-        devices = {executors: sorted(indices) for executors, indices in self.core._devices.items()}
+        """Says what the sets of devices do, and for whom."""
+        now = self._loop.time()
+        lanes = self.core.admission.lanes.values()
         return pb.SchedulerStatus(
             device_sets=[
-                pb.DeviceSetStatus(executor_ids=executors, device_indices=indices)
-                for executors, indices in devices.items()
-            ]
+                pb.DeviceSetStatus(
+                    executor_ids=lane.devices,
+                    device_indices=sorted(self.core.turns.devices[lane.devices]),
+                    busy_seconds=lane.busy_seconds,
+                    admitted_seconds=lane.unfinished_seconds(now),
+                    clients=[_client_share(lane, usage) for usage in lane.usage.values()],
+                )
+                for lane in lanes
+            ],
+            waits=self.core.waits(now),
         )
+
+
+def _client_share(lane: Lane, usage: Usage) -> pb.ClientShare:
+    share = usage.share
+    admitted = lane.admitted.get(share.client_id)
+    return pb.ClientShare(
+        client_id=share.client_id,
+        name=share.name,
+        weight=share.weight,
+        priority=share.priority,
+        busy_seconds=usage.seconds,
+        num_held=lane.num_held(share.client_id),
+        num_admitted=len(admitted.runs) if admitted is not None else 0,
+        num_finished=usage.num_finished,
+    )
 
 
 def _run_part(message: pb.RunEnded | pb.UnitReady | pb.UnitPassed) -> RunPart:
@@ -266,6 +361,8 @@ def check_message(client_id: ClientId, message: pb.ClientMessage, owners: Mappin
             run = message.run_program
             ids = [run.program_id, run.run_id, run.first_buffer_id]
             slices = [part.slice_id for part in run.slices]
+        case "cancel_runs":
+            ids = list(message.cancel_runs.run_ids)
         case "release_buffers":
             ids, slices = list(message.release_buffers.buffer_ids), [message.release_buffers.slice_id]
         case "register_program":
@@ -287,7 +384,13 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 run_id=RunId(run.run_id),
                 first_buffer_id=BufferId(run.first_buffer_id),
                 arguments={SliceId(part.slice_id): part.arguments for part in run.slices},
+                nbytes=sum(len(part.arguments) for part in run.slices),
             )
+        case "cancel_runs":
+            cancel = message.cancel_runs
+            reason = f"the run that makes this array was cancelled: {cancel.reason or 'its client asked for it'}"
+            failure = Failure(kind="RunCancelled", message=reason)
+            return core.RunsCancelled(run_ids=[RunId(run_id) for run_id in cancel.run_ids], failure=failure)
         case "release_buffers":
             release = message.release_buffers
             return core.BuffersReleased(slice_id=SliceId(release.slice_id), buffer_ids=release.buffer_ids)
@@ -298,11 +401,13 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 program_id=ProgramId(program.program_id),
                 name=program.name,
                 parts={SliceId(part.slice_id): part for part in program.slices},
+                islands=tuple(map(IslandId, program.islands)),
             )
         case "forget_program":
             return core.ProgramForgotten(program_id=ProgramId(message.forget_program.program_id))
         case "close_slice":
-            return core.SliceClosed(slice_id=SliceId(message.close_slice.slice_id), reason="it was closed")
+            slice_id = SliceId(message.close_slice.slice_id)
+            return core.SliceClosed(slice_id=slice_id, reason="it was closed", is_in_order=True)
     logger.warning("client %d sent a message of no known kind", client_id)
     return None
 
@@ -316,6 +421,7 @@ def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
         slice_id=command.slice_id,
         first_buffer_id=run.first_buffer_id,
         arguments=command.arguments,
+        failure=_optional(command.failure),
     )
 
 
@@ -337,17 +443,29 @@ def _optional(failure: Failure | None) -> pb.Failure | None:
     return convert.failure_to_proto(failure) if failure is not None else None
 
 
-async def serve(island_id: int, host: str, ready_fd: int) -> None:
+async def serve(arguments: argparse.Namespace) -> None:
     """Runs the scheduler until it is told to end."""
     token = channel.cluster_token()
     key = take_cluster_key()
     server = channel.make_server(token, key)
-    pb_grpc.add_SchedulerServicer_to_server(SchedulerServer(token, key), server)
-    address = await channel.start_server(server, host)
-    with os.fdopen(ready_fd, "w") as pipe:
+    scheduler = SchedulerServer(token, key, find_policy(arguments.policy), arguments.window)
+    scheduler.order = OrderStream(
+        arguments.manager,
+        scheduler.metadata,
+        IslandId(arguments.island_id),
+        lambda run_id: scheduler.handle(core.RunOrdered(run_id=run_id)),
+    )
+    # Before there are slices: from here on, no run that spans islands is ordered without this one.
+    tasks = [await scheduler.order.join(), asyncio.create_task(scheduler.tell_held(), name="held runs")]
+    pb_grpc.add_SchedulerServicer_to_server(scheduler, server)
+    address = await channel.start_server(server, arguments.host)
+    with os.fdopen(arguments.ready_fd, "w") as pipe:
         pipe.write(json.dumps({"address": address}) + "\n")
-    logger.info("ready at %s; waiting for slices of island %d", address, island_id)
-    await server.wait_for_termination()
+    logger.info("ready at %s; waiting for slices of island %d", address, arguments.island_id)
+    tasks.append(asyncio.create_task(server.wait_for_termination()))  # type: ignore[arg-type]
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+    for task in done:
+        task.result()  # our bug: to go on would leave somebody waiting for ever
 
 
 def main() -> None:
@@ -356,6 +474,7 @@ def main() -> None:
     parser.add_argument("--ready-fd", type=int, required=True)
     parser.add_argument("--island-id", type=int, required=True)
     parser.add_argument("--host", default="127.0.0.1")
+    parser.add_argument("--manager", required=True, help="the resource manager's address")
     parser.add_argument("--policy", default="proportional_share", help="which client's run is next")
     parser.add_argument("--window", type=float, default=0.005, help="seconds of device time that are admitted ahead")
     parser.add_argument("--parent-pid", type=int, required=True)
@@ -364,4 +483,4 @@ def main() -> None:
     die_with_parent(arguments.parent_pid)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    asyncio.run(serve(arguments.island_id, arguments.host, arguments.ready_fd))
+    asyncio.run(serve(arguments))

@@ -141,6 +141,10 @@ class SchedulerState:
         """Returns when to send `TimePassed`, if nothing comes before."""
         return self.admission.wake_time(now)
 
+    def waits(self, now: float) -> list[str]:
+        """Returns, for people, what the next run of each client waits for."""
+        return self.admission.waits(now)
+
     def _handle(self, event: Event, now: float) -> list[Command]:
         match event:
             case RunRequested():

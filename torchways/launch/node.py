@@ -228,7 +228,7 @@ class NodeAgent:
                 self._write_state(address)
                 self._answer({"address": address, "metrics_address": self._metrics_address})
             case "start_scheduler":
-                self._start(self._start_scheduler(command.start_scheduler), command.start_scheduler.name)
+                self._start(self._start_scheduler(command.start_scheduler, address), command.start_scheduler.name)
             case "start_executor":
                 self._start(self._start_executor(command.start_executor), command.start_executor.name)
             case "start_data":
@@ -255,10 +255,10 @@ class NodeAgent:
 
     # ---- children
 
-    async def _start_scheduler(self, order: pb.StartScheduler) -> None:
+    async def _start_scheduler(self, order: pb.StartScheduler, manager: str) -> None:
         if self._arguments.platform == "simulated":
             await self._start_simulator(order.island_id)
-        flags = ["--island-id", str(order.island_id)]
+        flags = ["--island-id", str(order.island_id), "--manager", manager]
         flags += ["--policy", self._arguments.policy, "--window", str(self._arguments.window)]
         ready = await self._spawn(order.name, "torchways.island", flags, dict(os.environ))
         if ready is not None:

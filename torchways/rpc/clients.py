@@ -153,16 +153,29 @@ class ManagerClient:
         self.client_id = ClientId(0)
 
     async def attach(
-        self, name: str, on_executor_lost: Callable[[str, str], None], on_closing: Callable[[str], None]
+        self,
+        name: str,
+        share: tuple[float, int],
+        on_executor_lost: Callable[[str, str], None],
+        on_closing: Callable[[str], None],
     ) -> asyncio.Task[None]:
-        """Opens the stream that keeps this client's slices; returns the task that reads it."""
-        stream = self._stub.Attach(pb.AttachRequest(name=name), metadata=self.metadata)
+        """Opens the stream that keeps this client's slices; returns the task that reads it.
+
+        Args:
+            name: of the client, for people.
+            share: its weight and priority.
+            on_executor_lost: called with an executor of its slices, and why it is lost.
+            on_closing: called with the reason when the cluster ends the session, or cannot be reached.
+        """
+        request = pb.AttachRequest(name=name, weight=share[0], priority=share[1])
+        stream = self._stub.Attach(request, metadata=self.metadata)
         try:
             first = await asyncio.wait_for(stream.read(), _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             raise channel.lost(f"the resource manager at {self._address}", error) from error
         except TimeoutError as error:
             raise DeadlineExceeded(f"the resource manager at {self._address} did not answer in 30 s") from error
+        _raise_failure(first.attached)
         self.client_id = ClientId(first.attached.client_id)
         self.metadata = metadata(self._token, Caller(Role.CLIENT, self.client_id), first.attached.secret)
 

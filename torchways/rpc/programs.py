@@ -8,7 +8,7 @@ from typing import cast
 
 from google.protobuf.message import DecodeError
 
-from torchways.ids import BufferId, ProgramId, RunId, SliceId
+from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId
 from torchways.ir.part import NO_BUFFER, Arguments, SliceIndex, SlicePart, peers
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.convert import part_to_proto
@@ -42,6 +42,7 @@ def register_message(
     name: str,
     parts: Sequence[tuple[SliceId, Sequence[int], SlicePart]],
     hosts: Mapping[SliceIndex, Sequence[HostAddress]],
+    islands: Sequence[IslandId],
 ) -> pb.ClientMessage:
     """Returns the message that registers a program's parts on one island.
 
@@ -50,14 +51,21 @@ def register_message(
         name: the program's name, for people.
         parts: the parts of the island's slices, each with the id of its slice and the sizes of the slice's axes.
         hosts: the hosts of each of the program's slices.
+        islands: all that it has parts on.
     """
     return pb.ClientMessage(
         register_program=pb.RegisterProgram(
             program_id=program_id,
             name=name,
             slices=[_slice_program(slice_id, mesh, part, hosts) for slice_id, mesh, part in parts],
+            islands=islands,
         )
     )
+
+
+def cancel_message(run_ids: Sequence[RunId], reason: str) -> pb.ClientMessage:
+    """Returns the message that cancels runs. `reason`: for people, or empty."""
+    return pb.ClientMessage(cancel_runs=pb.CancelRuns(run_ids=run_ids, reason=reason))
 
 
 def run_message(

@@ -207,20 +207,130 @@ class AttachRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     """for people: "train_lm.py pid 4711" """
+    weight: _builtins.float
+    """of its share of device time, under proportional share; 0: 1"""
+    priority: _builtins.int
+    """under the policy of that name"""
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "priority", b"priority", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class OrderEvents(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrderEvent]: ...
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___OrderEvent] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OrderEvents: _TypeAlias = OrderEvents  # noqa: Y015
+
+@_typing.final
+class OrderEvent(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    JOINED_FIELD_NUMBER: _builtins.int
+    ASK_FIELD_NUMBER: _builtins.int
+    CLIENT_GONE_FIELD_NUMBER: _builtins.int
+    joined: _builtins.int
+    """always the first: the scheduler's island"""
+    client_gone: _builtins.int
+    """a client's stream has ended"""
+    @_builtins.property
+    def ask(self) -> Global___AskOrder: ...
+    def __init__(
+        self,
+        *,
+        joined: _builtins.int = ...,
+        ask: Global___AskOrder | None = ...,
+        client_gone: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event", "joined", b"joined"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event", "joined", b"joined"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["joined", "ask", "client_gone"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___OrderEvent: _TypeAlias = OrderEvent  # noqa: Y015
+
+@_typing.final
+class AskOrder(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    ISLANDS_FIELD_NUMBER: _builtins.int
+    IS_WITHDRAWN_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    client_id: _builtins.int
+    is_withdrawn: _builtins.bool
+    """it will not run here"""
+    @_builtins.property
+    def islands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """all that the run has parts on"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        client_id: _builtins.int = ...,
+        islands: _abc.Iterable[_builtins.int] | None = ...,
+        is_withdrawn: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "is_withdrawn", b"is_withdrawn", "islands", b"islands", "run_id", b"run_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___AskOrder: _TypeAlias = AskOrder  # noqa: Y015
+
+@_typing.final
+class OrderedRuns(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        run_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_ids", b"run_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___OrderedRuns: _TypeAlias = OrderedRuns  # noqa: Y015
 
 @_typing.final
 class ClusterEvent(_message.Message):
@@ -260,19 +370,25 @@ class Attached(_message.Message):
 
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     SECRET_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     client_id: _builtins.int
     """top bits of every buffer and run id that the client makes"""
     secret: _builtins.str
     """what it proves with each call that it is this client (rpc/identity.py)"""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """set where it asked for more than the cluster allows; nothing follows"""
+
     def __init__(
         self,
         *,
         client_id: _builtins.int = ...,
         secret: _builtins.str = ...,
+        failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "secret", b"secret"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "failure", b"failure", "secret", b"secret"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1598,6 +1714,7 @@ class ClientMessage(_message.Message):
     FORGET_PROGRAM_FIELD_NUMBER: _builtins.int
     CLOSE_SLICE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    CANCEL_RUNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def hello(self) -> Global___ClientHello:
         """always the first"""
@@ -1616,6 +1733,8 @@ class ClientMessage(_message.Message):
     def close_slice(self) -> Global___CloseSlice: ...
     @_builtins.property
     def chunk(self) -> Global___Chunk: ...
+    @_builtins.property
+    def cancel_runs(self) -> Global___CancelRuns: ...
     def __init__(
         self,
         *,
@@ -1626,12 +1745,13 @@ class ClientMessage(_message.Message):
         forget_program: Global___ForgetProgram | None = ...,
         close_slice: Global___CloseSlice | None = ...,
         chunk: Global___Chunk | None = ...,
+        cancel_runs: Global___CancelRuns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice", "chunk", "cancel_runs"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -1661,21 +1781,27 @@ class RegisterProgram(_message.Message):
     PROGRAM_ID_FIELD_NUMBER: _builtins.int
     NAME_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
+    ISLANDS_FIELD_NUMBER: _builtins.int
     program_id: _builtins.int
     """unique in the cluster: client_id in the top bits"""
     name: _builtins.str
     @_builtins.property
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceProgram]: ...
+    @_builtins.property
+    def islands(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """all that it has parts on"""
+
     def __init__(
         self,
         *,
         program_id: _builtins.int = ...,
         name: _builtins.str = ...,
         slices: _abc.Iterable[Global___SliceProgram] | None = ...,
+        islands: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "program_id", b"program_id", "slices", b"slices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["islands", b"islands", "name", b"name", "program_id", b"program_id", "slices", b"slices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2293,6 +2419,32 @@ class ReleaseBuffers(_message.Message):
 Global___ReleaseBuffers: _TypeAlias = ReleaseBuffers  # noqa: Y015
 
 @_typing.final
+class CancelRuns(_message.Message):
+    """What is not on the devices yet of these runs is not computed; their results are failures."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_IDS_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    reason: _builtins.str
+    """for people: "a deadline of 0.5 s has passed" """
+    @_builtins.property
+    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        run_ids: _abc.Iterable[_builtins.int] | None = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reason", b"reason", "run_ids", b"run_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRuns: _TypeAlias = CancelRuns  # noqa: Y015
+
+@_typing.final
 class ForgetProgram(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2470,8 +2622,14 @@ class AddSliceRequest(_message.Message):
     CLIENT_ID_FIELD_NUMBER: _builtins.int
     EXECUTORS_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
+    CLIENT_NAME_FIELD_NUMBER: _builtins.int
+    WEIGHT_FIELD_NUMBER: _builtins.int
+    PRIORITY_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
     client_id: _builtins.int
+    client_name: _builtins.str
+    weight: _builtins.float
+    priority: _builtins.int
     @_builtins.property
     def executors(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorInfo]: ...
     @_builtins.property
@@ -2483,10 +2641,13 @@ class AddSliceRequest(_message.Message):
         client_id: _builtins.int = ...,
         executors: _abc.Iterable[Global___ExecutorInfo] | None = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
+        client_name: _builtins.str = ...,
+        weight: _builtins.float = ...,
+        priority: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "device_indices", b"device_indices", "executors", b"executors", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_id", b"client_id", "client_name", b"client_name", "device_indices", b"device_indices", "executors", b"executors", "priority", b"priority", "slice_id", b"slice_id", "weight", b"weight"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2614,6 +2775,8 @@ class ExecutorCommand(_message.Message):
     SET_GRANTS_NEEDED_FIELD_NUMBER: _builtins.int
     DROP_SLICE_FIELD_NUMBER: _builtins.int
     CHUNK_FIELD_NUMBER: _builtins.int
+    CANCEL_RUN_FIELD_NUMBER: _builtins.int
+    HELD_RUNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_program(self) -> Global___LoadProgram: ...
     @_builtins.property
@@ -2632,6 +2795,10 @@ class ExecutorCommand(_message.Message):
     def drop_slice(self) -> Global___DropSlice: ...
     @_builtins.property
     def chunk(self) -> Global___Chunk: ...
+    @_builtins.property
+    def cancel_run(self) -> Global___CancelRun: ...
+    @_builtins.property
+    def held_runs(self) -> Global___HeldRuns: ...
     def __init__(
         self,
         *,
@@ -2644,16 +2811,72 @@ class ExecutorCommand(_message.Message):
         set_grants_needed: Global___SetGrantsNeeded | None = ...,
         drop_slice: Global___DropSlice | None = ...,
         chunk: Global___Chunk | None = ...,
+        cancel_run: Global___CancelRun | None = ...,
+        held_runs: Global___HeldRuns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "chunk", "cancel_run", "held_runs"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
 Global___ExecutorCommand: _TypeAlias = ExecutorCommand  # noqa: Y015
+
+@_typing.final
+class CancelRun(_message.Message):
+    """Compute no more of a run's part than what is on the devices."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """what its results are"""
+
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CancelRun: _TypeAlias = CancelRun  # noqa: Y015
+
+@_typing.final
+class HeldRuns(_message.Message):
+    """Clients that have runs which the scheduler holds: what these make may be read before it is here. Sent every few
+    seconds while there are some, and once more when there are none.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def client_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    def __init__(
+        self,
+        *,
+        client_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["client_ids", b"client_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HeldRuns: _TypeAlias = HeldRuns  # noqa: Y015
 
 @_typing.final
 class Grant(_message.Message):
@@ -2747,6 +2970,7 @@ class Enqueue(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
     sequence: _builtins.int
     program_id: _builtins.int
@@ -2754,6 +2978,10 @@ class Enqueue(_message.Message):
     first_buffer_id: _builtins.int
     arguments: _builtins.bytes
     """a serialized `Arguments`"""
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """set where it is cancelled: what its results are"""
+
     def __init__(
         self,
         *,
@@ -2763,10 +2991,11 @@ class Enqueue(_message.Message):
         run_id: _builtins.int = ...,
         first_buffer_id: _builtins.int = ...,
         arguments: _builtins.bytes = ...,
+        failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "failure", b"failure", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3022,8 +3251,11 @@ class RunEnded(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    DEVICE_SECONDS_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     slice_id: _builtins.int
+    device_seconds: _builtins.float
+    """in which it had the devices"""
     @_builtins.property
     def failure(self) -> Global___Failure: ...
     def __init__(
@@ -3032,10 +3264,11 @@ class RunEnded(_message.Message):
         run_id: _builtins.int = ...,
         failure: Global___Failure | None = ...,
         slice_id: _builtins.int = ...,
+        device_seconds: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_seconds", b"device_seconds", "failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

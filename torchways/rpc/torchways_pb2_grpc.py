@@ -454,6 +454,82 @@ class ResourceManager:
             _registered_method=True)
 
 
+class RunOrderStub:
+    """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.OrderRuns = channel.stream_stream(
+                '/torchways.v1.RunOrder/OrderRuns',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderEvents.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.FromString,
+                _registered_method=True)
+
+
+class RunOrderServicer:
+    """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
+    """
+
+    def OrderRuns(self, request_iterator, context):
+        """A scheduler's stream: it asks for places. The first answer is empty.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_RunOrderServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'OrderRuns': grpc.stream_stream_rpc_method_handler(
+                    servicer.OrderRuns,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderEvents.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'torchways.v1.RunOrder', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('torchways.v1.RunOrder', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class RunOrder:
+    """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
+    """
+
+    @staticmethod
+    def OrderRuns(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/torchways.v1.RunOrder/OrderRuns',
+            torchways_dot_rpc_dot_torchways__pb2.OrderEvents.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
 class OperatorStub:
     """---------------------------------------------------------------- operators
 
