@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -254,6 +255,16 @@ def test_prometheus_gets_metrics_with_the_token(cluster, environment):
     assert 'torchways_buffer_bytes{client="1",executor="i0.e1",island="0"}' in page
     assert "# TYPE torchways_functions_compiled_total counter" in page
     assert "# TYPE torchways_device_busy_seconds_total counter" in page
+
+
+def test_a_port_that_is_taken_is_named(environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = torchways("up", "--islands", "1", "--detach", "--metrics-port", str(port), code=1)
+    assert (
+        f"/metrics cannot be served at 127.0.0.1:{port} (Address already in use); choose another metrics port" in error
+    )
+    assert "no cluster runs" in torchways("down", code=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

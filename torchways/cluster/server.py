@@ -437,7 +437,15 @@ async def serve(host: str, ready_fd: int, executor_idle: float, metrics_port: in
     if metrics_port is not None:
         from torchways.cluster.metrics import MetricsServer  # its libraries are needed only here
 
-        metrics = MetricsServer(host, metrics_port, token, manager.operator.observe)
+        try:
+            metrics = MetricsServer(host, metrics_port, token, manager.operator.observe)
+        except OSError as error:
+            reason = (
+                f"/metrics cannot be served at {host}:{metrics_port} ({error.strerror}); choose another metrics port"
+            )
+            with os.fdopen(ready_fd, "w") as pipe:
+                pipe.write(json.dumps({"error": reason}) + "\n")
+            return
         manager.operator.metrics_address = metrics.address
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)

@@ -214,6 +214,8 @@ class NodeAgent:
         ready = await self._spawn(_MANAGER, "torchways.cluster", flags, dict(os.environ))
         if ready is None:
             raise ClusterLost("the resource manager ended while it was starting")
+        if "error" in ready:
+            raise ClusterLost(str(ready["error"]))
         self._metrics_address = str(ready["metrics_address"])
         return str(ready["address"])
 
