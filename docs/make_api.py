@@ -56,6 +56,7 @@ GROUPS = {
     "Arrays": ["Array", "get"],
     "Data": ["data_loader"],
     "Checkpoints": ["checkpoint.save", "checkpoint.load", "checkpoint.latest"],
+    "Runs": ["cancel", "deadline"],
     "Inspection": ["parity", "profile", "cluster_info", "executor_status"],
 }
 

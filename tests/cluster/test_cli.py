@@ -4,10 +4,14 @@ import contextlib
 import gzip
 import json
 import os
+import pty
+import select
 import signal
+import socket
 import stat
 import subprocess
 import sys
+import termios
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -254,6 +258,58 @@ def test_prometheus_gets_metrics_with_the_token(cluster, environment):
     assert 'torchways_buffer_bytes{client="1",executor="i0.e1",island="0"}' in page
     assert "# TYPE torchways_functions_compiled_total counter" in page
     assert "# TYPE torchways_device_busy_seconds_total counter" in page
+
+
+def test_top_draws_on_a_terminal_until_it_is_told_to_quit(cluster):
+    ours, theirs = pty.openpty()
+    before = termios.tcgetattr(theirs)
+    command = [sys.executable, "-m", "torchways", "top", "--interval", "0.2"]
+    environment = {**os.environ, "TERM": "xterm-256color", "COLUMNS": "120", "LINES": "40"}
+    process = subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=subprocess.PIPE, env=environment)
+    shown = b""
+
+    def shows(text):
+        nonlocal shown
+        while select.select([ours], [], [], 0)[0]:
+            shown += os.read(ours, 65536)
+        return text in shown
+
+    try:
+        wait_for(lambda: shows(b"Clients, by got"), "a frame")
+        os.write(ours, b"s")
+        wait_for(lambda: shows(b"Clients, by queue"), "another order")
+        os.write(ours, b"p")
+        wait_for(lambda: shows(b"PAUSED"), "a pause")
+        os.write(ours, b"q")
+        wait_for(lambda: (shows(b""), process.poll())[1] is not None, "its end")
+        assert (process.returncode, process.stderr.read()) == (0, b"")
+        assert shows(b"\x1b[?1049l")  # the screen as it was
+        assert termios.tcgetattr(theirs) == before
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+        os.close(ours)
+        os.close(theirs)
+
+
+def test_of_two_that_start_at_once_with_one_state_file_one_does(environment):
+    command = [sys.executable, "-m", "torchways", "up", "--islands", "1", "--devices-per-island", "1", "--detach"]
+    both = [subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=60)[1] for process in both]
+    assert sorted(process.returncode for process in both) == [0, 1]
+    assert "state file" in "".join(errors)
+    assert "is down" in torchways("down")
+
+
+def test_a_port_that_is_taken_is_named(environment):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        error = torchways("up", "--islands", "1", "--detach", "--metrics-port", str(port), code=1)
+    assert (
+        f"/metrics cannot be served at 127.0.0.1:{port} (Address already in use); choose another metrics port" in error
+    )
+    assert "no cluster runs" in torchways("down", code=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["SIGINT", "SIGTERM"])

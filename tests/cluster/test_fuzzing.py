@@ -138,19 +138,25 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
     numbers = [foreign + number for number in range(4)] + [900, 901]
     codes = []
     async with contextlib.AsyncExitStack() as stack:
-        manager, scheduler, executor = [
+        manager, operator, scheduler, executor = [
             stub(await stack.enter_async_context(channel.open_channel(address)))
             for stub, address in (
                 (pb_grpc.ResourceManagerStub, victim.manager),
+                (pb_grpc.OperatorStub, victim.manager),
                 (pb_grpc.SchedulerStub, victim.scheduler),
                 (pb_grpc.ExecutorStub, victim.executor),
             )
         ]
 
-        async def one_call(role, method, message):
+        async def one_call(role, method, message, *, streams_out=False):
             random_message(dice, message, numbers)
             try:
-                await method(message, metadata=victim.metadata_of(role), timeout=0.5)
+                call = method(message, metadata=victim.metadata_of(role), timeout=0.5)
+                if streams_out:
+                    async for _ in call:
+                        pass
+                else:
+                    await call
             except grpc.aio.AioRpcError as error:
                 codes.append(error.code())
 
@@ -159,6 +165,11 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
             await one_call(Role.MANAGER, scheduler.AddSlice, pb.AddSliceRequest())
             await one_call(Role.MANAGER, scheduler.RemoveSlice, pb.RemoveSliceRequest())
             await one_call(Role.MANAGER, scheduler.RemoveExecutor, pb.RemoveExecutorRequest())
+            await one_call(Role.MANAGER, scheduler.GetStatus, pb.SchedulerStatusRequest())
+            await one_call(Role.MANAGER, executor.GetStatus, pb.StatusRequest())
+            await one_call(Role.OPERATOR, operator.Observe, pb.ObserveRequest())
+            await one_call(Role.OPERATOR, operator.CollectTrace, pb.TraceRequest(), streams_out=True)
+            await one_call(Role.OPERATOR, operator.DumpStacks, pb.DumpStacksRequest(), streams_out=True)
             commands = [random_message(dice, pb.ExecutorCommand(), numbers) for _ in range(20)]
             # These it would rightly do: hold its computations back, and drop the victim.
             rightly = {"set_grants_needed", "drop_client"}

@@ -69,7 +69,22 @@ def test_meshes_are_spelled_as_device_meshes():
         check_mesh((2, 2), ("dp", "dp"))
 
 
-@pytest.mark.parametrize("bad", [{"islands": 0}, {"devices_per_island": -1}, {"platform": "gpu"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"islands": 0},
+        {"devices_per_island": -1},
+        {"platform": "gpu"},
+        {"policy": "fairest"},
+        {"policy": "module:"},
+        {"policy": ":Class"},
+        {"max_weight": 0.0},
+        {"max_weight": float("inf")},
+        {"max_priority": -1},
+        {"metrics_port": 70_000},
+        {"log_format": "xml"},
+    ],
+)
 def test_bad_cluster_settings(bad):
     [(name, value)] = bad.items()
     with pytest.raises(errors.ConfigError, match=rf"{name} must be.*{value}"):

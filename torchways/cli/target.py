@@ -77,8 +77,9 @@ def access(parsed: argparse.Namespace) -> OperatorAccess:
     is_named = bool(parsed.state or parsed.name)
     address = parsed.address or ("" if is_named else os.environ.get(_ADDRESS_VARIABLE, ""))
     if address and not is_named:
+        token = state_file.find_token(address)
         state = _operators_state(address)
-        return OperatorAccess(address, state_file.find_token(address), state.operator_secret if state else "")
+        return OperatorAccess(address, token, state.operator_secret if state else "")
     path = state_path(parsed)
     if not state_file.lives(path):
         started = f"torchways up{state_flag(parsed)} --detach"
@@ -100,4 +101,7 @@ def _operators_state(address: str):  # type: ignore[no-untyped-def]  # ClusterSt
                 return state
         except (FileNotFoundError, ConfigError):
             pass  # it holds the token alone, or `find_token` says what is wrong with it
-    return state_file.state_at(address)
+    try:
+        return state_file.state_at(address)
+    except ConfigError:
+        return None  # the token is another's; what needs the operator's secret says so

@@ -89,6 +89,12 @@ def run(parsed: argparse.Namespace) -> int:
     if state_file.lives(path):
         remedy = f"end it (`torchways down{state_flag(parsed)}`), or choose another --name or --state"
         raise ClusterLost(f"a cluster runs already with the state file {path}: {remedy}")
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)  # before the logs, whose folder may be below it
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make the folder {path.parent}: {error.strerror}; choose another by --state"
+        ) from error
     return _detach(config, path, parsed) if parsed.detach else _stay(config, path, parsed)
 
 

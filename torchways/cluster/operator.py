@@ -62,6 +62,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
         self._token = token
         self._key = key
         self._channels: dict[str, grpc.aio.Channel] = {}
+        self._observing: asyncio.Task[pb.Observation] | None = None
         self._requests = itertools.count(1)
         #: Answers to requests for stacks, until their end.
         self._stacks: dict[int, asyncio.Queue[pb.StacksDumped]] = {}
@@ -76,7 +77,18 @@ class OperatorServer(pb_grpc.OperatorServicer):
         return found
 
     async def observe(self) -> pb.Observation:
-        """Asks all schedulers and executors."""
+        """Asks all schedulers and executors; several who ask at a time share the answers."""
+        if self._observing is None:
+            self._observing = asyncio.create_task(self._ask_all(), name="observing")
+            self._observing.add_done_callback(self._observed)
+        found = pb.Observation()
+        found.CopyFrom(await asyncio.shield(self._observing))
+        return found
+
+    def _observed(self, task: asyncio.Task[pb.Observation]) -> None:
+        self._observing = None
+
+    async def _ask_all(self) -> pb.Observation:
         found = pb.Observation(cluster=self._describe(), metrics_address=self.metrics_address)
         for client_id, name in self._core.clients.items():
             found.clients.add(client_id=client_id, name=name)
@@ -119,7 +131,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
     async def _forget_channels(self, used: Sequence[str]) -> None:
         gone = [self._channels.pop(address) for address in list(self._channels) if address not in used]
         for old in gone:
-            await old.close(_TRACE_SECONDS)
+            await old.close(None)
 
     def _as(self, caller: Caller) -> tuple[tuple[str, str], ...]:
         return metadata(self._token, caller, self._key.secret_of(caller))

@@ -469,7 +469,14 @@ async def serve(arguments: argparse.Namespace) -> None:
     if arguments.metrics_port is not None:
         from torchways.cluster.metrics import MetricsServer  # its libraries are needed only here
 
-        metrics = MetricsServer(arguments.host, arguments.metrics_port, token, manager.operator.observe)
+        host, port = arguments.host, arguments.metrics_port
+        try:
+            metrics = MetricsServer(host, port, token, manager.operator.observe)
+        except OSError as error:
+            reason = f"/metrics cannot be served at {host}:{port} ({error.strerror}); choose another metrics port"
+            with os.fdopen(arguments.ready_fd, "w") as pipe:
+                pipe.write(json.dumps({"error": reason}) + "\n")
+            return
         manager.operator.metrics_address = metrics.address
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)

@@ -34,6 +34,9 @@ _DRAIN_SECONDS = 0.5
 _STACK_LINE = re.compile(r"(Current thread|Thread) 0x|  File \"|  \.\.\.|  <|  Garbage-collecting|\n")
 _QUIET_SECONDS = 0.3
 _MAX_STACK_LINES = 5000
+#: How long what data processes leave behind is looked at, and how often.
+_GROUP_SECONDS = 2.0
+_GROUP_ATTEMPTS = 40
 
 
 Process: TypeAlias = subprocess.Popen[bytes] | Forked
@@ -167,6 +170,24 @@ class Child:
                 print(text, end="", file=self._log or sys.stderr, flush=True)
         if self._log is not None:
             self._log.close()
+
+
+async def end_group(leader: int) -> None:
+    """Waits for what a data process left behind: its workers, which die with it, and what they have started.
+
+    They are our children since it ended (see launch/template.py). After a while they are killed.
+    """
+    for attempt in range(_GROUP_ATTEMPTS):
+        try:
+            while os.waitpid(-leader, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
+                pass
+        except ChildProcessError:
+            return
+        if attempt >= _GROUP_ATTEMPTS // 2:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
+        await asyncio.sleep(_GROUP_SECONDS / _GROUP_ATTEMPTS)
+    logger.error("processes of group %d do not end, even by SIGKILL", leader)
 
 
 async def _wait_exit(process: Process) -> int:

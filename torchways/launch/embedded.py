@@ -17,6 +17,7 @@ from typing import IO
 
 from torchways.config import ClusterConfig
 from torchways.errors import ClusterLost, ConfigError, DeadlineExceeded
+from torchways.launch.flags import flags
 from torchways.observability.process import LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE
 from torchways.rpc.channel import TOKEN_VARIABLE
 
@@ -86,25 +87,10 @@ def start_cluster(config: ClusterConfig, *, state: Path | None = None, stays: bo
     read_fd, write_fd = os.pipe()
     command = [
         *(sys.executable, "-m", "torchways.launch"),
-        *("--islands", str(config.islands)),
-        *("--devices-per-island", str(config.devices_per_island)),
-        *("--hosts-per-island", str(config.hosts_per_island)),
-        *("--platform", config.platform),
-        *("--scheduling", config.scheduling),
-        *("--host", config.host),
-        *("--budget-bytes", str(config.budget_bytes)),
-        *("--memory-wait", str(config.memory_wait.total_seconds())),
-        *("--executor-idle", str(config.executor_idle.total_seconds())),
-        *("--policy", config.policy),
-        *("--window", str(config.window.total_seconds())),
-        *("--max-weight", str(config.max_weight)),
-        *("--max-priority", str(config.max_priority)),
+        *flags(config),
         *("--ready-fd", str(write_fd)),
         *(("--stays",) if stays else ("--owner-pid", str(os.getpid()))),
         *(("--state", str(state)) if state is not None else ()),
-        *(("--metrics-port", str(config.metrics_port)) if config.metrics_port is not None else ()),
-        *(("--log-dir", config.log_dir) if config.log_dir is not None else ()),
-        *(("--data-path", os.pathsep.join(config.data_path)) if config.data_path is not None else ()),
     ]
     # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
     try:

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
-import faulthandler
 import json
 import logging
 import os
@@ -28,8 +26,10 @@ import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
 from torchways.ids import ClientId
-from torchways.launch.child import Child, Process, launch_command
+from torchways.launch.child import Child, Process, end_group, launch_command
 from torchways.launch.environment import executor_environment, tpu_addresses
+from torchways.launch.flags import parser
+from torchways.launch.stacks import dumped_stacks
 from torchways.launch.state_file import ClusterState, HeldStateFile, hold
 from torchways.launch.template import Template, can_fork
 from torchways.observability.process import setup_process
@@ -51,12 +51,6 @@ logger = logging.getLogger(__name__)
 
 _MANAGER = "resource manager"
 _READY_SECONDS = 120.0
-#: How long what data processes leave behind is looked at, and how often.
-_GROUP_SECONDS = 2.0
-_GROUP_ATTEMPTS = 40
-#: How long a process may take to print its stacks, and how much of them is passed on.
-_STACKS_SECONDS = 5.0
-_MAX_STACKS_CHARACTERS = 1 << 20
 
 
 class NodeAgent:
@@ -214,6 +208,8 @@ class NodeAgent:
         ready = await self._spawn(_MANAGER, "torchways.cluster", flags, dict(os.environ))
         if ready is None:
             raise ClusterLost("the resource manager ended while it was starting")
+        if "error" in ready:
+            raise ClusterLost(str(ready["error"]))
         self._metrics_address = str(ready["metrics_address"])
         return str(ready["address"])
 
@@ -398,24 +394,12 @@ class NodeAgent:
         shutil.rmtree(folder, ignore_errors=True)
         if child.pid in self._groups:
             self._groups.discard(child.pid)
-            await _end_group(child.pid)
+            await end_group(child.pid)
 
     async def _dump_stacks(self, order: pb.DumpStacks) -> None:
         """Has processes print their stacks, all at once, and reports them."""
-        host, which = socket.gethostname(), order.which
-
-        async def dump(name: str, pid: int, printing: Coroutine[Any, Any, str]) -> None:
-            stacks = pb.ProcessStacks(name=name, pid=pid, host=host, text=(await printing)[:_MAX_STACKS_CHARACTERS])
+        async for stacks in dumped_stacks(list(self._children.values()), order.which):
             self._outgoing.put_nowait(pb.NodeEvent(stacks=pb.StacksDumped(request_id=order.request_id, stacks=stacks)))
-
-        def fits(name: str, pid: int) -> bool:
-            return (not which.pids or pid in which.pids) and (not which.names or name in which.names)
-
-        asked = [child for child in self._children.values() if fits(child.name, child.pid)]
-        dumps = [dump(child.name, child.pid, child.stacks(_STACKS_SECONDS)) for child in asked]
-        if fits("node agent", os.getpid()):
-            dumps.append(dump("node agent", os.getpid(), _own_stacks()))
-        await asyncio.gather(*dumps)
         end = pb.StacksDumped(request_id=order.request_id, is_last=True)
         self._outgoing.put_nowait(pb.NodeEvent(stacks=end))
 
@@ -426,62 +410,9 @@ class NodeAgent:
         return f"; the last lines that it wrote:\n{child.log_tail().rstrip()}"
 
 
-async def _own_stacks() -> str:
-    with tempfile.TemporaryFile("w+") as file:
-        faulthandler.dump_traceback(file, all_threads=True)
-        file.seek(0)
-        return file.read().strip("\n")
-
-
-async def _end_group(leader: int) -> None:
-    """Waits for what a data process left behind: its workers, which die with it, and what they have started.
-
-    They are our children since it ended (see `Template`). After a while they are killed.
-    """
-    for attempt in range(_GROUP_ATTEMPTS):
-        try:
-            while os.waitpid(-leader, os.WNOHANG)[0]:  # noqa: ASYNC222 - it does not wait
-                pass
-        except ChildProcessError:
-            return
-        if attempt >= _GROUP_ATTEMPTS // 2:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(leader, signal.SIGKILL)
-        await asyncio.sleep(_GROUP_SECONDS / _GROUP_ATTEMPTS)
-    logger.error("processes of group %d do not end, even by SIGKILL", leader)
-
-
 def main() -> None:
     """Entry point of `python -m torchways.launch`."""
-    parser = argparse.ArgumentParser(description="Node agent: runs the torchways processes of this machine.")
-    parser.add_argument("--join", help="resource manager to join; without it this node is the head and starts one")
-    parser.add_argument("--islands", type=int, default=1)
-    parser.add_argument("--devices-per-island", type=int, default=1)
-    parser.add_argument("--hosts-per-island", type=int, default=1)
-    parser.add_argument("--platform", default="cpu")
-    parser.add_argument("--scheduling", choices=["gang", "arrival"], default="gang")
-    parser.add_argument("--host", default="127.0.0.1")
-    parser.add_argument("--budget-bytes", type=int, default=0)
-    parser.add_argument("--memory-wait", type=float, default=60.0)
-    parser.add_argument("--executor-idle", type=float, default=60.0)
-    parser.add_argument("--policy", default="proportional_share")
-    parser.add_argument("--window", type=float, default=0.005, help="seconds of device time that are admitted ahead")
-    parser.add_argument("--max-weight", type=float, default=16.0)
-    parser.add_argument("--max-priority", type=int, default=10)
-    parser.add_argument(
-        "--metrics-port", type=int, help="of the page /metrics; 0 chooses one; without it there is none"
-    )
-    parser.add_argument("--state", help="state file of the cluster (launch/state_file.py)")
-    parser.add_argument("--stays", action="store_true", help="live until SIGTERM, whatever becomes of stdin")
-    parser.add_argument(
-        "--data-path",
-        help="folders, as in PYTHONPATH, from which clients' input pipelines (tw.data_loader) may import code, besides "
-        'installed packages; "" for these alone. Without it clients may run none: it is running code as this user',
-    )
-    parser.add_argument("--log-dir")
-    parser.add_argument("--ready-fd", type=int, help="gets one JSON line, with `address` or `error`")
-    parser.add_argument("--owner-pid", type=int, help="end with this process, even while stdin is open")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     setup_process("node agent")
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     agent = NodeAgent(arguments)

@@ -82,6 +82,7 @@ def hold(path: Path) -> HeldStateFile:
         while True:
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
             try:
+                _check_owner(path, os.fstat(fd))
                 _lock(fd)
                 os.fchmod(fd, 0o600)
                 if _is_at(path, fd):  # else another has removed it since we opened it
@@ -180,16 +181,38 @@ def _folders() -> list[Path]:
 
 def living_clusters() -> Iterator[tuple[Path, ClusterState]]:
     """Returns the state files of this user's clusters that live, in the default folders."""
+    for path in _living_files():
+        with contextlib.suppress(OSError, ConfigError):
+            yield path, read(path)
+
+
+def _living_files() -> Iterator[Path]:
     for folder in _folders():
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
             if lives(path):
-                with contextlib.suppress(OSError, ConfigError):
-                    yield path, read(path)
+                yield path
 
 
 def state_at(address: str) -> ClusterState | None:
-    """Returns the state of this user's cluster at an address, if it has a state file in a default folder."""
-    return next((state for _, state in living_clusters() if state.address == address), None)
+    """Returns the state of this user's cluster at an address, if it has a state file in a default folder.
+
+    Raises:
+        ConfigError: there is none, but there is a file that may not be used, which may be its.
+    """
+    unusable: ConfigError | None = None
+    for path in _living_files():
+        try:
+            state = read(path)
+        except FileNotFoundError:
+            continue
+        except ConfigError as error:
+            unusable = error
+            continue
+        if state.address == address:
+            return state
+    if unusable is not None:
+        raise unusable
+    return None
 
 
 def find_token(address: str) -> str:
@@ -238,11 +261,22 @@ def write_token(path: Path, token: str) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
+            _check_owner(path, os.fstat(fd))
             os.fchmod(fd, 0o600)  # before the token is in it
             file.truncate()
             file.write(token + "\n")
     except OSError as error:
         raise ConfigError(f"cannot write the token file {path}: {error.strerror}") from error
+
+
+def _check_owner(path: Path, found: os.stat_result, *, or_root: bool = False) -> None:
+    """Checks that a file is this user's, or the superuser's: whoever owns it can read and change it.
+
+    Raises:
+        ConfigError: it is another's.
+    """
+    if found.st_uid != os.geteuid() and not (or_root and found.st_uid == 0):
+        raise ConfigError(f"{path} belongs to another user (uid {found.st_uid}): use one of your own")
 
 
 def _read_private(path: Path) -> str:
@@ -255,6 +289,7 @@ def _read_private(path: Path) -> str:
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
+            _check_owner(path, found, or_root=True)
             if found.st_mode & _OPEN_TO_OTHERS:
                 mode = stat.S_IMODE(found.st_mode)
                 why = f"{path} holds a cluster's token, and others may read or change it (mode {mode:o})"

@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import sys
+from types import TracebackType
 
 import setproctitle
 
@@ -28,6 +29,8 @@ def setup_process(role: str) -> None:
     """Names this process `role` in `ps` and in its log lines, and dumps all stacks to stderr on SIGUSR1."""
     setproctitle.setproctitle(f"torchways: {role}")
     setup_logging(role)
+    if _is_json():
+        sys.excepthook = _log_uncaught
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)
 
@@ -35,13 +38,20 @@ def setup_process(role: str) -> None:
 def setup_logging(role: str) -> None:
     """Sends the `torchways` loggers to stderr, each line with time, level, `role` and pid, as text or as JSON."""
     level = os.environ.get(LOG_LEVEL_VARIABLE, "warning").upper()
-    is_json = os.environ.get(LOG_FORMAT_VARIABLE, "text").lower() == "json"
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter(role) if is_json else text_formatter(role))
+    handler.setFormatter(JsonFormatter(role) if _is_json() else text_formatter(role))
     root = logging.getLogger("torchways")
     root.handlers[:] = [handler]
     root.setLevel(level)
     root.propagate = False
+
+
+def _is_json() -> bool:
+    return os.environ.get(LOG_FORMAT_VARIABLE, "text").lower() == "json"
+
+
+def _log_uncaught(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    logging.getLogger("torchways").critical("ended by an exception: %s", error, exc_info=(kind, error, traceback))
 
 
 def die_with_parent(parent_pid: int) -> None:

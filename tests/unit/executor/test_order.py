@@ -79,7 +79,7 @@ class Executors(World):
 
 def load(part, hosts, limit):
     """Returns a part as its executor loads it."""
-    message = register_message(PROGRAM, "p", [(SLICES[part.slice_index], (1,), part)], hosts)
+    message = register_message(PROGRAM, "p", [(SLICES[part.slice_index], (1,), part)], hosts, [0])
     [program] = message.register_program.slices
     name = "ab"[part.slice_index]
     loaded, _ = read_program(pb.LoadProgram(program_id=PROGRAM, name="p", program=program), name, 1, limit)

@@ -90,6 +90,10 @@ def test_where_a_token_is_found(folder, monkeypatch):
     assert state_file.find_token("127.0.0.1:7") == "secret"
     with pytest.raises(ConfigError, match="no token"):
         state_file.find_token("127.0.0.1:8")
+    held.path.chmod(0o644)
+    with pytest.raises(ConfigError, match=f"chmod 600 {held.path}"):
+        state_file.find_token("127.0.0.1:7")
+    held.path.chmod(0o600)
     state_file.write_token(folder / "token", "of-a-file")
     monkeypatch.setenv("TORCHWAYS_TOKEN_FILE", str(folder / "token"))
     assert state_file.find_token("127.0.0.1:7") == "of-a-file"
@@ -102,6 +106,23 @@ def test_where_a_token_is_found(folder, monkeypatch):
     with pytest.raises(ConfigError, match="there is no token file"):
         state_file.find_token("127.0.0.1:7")
     held.remove()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
+def test_a_file_of_another_user_is_refused(folder):
+    for name, use in (
+        ("token", state_file.read_token),
+        ("token", lambda path: state_file.write_token(path, "x")),
+        ("state.json", state_file.hold),
+        ("state.json", state_file.read),
+    ):
+        path = folder / name
+        state_file.write_token(path, "secret")
+        os.chown(path, 4711, -1)
+        with pytest.raises(ConfigError, match=r"belongs to another user \(uid 4711\): use one of your own"):
+            use(path)
+        assert path.read_text() == "secret\n"
+        path.unlink()
 
 
 @pytest.mark.parametrize("text", ["", "two words", "{", '{"pid": "x"}', '{"pid": 1, "token": 5}', "{}", "[]", "\x00"])

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import subprocess
 import sys
 
 from torchways.observability import process
@@ -27,6 +28,15 @@ def test_a_line_is_one_object():
         "logger": "torchways.x",
         "message": "run 7\nfailed",
     }
+
+
+def test_an_exception_that_nobody_catches_is_a_line_too():
+    code = "from torchways.observability.process import setup_process; setup_process('a test'); 1 / 0"
+    environment = {**os.environ, process.LOG_FORMAT_VARIABLE: "json"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, check=False, timeout=60)
+    found = json.loads(done.stderr)
+    assert (done.returncode, found["level"], found["process"]) == (1, "critical", "a test")
+    assert found["exception"].endswith("ZeroDivisionError: division by zero")
 
 
 def test_the_environment_chooses_the_form(monkeypatch, capsys):
