@@ -5,8 +5,8 @@ when it is the next of its client on all of its lanes, its program is compiled, 
 admitted than the *window*, in device time, which covers the way to the executors and back. Which client is next, a
 lane's policy says. So devices always have work, and what is decided is decided late.
 
-A client may have more than one run admitted on a lane only as far as they fit into the window, too: what waits for
-values from elsewhere does not keep others out.
+What is admitted counts as done once its device time has passed, so what waits for values from elsewhere does not keep
+others out. A client may have a few windows of work admitted that has not ended, and no more.
 
 Runs that span islands are admitted in one order on all of them (cluster/run_order.py): a run whose turn has come is
 *asked* for, and is admitted when its order comes, whatever has been admitted meanwhile. What its client sent behind it
@@ -30,6 +30,9 @@ from torchways.island.policy import PendingRun, Policy, Share
 
 #: What a run is expected to take before any of its program has ended.
 _UNKNOWN_SECONDS = 0.01
+#: Windows of work that a client may have admitted beside its oldest run: enough for a way to the executors and back
+#: that takes much longer than the window, on a machine that is overloaded.
+_WINDOWS_OF_CLIENT = 8
 #: The least that a run counts as, so that those that compute nothing are bounded, too.
 _LEAST_SECONDS = 20e-6
 #: Part of what is known of a program's time that its last run makes up.
@@ -455,7 +458,7 @@ class Admission:
         return first if isinstance(first, HeldRun) else None
 
     def _fits(self, run: HeldRun, lane: Lane) -> bool:
-        """Whether a client may have one more run on a lane: what it has there, but for the first, is in the window."""
+        """Whether a client may have one more run on a lane, beside those that have not ended."""
         if self.window == math.inf:
             return True
         mine = lane.admitted.get(run.share.client_id)
@@ -465,7 +468,7 @@ class Admission:
                 if not isinstance(item, HeldRun) or not item.is_asked:
                     break
                 seconds += lane.pending(item).seconds
-        return seconds <= self.window
+        return seconds <= _WINDOWS_OF_CLIENT * self.window
 
     def _has_room(self, lane: Lane, now: float) -> bool:
         return lane.unfinished_seconds(now) <= self.window

@@ -149,7 +149,7 @@ class World:
         self.post(f"device {name}", name, events.UnitFinished(task=task, failure=failure))
 
 
-def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False, budget=0):
+def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program=False, budget=0, cancelled=()):
     """Runs the step `num_runs` times with state carried on, in an order that hypothesis draws."""
     world = World(lambda items: draw(st.sampled_from(items)), budget)
     world.fail_at = fail_at
@@ -167,6 +167,13 @@ def drive(draw, num_runs, fail_at=None, uncompilable=None, lost=(), drop_program
         run = {"part": PART, "run_id": RunId(first + 9), "sequence": number}
         run["first_buffer_id"] = BufferId(first)
         of_a = Arguments([w, NO_BUFFER], [f"={number}"])
+        cancel = Failure(kind="RunCancelled", message=f"cancelled {number}")
+        for name, how in cancelled.get(number, {}).items() if cancelled else ():
+            if how == "held":  # the scheduler held it, and sends it for its failures
+                run = {**run, "cancelled": cancel}
+            else:
+                stop = events.RunCancelled(run=RunPart(run["run_id"], SLICE), failure=cancel)
+                world.post(None if how == "at any time" else f"scheduler of {name}", name, stop)
         world.post("scheduler of a", "a", events.RunEnqueued(arguments=of_a, **run))
         world.post("scheduler of b", "b", events.RunEnqueued(arguments=Arguments([v]), **run))
         world.post(None, "a", events.FetchRequested(fetch_id=number, buffer_id=BufferId(first + 1)))
@@ -220,6 +227,32 @@ def test_a_program_that_does_not_compile_fails_all_its_runs(data, num_runs, unco
     assert world.delivered[1000].message == "injected"
     for name in "ab":
         assert len(world.ended[name]) == num_runs
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.data(),
+    st.integers(1, 4),
+    st.dictionaries(
+        st.integers(0, 3), st.sampled_from([{"a": "held", "b": "held"}, {"a": "at any time", "b": "at any time"}])
+    ),
+    st.sampled_from([0, 60]),
+)
+def test_cancelled_runs_end_and_what_they_would_have_made_says_so(data, num_runs, cancelled, budget):
+    """On both executors, before a run has come or at any time. Each ends, and leaves nothing behind."""
+    world = drive(data.draw, num_runs, cancelled=cancelled, budget=budget)
+    held = [number for number, how in cancelled.items() if number < num_runs and how["a"] == "held"]
+    for name in "ab":
+        assert len(world.ended[name]) == num_runs
+        assert world.states[name].runs == {}
+        assert world.states[name].memory.starved == []
+    for number in range(num_runs):
+        earlier = [other for other in held if other <= number]
+        if earlier:  # the state that it would have updated is a failure, too
+            assert world.delivered[number].kind == "RunCancelled"
+            assert int(world.delivered[number].message.removeprefix("cancelled ")) <= number
+    if not any(number < num_runs for number in cancelled):
+        assert not isinstance(world.delivered[1000], Failure)
 
 
 @settings(max_examples=50, deadline=None)

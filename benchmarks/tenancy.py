@@ -1,0 +1,319 @@
+"""Clients that share devices: throughput, shares, utilisation, latency. The paper's Figures 8, 9 and 11.
+
+How to read it: README.md beside this file. `python -m benchmarks.tenancy --help`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from benchmarks.report import argument_parser, finish, machine, median, numbers, panel, print_table
+from benchmarks.systems import System, SystemSpec
+from torchways.config import ClusterConfig
+from torchways.launch.embedded import start_cluster
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.channel import TOKEN_VARIABLE
+from torchways.rpc.operator import OperatorAccess, connected
+
+JAX = SystemSpec("jax", "jax_tenant.py", "jax")
+#: Device time of a computation, ms.
+LENGTHS = (0.33, 2.0, 10.0)
+#: A window of Figure 9, and how often device time is read for it.
+WINDOW_SECONDS, SAMPLE_SECONDS = 5.0, 0.5
+#: Processes that start at a time.
+_STARTING = 4
+WEIGHTS = ((1, 1, 1, 1), (1, 2, 4, 8))
+POLICIES = ("proportional_share", "first_come_first_served")
+#: Another client on a cluster that is up: prints the seconds to its first result, without its imports.
+_SECOND_CLIENT = """
+import time, torch, torchways as tw
+import torchways.api
+
+started = time.perf_counter()
+tw.init()
+mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+assert tw.function(lambda x: x + 1, mesh=mesh)(torch.ones(4)).sum().item() == 8
+print(time.perf_counter() - started)
+tw.shutdown()
+"""
+
+
+@contextlib.contextmanager
+def cluster(policy: str = "proportional_share") -> Iterator[OperatorAccess]:
+    """One island of one device, which computes on one thread, that clients join by the environment."""
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    started = start_cluster(ClusterConfig(islands=1, devices_per_island=1, policy=policy))
+    os.environ["TORCHWAYS_ADDRESS"], os.environ[TOKEN_VARIABLE] = started.address, started.token
+    try:
+        yield OperatorAccess(started.address, started.token)
+    finally:
+        started.close()
+        del os.environ["TORCHWAYS_ADDRESS"], os.environ[TOKEN_VARIABLE], os.environ["XLA_FLAGS"]
+
+
+def start(specs: Sequence[SystemSpec]) -> list[System]:
+    """Starts systems, a few at a time."""
+    with ThreadPoolExecutor(_STARTING) as pool:
+        return list(pool.map(lambda spec: System(spec, 1), specs))
+
+
+@contextlib.contextmanager
+def clients(shares: Sequence[float]) -> Iterator[list[System]]:
+    """Clients of these weights."""
+    flags = [("--weight", str(weight)) for weight in shares]
+    started = start([SystemSpec(f"client {n}", "tenant.py", flags=item) for n, item in enumerate(flags)])
+    try:
+        yield started
+    finally:
+        for client in started:
+            client.close()
+
+
+def ask_all(systems: Sequence[System], request: dict[str, Any]) -> list[dict[str, Any]]:
+    """Returns what each answers to a request that all get at once."""
+    with ThreadPoolExecutor(len(systems)) as pool:
+        return list(pool.map(lambda system: system.ask(request), systems))
+
+
+def throughput(answers: Sequence[dict[str, Any]]) -> float:
+    """Returns the computations a second of clients that flooded at once."""
+    seconds = max(answer["ended"] for answer in answers) - min(answer["began"] for answer in answers)
+    return sum(answer["computations"] for answer in answers) / seconds
+
+
+class Sampler:
+    """Reads the device time of each client while it lives: rows of time, device time by client, and in all."""
+
+    def __init__(self, access: OperatorAccess) -> None:
+        self.rows: list[tuple[float, dict[int, float], float]] = []
+        self._access = access
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._sample()))
+
+    def __enter__(self) -> Sampler:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    async def _sample(self) -> None:
+        async with connected(self._access) as operator:
+            while not self._over.is_set():
+                self._note(await operator.observe())
+                await asyncio.sleep(SAMPLE_SECONDS)
+
+    def _note(self, observed: pb.Observation) -> None:
+        sets = [item for island in observed.schedulers for item in island.status.device_sets]
+        by_client = {share.client_id: share.busy_seconds for item in sets for share in item.clients}
+        self.rows.append((observed.time_ns / 1e9, by_client, sum(item.busy_seconds for item in sets)))
+
+    def between(self, began: float, ended: float) -> list[tuple[float, dict[int, float], float]]:
+        """Returns the rows of a time."""
+        return [row for row in self.rows if began <= row[0] <= ended]
+
+
+def calibrated(system: System) -> dict[float, int]:
+    """Returns the number of products that take each of `LENGTHS`."""
+    loops = {}
+    per_loop = system.ask({"do": "prepare", "loops": 100})["seconds"] / 100
+    for length in LENGTHS:
+        loops[length] = max(1, round(length / 1e3 / per_loop))
+    return loops
+
+
+def figure_8_and_11(counts: Sequence[int], seconds: float, repeats: int) -> list[dict[str, Any]]:
+    """Returns a row for each length and number of clients, ours and JAX's measured in turn."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.ExitStack() as stack:
+        access = stack.enter_context(cluster())
+        ours = stack.enter_context(clients([1.0] * max(counts)))
+        theirs = start([JAX] * max(counts)) if JAX.python.exists() else []
+        for system in theirs:
+            stack.callback(system.close)
+        loops = calibrated(ours[0])
+        their_loops = calibrated(theirs[0]) if theirs else loops
+        for length in LENGTHS:
+            ask_all(ours, {"do": "prepare", "loops": loops[length]})
+            if theirs:
+                ask_all(theirs, {"do": "prepare", "loops": their_loops[length]})
+            found: dict[tuple[str, int], list[float]] = {}
+            busy: dict[int, list[float]] = {}
+            for _, count in itertools.product(range(repeats), counts):
+                with Sampler(access) as sampler:
+                    answers = ask_all(ours[:count], {"do": "flood", "loops": loops[length], "seconds": seconds})
+                found.setdefault(("ours", count), []).append(throughput(answers))
+                busy.setdefault(count, []).append(utilisation(sampler, answers))
+                if theirs:
+                    request = {"do": "flood", "loops": their_loops[length], "seconds": seconds}
+                    found.setdefault(("jax", count), []).append(throughput(ask_all(theirs[:count], request)))
+            rows += [_figure_8_row(length, count, counts, found, busy) for count in counts]
+            print(f"{length} ms: done", file=sys.stderr, flush=True)
+    return rows
+
+
+def _figure_8_row(
+    length: float,
+    count: int,
+    counts: Sequence[int],
+    found: dict[tuple[str, int], list[float]],
+    busy: dict[int, list[float]],
+) -> dict[str, Any]:
+    row = {"ms": length, "clients": count}
+    for system in ("ours", "jax"):
+        speeds = found.get((system, count), [])
+        row[f"{system}_per_s"] = median(speeds)
+        row[f"{system}_over_single"] = median(speeds) / median(found.get((system, counts[0]), []))
+    return {**row, "device_busy": median(busy[count])}
+
+
+def utilisation(sampler: Sampler, answers: Sequence[dict[str, Any]]) -> float:
+    """Returns the part of the time in which the device computed, while all clients flooded."""
+    rows = sampler.between(max(a["began"] for a in answers) + 0.3, min(a["ended"] for a in answers))
+    if len(rows) < 2:
+        return float("nan")
+    return (rows[-1][2] - rows[0][2]) / (rows[-1][0] - rows[0][0])
+
+
+def figure_9(seconds: float) -> list[dict[str, Any]]:
+    """Returns a row for each set of weights: the largest difference from the ideal in any window."""
+    rows = []
+    for weights in WEIGHTS:
+        with cluster() as access, clients(weights) as ours:
+            loops = calibrated(ours[0])[2.0]
+            ask_all(ours, {"do": "prepare", "loops": loops})
+            with Sampler(access) as sampler:
+                answers = ask_all(ours, {"do": "flood", "loops": loops, "seconds": seconds})
+            found = sampler.between(max(a["began"] for a in answers) + 0.5, min(a["began"] for a in answers) + seconds)
+            rows.append({"weights": ":".join(map(str, weights)), **_worst(windows(found), weights)})
+    return rows
+
+
+def windows(rows: Sequence[tuple[float, dict[int, float], float]]) -> list[dict[int, float]]:
+    """Returns each client's part of the device time in every window."""
+    found = []
+    for first in rows:
+        last = next((row for row in rows if row[0] >= first[0] + WINDOW_SECONDS), None)
+        if last is None:
+            break
+        used = {client: last[1][client] - first[1].get(client, 0.0) for client in last[1]}
+        total = sum(used.values())
+        found.append({client: seconds / total for client, seconds in used.items()})
+    return found
+
+
+def _worst(found: Sequence[dict[int, float]], weights: Sequence[int]) -> dict[str, Any]:
+    ideal = sorted(weight / sum(weights) for weight in weights)
+    # Clients are told apart by their shares: the ideal ones rise, or are equal.
+    shares = [sorted(window.values()) for window in found]
+    differences = [abs(a - b) for window in shares for a, b in zip(window, ideal, strict=True)]
+    last = [median([window[n] for window in shares]) for n in range(len(ideal))]
+    return {
+        "windows": len(found),
+        "ideal": " ".join(f"{part:.3f}" for part in ideal),
+        "median": " ".join(f"{part:.3f}" for part in last),
+        "largest_difference": max(differences),
+    }
+
+
+def latency(seconds: float) -> list[dict[str, Any]]:
+    """Returns, by policy, how long a client of 1 ms waits beside three that flood with 10 ms."""
+    rows = []
+    for policy in POLICIES:
+        with cluster(policy), clients([1.0] * 4) as ours:
+            loops = calibrated(ours[0])
+            short = max(1, loops[10.0] // 10)
+            long_ms = ask_all(ours, {"do": "prepare", "loops": loops[10.0]})[0]["seconds"] * 1e3
+            ours[3].ask({"do": "prepare", "loops": short})
+            alone = ours[3].ask({"do": "probe", "loops": short, "seconds": 3, "pause": 0.02})["waits"]
+            flooding = threading.Thread(
+                target=ask_all, args=(ours[:3], {"do": "flood", "loops": loops[10.0], "seconds": seconds + 2})
+            )
+            flooding.start()
+            time.sleep(1)
+            waits = ours[3].ask({"do": "probe", "loops": short, "seconds": seconds, "pause": 0.02})["waits"]
+            flooding.join()
+            rows.append(
+                {
+                    "policy": policy,
+                    "calls": len(waits),
+                    "alone_p50_ms": quantile(alone, 0.5) * 1e3,
+                    "p50_ms": quantile(waits, 0.5) * 1e3,
+                    "p99_ms": quantile(waits, 0.99) * 1e3,
+                    "long_ms": long_ms,
+                    "p99_in_long": quantile(waits, 0.99) * 1e3 / long_ms,
+                }
+            )
+    return rows
+
+
+def quantile(values: Sequence[float], part: float) -> float:
+    """Returns the value that this part of the others does not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]
+
+
+def second_client(repeats: int) -> list[dict[str, Any]]:
+    """Returns how long a second client takes to its first result on a cluster that has its devices in use."""
+    with cluster(), clients([1.0]) as ours:
+        ours[0].ask({"do": "prepare", "loops": 1})
+        found = [
+            float(subprocess.run([sys.executable, "-c", _SECOND_CLIENT], capture_output=True, text=True).stdout)
+            for _ in range(repeats)
+        ]
+    return [{"tries": repeats, "median_s": median(found), "slowest_s": max(found)}]
+
+
+def draw(rows: Sequence[dict[str, Any]]) -> Axes:
+    """Returns the throughput of all clients, over that of one."""
+    axes = panel("clients", "throughput of all, over that of one")
+    for length in sorted({row["ms"] for row in rows}):
+        mine = [row for row in rows if row["ms"] == length]
+        for system, style in (("ours", "o-"), ("jax", "x--")):
+            counts = [row["clients"] for row in mine]
+            axes.plot(counts, [row[f"{system}_over_single"] for row in mine], style, label=f"{system}, {length} ms")
+    axes.set_xscale("log", base=2)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return axes
+
+
+def main() -> None:
+    """Entry point."""
+    parser = argument_parser(__doc__)
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "throughput": lambda: figure_8_and_11(given.clients, given.seconds, given.repeats),
+        "shares": lambda: figure_9(given.share_seconds),
+        "latency": lambda: latency(given.share_seconds),
+        "start": lambda: second_client(given.repeats),
+    }
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all if none is named")
+    parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8, 16], help="numbers of clients")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement of throughput")
+    parser.add_argument("--share-seconds", type=float, default=20.0, help="of one measurement of shares, or latency")
+    given = parser.parse_args()
+    if unknown := set(given.parts) - set(parts):
+        parser.error(f"there is no part {', '.join(sorted(unknown))}")
+    results: dict[str, Any] = {"machine": machine()}
+    for name in given.parts or parts:
+        results[name] = parts[name]()
+        print(f"\n{name}")
+        print_table(list(results[name][0]), [list(row.values()) for row in results[name]])
+    finish("tenancy", results, draw(results.get("throughput", [])), print_json=given.json)
+
+
+if __name__ == "__main__":
+    main()
