@@ -8,6 +8,7 @@ Settings are composed by Hydra from `configs/`; `recipes/settings.py` says what 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
@@ -91,6 +92,7 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
             {"x": shape, "y": shape},
         ),
         state={"model": model, "optimizer": optimizer, "schedule": schedule},
+        description=dataclasses.asdict(settings.model),
     )
     train(job, config, settings.checkpoint, run_dir)
 

@@ -90,6 +90,7 @@ class Job:
         tokens_per_step: tokens of a batch, for the throughput.
         flops_per_step: floating-point operations of a step, or None if they are not known.
         state: what a checkpoint holds: model, optimizers, learning rates.
+        description: of the model, for recipes that load its checkpoints: see recipes/models/trained_gpt.py.
         unit: of the loss.
     """
 
@@ -100,6 +101,7 @@ class Job:
     tokens_per_step: int
     flops_per_step: int | None
     state: Mapping[str, Any]
+    description: Mapping[str, Any] | None = None
     unit: str = "nats/byte"
 
 
@@ -109,7 +111,7 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
     Raises:
         SystemExit: a signal asked for the end, and a checkpoint is written.
     """
-    checkpoints = Checkpoints(checkpoint, job.state)
+    checkpoints = Checkpoints(checkpoint, job.state, job.description)
     done = checkpoints.resume()
     if done >= config.steps:
         print(f"nothing to do: the checkpoint is of step {done}, and train.steps is {config.steps}", flush=True)
