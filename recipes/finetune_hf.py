@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,10 @@ import torchways as tw
 from recipes import metrics, settings
 from recipes.data import TextData
 from recipes.flops import count_step_flops
-from recipes.models.hugging_face import HuggingFaceConfig, layers_name, write_model
+from recipes.models.hugging_face import Bytes, HuggingFaceConfig, layers_name, write_model
 from recipes.optim import build_optimizer, build_schedule
-from recipes.train_lm import place_model
+from recipes.streams import open_stream, windows
+from recipes.train_lm import place_model, stage_meshes
 from recipes.training import Job, mean_of, next_token_loss, precision, run_recipe, train
 from torchways.errors import ConfigError
 
@@ -68,7 +69,8 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     """Trains, evaluates and writes everything to `run_dir`, the model too."""
     config, parallel = settings.train, settings.parallel
     torch.manual_seed(config.seed)
-    model = make_model(settings)
+    meshes = stage_meshes(settings)
+    model = make_model(settings, meshes)
     model.train()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info(
@@ -109,7 +111,12 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     codec = settings.model.codec()
     job = Job(
         step=train_step,
-        batches=data.train_batches(config.batch_size, seed=config.seed),
+        batches=open_stream(
+            *(settings.data, data, meshes[0][0], windows),
+            tokens_of=None if isinstance(codec, Bytes) else settings.model.path,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        ),
         evaluate=evaluate,
         schedules=[schedule],
         state={"model": model, "optimizer": optimizer, "schedule": schedule},
@@ -123,16 +130,16 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     log.info("model: written to %s", run_dir / "model")
 
 
-def make_model(settings: Settings) -> Any:
+def make_model(settings: Settings, meshes: Sequence[Sequence[tw.VirtualSlice]]) -> Any:
     """Returns the model on its slices, in fp32: that of the directory, or a new one."""
     config = settings.model
     with torch.device("meta"):
         layers = layers_name(config.new_model(), config.n_layers) if settings.stage_starts() else ""
     if config.path is None:
         return place_model(
-            settings, config.new_model if settings.parallel.init_on_slices else config.new_model(), layers
+            settings, config.new_model if settings.parallel.init_on_slices else config.new_model(), layers, meshes
         )
-    model = place_model(settings, lambda: config.empty_model(torch.float32), layers)
+    model = place_model(settings, lambda: config.empty_model(torch.float32), layers, meshes)
     config.load_weights(model)
     return model
 

@@ -178,10 +178,14 @@ class HuggingFaceConfig:
 
     def codec(self) -> Bytes | Tokenizer:
         """Returns what makes tokens of text."""
-        folder = self._folder() if self.path is not None else None
-        if folder is None or not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
-            return Bytes()
-        return Tokenizer(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
+        return Bytes() if self.path is None else read_codec(self._folder())
+
+
+def read_codec(folder: Path) -> Bytes | Tokenizer:
+    """Returns what makes tokens of text for the model in a directory: its tokenizer, or bytes if it has none."""
+    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return Bytes()
+    return Tokenizer(transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True))
 
 
 class Bytes:

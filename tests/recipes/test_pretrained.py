@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 import transformers
 
 import torchways as tw
-from recipes import finetune_hf, generate
+from recipes import finetune_hf, generate, train_lm
 from recipes.data import DataConfig
 from recipes.models.gpt import GPT, GPTConfig
 from recipes.models.hugging_face import HuggingFaceConfig, write_model
@@ -185,7 +185,7 @@ def test_a_directory_is_loaded_to_stages_and_replicas_and_written_in_several_fil
     x = torch.randint(0, 256, (4, 8))
     for parallel in ({"pipeline_stages": 2, "fully_shard": True}, {"pipeline_stages": 1, "replicas": 2}):
         settings = finetuning(tmp_path / "model", tmp_path, **parallel)
-        model = finetune_hf.make_model(settings).eval()
+        model = finetune_hf.make_model(settings, train_lm.stage_meshes(settings)).eval()
         assert no_reads == []
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}  # what an optimizer changes
         logits = tw.program(lambda x, model=model: model(input_ids=x).logits)
@@ -246,7 +246,7 @@ def test_checkpoints_of_train_lm_generate_and_are_trained_further(islands, tmp_p
         assert text == generate.Bytes().decode(tokens[0].tolist()) + "\n"
 
     settings = finetuning(folder, tmp_path, pipeline_stages=2)
-    model = finetune_hf.make_model(settings).eval()
+    model = finetune_hf.make_model(settings, train_lm.stage_meshes(settings)).eval()
     x = torch.randint(0, 256, (4, 16))
     with torch.no_grad():
         found = tw.program(lambda x: model(input_ids=x).logits)(x).cpu()
