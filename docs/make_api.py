@@ -100,7 +100,7 @@ def page() -> str:
         "# API",
         "<!-- Made by docs/make_api.py from docstrings: edit those, then run `make docs`. -->",
         "`import torchways as tw` has these public names. The words *island*, *slice*, *program* and *array* are "
-        "explained in the [README](../README.md#concepts).",
+        "explained in the [README](../README.md#the-first-program).",
         "\n".join(
             f"- **{title}**: " + ", ".join(f"[`{name}`](#{_anchor(name)})" for name in names)
             for title, names in GROUPS.items()

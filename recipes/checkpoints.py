@@ -10,6 +10,7 @@ from types import FrameType, TracebackType
 from typing import Any
 
 import torchways as tw
+from recipes.models.trained_gpt import DESCRIPTION, write_description
 from recipes.settings import CheckpointConfig
 from torchways.errors import CheckpointError, ConfigError
 
@@ -27,8 +28,18 @@ class Checkpoints:
         signal: the signal that came, or None.
     """
 
-    def __init__(self, config: CheckpointConfig, state: Mapping[str, Any]) -> None:
+    def __init__(
+        self, config: CheckpointConfig, state: Mapping[str, Any], description: Mapping[str, Any] | None = None
+    ) -> None:
+        """Writes nothing yet.
+
+        Args:
+            config: the settings.
+            state: what a checkpoint holds.
+            description: what other recipes need to know of the model; None: they cannot load it.
+        """
         self._config = config
+        self._description = description
         self._state = state
         self._folder = Path(config.folder)
         self._handlers: dict[int, Any] = {}
@@ -71,9 +82,17 @@ class Checkpoints:
 
     def __enter__(self) -> Checkpoints:
         if self._config.every is not None:
+            if self._description is not None:
+                self._describe(self._description)
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._handlers[number] = signal.signal(number, self._note)
         return self
+
+    def _describe(self, description: Mapping[str, Any]) -> None:
+        try:
+            write_description(self._folder, description)
+        except OSError as error:  # no reason to end the training, as with checkpoints themselves
+            log.error("%s cannot be written in %s: %s", DESCRIPTION, self._folder, error)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

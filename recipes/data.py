@@ -6,6 +6,7 @@ tokenizer. Everything is a function of the files and the seed: two runs see the 
 
 from __future__ import annotations
 
+import enum
 import hashlib
 import sysconfig
 from collections.abc import Callable, Iterator
@@ -25,6 +26,13 @@ _NOT_LIBRARY = frozenset({"site-packages", "dist-packages", "test", "tests", "id
 _FILES_TO_SPLIT_BY_FILE = 40
 
 
+class Loader(enum.Enum):
+    """Who reads the batches of the training."""
+
+    controller = "controller"
+    hosts = "hosts"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DataConfig:
     """Which text to train on."""
@@ -38,11 +46,20 @@ class DataConfig:
     validation_fraction: float = 0.05
     """Part of the text that is held out."""
 
+    loader: Loader = Loader.controller
+    """controller: this process reads batches and sends them with each step. hosts: `tw.data_loader` reads them beside
+    the executors of the first slice, which must find the text under the same path. The batches are the same."""
+
+    num_workers: int = 0
+    """With loader=hosts: processes that read batches; 0: the slice's data process does."""
+
     def __post_init__(self) -> None:
         if self.path == "":
             raise ValueError("path is empty; give a text file, a folder of them, or null for Python's standard library")
         if not self.pattern or self.pattern.startswith("/"):
             raise ValueError(f"pattern is {self.pattern!r} but must be a glob of file names; try '*.txt' or '*'")
+        if self.num_workers < 0:
+            raise ValueError(f"num_workers is {self.num_workers} but must be at least 0; 0 needs no further process")
         if not 0.0 < self.validation_fraction <= 0.5:
             raise ValueError(
                 f"validation_fraction is {self.validation_fraction} but must be above 0 and at most 0.5; try 0.05"
@@ -55,6 +72,7 @@ class TextData:
     Attributes:
         train: tokens to train on; bytes as uint8.
         validation: tokens held out.
+        seq_len: length of a window, in tokens.
         summary: one line for the log: source, sizes, checksum.
     """
 
@@ -86,7 +104,7 @@ class TextData:
                     f"data.path={source} gives {len(tokens)} {unit} of {part} text, but one window takes "
                     f"model.seq_len + 1 = {seq_len + 1}; give more text or a smaller model.seq_len"
                 )
-        self._seq_len = seq_len
+        self.seq_len = seq_len
         self.summary = f"{source}: {len(files)} files, {sizes}, sha256 {checksum}"
 
     def train_batches(self, batch_size: int, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -100,19 +118,19 @@ class TextData:
 
     def validation_batches(self, batch_size: int, num_batches: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yields `num_batches` batches of windows spread evenly over the validation text, the same at every call."""
-        last_start = len(self.validation) - self._seq_len - 1
+        last_start = len(self.validation) - self.seq_len - 1
         starts = np.linspace(0, last_start, num_batches * batch_size).astype(np.int64)
         for batch_starts in starts.reshape(num_batches, batch_size):
             yield self._windows(self.validation, batch_starts)
 
     def _shuffled_starts(self, rng: np.random.Generator) -> Iterator[int]:
-        last_start = len(self.train) - self._seq_len - 1
+        last_start = len(self.train) - self.seq_len - 1
         while True:
-            offset = int(rng.integers(min(self._seq_len, last_start + 1)))
-            yield from rng.permutation(np.arange(offset, last_start + 1, self._seq_len))
+            offset = int(rng.integers(min(self.seq_len, last_start + 1)))
+            yield from rng.permutation(np.arange(offset, last_start + 1, self.seq_len))
 
     def _windows(self, text: np.ndarray, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        windows = torch.from_numpy(text[starts[:, None] + np.arange(self._seq_len + 1)].astype(np.int64))
+        windows = torch.from_numpy(text[starts[:, None] + np.arange(self.seq_len + 1)].astype(np.int64))
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 

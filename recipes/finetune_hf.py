@@ -3,8 +3,9 @@
     twrun --islands 2 --devices-per-island 1 recipes/finetune_hf.py                             # a new, small Llama
     twrun --islands 2 --devices-per-island 1 recipes/finetune_hf.py model.path=DIRECTORY data=text data.path=FILES
 
-A directory has the form of `save_pretrained`, and so has the result: the folder `model` of the run. Nothing is
-downloaded. Stages begin at layers of the model, wherever its class keeps them.
+A directory has the form of `save_pretrained`, or is one where train_lm.py keeps its checkpoints. The executors read
+their parts of it: no process holds all of them. The result, the folder `model` of the run, has the form of
+`save_pretrained`. Nothing is downloaded. Stages begin at layers of the model, wherever its class keeps them.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from __future__ import annotations
 import logging
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
@@ -27,9 +29,10 @@ import torchways as tw
 from recipes import metrics, settings
 from recipes.data import TextData
 from recipes.flops import count_step_flops
-from recipes.models.hugging_face import HuggingFaceConfig, layers_name
+from recipes.models.hugging_face import Bytes, HuggingFaceConfig, layers_name, write_model
 from recipes.optim import build_optimizer, build_schedule
-from recipes.train_lm import place_model
+from recipes.streams import open_stream, windows
+from recipes.train_lm import place_model, stage_meshes
 from recipes.training import Job, mean_of, next_token_loss, precision, run_recipe, train
 from torchways.errors import ConfigError
 
@@ -66,11 +69,8 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     """Trains, evaluates and writes everything to `run_dir`, the model too."""
     config, parallel = settings.train, settings.parallel
     torch.manual_seed(config.seed)
-    with torch.device("meta"):
-        layers = layers_name(settings.model.new_model(), settings.model.n_layers) if settings.stage_starts() else ""
-    model = place_model(
-        settings, settings.model.new_model if parallel.init_on_slices else settings.model.load_model(), layers
-    )
+    meshes = stage_meshes(settings)
+    model = make_model(settings, meshes)
     model.train()
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
     log.info(
@@ -111,7 +111,12 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
     codec = settings.model.codec()
     job = Job(
         step=train_step,
-        batches=data.train_batches(config.batch_size, seed=config.seed),
+        batches=open_stream(
+            *(settings.data, data, meshes[0][0], windows),
+            tokens_of=None if isinstance(codec, Bytes) else settings.model.path,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        ),
         evaluate=evaluate,
         schedules=[schedule],
         state={"model": model, "optimizer": optimizer, "schedule": schedule},
@@ -120,11 +125,23 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
         unit=codec.unit,
     )
     train(job, config, settings.checkpoint, run_dir)
-    plain = settings.model.new_model()
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(run_dir / "model")
+    write_model(model, settings.model, run_dir / "model")
     codec.save(run_dir / "model")
     log.info("model: written to %s", run_dir / "model")
+
+
+def make_model(settings: Settings, meshes: Sequence[Sequence[tw.VirtualSlice]]) -> Any:
+    """Returns the model on its slices, in fp32: that of the directory, or a new one."""
+    config = settings.model
+    with torch.device("meta"):
+        layers = layers_name(config.new_model(), config.n_layers) if settings.stage_starts() else ""
+    if config.path is None:
+        return place_model(
+            settings, config.new_model if settings.parallel.init_on_slices else config.new_model(), layers, meshes
+        )
+    model = place_model(settings, lambda: config.empty_model(torch.float32), layers, meshes)
+    config.load_weights(model)
+    return model
 
 
 def loss_of(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:

@@ -2,9 +2,10 @@
 
     twrun --islands 1 --devices-per-island 2 recipes/generate.py model.path=DIRECTORY "generate.prompt='def main('"
 
-A directory has the form of `save_pretrained`, as recipes/finetune_hf.py writes it. Without one, the model is made of
-settings with weights that were just drawn, so the text means nothing. The layers' products and the key-value cache are
-split over the devices.
+A directory has the form of `save_pretrained`, as recipes/finetune_hf.py writes it, or is one where train_lm.py keeps
+its checkpoints (outputs/train_lm/checkpoints). The devices' process reads it; this one does not. Without one, the model
+is made of settings with weights that were just drawn, so the text means nothing. The layers' products and the key-value
+cache are split over the devices.
 """
 
 from __future__ import annotations
@@ -108,10 +109,14 @@ def generate(settings: Settings, prompt: tuple[Bytes | Tokenizer, torch.Tensor],
     """Prints each continuation after the prompt, and writes them to `text.txt` in `run_dir`."""
     (codec, tokens), config = prompt, settings.generate
     torch.manual_seed(config.seed)
-    model = settings.model.load_model().eval()
     num_devices = 1 if tw.is_eager() else tw.cluster_info().islands[0].num_devices
     mesh = tw.init_device_mesh((num_devices,), mesh_dim_names=("tp",), island=0)
-    tw.parallelize_module(model, mesh, tw.tensor_parallel)
+    has_weights = settings.model.path is not None
+    made = settings.model.empty_model if has_weights else settings.model.new_model()
+    model = tw.parallelize_module(made, mesh, tw.tensor_parallel).eval()
+    if has_weights:
+        settings.model.load_weights(model)
+        model.generation_config = settings.model.generation_config() or model.generation_config
     draws = (
         {"temperature": config.temperature, "top_k": config.top_k or 0, "top_p": config.top_p}
         if config.do_sample

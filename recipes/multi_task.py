@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +35,7 @@ from recipes.models.gpt import GPTConfig
 from recipes.models.multi_task import MultiTaskModel
 from recipes.optim import build_optimizer, build_schedule
 from recipes.settings import IslandsSettings
+from recipes.streams import line_ends, open_stream
 from recipes.training import Job, island_meshes, precision, read_text, run_recipe, train
 
 log = logging.getLogger("multi_task")
@@ -116,8 +117,8 @@ def train_multi_task(settings: Settings, data: TextData, run_dir: Path) -> None:
 
     steps = {tasks: make_step(tasks) for tasks in turns}
 
-    def step(tasks: tuple[str, ...], x: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
-        results = steps[tasks](x, {task: targets[task] for task in tasks})
+    def step(tasks: Sequence[str], x: Tensor, targets: dict[str, Tensor]) -> dict[str, Tensor]:
+        results = steps[tuple(tasks)](x, {task: targets[task] for task in tasks})
         for task in tasks:
             schedules[task].step()
         return results
@@ -146,13 +147,8 @@ def train_multi_task(settings: Settings, data: TextData, run_dir: Path) -> None:
     ]
     job = Job(
         step=step,
-        batches=(
-            (tasks, x, targets)
-            for tasks, (x, targets) in zip(
-                itertools.cycle(turns),
-                with_targets(data.train_batches(config.batch_size, seed=config.seed)),
-                strict=False,
-            )
+        batches=open_stream(
+            settings.data, data, meshes[0], line_ends, batch_size=config.batch_size, seed=config.seed, turns=turns
         ),
         evaluate=evaluate,
         schedules=[schedules["encoder"]],  # heads have theirs in `step`

@@ -32,6 +32,7 @@ from recipes.models.gpt import GPT, GPTConfig
 from recipes.models.moe import MoEConfig, SparseGPT
 from recipes.optim import build_optimizer, build_schedule
 from recipes.settings import IslandsSettings
+from recipes.streams import open_stream, windows
 from recipes.training import Job, island_meshes, mean_of, next_token_loss, precision, read_text, run_recipe, train
 
 log = logging.getLogger("sparse_moe")
@@ -57,7 +58,8 @@ def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:
     config, num_microbatches = settings.train, settings.parallel.n_microbatches
     torch.manual_seed(config.seed)
     rows = settings.parallel.rows(config.batch_size)
-    model = place(SparseGPT(settings.model), island_meshes(settings.parallel.islands, rows, setting="parallel.islands"))
+    meshes = island_meshes(settings.parallel.islands, rows, setting="parallel.islands")
+    model = place(SparseGPT(settings.model), meshes)
     log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
@@ -96,7 +98,7 @@ def train_sparse_moe(settings: Settings, data: TextData, run_dir: Path) -> None:
     shape = (config.batch_size, settings.seq_len)
     job = Job(
         step=train_step,
-        batches=data.train_batches(config.batch_size, seed=config.seed),
+        batches=open_stream(settings.data, data, meshes[0], windows, batch_size=config.batch_size, seed=config.seed),
         evaluate=evaluate,
         schedules=[schedule],
         state={"model": model, "optimizer": optimizer, "schedule": schedule},

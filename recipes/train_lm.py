@@ -8,10 +8,11 @@ Settings are composed by Hydra from `configs/`; `recipes/settings.py` says what 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from recipes.flops import count_step_flops
 from recipes.models.gpt import GPT
 from recipes.optim import build_optimizer, build_schedule
 from recipes.settings import Precision, Settings
+from recipes.streams import open_stream, windows
 from recipes.training import Job, mean_of, next_token_loss, precision, read_text, run_recipe, train
 from torchways.errors import ConfigError
 
@@ -47,7 +49,8 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
     config = settings.train
     torch.manual_seed(config.seed)
     module = (lambda: GPT(settings.model)) if settings.parallel.init_on_slices else GPT(settings.model)
-    model = place_model(settings, module, "layers")
+    meshes = stage_meshes(settings)
+    model = place_model(settings, module, "layers", meshes)
     log.info("model: %s parameters in %d layers", f"{model.num_parameters():,}", settings.model.n_layers)
     optimizer = build_optimizer(settings.optim, model.parameters())
     schedule = build_schedule(settings.optim, optimizer, num_steps=config.steps)
@@ -81,7 +84,7 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
     shape = (config.batch_size, settings.seq_len)
     job = Job(
         step=train_step,
-        batches=data.train_batches(config.batch_size, seed=config.seed),
+        batches=open_stream(settings.data, data, meshes[0][0], windows, batch_size=config.batch_size, seed=config.seed),
         evaluate=evaluate,
         schedules=[schedule],
         tokens_per_step=math.prod(shape),
@@ -91,21 +94,27 @@ def train_lm(settings: Settings, data: TextData, run_dir: Path) -> None:
             {"x": shape, "y": shape},
         ),
         state={"model": model, "optimizer": optimizer, "schedule": schedule},
+        description=dataclasses.asdict(settings.model),
     )
     train(job, config, settings.checkpoint, run_dir)
 
 
-def place_model(settings: Settings, module: nn.Module | Callable[[], nn.Module], layers: str) -> Any:
+def place_model(
+    settings: Settings,
+    module: nn.Module | Callable[[], nn.Module],
+    layers: str,
+    meshes: Sequence[Sequence[tw.VirtualSlice]],
+) -> Any:
     """Returns a model, or what `module` builds, with its stages and replicas on their slices.
 
     Args:
         settings: of the recipe.
         module: the model, or what builds it on the slices.
         layers: name of its list of layers.
+        meshes: of `stage_meshes`.
     """
     parallel = settings.parallel
     split_spec = {f"{layers}.{start}": tw.SplitPoint.BEGINNING for start in settings.stage_starts()}
-    meshes = stage_meshes(settings)
 
     def plan(module: nn.Module, mesh: tw.VirtualSlice) -> Mapping[str, Any]:
         return sharding_plan(settings, module, mesh)

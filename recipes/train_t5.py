@@ -8,6 +8,7 @@ settings; nothing is downloaded.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import sys
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ from recipes.flops import count_step_flops
 from recipes.optim import build_optimizer, build_schedule
 from recipes.settings import IslandsSettings, at_least
 from recipes.span_corruption import END, PAD, SpanConfig, corrupted
+from recipes.streams import open_stream, spans
 from recipes.training import Job, island_meshes, mean_of, precision, read_text, run_recipe, train
 
 log = logging.getLogger("train_t5")
@@ -127,10 +129,14 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
         return {metrics.VALIDATION_LOSS: mean_of(eval_step, corrupted(windows, settings.spans, seed=config.seed))}
 
     input_length, target_length = settings.spans.lengths(settings.seq_len)
-    windows = (x for x, _ in data.train_batches(config.batch_size, seed=config.seed))
     job = Job(
         step=train_step,
-        batches=corrupted(windows, settings.spans, seed=config.seed),
+        batches=open_stream(
+            *(settings.data, data, encoder_mesh, spans),
+            batch_size=config.batch_size,
+            seed=config.seed,
+            **dataclasses.asdict(settings.spans),
+        ),
         evaluate=evaluate,
         schedules=[schedule],
         state={"model": model, "optimizer": optimizer, "schedule": schedule},

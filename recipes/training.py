@@ -7,11 +7,10 @@ and writes metrics, a trace and a picture of the loss into the run's folder.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +29,7 @@ from recipes.data import TextData
 from recipes.metrics import MetricLogger
 from recipes.progress import Progress
 from recipes.settings import CheckpointConfig, ClusterConfig, Precision, TrainConfig, read_settings
+from recipes.streams import Stream
 from torchways.errors import ConfigError, InternalError, TorchwaysError
 
 S = TypeVar("S")
@@ -83,23 +83,24 @@ class Job:
     Attributes:
         step: computes an update of a batch; returns at once. Its results are scalars by metric tag, among them
             `metrics.TRAIN_LOSS`; those that are None are left out.
-        batches: the batches, without end: the arguments of `step`. They are the same for each run, so a run that goes
-            on takes those again that it had.
+        batches: the batches, without end: the arguments of `step`. Checkpoints have their place.
         evaluate: returns metrics of the held-out text, among them `metrics.VALIDATION_LOSS`.
         schedules: learning rates; the first one is logged.
         tokens_per_step: tokens of a batch, for the throughput.
         flops_per_step: floating-point operations of a step, or None if they are not known.
         state: what a checkpoint holds: model, optimizers, learning rates.
+        description: of the model, for recipes that load its checkpoints: see recipes/models/trained_gpt.py.
         unit: of the loss.
     """
 
     step: Callable[..., Mapping[str, Tensor | None]]
-    batches: Iterator[tuple[Any, ...]]
+    batches: Stream
     evaluate: Callable[[], Mapping[str, float]]
     schedules: Sequence[LRScheduler]
     tokens_per_step: int
     flops_per_step: int | None
     state: Mapping[str, Any]
+    description: Mapping[str, Any] | None = None
     unit: str = "nats/byte"
 
 
@@ -109,13 +110,11 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
     Raises:
         SystemExit: a signal asked for the end, and a checkpoint is written.
     """
-    checkpoints = Checkpoints(checkpoint, job.state)
+    checkpoints = Checkpoints(checkpoint, {**job.state, "data": job.batches}, job.description)
     done = checkpoints.resume()
     if done >= config.steps:
         print(f"nothing to do: the checkpoint is of step {done}, and train.steps is {config.steps}", flush=True)
         return
-    for _ in itertools.islice(job.batches, done):
-        pass
     progress = Progress(num_steps=config.steps, first=done, tokens_per_step=job.tokens_per_step)
     pending: list[_PendingStep] = []
     with MetricLogger(run_dir) as logger, contextlib.closing(progress), checkpoints:

@@ -2,10 +2,12 @@
 
 import copy
 import resource
+import signal
 import subprocess
 import sys
 import time
 
+import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -214,12 +216,20 @@ def test_only_the_latest_are_kept_and_the_rest_of_a_run_goes_on(meshes, tmp_path
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000009"]
 
 
+def writer_of(mesh):
+    """Returns the process that writes for a slice's executor."""
+    name = f"executor {status_of(mesh).executor_id}"
+    [pid] = [pid for role, pid in tw.cluster_info().processes if role == name]
+    [writer] = [child for child in psutil.Process(pid).children() if "checkpoint writer" in " ".join(child.cmdline())]
+    return writer
+
+
 def test_a_disk_that_is_full(meshes, tmp_path):
-    """The executor may write no more than a little; the last checkpoint stays, and training goes on."""
+    """The executor's writer may write no more than a little; the last checkpoint stays, and training goes on."""
     state, steps = training(tw.function(gpt(), mesh=meshes[0]))
     steps(1)
     tw.checkpoint.save(tmp_path, state, step=1).result()
-    [pid] = [pid for name, pid in tw.cluster_info().processes if name == f"executor {status_of(meshes[0]).executor_id}"]
+    pid = writer_of(meshes[0]).pid
     limits = resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     try:
         saving = tw.checkpoint.save(tmp_path, state, step=2, keep=1)
@@ -232,6 +242,24 @@ def test_a_disk_that_is_full(meshes, tmp_path):
     steps(1)
     tw.checkpoint.save(tmp_path, state, step=3, keep=1).result()
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+def test_the_writing_process_has_low_priority_and_may_be_lost(meshes, tmp_path):
+    state, steps = training(tw.function(gpt(), mesh=meshes[0]))
+    steps(1)
+    tw.checkpoint.save(tmp_path, state, step=1).result()
+    writer = writer_of(meshes[0])
+    assert writer.nice() > 0
+    writer.send_signal(signal.SIGSTOP)  # in the middle of its work
+    saving = tw.checkpoint.save(tmp_path, state, step=2)
+    steps(3)  # which does not wait for it
+    assert not saving.done()
+    writer.kill()
+    with pytest.raises(CheckpointError, match=r"the process that writes checkpoints has ended \(exit code -9\)"):
+        saving.result()
+    steps(1)
+    assert tw.checkpoint.save(tmp_path, state, step=3, keep=1).result().name == "step_00000003"
+    assert writer_of(meshes[0]).pid != writer.pid
 
 
 def test_a_value_that_is_gone_is_not_saved(meshes, tmp_path):

@@ -103,19 +103,19 @@ def check_losses(recipe: ModuleType, folder: Path, overrides: list[str], monkeyp
         pytest.param(sparse_moe, [*GPT, "model.n_experts=3"], id="sparse_moe"),
         pytest.param(
             sparse_moe,
-            [*GPT, "model.n_experts=2", "model.capacity_factor=0.75"],
+            [*GPT, "model.n_experts=2", "model.capacity_factor=0.75", "data.loader=hosts"],
             id="sparse_moe_capacity",
             marks=pytest.mark.slow,
         ),
         pytest.param(multi_task, GPT, id="multi_task"),
         pytest.param(
             multi_task,
-            [*GPT, "tasks.order=alternate", "parallel.n_microbatches=2", "optim=adamw"],
+            [*GPT, "tasks.order=alternate", "parallel.n_microbatches=2", "optim=adamw", "data.loader=hosts"],
             id="multi_task_alternate",
             marks=pytest.mark.slow,
         ),
-        pytest.param(train_t5, T5, id="train_t5"),
-        pytest.param(finetune_hf, LLAMA, id="finetune_hf", marks=pytest.mark.slow),
+        pytest.param(train_t5, [*T5, "data.loader=hosts"], id="train_t5"),
+        pytest.param(finetune_hf, [*LLAMA, "data.loader=hosts"], id="finetune_hf", marks=pytest.mark.slow),
     ],
 )
 def test_losses_are_those_of_eager(islands, recipe, overrides, text, tmp_path, monkeypatch):

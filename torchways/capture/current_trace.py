@@ -48,6 +48,9 @@ class CurrentTrace(Protocol):
     def inputs(self) -> Sequence[object]:
         """The inputs of the graph so far."""
 
+    def node_of(self, tensor: Any) -> torch.fx.Node | None:
+        """Returns the node of a tensor's present value, or None if it is none of this trace's."""
+
     # ---- regions
 
     def unplaced(self) -> AbstractContextManager[None]:

@@ -220,10 +220,12 @@ class _Job:
             self._written += session.save_buffers(str(self._partial), buffers)
 
     def write(self) -> None:
-        """Writes what is the controller's, waits for the executors, and makes the checkpoint complete."""
+        """Waits for the executors, writes what is the controller's, and makes the checkpoint complete."""
         if self._error is not None:
             raise self._error
         assert self._partial is not None
+        # First: making the plan would hold up the caller, who has just got `save` back and needs Python's lock.
+        tensors = [tensor for written in self._written for tensor in written.result()]
         writer = FileSystemWriter(self._partial)
         planner = DefaultSavePlanner()
         planner.set_up_planner(self._tree, writer.storage_meta(), is_coordinator=True)
@@ -233,8 +235,7 @@ class _Job:
         mine = [item for item in plan.items if item.index.fqn not in self._remote]
         results = writer.write_data(dataclasses.replace(plan, items=mine), planner).wait()
         index_of = {item.index.fqn: item.index for item in plan.items}
-        for written in self._written:
-            results += [_result(index_of[tensor.name], tensor) for tensor in written.result()]
+        results += [_result(index_of[tensor.name], tensor) for tensor in tensors]
         writer.finish(metadata, [results])
         folders.commit(self._partial, self._final)
         if self._keep is not None:

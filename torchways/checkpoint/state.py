@@ -18,8 +18,7 @@ import torch.utils._pytree as pytree
 from torch import nn
 
 from torchways.array import Array
-from torchways.capture.host_content import HostContent
-from torchways.controller.buffers import HostBuffer, RemoteBuffer
+from torchways.controller.buffers import HostBuffer, RemoteBuffer, empty_array
 from torchways.controller.modules import replaced_by, unread_state
 from torchways.errors import CheckpointError
 from torchways.mesh import Placements, VirtualSlice
@@ -204,4 +203,4 @@ def new_tensor_beside(param: Any, shape: torch.Size, dtype: torch.dtype) -> torc
     if place is None:
         return torch.empty(shape, dtype=dtype)
     mesh, placements = place
-    return Array(HostBuffer(HostContent(tuple(shape), dtype, 0.0), None, mesh, placements), tuple(shape), dtype)
+    return empty_array(tuple(shape), dtype, mesh, placements)

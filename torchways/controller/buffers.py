@@ -232,6 +232,11 @@ def array_like(content: HostContent, follows: torch.Tensor | None) -> Array:
     return Array(HostBuffer(content, follows=follows), content.shape, content.dtype)
 
 
+def empty_array(shape: tuple[int, ...], dtype: torch.dtype, mesh: VirtualSlice, placements: Placements) -> Array:
+    """Returns an array whose value is to be loaded: zero until then, and without memory until its first use."""
+    return Array(HostBuffer(HostContent(shape, dtype, 0.0), None, mesh, placements), shape, dtype)
+
+
 def get_all(tree: Any, timeout: timedelta | None) -> Any:
     """Returns a pytree with the values of its arrays, all as they are between two calls; see `tw.get`."""
     leaves, spec = pytree.tree_flatten(tree)

@@ -153,7 +153,7 @@ def _place_host_state(module: torch.nn.Module, homes: Mapping[str, tuple[Virtual
             continue
         if isinstance(array._buffer, HostBuffer) and name in homes:
             mesh, placements = homes[name]
-            array._buffer = HostBuffer(array._buffer.value, mesh=mesh, placements=placements)
+            array._buffer = HostBuffer(array._buffer.value, mesh=mesh or array._buffer.mesh, placements=placements)
 
 
 def _constrain_here(tensor: torch.Tensor, placements: Sequence[Any]) -> torch.Tensor:

@@ -15,10 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
+from torchways.controller.buffers import empty_array
 from torchways.controller.program import ProgramFunction
 from torchways.controller.session import Session
 from torchways.errors import UserError
 from torchways.mesh import Placements, VirtualSlice
+
+_EMPTY = torch.ops.aten.empty.memory_format
 
 #: Says where a module's tensors go: slice and placements, by all of their names.
 Place = Callable[[torch.nn.Module], dict[str, tuple[VirtualSlice, Placements]]]
@@ -38,6 +41,8 @@ def build_on_slices(
 ) -> torch.nn.Module:
     """Calls `build` within a program; returns the module that it made, whose state are arrays.
 
+    What `build` leaves empty, to be loaded, is zero and takes no memory before its first use.
+
     Args:
         build: returns a new module; traced, so it may do what a program may do.
         place: see `Place`; called with the module once it is built.
@@ -49,6 +54,8 @@ def build_on_slices(
     """
     built: list[torch.nn.Module] = []
     made: list[_Made] = []
+    #: Tensors that have no values yet: of which slice, and how they are split.
+    empty: dict[int, tuple[VirtualSlice, Placements]] = {}
 
     def initialize() -> list[torch.Tensor]:
         mode = current_trace()
@@ -66,15 +73,24 @@ def build_on_slices(
             )
         default = next(iter(homes.values()))
         results = []
-        for item in made:
+        for number, item in enumerate(made):
             mesh, placements = homes.get(item.names[0] if item.names else "", default)
             if not item.names:
                 placements = ("R",) * mesh.root.ndim
+            node = mode.node_of(item.tensor)
+            if node is not None and node.target is _EMPTY:
+                empty[number] = mesh.root, placements
+                continue
             results.append(mode.constrain(item.tensor.detach(), mesh, placements))
         return results
 
-    arrays = ProgramFunction(initialize, None, get_session)()
-    for item, array in zip(made, arrays, strict=True):
+    computed = iter(ProgramFunction(initialize, None, get_session)())
+    for number, item in enumerate(made):
+        array = (
+            empty_array(tuple(item.tensor.shape), item.tensor.dtype, *empty[number])
+            if number in empty
+            else next(computed)
+        )
         value = (
             torch.nn.Parameter(array, item.tensor.requires_grad)
             if isinstance(item.tensor, torch.nn.Parameter)

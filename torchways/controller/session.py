@@ -456,9 +456,13 @@ class Session:
             What will be written where, by each executor.
         """
         by_executor: dict[str, list[pb.NamedBuffer]] = defaultdict(list)
+        executor_of: dict[VirtualSlice, str] = {}
         for name, (buffer, spec) in buffers.items():
-            executor_id = self._executors_of(buffer.mesh)[0].executor_id
-            by_executor[executor_id].append(pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec))
+            if buffer.mesh not in executor_of:
+                executor_of[buffer.mesh] = self._executors_of(buffer.mesh)[0].executor_id
+            by_executor[executor_of[buffer.mesh]].append(
+                pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec)
+            )
         settling: list[concurrent.futures.Future[None]] = []
         saving = []
         for executor_id, named in by_executor.items():

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import gc
 import json
 import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -23,6 +24,7 @@ import torch
 
 from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
+from torchways.executor.checkpoint_writer import CheckpointWriter
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
@@ -56,6 +58,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.engine: Engine
         #: For the scheduler.
         self._events = Outbox(pb.ExecutorEvent)
+        self._checkpoint_writer = CheckpointWriter()
         self._num_messages = 0
         self._num_batches = 0
         #: Their buffers may be named in reads long before the run that makes them is here.
@@ -180,35 +183,38 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self, request: pb.SaveRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.SaveResponse]:
         """Writes buffers to a file; see the service's definition."""
-        values: dict[str, asyncio.Task[torch.Tensor | Failure]] = {}
+        tasks: dict[BufferId, asyncio.Task[Failure | None]] = {}
         try:
-            ids = {BufferId(buffer.buffer_id) for buffer in request.buffers}
-            check_owner(channel.caller(context, self.key).client_id, ids=ids)
+            buffers = {buffer.name: (BufferId(buffer.buffer_id), buffer.spec) for buffer in request.buffers}
+            specs = dict(buffers.values())  # once for tied parameters
+            check_owner(channel.caller(context, self.key).client_id, ids=specs)
             checkpoint_files.check_place(os.path.join(request.folder, request.prefix))
             if os.path.basename(request.prefix) != request.prefix:
                 raise UserError(f"{request.prefix!r} does not begin a file's name")
-            fetches = {buffer_id: self._start_fetch(buffer_id) for buffer_id in ids}
-            # One task for each buffer, which tied parameters share.
-            tasks = {buffer_id: asyncio.create_task(self._fetched(*fetch)) for buffer_id, fetch in fetches.items()}
-            values = {buffer.name: tasks[BufferId(buffer.buffer_id)] for buffer in request.buffers}
+            self._checkpoint_writer.start()
+            snapshot = self._checkpoint_writer.snapshot(specs)
+            for buffer_id in specs:
+                fetch = self._start_fetch(buffer_id, functools.partial(snapshot.keep, buffer_id))
+                tasks[buffer_id] = asyncio.create_task(self._fetched(*fetch))
             # Behind the fetches: from here on, who would donate these buffers waits for their copies.
             await asyncio.wrap_future(self.engine.run(lambda: None))
             yield pb.SaveResponse()
-            specs = {buffer.name: buffer.spec for buffer in request.buffers}
 
-            def value_of(name: str) -> torch.Tensor:
-                task = values.pop(name)  # its memory is free as soon as it is written
-                value = asyncio.run_coroutine_threadsafe(_result(task), self.loop).result()
-                if isinstance(value, Failure):
-                    raise value.to_error()
-                return value
+            def wait_for(name: str) -> None:
+                found = asyncio.run_coroutine_threadsafe(_result(tasks[buffers[name][0]]), self.loop).result()
+                if isinstance(found, Failure):
+                    raise found.to_error()
 
-            written = await asyncio.to_thread(checkpoint_files.write, request.folder, request.prefix, specs, value_of)
+            written = await asyncio.to_thread(
+                self._checkpoint_writer.write, request.folder, request.prefix, buffers, snapshot, wait_for
+            )
+            # Only now: a copy that is under way when a save fails must not meet the next one's values.
+            self._checkpoint_writer.give_back(snapshot)
             yield pb.SaveResponse(tensors=written)
         except (OSError, TorchwaysError) as error:
             yield pb.SaveResponse(failure=convert.failure_to_proto(self._file_failure(error)))
         finally:
-            for task in values.values():
+            for task in tasks.values():
                 task.cancel()
 
     async def LoadBuffers(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> pb.LoadResponse:
@@ -233,20 +239,23 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
         return Failure(kind="CheckpointError", message=str(reason), process=process)
 
-    def _start_fetch(self, buffer_id: BufferId) -> tuple[BufferId, int, asyncio.Future[torch.Tensor | Failure]]:
-        """Asks for a buffer's value, as it is after the runs that are here."""
-        future: asyncio.Future[torch.Tensor | Failure] = self.loop.create_future()
+    def _start_fetch(
+        self, buffer_id: BufferId, copy: Callable[[torch.Tensor], Any] = torch.clone
+    ) -> tuple[BufferId, int, asyncio.Future[Any]]:
+        """Asks for a copy of a buffer's value, as it is after the runs that are here, or its failure."""
+        future: asyncio.Future[Any] = self.loop.create_future()
 
         def fetched(value: torch.Tensor | Failure) -> None:
-            # Cloned on the engine's thread: the buffer may be donated next.
-            value = value.clone() if isinstance(value, torch.Tensor) else value
-            self.loop.call_soon_threadsafe(_set_if_waiting, future, value)
+            # Copied on the engine's thread: the buffer may be donated next.
+            try:
+                copied = copy(value) if isinstance(value, torch.Tensor) else value
+            except (OSError, TorchwaysError) as error:
+                copied = self._file_failure(error)
+            self.loop.call_soon_threadsafe(_set_if_waiting, future, copied)
 
         return buffer_id, self.engine.fetch(buffer_id, fetched), future
 
-    async def _fetched(
-        self, buffer_id: BufferId, fetch_id: int, future: asyncio.Future[torch.Tensor | Failure]
-    ) -> torch.Tensor | Failure:
+    async def _fetched(self, buffer_id: BufferId, fetch_id: int, future: asyncio.Future[Any]) -> Any:
         """Waits until a buffer that was asked for is computed or poisoned."""
         try:
             while True:
@@ -324,7 +333,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             )
 
 
-async def _result(task: asyncio.Task[torch.Tensor | Failure]) -> torch.Tensor | Failure:
+async def _result(task: asyncio.Task[Failure | None]) -> Failure | None:
     return await task
 
 
