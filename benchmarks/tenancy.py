@@ -126,16 +126,19 @@ class Sampler:
         return [row for row in self.rows if began <= row[0] <= ended]
 
 
-def calibrated(system: System) -> dict[float, int]:
-    """Returns the number of products that take each of `LENGTHS`."""
-    loops = {}
-    per_loop = system.ask({"do": "prepare", "loops": 100})["seconds"] / 100
-    for length in LENGTHS:
-        loops[length] = max(1, round(length / 1e3 / per_loop))
-    return loops
+def products_per_ms(system: System) -> float:
+    """Returns how many products take a millisecond."""
+    return 0.1 / min(system.ask({"do": "prepare", "loops": 100})["seconds"] for _ in range(3))
 
 
-def figure_8_and_11(counts: Sequence[int], seconds: float, repeats: int) -> list[dict[str, Any]]:
+def products(length: float, per_ms: float) -> int:
+    """Returns how many products make a computation of so many ms."""
+    return max(1, round(length * per_ms))
+
+
+def figure_8_and_11(
+    counts: Sequence[int], lengths: Sequence[float], seconds: float, repeats: int
+) -> list[dict[str, Any]]:
     """Returns a row for each length and number of clients, ours and JAX's measured in turn."""
     rows: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
@@ -144,21 +147,22 @@ def figure_8_and_11(counts: Sequence[int], seconds: float, repeats: int) -> list
         theirs = start([JAX] * max(counts)) if JAX.python.exists() else []
         for system in theirs:
             stack.callback(system.close)
-        loops = calibrated(ours[0])
-        their_loops = calibrated(theirs[0]) if theirs else loops
-        for length in LENGTHS:
-            ask_all(ours, {"do": "prepare", "loops": loops[length]})
+        per_ms = products_per_ms(ours[0])
+        their_per_ms = products_per_ms(theirs[0]) if theirs else per_ms
+        for length in lengths:
+            loops, their_loops = products(length, per_ms), products(length, their_per_ms)
+            ask_all(ours, {"do": "prepare", "loops": loops})
             if theirs:
-                ask_all(theirs, {"do": "prepare", "loops": their_loops[length]})
+                ask_all(theirs, {"do": "prepare", "loops": their_loops})
             found: dict[tuple[str, int], list[float]] = {}
             busy: dict[int, list[float]] = {}
             for _, count in itertools.product(range(repeats), counts):
                 with Sampler(access) as sampler:
-                    answers = ask_all(ours[:count], {"do": "flood", "loops": loops[length], "seconds": seconds})
+                    answers = ask_all(ours[:count], {"do": "flood", "loops": loops, "seconds": seconds})
                 found.setdefault(("ours", count), []).append(throughput(answers))
                 busy.setdefault(count, []).append(utilisation(sampler, answers))
                 if theirs:
-                    request = {"do": "flood", "loops": their_loops[length], "seconds": seconds}
+                    request = {"do": "flood", "loops": their_loops, "seconds": seconds}
                     found.setdefault(("jax", count), []).append(throughput(ask_all(theirs[:count], request)))
             rows += [_figure_8_row(length, count, counts, found, busy) for count in counts]
             print(f"{length} ms: done", file=sys.stderr, flush=True)
@@ -193,7 +197,7 @@ def figure_9(seconds: float) -> list[dict[str, Any]]:
     rows = []
     for weights in WEIGHTS:
         with cluster() as access, clients(weights) as ours:
-            loops = calibrated(ours[0])[2.0]
+            loops = products(2.0, products_per_ms(ours[0]))
             ask_all(ours, {"do": "prepare", "loops": loops})
             with Sampler(access) as sampler:
                 answers = ask_all(ours, {"do": "flood", "loops": loops, "seconds": seconds})
@@ -234,13 +238,14 @@ def latency(seconds: float) -> list[dict[str, Any]]:
     rows = []
     for policy in POLICIES:
         with cluster(policy), clients([1.0] * 4) as ours:
-            loops = calibrated(ours[0])
-            short = max(1, loops[10.0] // 10)
-            long_ms = ask_all(ours, {"do": "prepare", "loops": loops[10.0]})[0]["seconds"] * 1e3
+            per_ms = products_per_ms(ours[0])
+            short, long = products(1.0, per_ms), products(10.0, per_ms)
+            ask_all(ours[:3], {"do": "prepare", "loops": long})
+            long_ms = ours[0].ask({"do": "prepare", "loops": long})["seconds"] * 1e3
             ours[3].ask({"do": "prepare", "loops": short})
             alone = ours[3].ask({"do": "probe", "loops": short, "seconds": 3, "pause": 0.02})["waits"]
             flooding = threading.Thread(
-                target=ask_all, args=(ours[:3], {"do": "flood", "loops": loops[10.0], "seconds": seconds + 2})
+                target=ask_all, args=(ours[:3], {"do": "flood", "loops": long, "seconds": seconds + 2})
             )
             flooding.start()
             time.sleep(1)
@@ -277,6 +282,11 @@ def second_client(repeats: int) -> list[dict[str, Any]]:
     return [{"tries": repeats, "median_s": median(found), "slowest_s": max(found)}]
 
 
+def lengths(text: str) -> list[float]:
+    """Parses "0.33,2"; for argparse."""
+    return [float(item) for item in text.split(",")]
+
+
 def draw(rows: Sequence[dict[str, Any]]) -> Axes:
     """Returns the throughput of all clients, over that of one."""
     axes = panel("clients", "throughput of all, over that of one")
@@ -287,7 +297,8 @@ def draw(rows: Sequence[dict[str, Any]]) -> Axes:
             axes.plot(counts, [row[f"{system}_over_single"] for row in mine], style, label=f"{system}, {length} ms")
     axes.set_xscale("log", base=2)
     axes.set_ylim(bottom=0)
-    axes.legend()
+    if rows:
+        axes.legend()
     return axes
 
 
@@ -295,13 +306,14 @@ def main() -> None:
     """Entry point."""
     parser = argument_parser(__doc__)
     parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
-        "throughput": lambda: figure_8_and_11(given.clients, given.seconds, given.repeats),
+        "throughput": lambda: figure_8_and_11(given.clients, given.lengths, given.seconds, given.repeats),
         "shares": lambda: figure_9(given.share_seconds),
         "latency": lambda: latency(given.share_seconds),
         "start": lambda: second_client(given.repeats),
     }
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; all if none is named")
     parser.add_argument("--clients", type=numbers, default=[1, 2, 4, 8, 16], help="numbers of clients")
+    parser.add_argument("--lengths", type=lengths, default=LENGTHS, help="of computations, ms")
     parser.add_argument("--seconds", type=float, default=3.0, help="of one measurement of throughput")
     parser.add_argument("--share-seconds", type=float, default=20.0, help="of one measurement of shares, or latency")
     given = parser.parse_args()

@@ -41,6 +41,10 @@ ROOT = Path(__file__).parents[2]
         ("conditions", ["--layers", "1"], "rows"),
         ("transfer", ["--sizes", "4096"], "latency"),
         ("checkpoints", ["--sizes", "nano", "--batch", "2", "--length", "16", "--steps", "2"], "rows"),
+        ("tenancy", ["throughput", "--clients", "1,2", "--lengths", "0.3", "--seconds", "0.3"], "throughput"),
+        pytest.param(
+            "tenancy", ["shares", "latency", "start", "--share-seconds", "6"], "shares", marks=pytest.mark.slow
+        ),
         ("input_pipeline", ["--sizes", "65536", "--devices", "1", "--batches", "6", "--workers", "1"], "rows"),
     ],
 )
