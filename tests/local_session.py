@@ -139,7 +139,7 @@ class LocalSession:
     def wait_for_run(self, run_id):
         pass
 
-    def run_program(self, program_id, name, first_buffer_id, arguments):
+    def run_program(self, program_id, name, results, arguments):
         self.num_runs += 1
         run_id = self.new_ids(1)
         parts, slice_ids, graphs = self.programs[program_id]
@@ -161,7 +161,7 @@ class LocalSession:
         for part in parts:
             slice_id = slice_ids[part.slice_index]
             for slot, number in part.results:
-                self.values[slice_id][first_buffer_id + number] = self._finished[part.slice_index][slot]
+                self.values[slice_id][results.start + number] = self._finished[part.slice_index][slot]
         return run_id
 
     def collect_spans(self, since_ns):
