@@ -142,6 +142,37 @@ def test_a_share_above_the_clusters_limit_is_refused(environment):
         tw.init(priority=4)
 
 
+#: A client whose calls each have parts on both islands, which wait for each other's values; it prints the last result.
+SPANNING = """
+import torch, torchways as tw
+tw.init()
+meshes = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+a, b = [tw.distribute_tensor(torch.zeros(4), mesh) for mesh in meshes]
+
+@tw.program
+def exchange(a, b):
+    total = tw.all_reduce([a + 1, b + 2])
+    return total[0] - a, total[1] - b
+
+for _ in range(100):
+    a, b = exchange(a, b)
+print(a.sum().item(), b.sum().item(), flush=True)
+"""
+
+
+def test_two_clients_over_the_same_islands_do_not_wait_for_each_other(environment):
+    started = [
+        subprocess.Popen([sys.executable, "-c", SPANNING], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    a, b = 0, 0
+    for _ in range(100):
+        a, b = 3 + b, 3 + a
+    for client in started:
+        output, _ = client.communicate(timeout=200)
+        assert output.split() == [str(4.0 * a), str(4.0 * b)]
+
+
 def slow_program(mesh):
     @tw.function(mesh=mesh)
     def slow(m):

@@ -303,6 +303,7 @@ class Admission:
                 self._changed[lane] = None
         result: list[Decision] = []
         while self._changed or self._chosen or self._without_lanes:
+            num_before = len(result)
             changed, self._changed = list(self._changed), {}
             for run in list(self._without_lanes):
                 if not run.spans:
@@ -321,7 +322,7 @@ class Admission:
                     blocked.update(run.lanes)
             for lane in changed:
                 result += self._decide(lane, blocked, now)
-            if not self._changed:
+            if len(result) == num_before:
                 break
         return result
 

@@ -52,6 +52,7 @@ class Cluster:
         self.slices = {}
         self.num = 0
         self.wakes = {}
+        self.lost = set()
         self.unfinished = defaultdict(int)  # client -> its runs
         for number, executors in enumerate(islands):
             self.order.join(number)
@@ -158,10 +159,16 @@ class Cluster:
                     self.computed.append((began, end, executor, run_id))
                 self.at(end, lambda r=run_id, e=executors: self.end(r, e))
 
+    def lose(self, executor):
+        self.lost.add(executor)
+        self.handle(self.island_of[executor], core.ExecutorRemoved(executor_id=executor, reason="signal 9"))
+
     def end(self, run_id, executors):
         ended = [(executor, self.queues[executor].popleft()) for executor in executors]
         self.computing.discard(run_id)
         for executor, (_, slice_id, _) in ended:
+            if executor in self.lost:
+                continue
             report = core.RunEnded(
                 executor_id=executor,
                 run=RunPart(run_id, slice_id),
@@ -318,6 +325,29 @@ def test_with_ageing_nobody_starves():
     cluster.go(10.0)
     [start] = [start for start, _, _, run_id in cluster.computed if run_id == 2 * 10**6]
     assert 3.0 < start < 4.0  # three levels, one a second
+
+
+def test_what_has_no_devices_here_any_more_waits_for_its_order_alone():
+    """Spanning runs of a client, on slices of island 0 that go one after the other while both are held."""
+    cluster = Cluster("ab", "c", window=0.0)
+    cluster.join(1, *"abc")
+    cluster.join(2, "a", "b")
+    long = [cluster.program(2, 0, "a"), cluster.program(2, 1, "b")]
+    cluster.run(long[0], 2 * 10**6, 1.0)
+    cluster.run(long[1], 2 * 10**6 + 1, 1.0)
+    first, second = cluster.program(1, 0, "a", "c"), cluster.program(1, 1, "b", "c")
+    cluster.run(first, 10**6, 0.01)
+    cluster.run(second, 10**6 + 1, 0.01)
+    scheduler = cluster.schedulers[0]
+    assert set(scheduler.admission.runs) == {10**6, 10**6 + 1}
+    for executor in "ba":
+        cluster.lose(executor)
+    assert not scheduler.admission.runs or all(run.is_asked for run in scheduler.admission.runs.values())
+    cluster.go(5.0)
+    assert not scheduler.admission.runs
+    assert not cluster.order.runs
+    assert cluster.finished[10**6] >= {0}
+    assert cluster.finished[10**6 + 1] >= {0}
 
 
 _SETS = ("a", "b", "c", "ab", "bc", "ac", "abc", "aA", "bB", "Bc", "AB")
