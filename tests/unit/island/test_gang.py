@@ -99,7 +99,7 @@ def simulate(seed, gang, num_clients=3, num_computations=1000):
     return island
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(2, 5))])
+@pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 5))])
 def test_four_hosts_three_clients_a_thousand_computations_never_deadlock(seed):
     island = simulate(seed, gang=True)
     assert island.num_done == 3000
