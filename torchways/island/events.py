@@ -47,13 +47,20 @@ class ExecutorRemoved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramRegistered:
-    """A client sent a program; `parts` are opaque, by slice. `islands`: all that it has parts on, or none: this one."""
+    """A client sent a program.
+
+    Attributes:
+        parts: opaque, by slice.
+        islands: all that it has parts on, or none: this one.
+        outline: opaque; what operators are shown of it.
+    """
 
     client_id: ClientId
     program_id: ProgramId
     name: str
     parts: Mapping[SliceId, Any]
     islands: tuple[IslandId, ...] = ()
+    outline: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
