@@ -90,6 +90,7 @@ def init(
     platform: str = "cpu",
     memory_budget: int | None = None,
     memory_wait: timedelta | None = None,
+    stall_warning: timedelta | None = None,
     weight: float = 1.0,
     priority: int = 0,
     log_level: str = "warning",
@@ -109,6 +110,7 @@ def init(
         memory_budget: bytes that buffers may occupy on each device. A computation that needs more waits until others
             have finished. A computation that can never fit is refused.
         memory_wait: how long a computation may wait for memory when nothing is running that could free any.
+        stall_warning: how long a run may make no progress before a warning says what it waits for.
         weight: where several clients want the same devices, their parts of the device time are as their weights.
             Above 0, and at most what the cluster allows (`torchways up --max-weight`). It counts under the policy
             "proportional_share", the default.
@@ -128,7 +130,7 @@ def init(
     global _session, _eager_config
     if _session is not None and not _session.closed:
         raise UserError("tw.init() was called already; call tw.shutdown() first")
-    settings = {"start_timeout": start_timeout, "memory_wait": memory_wait}
+    settings = {"start_timeout": start_timeout, "memory_wait": memory_wait, "stall_warning": stall_warning}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     config = ClusterConfig(
         islands=islands,

@@ -30,6 +30,7 @@ from torchways.executor.plan import LoadedProgram
 from torchways.executor.reduce import Reducer
 from torchways.executor.runs import Cell, Task, lowest
 from torchways.executor.spans import Spans
+from torchways.executor.stalls import Stalls
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
@@ -70,6 +71,8 @@ class Engine:
         budget_bytes: device memory, bytes a device; 0: no limit.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
         gang: "", "leader" or "member"; see `ExecutorState`.
+        stall_warning: seconds without progress after which a run is named in a warning.
+        place: what the executor has, for people: "island 0 devices 0 1".
     """
 
     def __init__(
@@ -84,6 +87,8 @@ class Engine:
         budget_bytes: int = 0,
         memory_wait: float = 60.0,
         gang: str = "",
+        stall_warning: float = 30.0,
+        place: str = "",
     ) -> None:
         self.executor_id = executor_id
         self.runtime = runtime
@@ -93,6 +98,9 @@ class Engine:
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans = Spans()
+        self.stalls = Stalls(stall_warning, place or f"executor {executor_id}", self._called)
+        self._stall_seconds = min(max(stall_warning / 4, 0.02), 5.0)
+        self._stalls_checked = 0.0
         self.num_devices = num_devices
         self._memory_wait = memory_wait
         self._report = report
@@ -180,7 +188,7 @@ class Engine:
             try:
                 busy = self.runtime.progress()
                 self._give_out()
-                timeout = _COMPANY_SECONDS if self._events else 1.0 if self.core.memory.starved else None
+                timeout = _COMPANY_SECONDS if self._events else self._idle_seconds()
                 if busy:
                     now = time.monotonic()
                     idle_since = idle_since or now
@@ -203,6 +211,30 @@ class Engine:
                 logger.exception("the executor's engine failed; ending")
                 os._exit(70)
 
+    def _idle_seconds(self) -> float | None:
+        """Returns when to look again though nothing came; None: whenever something comes."""
+        if self.core.memory.starved:
+            return min(1.0, self._stall_seconds)
+        return self._stall_seconds if self.core.runs or self.stalls.lines() else None
+
+    def _check_stalls(self, now: float) -> None:
+        self._stalls_checked = now
+        for line in self.stalls.check(self.core, now):
+            logger.warning("%s", line)
+
+    def _called(self, task: Task) -> str:
+        """Returns what a computation is called, with what it is of a schedule, and its user's line."""
+        first = task.unit.instructions[0]
+        assert isinstance(first, ComputeInstruction)
+        function = self._codes[task.run.program.part].functions[first.function_index]
+        name = function.name
+        if len(task.unit.instructions) > 1:
+            name += f" and {len(task.unit.instructions) - 1} more"
+        if first.part_of is not None:
+            action = first.part_of.action
+            name += f" (stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
+        return f"{name} at {function.source}" if function.source else name
+
     def _give_out(self) -> None:
         """Sends and reports what the commands so far came to."""
         self.data_plane.flush()
@@ -211,6 +243,8 @@ class Engine:
             self._reported = now
             reported, self._events = self._events, []
             self._report(reported)
+        if now > self._stalls_checked + self._stall_seconds:
+            self._check_stalls(now)
         self.spans.note_waits(self.core.memory.starved)
         if not self.core.memory.starved:
             self._starved_since = 0.0
