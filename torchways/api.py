@@ -38,6 +38,7 @@ from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session, run_seconds
+from torchways.controller.value_checks import check_values as checked_values
 from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.data.spec import LoaderSpec
@@ -335,6 +336,26 @@ def parity(*, rtol: float | None = None, atol: float | None = None) -> contextli
             before the call.
     """
     return parity_mode(rtol=rtol, atol=atol)
+
+
+def check_values() -> contextlib.AbstractContextManager[None]:
+    """Fails the first compiled function that makes NaN or infinity, in programs called inside the context.
+
+    TORCHWAYS_CHECK_VALUES=1 turns this on for a whole run. After each compiled function, also in each microbatch of a
+    pipeline, the executor waits for it, and looks at all its floating-point outputs. If one is not finite, all of
+    them, and what depends on them, are failures. Programs are not traced or compiled again. Computations no longer
+    overlap, so this is for finding an error, not for training. Arguments are not checked, and a function that makes
+    infinity on purpose, such as a mask of -inf that another function reads, fails as well. Slices of several hosts are
+    not checked. With TORCHWAYS_EAGER=1 it has no effect; use `torch.autograd.set_detect_anomaly` there.
+
+    Returns:
+        A context manager. It counts when a program is called, not when its results are read.
+
+    Raises (a read of what depends on such a value):
+        NonFiniteError: the error names the function, your line, the output, how many of its elements are NaN or
+            infinite, and, in a pipeline, stage and microbatch.
+    """
+    return checked_values()
 
 
 def cond(

@@ -22,7 +22,7 @@ import torch
 
 from torchways.errors import Failure, failure_from
 from torchways.executor import events
-from torchways.executor.compiler import Compiler
+from torchways.executor.compiler import Call, Compiler
 from torchways.executor.host_values import as_sent, to_device
 from torchways.executor.loading import PartCode, read_program
 from torchways.executor.local_sums import LocalSums
@@ -33,6 +33,7 @@ from torchways.executor.spans import Spans
 from torchways.executor.stalls import Stalls
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
+from torchways.executor.value_checks import describe_bad, wait_computed
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.ir.part import ComputeInstruction
 from torchways.link.inbox import Inbox
@@ -103,6 +104,7 @@ class Engine:
         self._stalls_checked = 0.0
         self.num_devices = num_devices
         self._memory_wait = memory_wait
+        self._is_gang = bool(gang)
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
         self._reported = 0.0
@@ -230,9 +232,7 @@ class Engine:
         name = function.name
         if len(task.unit.instructions) > 1:
             name += f" and {len(task.unit.instructions) - 1} more"
-        if first.part_of is not None:
-            action = first.part_of.action
-            name += f" (stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
+        name += _action_text(task)
         return f"{name} at {function.source}" if function.source else name
 
     def _give_out(self) -> None:
@@ -374,6 +374,10 @@ class Engine:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
                     outputs, computed = execute(call.executable, inputs, f"{key}.{task.number}.{number}")
+                    # Of several hosts, one that stopped here would leave the others waiting for it.
+                    if task.run.checks_values and not self._is_gang:
+                        wait_computed(self.runtime, computed)
+                        failure = self._check_values(task, call, outputs)
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
                     if call.is_leaf and computed:
@@ -390,6 +394,23 @@ class Engine:
         for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
             cell.buffer, cell.failure = values[slot], poisoned.get(slot)
         self._await_leaves(task, leaves, lowest(list(poisoned.values())) if poisoned else None, issued)
+
+    def _check_values(self, task: Task, call: Call, outputs: Sequence[Any]) -> Failure | None:
+        """Returns the failure of a computation that made NaN or infinity; it has ended."""
+        code = self._codes[task.run.program.part]
+        bad = describe_bad(self.runtime, outputs, [code.slots[slot] for slot in call.outputs])
+        if not bad:
+            return None
+        function = code.functions[call.function_index]
+        action = _action_text(task)
+        message = (
+            f"compiled function {function.name}{action} made a value that is not finite: {bad} (run {task.run.run_id} "
+            f"of {task.run.program.name}, checked by tw.check_values). What it computed from was finite, unless the "
+            "program's arguments were not"
+        )
+        return self.failure(
+            "NonFiniteError", message, function=function.name, source=function.source, run_id=task.run.run_id
+        )
 
     def _await_leaves(self, task: Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
         if not leaves:
@@ -577,6 +598,15 @@ class Engine:
             run_id=run_id,
             process=f"executor {self.executor_id}",
         )
+
+
+def _action_text(task: Task) -> str:
+    """Returns what a computation is of a pipeline's schedule, for people; "" where it is of none."""
+    first = task.unit.instructions[0]
+    if not isinstance(first, ComputeInstruction) or first.part_of is None:
+        return ""
+    action = first.part_of.action
+    return f" (stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
 
 
 def _ids(run: RunPart) -> dict[str, int]:

@@ -344,6 +344,7 @@ def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
         first_buffer_id=BufferId(message.first_buffer_id),
         arguments=arguments_from_bytes(message.arguments),
         cancelled=convert.failure_from_proto(message.failure) if message.HasField("failure") else None,
+        checks_values=message.checks_values,
     )
 
 

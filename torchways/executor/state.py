@@ -241,6 +241,7 @@ class ExecutorState:
             len(program.units),
             reserved_bytes=max(0, reserved),
             cancelled=event.cancelled,
+            checks_values=event.checks_values,
         )
         self.runs[part] = run
         known.num_runs += 1

@@ -65,7 +65,10 @@ class ProgramRegistered:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequested:
-    """A client asked for a run; `arguments` are opaque, by slice, and take `nbytes` while the run is held."""
+    """A client asked for a run; `arguments` are opaque, by slice, and take `nbytes` while the run is held.
+
+    `checks_values`: a function that makes NaN or infinity fails.
+    """
 
     client_id: ClientId
     program_id: ProgramId
@@ -73,6 +76,7 @@ class RunRequested:
     first_buffer_id: BufferId
     arguments: Mapping[SliceId, Any]
     nbytes: int = 0
+    checks_values: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

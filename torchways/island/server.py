@@ -402,6 +402,7 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 first_buffer_id=BufferId(run.first_buffer_id),
                 arguments={SliceId(part.slice_id): part.arguments for part in run.slices},
                 nbytes=sum(len(part.arguments) for part in run.slices),
+                checks_values=run.checks_values,
             )
         case "cancel_runs":
             cancel = message.cancel_runs
@@ -440,6 +441,7 @@ def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
         first_buffer_id=run.first_buffer_id,
         arguments=command.arguments,
         failure=_optional(command.failure),
+        checks_values=run.checks_values,
     )
 
 

@@ -2506,10 +2506,13 @@ class RunProgram(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
+    CHECKS_VALUES_FIELD_NUMBER: _builtins.int
     program_id: _builtins.int
     run_id: _builtins.int
     """unique in the cluster, rises within one client"""
     first_buffer_id: _builtins.int
+    checks_values: _builtins.bool
+    """a function that makes NaN or infinity fails"""
     @_builtins.property
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceArguments]: ...
     def __init__(
@@ -2519,10 +2522,11 @@ class RunProgram(_message.Message):
         run_id: _builtins.int = ...,
         first_buffer_id: _builtins.int = ...,
         slices: _abc.Iterable[Global___SliceArguments] | None = ...,
+        checks_values: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "slices", b"slices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks_values", b"checks_values", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "slices", b"slices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3127,6 +3131,7 @@ class Enqueue(_message.Message):
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    CHECKS_VALUES_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
     sequence: _builtins.int
     program_id: _builtins.int
@@ -3134,6 +3139,8 @@ class Enqueue(_message.Message):
     first_buffer_id: _builtins.int
     arguments: _builtins.bytes
     """a serialized `Arguments`"""
+    checks_values: _builtins.bool
+    """as in RunProgram"""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """set where it is cancelled: what its results are"""
@@ -3148,10 +3155,11 @@ class Enqueue(_message.Message):
         first_buffer_id: _builtins.int = ...,
         arguments: _builtins.bytes = ...,
         failure: Global___Failure | None = ...,
+        checks_values: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "failure", b"failure", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "checks_values", b"checks_values", "failure", b"failure", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
