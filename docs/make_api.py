@@ -57,7 +57,7 @@ GROUPS = {
     "Data": ["data_loader"],
     "Checkpoints": ["checkpoint.save", "checkpoint.load", "checkpoint.latest"],
     "Runs": ["cancel", "deadline"],
-    "Inspection": ["parity", "profile", "cluster_info", "executor_status"],
+    "Inspection": ["parity", "check_values", "profile", "cluster_info", "executor_status"],
 }
 
 #: Classes without a name in `torchways`, of objects that public functions return or take.

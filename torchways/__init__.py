@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torchways.api import (
         balanced_stages,
         cancel,
+        check_values,
         cluster_info,
         cond,
         data_loader,
@@ -68,6 +69,7 @@ _MODULE_OF = {
         [
             "balanced_stages",
             "cancel",
+            "check_values",
             "cluster_info",
             "cond",
             "data_loader",
@@ -114,6 +116,7 @@ __all__ = [
     "all_reduce",
     "balanced_stages",
     "cancel",
+    "check_values",
     "cluster_info",
     "cond",
     "data_loader",

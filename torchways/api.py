@@ -38,6 +38,7 @@ from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session, run_seconds
+from torchways.controller.value_checks import check_values as checked_values
 from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
 from torchways.data.spec import LoaderSpec
@@ -90,6 +91,7 @@ def init(
     platform: str = "cpu",
     memory_budget: int | None = None,
     memory_wait: timedelta | None = None,
+    stall_warning: timedelta | None = None,
     weight: float = 1.0,
     priority: int = 0,
     log_level: str = "warning",
@@ -109,6 +111,7 @@ def init(
         memory_budget: bytes that buffers may occupy on each device. A computation that needs more waits until others
             have finished. A computation that can never fit is refused.
         memory_wait: how long a computation may wait for memory when nothing is running that could free any.
+        stall_warning: how long a run may make no progress before a warning says what it waits for.
         weight: where several clients want the same devices, their parts of the device time are as their weights.
             Above 0, and at most what the cluster allows (`torchways up --max-weight`). It counts under the policy
             "proportional_share", the default.
@@ -128,7 +131,7 @@ def init(
     global _session, _eager_config
     if _session is not None and not _session.closed:
         raise UserError("tw.init() was called already; call tw.shutdown() first")
-    settings = {"start_timeout": start_timeout, "memory_wait": memory_wait}
+    settings = {"start_timeout": start_timeout, "memory_wait": memory_wait, "stall_warning": stall_warning}
     given: dict[str, Any] = {name: value for name, value in settings.items() if value is not None}
     config = ClusterConfig(
         islands=islands,
@@ -333,6 +336,26 @@ def parity(*, rtol: float | None = None, atol: float | None = None) -> contextli
             before the call.
     """
     return parity_mode(rtol=rtol, atol=atol)
+
+
+def check_values() -> contextlib.AbstractContextManager[None]:
+    """Fails the first compiled function that makes NaN or infinity, in programs called inside the context.
+
+    TORCHWAYS_CHECK_VALUES=1 turns this on for a whole run. After each compiled function, also in each microbatch of a
+    pipeline, the executor waits for it, and looks at all its floating-point outputs. If one is not finite, all of
+    them, and what depends on them, are failures. Programs are not traced or compiled again. Computations no longer
+    overlap, so this is for finding an error, not for training. Arguments are not checked, and a function that makes
+    infinity on purpose, such as a mask of -inf that another function reads, fails as well. Slices of several hosts are
+    not checked. With TORCHWAYS_EAGER=1 it has no effect; use `torch.autograd.set_detect_anomaly` there.
+
+    Returns:
+        A context manager. It counts when a program is called, not when its results are read.
+
+    Raises (a read of what depends on such a value):
+        NonFiniteError: the error names the function, your line, the output, how many of its elements are NaN or
+            infinite, and, in a pipeline, stage and microbatch.
+    """
+    return checked_values()
 
 
 def cond(

@@ -47,6 +47,9 @@ class ClusterConfig:
     If None: on CPU an equal share of 80 % of the machine's memory, on TPU no limit."""
     memory_wait: timedelta = timedelta(seconds=60)
     """How long a computation may wait for memory when nothing is running that could free any. Then it fails."""
+    stall_warning: timedelta = timedelta(seconds=30)
+    """How long a run may make no progress before its executor says in its log, in one line, which computation it never
+    did and what that waits for. `torchways status` and `top` show the same."""
     policy: str = "proportional_share"
     """Which client's run is next when several wait for the same devices. "proportional_share": each client gets device
     time by its weight. "first_come_first_served": by order of arrival. "priority": the highest priority first; runs
@@ -59,7 +62,8 @@ class ClusterConfig:
     max_priority: int = 10
     """The highest priority that a client may ask for."""
     metrics_port: int | None = None
-    """Port of the Prometheus page `/metrics`, on `host`. 0 chooses a free port. If None, there is no such page."""
+    """Port of the cluster's web page `/` and of `/metrics` for Prometheus, on `host`. 0 chooses a free port. If None,
+    there are none."""
     executor_idle: timedelta = timedelta(seconds=60)
     """How long an executor stays alive after the last slice of its devices is closed. A new slice of the same devices
     is ready at once until then."""
@@ -86,6 +90,8 @@ class ClusterConfig:
             raise ConfigError(f"log_format must be one of {', '.join(LOG_FORMATS)}, not {self.log_format!r}")
         if self.policy not in POLICIES and not _names_class(self.policy):
             raise ConfigError(f'policy must be one of {", ".join(POLICIES)}, or "module:Class", not {self.policy!r}')
+        if self.stall_warning <= timedelta(0):
+            raise ConfigError(f"stall_warning must be longer than 0 s, not {self.stall_warning.total_seconds():g} s")
         if self.window <= timedelta(0):
             raise ConfigError(f"window must be longer than 0 s, not {self.window.total_seconds():g} s")
         if not 0 < self.max_weight < math.inf:

@@ -67,6 +67,10 @@ class RemoteError(TorchwaysError):
         self.run_id = run_id
 
 
+class NonFiniteError(RemoteError):
+    """A compiled function made NaN or infinity, while values were checked; see `tw.check_values`."""
+
+
 class DataError(RemoteError):
     """An input pipeline failed: its dataset cannot be made, or an item of it cannot be read; see `tw.data_loader`."""
 

@@ -112,8 +112,8 @@ def run_script(path, *command):
     return done.returncode, done.stdout, done.stderr
 
 
-def write_script(folder, text):
-    path = folder / "script.py"
+def write_script(folder, text, name="script.py"):
+    path = folder / name
     path.write_text(text)
     return path
 
@@ -148,9 +148,9 @@ def test_a_cluster_stays_for_one_script_after_the_other(cluster, environment):
 
 
 @contextlib.contextmanager
-def busy_client(folder, address):
-    """A script that computes without end."""
-    path = write_script(folder, BUSY)
+def busy_client(folder, address, text=BUSY, name="script.py"):
+    """A script that computes without end, once it has printed 56.0."""
+    path = write_script(folder, text, name)
     process = subprocess.Popen(
         [sys.executable, str(path), address], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )

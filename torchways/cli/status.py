@@ -75,6 +75,7 @@ def facts_of(address: str, found: pb.Observation) -> dict[str, Any]:
             for process in found.cluster.processes
             if process.pid  # else it is still starting
         ],
+        "stalls": [line for executor in found.executors for line in executor.status.stalls],
         "unreachable": list(found.unreachable),
     }
 
@@ -108,6 +109,7 @@ def as_text(facts: dict[str, Any]) -> str:
         _table(("SLICE", "ISLAND", "MESH", "DEVICES", "CLIENT", "STATE"), slices) if slices else "no slices",
         _table(("CLIENT", "NAME"), clients) if clients else "no clients",
         _table(("PROCESS", "PID", "MB", "HOST"), processes),
+        *(["STALLED RUNS\n" + "\n".join(facts["stalls"])] if facts["stalls"] else []),
         *(f"{name} does not answer" for name in facts["unreachable"]),
     ]
     return "\n\n".join(parts)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
     from rich.live import Live
 
-    from torchways.cli.activity import Activity
     from torchways.rpc import torchways_pb2 as pb
+    from torchways.rpc.activity import Activity
     from torchways.rpc.operator import OperatorAccess, OperatorClient
 
 _EXAMPLES = """\
@@ -69,7 +69,7 @@ def run(parsed: argparse.Namespace) -> int:
 def _print_frame(target: OperatorAccess, parsed: argparse.Namespace) -> None:
     import asyncio
 
-    from torchways.cli.activity import activity_between
+    from torchways.rpc.activity import activity_between
     from torchways.rpc.operator import ask
 
     async def two(client: OperatorClient) -> Activity:
@@ -130,7 +130,7 @@ class _View:
         live: Live,
         wait_key: Callable[[float], str],
     ) -> None:
-        from torchways.cli.activity import activity_between
+        from torchways.rpc.activity import activity_between
 
         before: pb.Observation | None = None
         while not self._is_over:

@@ -11,7 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from torchways.cli.activity import Activity, ClientActivity, ExecutorActivity, IslandActivity
+from torchways.rpc.activity import Activity, ClientActivity, ExecutorActivity, IslandActivity
 
 #: What clients can be sorted by, and how; the first is the default. Largest first but for names.
 SORTS = {
@@ -41,6 +41,7 @@ def frame(address: str, activity: Activity, *, sort: str = "got", is_paused: boo
         _islands(activity.islands),
         _clients(activity.clients, sort),
         _executors(activity.executors),
+        *_stalls(activity),
         *_waits(activity),
     ]
     if keys:
@@ -123,6 +124,16 @@ def _executors(executors: Sequence[ExecutorActivity]) -> Table:
     if not executors:
         table.add_row("none")
     return table
+
+
+def _stalls(activity: Activity) -> list[RenderableType]:
+    lines = [line for executor in activity.executors for line in executor.stalls]
+    if not lines:
+        return []
+    shown: list[RenderableType] = [Text("Stalled runs", style="bold red"), *map(Text, lines[:_MAX_WAITS])]
+    if len(lines) > _MAX_WAITS:
+        shown.append(Text(f"and {len(lines) - _MAX_WAITS} more", style="dim"))
+    return shown
 
 
 def _waits(activity: Activity) -> list[RenderableType]:

@@ -63,11 +63,18 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     network = parser.add_argument_group("network")
     network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
-    network.add_argument("--metrics-port", type=int, help="serve /metrics for Prometheus; 0 chooses a free port")
+    network.add_argument("--metrics-port", type=int, help="of a web page and of /metrics; 0 chooses a free port")
     network.add_argument(
         "--token-file", metavar="PATH", help="write the token alone there, for those who may join and no more"
     )
     logs = parser.add_argument_group("logs")
+    logs.add_argument(
+        "--stall-warning",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="log what a run waits for that has made no progress for so long (default: 30)",
+    )
     logs.add_argument("--log-level", default="warning", help="debug, info, warning or error, of every process")
     logs.add_argument("--log-format", help="text (the default), or json: one object per line")
     logs.add_argument(
@@ -104,8 +111,9 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
 
     if parsed.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {parsed.log_level!r}")
-    if not math.isfinite(parsed.window):
-        raise ConfigError(f"--window must be a number of seconds, not {parsed.window}")
+    for flag in ("window", "stall_warning"):
+        if not math.isfinite(value := getattr(parsed, flag)):
+            raise ConfigError(f"--{flag.replace('_', '-')} must be a number of seconds, not {value}")
     log_dir = parsed.log_dir or (str(path.with_suffix("")) + "-logs" if parsed.detach else None)
     return ClusterConfig(
         islands=parsed.islands,
@@ -119,6 +127,7 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
         memory_budget=parsed.memory_budget,
         policy=parsed.policy,
         window=timedelta(seconds=parsed.window),
+        stall_warning=timedelta(seconds=parsed.stall_warning),
         max_weight=parsed.max_weight,
         max_priority=parsed.max_priority,
         metrics_port=parsed.metrics_port,
@@ -218,7 +227,9 @@ def _announce(cluster: EmbeddedCluster, config: ClusterConfig, path: Path, parse
     if config.log_dir:
         lines.append(f"  logs     in {config.log_dir}")
     if cluster.metrics_address:
-        lines.append(f"  metrics  at http://{cluster.metrics_address}/metrics (header Authorization: Bearer TOKEN)")
+        page = f"http://{cluster.metrics_address}/"
+        lines.append(f"  page     at {page} (log in with the operator's secret or the token)")
+        lines.append(f"  metrics  at {page}metrics (header Authorization: Bearer TOKEN)")
     lines.append(f'  join     tw.init("{cluster.address}"), or twrun --address {cluster.address} script.py')
     lines.append(f"  end      torchways down{state_flag(parsed)}{'' if parsed.detach else ', or Ctrl-C'}")
     print("\n".join(lines), flush=True)

@@ -1,37 +1,34 @@
-"""The page /metrics of the resource manager: what the cluster does, for Prometheus.
-
-Everything is asked for when the page is, with deadlines (operator.py). Who asks must show the cluster's token, as
-`Authorization: Bearer TOKEN`.
-"""
+"""What the page /metrics says of the cluster to Prometheus; web/server.py serves it."""
 
 from __future__ import annotations
 
-import asyncio
-import concurrent.futures
-import hmac
-import logging
-import socketserver
-import threading
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from typing import Any
-from wsgiref import simple_server
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
-from prometheus_client.exposition import make_wsgi_app
+from prometheus_client.exposition import choose_encoder
 
 from torchways.rpc import torchways_pb2 as pb
 
-logger = logging.getLogger(__name__)
 
-#: Longest wait for the cluster's processes, and for a request to arrive.
-_SCRAPE_SECONDS = 5.0
-_REQUEST_SECONDS = 5.0
-#: Requests at a time; more are refused.
-_MAX_REQUESTS = 8
+def page(found: pb.Observation, accept: str) -> tuple[bytes, str]:
+    """Returns the page and its content type, in the form that a header `Accept` asks for."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Observed(found))
+    encode, content_type = choose_encoder(accept)
+    return encode(registry), content_type
 
-_Observe = Callable[[], Awaitable[pb.Observation]]
+
+class _Observed:
+    """A collector of what was observed."""
+
+    def __init__(self, found: pb.Observation) -> None:
+        self._found = found
+
+    def collect(self) -> Iterable[Metric]:
+        """Called by the registry."""
+        return metric_families(self._found)
 
 
 def metric_families(found: pb.Observation) -> list[Metric]:
@@ -115,99 +112,3 @@ def _gauge(name: str, help_text: str, *labels: str) -> GaugeMetricFamily:
 def _counter(name: str, help_text: str, *labels: str) -> CounterMetricFamily:
     """Returns a counter; `prometheus_client` adds "_total" to its name."""
     return CounterMetricFamily(f"torchways_{name}", help_text, labels=labels)
-
-
-class MetricsServer:
-    """Serves /metrics on threads of its own."""
-
-    def __init__(self, host: str, port: int, token: str, observe: _Observe) -> None:
-        self._token = token
-        registry = CollectorRegistry(auto_describe=False)
-        registry.register(_Collector(observe, asyncio.get_running_loop()))
-        self._page = make_wsgi_app(registry)
-        self._server = simple_server.make_server(host, port, self._answer, _HttpServer, _Handler)
-        self.address = f"{host}:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, name="torchways-metrics", daemon=True).start()
-
-    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
-        given = environ.get("HTTP_AUTHORIZATION", "").encode("utf-8", "replace")
-        if not hmac.compare_digest(given, f"Bearer {self._token}".encode()):
-            headers = [("WWW-Authenticate", "Bearer"), ("Content-Type", "text/plain")]
-            return _refuse(start_response, "401 Unauthorized", "send the header Authorization: Bearer TOKEN\n", headers)
-        if environ.get("PATH_INFO") != "/metrics" or environ.get("REQUEST_METHOD") not in ("GET", "HEAD"):
-            return _refuse(
-                start_response, "404 Not Found", "there is /metrics only\n", [("Content-Type", "text/plain")]
-            )
-        try:
-            return self._page(environ, start_response)
-        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
-            message = "the cluster's processes did not answer in time\n"
-            return _refuse(start_response, "503 Service Unavailable", message, [("Content-Type", "text/plain")])
-
-
-def _refuse(
-    start_response: Callable[..., Any], status: str, message: str, headers: list[tuple[str, str]]
-) -> Iterable[bytes]:
-    start_response(status, headers)
-    return [message.encode()]
-
-
-class _Collector:
-    """Asks the cluster, on the resource manager's event loop, each time that the page is asked for."""
-
-    def __init__(self, observe: _Observe, loop: asyncio.AbstractEventLoop) -> None:
-        self._observe = observe
-        self._loop = loop
-
-    def collect(self) -> Iterable[Metric]:
-        """Called by the registry, on a thread of the server."""
-
-        async def observe() -> pb.Observation:
-            return await asyncio.wait_for(self._observe(), _SCRAPE_SECONDS)
-
-        return metric_families(asyncio.run_coroutine_threadsafe(observe(), self._loop).result(2 * _SCRAPE_SECONDS))
-
-
-class _HttpServer(socketserver.ThreadingMixIn, simple_server.WSGIServer):
-    """A thread for each request, up to a number."""
-
-    daemon_threads = True
-
-    def __init__(self, *args: Any) -> None:
-        self._free = threading.BoundedSemaphore(_MAX_REQUESTS)
-        super().__init__(*args)
-
-    def server_bind(self) -> None:
-        """Binds without looking up the host's name, which may take seconds."""
-        socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]  # type: ignore[assignment]
-        self.setup_environ()
-
-    def process_request(self, request: Any, client_address: Any) -> None:
-        """Starts a thread, or closes the connection where there are too many."""
-        if not self._free.acquire(blocking=False):
-            logger.warning("refused a request of %s for metrics: %d are under way", client_address, _MAX_REQUESTS)
-            self.shutdown_request(request)
-            return
-        super().process_request(request, client_address)
-
-    def process_request_thread(self, request: Any, client_address: Any) -> None:
-        """Runs on the thread."""
-        try:
-            super().process_request_thread(request, client_address)
-        finally:
-            self._free.release()
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        """Logs what went wrong with a request."""
-        logger.info("a request of %s for metrics failed", client_address, exc_info=True)
-
-
-class _Handler(simple_server.WSGIRequestHandler):
-    """Waits for a request for some seconds only."""
-
-    timeout = _REQUEST_SECONDS
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Logs a request."""
-        logger.debug("metrics: %s", format % args)

@@ -18,7 +18,7 @@ import grpc
 import grpc.aio
 
 from torchways.cluster import state as core
-from torchways.ids import ClientId, owner
+from torchways.ids import ClientId, ProgramId, owner
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -73,7 +73,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
         """Says what the cluster does now."""
         found = await self.observe()
         if channel.caller(context, self._key).role is not Role.OPERATOR:
-            _hide_names(found)
+            hide_names(found)
         return found
 
     async def observe(self) -> pb.Observation:
@@ -143,12 +143,31 @@ class OperatorServer(pb_grpc.OperatorServicer):
     async def _executor_status(self, address: str) -> pb.ExecutorStatus | None:
         return await self._ask(pb_grpc.ExecutorStub(self._channel(address)).GetStatus, pb.StatusRequest(), address)
 
-    async def _ask(self, method: Callable[..., Any], request: Any, address: str) -> Any:
+    async def _ask(self, method: Callable[..., Any], request: Any, address: str, role: Role = Role.MANAGER) -> Any:
         try:
-            return await method(request, metadata=self._as(Caller(Role.MANAGER)), timeout=_STATUS_SECONDS)
+            return await method(request, metadata=self._as(Caller(role)), timeout=_STATUS_SECONDS)
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:  # the second: its channel was closed meanwhile
             logger.info("%s does not say how it does: %s", address, error)
             return None
+
+    # ---- programs
+
+    async def programs(self, program_ids: Sequence[ProgramId] = ()) -> list[pb.ProgramOutline]:
+        """Returns which programs there are on each island, or what some consist of; for operators.
+
+        Schedulers that do not answer in time are left out.
+        """
+        request = pb.ProgramsRequest(program_ids=program_ids)
+        addresses = [i.scheduler_address for i in self._core.islands.values() if i.scheduler_address]
+        found = await asyncio.gather(
+            *(
+                self._ask(
+                    pb_grpc.SchedulerStub(self._channel(address)).DescribePrograms, request, address, Role.OPERATOR
+                )
+                for address in addresses
+            )
+        )
+        return [outline for answer in found if answer is not None for outline in answer.programs]
 
     # ---- traces
 
@@ -221,7 +240,7 @@ def _name_clients(status: pb.SchedulerStatus, names: Mapping[ClientId, str]) -> 
             share.name = share.name or names.get(ClientId(share.client_id), "")
 
 
-def _hide_names(found: pb.Observation) -> None:
+def hide_names(found: pb.Observation) -> None:
     """Takes away what tells a caller that is no operator what clients do."""
     for client in found.clients:
         client.ClearField("name")
@@ -232,6 +251,7 @@ def _hide_names(found: pb.Observation) -> None:
                 share.ClearField("name")
     for executor in found.executors:
         executor.status.ClearField("waiting_for")
+        executor.status.ClearField("stalls")
         executor.status.ClearField("fallback_counters")
 
 

@@ -466,27 +466,35 @@ async def serve(arguments: argparse.Namespace) -> None:
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
     pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(), server)
     pb_grpc.add_OperatorServicer_to_server(manager.operator, server)
+    web_server = None
     if arguments.metrics_port is not None:
-        from torchways.cluster.metrics import MetricsServer  # its libraries are needed only here
+        from torchways.cluster.web.server import WebServer  # its libraries are needed only here
 
         host, port = arguments.host, arguments.metrics_port
+        operator = manager.operator
+        web_server = WebServer(host, port, token, key, operator.observe, operator.programs)
         try:
-            metrics = MetricsServer(host, port, token, manager.operator.observe)
+            await web_server.start()
         except OSError as error:
-            reason = f"/metrics cannot be served at {host}:{port} ({error.strerror}); choose another metrics port"
+            why = os.strerror(error.errno) if error.errno else str(error)
+            reason = f"/metrics cannot be served at {host}:{port} ({why}); choose another metrics port"
             with os.fdopen(arguments.ready_fd, "w") as pipe:
                 pipe.write(json.dumps({"error": reason}) + "\n")
             return
-        manager.operator.metrics_address = metrics.address
+        operator.metrics_address = web_server.address
     ending = asyncio.Event()
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
     address = await channel.start_server(server, arguments.host)
+    if web_server is not None:
+        web_server.cluster_address = address
     with os.fdopen(arguments.ready_fd, "w") as pipe:
         ready = {"address": address, "metrics_address": manager.operator.metrics_address}
         pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for nodes", address)
     await ending.wait()
     manager.close("it was told to end")
+    if web_server is not None:
+        web_server.stop_listening()
     await server.stop(_CLOSING_SECONDS)
     os._exit(0)  # do not wait for gRPC's threads
 
@@ -500,7 +508,7 @@ def main() -> None:
     parser.add_argument("--max-weight", type=float, default=16.0, help="the largest weight that a client may ask for")
     parser.add_argument("--max-priority", type=int, default=10, help="the highest priority that a client may ask for")
     parser.add_argument(
-        "--metrics-port", type=int, help="of the page /metrics; 0 chooses one; without it there is none"
+        "--metrics-port", type=int, help="of the web page and /metrics; 0 chooses one; without it there are none"
     )
     parser.add_argument("--parent-pid", type=int, required=True)
     arguments = parser.parse_args()

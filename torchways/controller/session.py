@@ -29,6 +29,7 @@ import torch
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread
+from torchways.controller.value_checks import checks_values
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
 from torchways.ir.part import Arguments, SlicePart
@@ -668,7 +669,8 @@ class Session:
         first_run = self._first_runs.pop(program_id, None)
         self._runs[run_id] = _Run(name, tuple(by_island), len(by_island), started_ns, results, first_run)
         for island, slices in by_island.items():
-            message = run_message(program_id, run_id, BufferId(results.start), slices)
+            first = BufferId(results.start)
+            message = run_message(program_id, run_id, first, slices, checks_values=checks_values())
             self._post(self._schedulers[island], message)
         if (seconds := run_seconds.get()) is not None:
             reason = f"its deadline of {seconds:g} s has passed"

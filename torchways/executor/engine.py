@@ -22,7 +22,7 @@ import torch
 
 from torchways.errors import Failure, failure_from
 from torchways.executor import events
-from torchways.executor.compiler import Compiler
+from torchways.executor.compiler import Call, Compiler
 from torchways.executor.host_values import as_sent, to_device
 from torchways.executor.loading import PartCode, read_program
 from torchways.executor.local_sums import LocalSums
@@ -30,8 +30,10 @@ from torchways.executor.plan import LoadedProgram
 from torchways.executor.reduce import Reducer
 from torchways.executor.runs import Cell, Task, lowest
 from torchways.executor.spans import Spans
+from torchways.executor.stalls import Stalls
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
+from torchways.executor.value_checks import describe_bad, wait_computed
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.ir.part import ComputeInstruction
 from torchways.link.inbox import Inbox
@@ -70,6 +72,8 @@ class Engine:
         budget_bytes: device memory, bytes a device; 0: no limit.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
         gang: "", "leader" or "member"; see `ExecutorState`.
+        stall_warning: seconds without progress after which a run is named in a warning.
+        place: what the executor has, for people: "island 0 devices 0 1".
     """
 
     def __init__(
@@ -84,6 +88,8 @@ class Engine:
         budget_bytes: int = 0,
         memory_wait: float = 60.0,
         gang: str = "",
+        stall_warning: float = 30.0,
+        place: str = "",
     ) -> None:
         self.executor_id = executor_id
         self.runtime = runtime
@@ -93,8 +99,12 @@ class Engine:
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans = Spans()
+        self.stalls = Stalls(stall_warning, place or f"executor {executor_id}", self._called)
+        self._stall_seconds = min(max(stall_warning / 4, 0.02), 5.0)
+        self._stalls_checked = 0.0
         self.num_devices = num_devices
         self._memory_wait = memory_wait
+        self._is_gang = bool(gang)
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
         self._reported = 0.0
@@ -180,7 +190,7 @@ class Engine:
             try:
                 busy = self.runtime.progress()
                 self._give_out()
-                timeout = _COMPANY_SECONDS if self._events else 1.0 if self.core.memory.starved else None
+                timeout = _COMPANY_SECONDS if self._events else self._idle_seconds()
                 if busy:
                     now = time.monotonic()
                     idle_since = idle_since or now
@@ -203,6 +213,28 @@ class Engine:
                 logger.exception("the executor's engine failed; ending")
                 os._exit(70)
 
+    def _idle_seconds(self) -> float | None:
+        """Returns when to look again though nothing came; None: whenever something comes."""
+        if self.core.memory.starved:
+            return min(1.0, self._stall_seconds)
+        return self._stall_seconds if self.core.runs or self.stalls.lines() else None
+
+    def _check_stalls(self, now: float) -> None:
+        self._stalls_checked = now
+        for line in self.stalls.check(self.core, now):
+            logger.warning("%s", line)
+
+    def _called(self, task: Task) -> str:
+        """Returns what a computation is called, with what it is of a schedule, and its user's line."""
+        first = task.unit.instructions[0]
+        assert isinstance(first, ComputeInstruction)
+        function = self._codes[task.run.program.part].functions[first.function_index]
+        name = function.name
+        if len(task.unit.instructions) > 1:
+            name += f" and {len(task.unit.instructions) - 1} more"
+        name += _action_text(task)
+        return f"{name} at {function.source}" if function.source else name
+
     def _give_out(self) -> None:
         """Sends and reports what the commands so far came to."""
         self.data_plane.flush()
@@ -211,6 +243,8 @@ class Engine:
             self._reported = now
             reported, self._events = self._events, []
             self._report(reported)
+        if now > self._stalls_checked + self._stall_seconds:
+            self._check_stalls(now)
         self.spans.note_waits(self.core.memory.starved)
         if not self.core.memory.starved:
             self._starved_since = 0.0
@@ -340,6 +374,10 @@ class Engine:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
                     outputs, computed = execute(call.executable, inputs, f"{key}.{task.number}.{number}")
+                    # Of several hosts, one that stopped here would leave the others waiting for it.
+                    if task.run.checks_values and not self._is_gang:
+                        wait_computed(self.runtime, computed)
+                        failure = self._check_values(task, call, outputs)
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
                     if call.is_leaf and computed:
@@ -356,6 +394,23 @@ class Engine:
         for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
             cell.buffer, cell.failure = values[slot], poisoned.get(slot)
         self._await_leaves(task, leaves, lowest(list(poisoned.values())) if poisoned else None, issued)
+
+    def _check_values(self, task: Task, call: Call, outputs: Sequence[Any]) -> Failure | None:
+        """Returns the failure of a computation that made NaN or infinity; it has ended."""
+        code = self._codes[task.run.program.part]
+        bad = describe_bad(self.runtime, outputs, [code.slots[slot] for slot in call.outputs])
+        if not bad:
+            return None
+        function = code.functions[call.function_index]
+        action = _action_text(task)
+        message = (
+            f"compiled function {function.name}{action} made a value that is not finite: {bad} (run {task.run.run_id} "
+            f"of {task.run.program.name}, checked by tw.check_values). What it computed from was finite, unless the "
+            "program's arguments were not"
+        )
+        return self.failure(
+            "NonFiniteError", message, function=function.name, source=function.source, run_id=task.run.run_id
+        )
 
     def _await_leaves(self, task: Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
         if not leaves:
@@ -543,6 +598,15 @@ class Engine:
             run_id=run_id,
             process=f"executor {self.executor_id}",
         )
+
+
+def _action_text(task: Task) -> str:
+    """Returns what a computation is of a pipeline's schedule, for people; "" where it is of none."""
+    first = task.unit.instructions[0]
+    if not isinstance(first, ComputeInstruction) or first.part_of is None:
+        return ""
+    action = first.part_of.action
+    return f" (stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
 
 
 def _ids(run: RunPart) -> dict[str, int]:

@@ -36,7 +36,8 @@ class ProgramCompiled:
 class RunEnqueued:
     """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read.
 
-    `cancelled`: its client does not want it any more; its results are this failure.
+    `cancelled`: its client does not want it any more; its results are this failure. `checks_values`: a function that
+    makes NaN or infinity fails.
     """
 
     part: PartId
@@ -45,6 +46,7 @@ class RunEnqueued:
     first_buffer_id: BufferId
     arguments: Arguments[Any] | None
     cancelled: Failure | None = None
+    checks_values: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

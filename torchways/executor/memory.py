@@ -70,6 +70,11 @@ class Memory:
             run.admitted = True
             self._promised_bytes += run.most_unpaid_bytes
 
+    @property
+    def next_run(self) -> Run | None:
+        """The run that begins as soon as it has room."""
+        return self._unadmitted[0] if self._unadmitted else None
+
     # ---- whoever takes memory
 
     def need_bytes(self, taker: Taker) -> int:

@@ -97,6 +97,7 @@ class Run:
         failure: the lowest of its units' failures.
         cancelled: what units that are not issued fail with.
         device_ns: time that it had the devices.
+        checks_values: a function that makes NaN or infinity fails.
     """
 
     program: LoadedProgram
@@ -115,6 +116,7 @@ class Run:
     failure: Failure | None = None
     cancelled: Failure | None = None
     device_ns: int = 0
+    checks_values: bool = False
 
     @property
     def part(self) -> RunPart:

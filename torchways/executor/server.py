@@ -282,9 +282,11 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     async def GetStatus(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.ExecutorStatus:
         """Says how this executor does."""
-        return await asyncio.wrap_future(self.engine.run(self._status))
+        client_id = channel.caller(context, self.key).client_id
+        return await asyncio.wrap_future(self.engine.run(lambda: self._status(client_id)))
 
-    def _status(self) -> pb.ExecutorStatus:
+    def _status(self, asking: ClientId) -> pb.ExecutorStatus:
+        """`asking`: a client, which is told of its own stalled runs; 0: the resource manager."""
         state = self.engine.core
         buffers = [cell.buffer for cell in state.names.cells.values() if cell.buffer is not None]
         return pb.ExecutorStatus(
@@ -301,6 +303,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             waiting_for=state.waiting_for()[:_MAX_WAITING_FOR],
             budget_bytes=state.memory.budget_bytes,
             used_bytes=state.memory.used_bytes,
+            stalls=[line for client_id, line in self.engine.stalls.lines() if asking in (0, client_id)],
             num_entries=self.engine.num_entries(),
             client_bytes={int(client): size for client, size in state.names.client_bytes().items()},
         )
@@ -350,6 +353,7 @@ def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
         first_buffer_id=BufferId(message.first_buffer_id),
         arguments=arguments_from_bytes(message.arguments),
         cancelled=convert.failure_from_proto(message.failure) if message.HasField("failure") else None,
+        checks_values=message.checks_values,
     )
 
 
@@ -375,6 +379,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         budget_bytes=arguments.budget_bytes,
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,
+        stall_warning=arguments.stall_warning,
+        place=_place(arguments.executor_id, devices),
     )
     local_values = LocalValues(token, key, arguments.set_size, executor.engine.post)
     pb_grpc.add_ExecutorServicer_to_server(executor, server)
@@ -395,6 +401,12 @@ async def serve(arguments: argparse.Namespace) -> None:
         pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for the scheduler", address)
     await server.wait_for_termination()
+
+
+def _place(executor_id: str, devices: list[int]) -> str:
+    """Returns what an executor has, for people."""
+    island = executor_id.partition(".")[0].removeprefix("i")
+    return f"island {island} {'device' if len(devices) == 1 else 'devices'} {' '.join(map(str, devices))}"
 
 
 def _runtime(arguments: argparse.Namespace, devices: list[int]) -> Runtime:
@@ -419,6 +431,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
+    parser.add_argument("--stall-warning", type=float, default=30.0)
     parser.add_argument("--gang", choices=["", "leader", "member"], default="")
     parser.add_argument("--simulator", default="", help="address of the island's simulated devices")
     parser.add_argument("--set-name", default="", help="of the set of devices, for simulated devices")

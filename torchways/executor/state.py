@@ -89,7 +89,7 @@ class ExecutorState:
         self.names = Names(self._failure, max_remembered)
         #: Those that were dropped stay until their last run is over.
         self.programs: dict[PartId, KnownProgram] = {}
-        self._grants = Grants(gang)
+        self.grants = Grants(gang)
         self._mailbox = Mailbox()
         #: Computations and sends that have not ended; while there are some, memory may yet be freed.
         self._in_flight = 0
@@ -112,10 +112,10 @@ class ExecutorState:
             case Reduced():
                 self._reduced(event)
             case UnitGranted():
-                self._grants.granted.append((event.run, event.unit))
+                self.grants.granted.append((event.run, event.unit))
                 self._issue_granted()
             case GrantsNeeded():
-                commands, freed = self._grants.set_needed(event.needed, event.epoch)
+                commands, freed = self.grants.set_needed(event.needed, event.epoch)
                 self._commands += commands
                 self._ready += freed
             case FetchRequested():
@@ -157,7 +157,7 @@ class ExecutorState:
         """Returns how many entries each collection has: one that grows with the number of runs leaks."""
         return {
             name.strip("_"): len(value)
-            for holder in (self, self.memory, self.names, self._grants, self._mailbox)
+            for holder in (self, self.memory, self.names, self.grants, self._mailbox)
             for name, value in vars(holder).items()
             if isinstance(value, dict | list | deque | set)
         }
@@ -175,7 +175,7 @@ class ExecutorState:
                 lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
                 continue
             empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.scheduled]
-            receives, ungranted = self._mailbox.edges_of(run.run_id), self._grants.units_of(run.part)
+            receives, ungranted = self._mailbox.edges_of(run.run_id), self.grants.units_of(run.part)
             lines.append(
                 f"run {run.run_id} of {run.program.name}: {run.units_left} units left; empty slots {empty[:8]}; "
                 f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
@@ -241,6 +241,7 @@ class ExecutorState:
             len(program.units),
             reserved_bytes=max(0, reserved),
             cancelled=event.cancelled,
+            checks_values=event.checks_values,
         )
         self.runs[part] = run
         known.num_runs += 1
@@ -391,8 +392,8 @@ class ExecutorState:
                 return
         if not self._may_allocate(task):
             return
-        if self._grants.needed:
-            if self._grants.ask(task):
+        if self.grants.needed:
+            if self.grants.ask(task):
                 self._commands.append(ReportReady(run=task.run.part, unit=task.number))
             self._issue_granted()
         else:
@@ -400,7 +401,7 @@ class ExecutorState:
 
     def _issue_granted(self) -> None:
         """Issues what is ready at the head of the granted order; a unit that failed here is passed over."""
-        grants = self._grants
+        grants = self.grants
         while grants.granted:
             part, number = key = grants.granted[0]
             run = self.runs.get(part)
@@ -418,7 +419,7 @@ class ExecutorState:
         task.issued = True
         unit = task.unit
         self._in_flight += 1
-        self._grants.begin(task)
+        self.grants.begin(task)
         outputs = task.cells_of(unit.writes)
         self.memory.begin_compute(task, outputs)
         inputs = task.cells_of(unit.reads)
@@ -501,7 +502,7 @@ class ExecutorState:
                 self._end_reader(cell)
         else:
             self.memory.end_compute(task)
-            self._commands += self._grants.end(task)
+            self._commands += self.grants.end(task)
         self._end_unit(task, failure)
 
     def _fail_task(self, task: Task, failure: Failure, *, end_readers: bool = True) -> None:

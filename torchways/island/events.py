@@ -47,18 +47,28 @@ class ExecutorRemoved:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProgramRegistered:
-    """A client sent a program; `parts` are opaque, by slice. `islands`: all that it has parts on, or none: this one."""
+    """A client sent a program.
+
+    Attributes:
+        parts: opaque, by slice.
+        islands: all that it has parts on, or none: this one.
+        outline: opaque; what operators are shown of it.
+    """
 
     client_id: ClientId
     program_id: ProgramId
     name: str
     parts: Mapping[SliceId, Any]
     islands: tuple[IslandId, ...] = ()
+    outline: Any = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRequested:
-    """A client asked for a run; `arguments` are opaque, by slice, and take `nbytes` while the run is held."""
+    """A client asked for a run; `arguments` are opaque, by slice, and take `nbytes` while the run is held.
+
+    `checks_values`: a function that makes NaN or infinity fails.
+    """
 
     client_id: ClientId
     program_id: ProgramId
@@ -66,6 +76,7 @@ class RunRequested:
     first_buffer_id: BufferId
     arguments: Mapping[SliceId, Any]
     nbytes: int = 0
+    checks_values: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

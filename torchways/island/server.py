@@ -19,6 +19,7 @@ from torchways.ids import BufferId, ClientId, IslandId, PartId, ProgramId, RunId
 from torchways.island import events as core
 from torchways.island.admission import Lane, Usage
 from torchways.island.order import OrderStream
+from torchways.island.outline import outline_of
 from torchways.island.policy import PolicyFactory, Share, find_policy
 from torchways.island.state import SchedulerState
 from torchways.observability.process import die_with_parent, setup_process
@@ -34,6 +35,8 @@ logger = logging.getLogger(__name__)
 _MAX_UNREAD_BYTES = 16 << 20
 #: What a client's runs that are held may take: beyond this nothing more is taken from it.
 _MAX_HELD_BYTES = 64 << 20
+#: Programs that are listed for operators.
+_MAX_PROGRAMS = 500
 #: How often executors are told whose runs are held.
 _HELD_SECONDS = 5.0
 
@@ -328,6 +331,20 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             waits=self.core.waits(now),
         )
 
+    async def DescribePrograms(self, request: pb.ProgramsRequest, context: grpc.aio.ServicerContext) -> pb.Programs:
+        """Says which programs there are, the newest last, or what some of them consist of."""
+        programs = self.core.programs
+        if request.program_ids:
+            asked = map(ProgramId, request.program_ids)
+            return pb.Programs(programs=[programs[key].outline for key in asked if key in programs])
+        shown = [program.outline for program in list(programs.values())[-_MAX_PROGRAMS:]]
+        return pb.Programs(
+            programs=[
+                pb.ProgramOutline(program_id=item.program_id, name=item.name, num_instructions=item.num_instructions)
+                for item in shown
+            ]
+        )
+
 
 def _client_share(lane: Lane, usage: Usage) -> pb.ClientShare:
     share = usage.share
@@ -385,6 +402,7 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 first_buffer_id=BufferId(run.first_buffer_id),
                 arguments={SliceId(part.slice_id): part.arguments for part in run.slices},
                 nbytes=sum(len(part.arguments) for part in run.slices),
+                checks_values=run.checks_values,
             )
         case "cancel_runs":
             cancel = message.cancel_runs
@@ -402,6 +420,7 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 name=program.name,
                 parts={SliceId(part.slice_id): part for part in program.slices},
                 islands=tuple(map(IslandId, program.islands)),
+                outline=outline_of(program),
             )
         case "forget_program":
             return core.ProgramForgotten(program_id=ProgramId(message.forget_program.program_id))
@@ -422,6 +441,7 @@ def _enqueue(command: core.SendEnqueue) -> pb.Enqueue:
         first_buffer_id=run.first_buffer_id,
         arguments=command.arguments,
         failure=_optional(command.failure),
+        checks_values=run.checks_values,
     )
 
 

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import assert_never
+from typing import Any, assert_never
 
 from torchways.errors import Failure, InternalError
 from torchways.ids import ClientId, IslandId, PartId, ProgramId, RunId, RunPart, SliceId
@@ -69,6 +69,8 @@ class _Program:
     #: Executors that have not answered yet, with the slice.
     loading: set[tuple[str, SliceId]]
     failure: Failure | None = None
+    #: Opaque; for operators.
+    outline: Any = None
     times: ProgramTimes = field(default_factory=ProgramTimes)
     #: Its runs that are held, and whether it goes with the last of them.
     num_held: int = 0
@@ -233,7 +235,7 @@ class SchedulerState:
         failure = self._missing(event.parts)
         loading = [(e, s) for s in event.parts for e in self.slices.get(s, ())]
         program = self.programs[event.program_id] = _Program(
-            event.client_id, event.name, tuple(event.parts), event.islands, set(loading), failure
+            event.client_id, event.name, tuple(event.parts), event.islands, set(loading), failure, event.outline
         )
         if not loading:
             program.times.is_compiled = True

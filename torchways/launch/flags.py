@@ -19,6 +19,7 @@ def flags(config: ClusterConfig) -> list[str]:
         *("--host", config.host),
         *("--budget-bytes", str(config.budget_bytes)),
         *("--memory-wait", str(config.memory_wait.total_seconds())),
+        *("--stall-warning", str(config.stall_warning.total_seconds())),
         *("--executor-idle", str(config.executor_idle.total_seconds())),
         *("--policy", config.policy),
         *("--window", str(config.window.total_seconds())),
@@ -42,13 +43,14 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--host", default="127.0.0.1")
     result.add_argument("--budget-bytes", type=int, default=0)
     result.add_argument("--memory-wait", type=float, default=60.0)
+    result.add_argument("--stall-warning", type=float, default=30.0)
     result.add_argument("--executor-idle", type=float, default=60.0)
     result.add_argument("--policy", default="proportional_share")
     result.add_argument("--window", type=float, default=0.005, help="seconds of device time that are admitted ahead")
     result.add_argument("--max-weight", type=float, default=16.0)
     result.add_argument("--max-priority", type=int, default=10)
     result.add_argument(
-        "--metrics-port", type=int, help="of the page /metrics; 0 chooses one; without it there is none"
+        "--metrics-port", type=int, help="of the web page and /metrics; 0 chooses one; without it there are none"
     )
     result.add_argument("--state", help="state file of the cluster (launch/state_file.py)")
     result.add_argument("--stays", action="store_true", help="live until SIGTERM, whatever becomes of stdin")

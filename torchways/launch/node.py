@@ -281,6 +281,7 @@ class NodeAgent:
             *("--platform", self._arguments.platform),
             *("--budget-bytes", str(self._arguments.budget_bytes)),
             *("--memory-wait", str(self._arguments.memory_wait)),
+            *("--stall-warning", str(self._arguments.stall_warning)),
         ]
         if len(order.gang) > 1 and self._arguments.scheduling == "gang":
             flags += ["--gang", "leader" if order.executor_id == order.gang[0] else "member"]

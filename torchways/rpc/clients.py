@@ -104,6 +104,7 @@ class ExecutorStatus:
         client_bytes: bytes per device of the buffers of each client.
         num_compiled, compile_seconds: functions compiled since the start, and the time it took.
         num_entries: size of each internal collection, to find leaks.
+        stalls: runs of this session that have made no progress for `ClusterConfig.stall_warning`, and why.
     """
 
     executor_id: str
@@ -121,6 +122,7 @@ class ExecutorStatus:
     num_compiled: int
     compile_seconds: float
     num_entries: dict[str, int]
+    stalls: tuple[str, ...] = ()
 
 
 class Span(NamedTuple):
@@ -442,6 +444,7 @@ class ExecutorClient:
             num_compiled=status.num_compiled,
             compile_seconds=status.compile_seconds,
             num_entries=dict(status.num_entries),
+            stalls=tuple(status.stalls),
         )
 
     async def trace(self, since_ns: int) -> list[Span]:

@@ -77,6 +77,7 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "Scheduler/RemoveSlice": frozenset({Role.MANAGER}),
     "Scheduler/RemoveExecutor": frozenset({Role.MANAGER}),
     "Scheduler/GetStatus": frozenset({Role.MANAGER}),
+    "Scheduler/DescribePrograms": frozenset({Role.OPERATOR}),
     "Executor/Control": frozenset({Role.SCHEDULER}),
     "Executor/PutBuffer": frozenset({Role.CLIENT}),
     "Executor/FetchBuffer": frozenset({Role.CLIENT}),

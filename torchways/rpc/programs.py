@@ -73,8 +73,13 @@ def run_message(
     run_id: RunId,
     first_buffer_id: BufferId,
     arguments: Sequence[tuple[SliceId, Arguments[InlineValue]]],
+    *,
+    checks_values: bool = False,
 ) -> pb.ClientMessage:
-    """Returns the one message that runs an island's part of a program."""
+    """Returns the one message that runs an island's part of a program.
+
+    `checks_values`: a function that makes NaN or infinity fails.
+    """
     return pb.ClientMessage(
         run_program=pb.RunProgram(
             program_id=program_id,
@@ -84,6 +89,7 @@ def run_message(
                 pb.SliceArguments(slice_id=slice_id, arguments=arguments_to_bytes(bound))
                 for slice_id, bound in arguments
             ],
+            checks_values=checks_values,
         )
     )
 

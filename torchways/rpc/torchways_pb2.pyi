@@ -1567,6 +1567,162 @@ class StartData(_message.Message):
 Global___StartData: _TypeAlias = StartData  # noqa: Y015
 
 @_typing.final
+class ProgramsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_IDS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def program_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """none: all, without their parts"""
+
+    def __init__(
+        self,
+        *,
+        program_ids: _abc.Iterable[_builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["program_ids", b"program_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgramsRequest: _TypeAlias = ProgramsRequest  # noqa: Y015
+
+@_typing.final
+class Programs(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAMS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def programs(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProgramOutline]: ...
+    def __init__(
+        self,
+        *,
+        programs: _abc.Iterable[Global___ProgramOutline] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["programs", b"programs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Programs: _TypeAlias = Programs  # noqa: Y015
+
+@_typing.final
+class ProgramOutline(_message.Message):
+    """A program on one island, without its graphs."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PROGRAM_ID_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    NUM_INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    SLICES_FIELD_NUMBER: _builtins.int
+    SUMMARIES_FIELD_NUMBER: _builtins.int
+    program_id: _builtins.int
+    name: _builtins.str
+    num_instructions: _builtins.int
+    """of this island's parts, with those of loops' bodies"""
+    @_builtins.property
+    def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceProgram]:
+        """their functions have no graphs, and they have no peers"""
+
+    @_builtins.property
+    def summaries(self) -> _containers.RepeatedCompositeFieldContainer[Global___PartSummary]:
+        """instead, where the program is too large to be shown"""
+
+    def __init__(
+        self,
+        *,
+        program_id: _builtins.int = ...,
+        name: _builtins.str = ...,
+        num_instructions: _builtins.int = ...,
+        slices: _abc.Iterable[Global___SliceProgram] | None = ...,
+        summaries: _abc.Iterable[Global___PartSummary] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "num_instructions", b"num_instructions", "program_id", b"program_id", "slices", b"slices", "summaries", b"summaries"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProgramOutline: _TypeAlias = ProgramOutline  # noqa: Y015
+
+@_typing.final
+class PartSummary(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class NumInstructionsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    @_typing.final
+    class NumSendsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    SLICE_INDEX_FIELD_NUMBER: _builtins.int
+    NUM_INSTRUCTIONS_FIELD_NUMBER: _builtins.int
+    NUM_SENDS_FIELD_NUMBER: _builtins.int
+    slice_id: _builtins.int
+    slice_index: _builtins.int
+    @_builtins.property
+    def num_instructions(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """by kind: "compute", "send", ..."""
+
+    @_builtins.property
+    def num_sends(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
+        """by the slice that they go to"""
+
+    def __init__(
+        self,
+        *,
+        slice_id: _builtins.int = ...,
+        slice_index: _builtins.int = ...,
+        num_instructions: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        num_sends: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["num_instructions", b"num_instructions", "num_sends", b"num_sends", "slice_id", b"slice_id", "slice_index", b"slice_index"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PartSummary: _TypeAlias = PartSummary  # noqa: Y015
+
+@_typing.final
 class SchedulerStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -2350,10 +2506,13 @@ class RunProgram(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     SLICES_FIELD_NUMBER: _builtins.int
+    CHECKS_VALUES_FIELD_NUMBER: _builtins.int
     program_id: _builtins.int
     run_id: _builtins.int
     """unique in the cluster, rises within one client"""
     first_buffer_id: _builtins.int
+    checks_values: _builtins.bool
+    """a function that makes NaN or infinity fails"""
     @_builtins.property
     def slices(self) -> _containers.RepeatedCompositeFieldContainer[Global___SliceArguments]: ...
     def __init__(
@@ -2363,10 +2522,11 @@ class RunProgram(_message.Message):
         run_id: _builtins.int = ...,
         first_buffer_id: _builtins.int = ...,
         slices: _abc.Iterable[Global___SliceArguments] | None = ...,
+        checks_values: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "slices", b"slices"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checks_values", b"checks_values", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "slices", b"slices"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2971,6 +3131,7 @@ class Enqueue(_message.Message):
     FIRST_BUFFER_ID_FIELD_NUMBER: _builtins.int
     ARGUMENTS_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    CHECKS_VALUES_FIELD_NUMBER: _builtins.int
     slice_id: _builtins.int
     sequence: _builtins.int
     program_id: _builtins.int
@@ -2978,6 +3139,8 @@ class Enqueue(_message.Message):
     first_buffer_id: _builtins.int
     arguments: _builtins.bytes
     """a serialized `Arguments`"""
+    checks_values: _builtins.bool
+    """as in RunProgram"""
     @_builtins.property
     def failure(self) -> Global___Failure:
         """set where it is cancelled: what its results are"""
@@ -2992,10 +3155,11 @@ class Enqueue(_message.Message):
         first_buffer_id: _builtins.int = ...,
         arguments: _builtins.bytes = ...,
         failure: Global___Failure | None = ...,
+        checks_values: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "failure", b"failure", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arguments", b"arguments", "checks_values", b"checks_values", "failure", b"failure", "first_buffer_id", b"first_buffer_id", "program_id", b"program_id", "run_id", b"run_id", "sequence", b"sequence", "slice_id", b"slice_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3721,6 +3885,7 @@ class ExecutorStatus(_message.Message):
     NUM_COMPILED_FIELD_NUMBER: _builtins.int
     COMPILE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_ENTRIES_FIELD_NUMBER: _builtins.int
+    STALLS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     rss_bytes: _builtins.int
     num_buffers: _builtins.int
@@ -3755,6 +3920,10 @@ class ExecutorStatus(_message.Message):
     def num_entries(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
         """of each collection of the executor: what grows without end leaks"""
 
+    @_builtins.property
+    def stalls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """for people: runs without progress for long; a client is told of its own only"""
+
     def __init__(
         self,
         *,
@@ -3773,10 +3942,11 @@ class ExecutorStatus(_message.Message):
         num_compiled: _builtins.int = ...,
         compile_seconds: _builtins.float = ...,
         num_entries: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+        stalls: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "stalls", b"stalls", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

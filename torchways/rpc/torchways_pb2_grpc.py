@@ -736,6 +736,11 @@ class SchedulerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
                 _registered_method=True)
+        self.DescribePrograms = channel.unary_unary(
+                '/torchways.v1.Scheduler/DescribePrograms',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.Programs.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer:
@@ -778,6 +783,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DescribePrograms(self, request, context):
+        """Says which programs are registered, of all clients, or what some of them consist of; for operators.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -805,6 +817,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.SerializeToString,
+            ),
+            'DescribePrograms': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribePrograms,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.Programs.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -944,6 +961,33 @@ class Scheduler:
             '/torchways.v1.Scheduler/GetStatus',
             torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribePrograms(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.Scheduler/DescribePrograms',
+            torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.Programs.FromString,
             options,
             channel_credentials,
             insecure,

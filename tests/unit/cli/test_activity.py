@@ -6,9 +6,9 @@ import pytest
 from rich.console import Console
 
 from tests.unit.cli.observations import observation, share
-from torchways.cli.activity import activity_between
 from torchways.cli.top_view import SORTS, frame
 from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.activity import activity_between
 
 BEFORE = observation(10, share(1, busy_seconds=5.0, num_finished=100), share(2, weight=3.0, busy_seconds=1.0))
 AFTER = observation(

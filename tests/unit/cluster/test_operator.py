@@ -1,7 +1,7 @@
 """What an operator is shown, and what a caller with the token alone is not."""
 
 from tests.unit.cli.observations import observation, share
-from torchways.cluster.operator import _hide_names, merged_spans
+from torchways.cluster.operator import hide_names, merged_spans
 from torchways.ids import client_range
 from torchways.rpc import torchways_pb2 as pb
 
@@ -30,7 +30,7 @@ def test_no_client_and_no_spans():
 
 def test_the_token_alone_shows_no_names():
     found = observation(10, share(1, name="a.py", busy_seconds=5.0))
-    _hide_names(found)
+    hide_names(found)
     text = str(found)
     for name in ("a.py", "[b].py", "run 7", "run 9", "step"):
         assert name not in text

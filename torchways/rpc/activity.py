@@ -70,6 +70,7 @@ class ExecutorActivity:
         num_compiling: programs that runs wait for to be compiled.
         compiling: the part of the time in which it compiled.
         waits: what its runs wait for.
+        stalls: its runs without progress for long, and why.
     """
 
     executor_id: str
@@ -84,6 +85,7 @@ class ExecutorActivity:
     num_compiling: int
     compiling: float
     waits: tuple[str, ...]
+    stalls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -212,6 +214,7 @@ def _executors(before: pb.Observation, after: pb.Observation, seconds: float) ->
             num_compiling=len({line.rpartition(" of ")[2] for line in status.waiting_for if line.endswith(_COMPILES)}),
             compiling=_part(compile_seconds, seconds),
             waits=tuple(status.waiting_for),
+            stalls=tuple(status.stalls),
         )
 
 
