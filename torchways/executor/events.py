@@ -36,7 +36,7 @@ class ProgramCompiled:
 class RunEnqueued:
     """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read.
 
-    `cancelled`: its client does not want it any more; its results are this failure.
+    `cancelled`: its client does not want it any more; its results are this failure. `time_ns`: when this was.
     """
 
     part: PartId
@@ -45,6 +45,7 @@ class RunEnqueued:
     first_buffer_id: BufferId
     arguments: Arguments[Any] | None
     cancelled: Failure | None = None
+    time_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -97,6 +97,7 @@ class Run:
         failure: the lowest of its units' failures.
         cancelled: what units that are not issued fail with.
         device_ns: time that it had the devices.
+        came_ns: when it came.
     """
 
     program: LoadedProgram
@@ -115,6 +116,7 @@ class Run:
     failure: Failure | None = None
     cancelled: Failure | None = None
     device_ns: int = 0
+    came_ns: int = 0
 
     @property
     def part(self) -> RunPart:
@@ -141,6 +143,7 @@ class Task:
         has_passed: it has its memory, or needs none; the tasks behind it in its run need not wait for it.
         arrived: the value that it received, until it has passed.
         has_ended: it is over.
+        awaited_input: its turn came before its inputs did.
     """
 
     run: Run
@@ -150,6 +153,7 @@ class Task:
     has_passed: bool = False
     arrived: Place | None = None
     has_ended: bool = False
+    awaited_input: bool = False
 
     @property
     def need_bytes(self) -> int:

@@ -580,7 +580,7 @@ class OperatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CollectTrace(self, request, context):
-        """Returns the spans of all executors, of all clients.
+        """Returns the spans of all schedulers and executors, of all clients, by the resource manager's clock.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -736,6 +736,11 @@ class SchedulerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
                 _registered_method=True)
+        self.CollectTrace = channel.unary_stream(
+                '/torchways.v1.Scheduler/CollectTrace',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer:
@@ -778,6 +783,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectTrace(self, request, context):
+        """What was held and admitted when. Clients see what is theirs, and of others only that there was something.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -805,6 +817,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.SerializeToString,
+            ),
+            'CollectTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectTrace,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -944,6 +961,33 @@ class Scheduler:
             '/torchways.v1.Scheduler/GetStatus',
             torchways_dot_rpc_dot_torchways__pb2.SchedulerStatusRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.SchedulerStatus.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchways.v1.Scheduler/CollectTrace',
+            torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,
