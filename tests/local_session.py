@@ -30,7 +30,8 @@ from torchways.ir.part import (
     freed_slots,
 )
 from torchways.mesh import VirtualSlice
-from torchways.rpc.clients import ExecutorAddress, SliceAddress, Span
+from torchways.rpc.clients import ExecutorAddress, SliceAddress
+from torchways.rpc.spans import Span
 
 
 class _Everything(frozenset):

@@ -903,7 +903,8 @@ def deadline(seconds: float) -> Iterator[None]:
 def profile(path: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a Chrome/Perfetto trace of the runs inside the context to `path`, with one row per device.
 
-    The file is compressed if its name ends with ".gz".
+    It shows this client, the schedulers and the executors, with arrows from a dispatch to its computations. The file
+    is compressed if its name ends with ".gz".
 
     Waits for runs in flight on entry and on exit, so that the trace holds only the runs inside.
     """

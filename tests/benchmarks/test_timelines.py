@@ -7,7 +7,7 @@ from matplotlib.colors import to_hex
 from benchmarks.timelines import COLORS, TRANSFER_COLOR, Bar, LaneTimes, Move, draw_lanes, figure_of_runs, lane_times
 from torchways.errors import ConfigError
 from torchways.observability.trace import chrome_trace
-from torchways.rpc.clients import Span
+from torchways.rpc.spans import Span
 from torchways.schedules.actions import Kind, parse_action
 
 MS = 1_000_000

@@ -14,7 +14,7 @@ from torchways.observability.trace import chrome_trace
 from torchways.rpc import channel, convert, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.rpc.clients import Span
+from torchways.rpc.spans import Span
 
 
 @pytest.mark.parametrize("cls", errors.ERROR_CLASSES.values())

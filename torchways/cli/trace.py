@@ -1,22 +1,24 @@
-"""`torchways trace`: what all executors do in some seconds, as a file for Perfetto."""
+"""`torchways trace`: what all schedulers and executors do in some seconds, as a file for Perfetto or a picture."""
 
 from __future__ import annotations
 
 import argparse
-import time
+import asyncio
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchways.cli.target import access, add_target_flags, command_parser
 from torchways.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchways.rpc import torchways_pb2 as pb
     from torchways.rpc.operator import OperatorClient
+    from torchways.rpc.spans import Span
 
 _EXAMPLES = """\
   torchways trace                                  # five seconds, to trace.json.gz
   torchways trace --seconds 1 -o step.json.gz      # open it at https://ui.perfetto.dev
+  torchways trace --png lanes.png                  # also a picture: a lane for each device, coloured by client
+  torchways trace --from t.json.gz --png lanes.png # a picture of a trace that is there already
 """
 _MAX_SECONDS = 600.0
 
@@ -29,32 +31,61 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     parser.add_argument(
         "-o", "--output", default="trace.json.gz", metavar="PATH", help="file; compressed if it ends with .gz"
     )
+    parser.add_argument("--png", metavar="PATH", help="draw a picture, too")
+    parser.add_argument(
+        "--from", dest="source", metavar="PATH", help="draw this trace, and ask no cluster; needs --png"
+    )
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Watches, collects and writes."""
-    import asyncio
+    if parsed.source is not None and parsed.png is None:
+        raise ConfigError("--from needs --png PATH, the picture to draw")
+    if parsed.source is not None:
+        from torchways.observability.trace import read_chrome_trace
 
+        trace = read_chrome_trace(Path(parsed.source))
+    else:
+        trace = _collected(parsed)
+    if parsed.png is not None:
+        from torchways.observability.trace_picture import write_picture
+
+        try:
+            write_picture(Path(parsed.png), trace)
+        except OSError as error:
+            raise ConfigError(f"cannot write {parsed.png}: {error.strerror}") from error
+        print(f"{parsed.png}: a lane for each device, coloured by client")
+    return 0
+
+
+def _collected(parsed: argparse.Namespace) -> dict[str, Any]:
     from torchways.observability.trace import write_chrome_trace
     from torchways.rpc.operator import ask
 
     if not 0 < parsed.seconds <= _MAX_SECONDS:
         raise ConfigError(f"--seconds must be above 0 and at most {_MAX_SECONDS:g}, not {parsed.seconds:g}")
     path = Path(parsed.output)
+    names: dict[int, str] = {}
 
-    async def collect(client: OperatorClient) -> dict[str, list[pb.Span]]:
-        await client.observe()  # a cluster that is not there, or refuses us, is noticed before the wait
-        started_ns = time.time_ns()
+    async def collect(client: OperatorClient) -> dict[str, list[Span]]:
+        before = await client.observe()  # a cluster that is not there, or refuses us, is noticed before the wait
         await asyncio.sleep(parsed.seconds)
-        return await client.spans(started_ns)
+        after = await client.observe()
+        names.update({item.client_id: item.name for item in [*before.clients, *after.clients]})
+        return await client.spans(before.time_ns)
 
     spans = ask(access(parsed), collect)
     try:
-        write_chrome_trace(path, spans)
+        trace = write_chrome_trace(path, spans, names)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-    num_spans, executors = sum(map(len, spans.values())), "1 executor" if len(spans) == 1 else f"{len(spans)} executors"
-    found = f"{num_spans:,} spans of {executors} in {parsed.seconds:g} s"
-    print(f"{path}: {found}; open it at https://ui.perfetto.dev")
-    return 0
+    num_spans = sum(map(len, spans.values()))
+    found = f"{num_spans:,} spans of {_count(spans, 'executor')} and {_count(spans, 'scheduler')}"
+    print(f"{path}: {found} in {parsed.seconds:g} s; open it at https://ui.perfetto.dev")
+    return trace
+
+
+def _count(processes: Any, role: str) -> str:
+    count = sum(name.startswith(role) for name in processes)
+    return f"1 {role}" if count == 1 else f"{count} {role}s"

@@ -18,11 +18,12 @@ import grpc
 import grpc.aio
 
 from torchways.cluster import state as core
-from torchways.ids import ClientId, ProgramId, owner
+from torchways.ids import ClientId, ProgramId
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, ClusterKey, Role, metadata
+from torchways.rpc.spans import Span, collect, span_to_proto
 
 logger = logging.getLogger(__name__)
 
@@ -32,8 +33,6 @@ _STATUS_SECONDS = 2.0
 _TRACE_SECONDS = 20.0
 _STACKS_SECONDS = 8.0
 _SPANS_PER_MESSAGE = 2000
-#: What an executor calls a span that it does not show (executor/server.py).
-_HIDDEN = "of another client"
 
 
 class OperatorServer(pb_grpc.OperatorServicer):
@@ -174,36 +173,36 @@ class OperatorServer(pb_grpc.OperatorServicer):
     async def CollectTrace(
         self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ProcessSpans]:
-        """Returns the spans of all executors.
-
-        An executor shows a client's computations to that client alone, so it is asked in the name of each.
-        """
-        executors = [info for _, info in self._executors()]
-        clients = list(self._core.clients) or [ClientId(0)]
-        tasks = {
-            (info.executor_id, client_id): asyncio.create_task(self._spans(info, client_id, request))
-            for info in executors
-            for client_id in clients
-        }
+        """Returns the spans of all schedulers and executors, by this process's clock."""
+        tasks: dict[str, asyncio.Task[list[Span]]] = {}
+        devices: dict[str, Sequence[int]] = {}
+        for island in self._core.islands.values():
+            if island.scheduler_address:
+                stub: Any = pb_grpc.SchedulerStub(self._channel(island.scheduler_address))
+                name = f"scheduler i{island.island_id}"
+                tasks[name] = asyncio.create_task(self._spans(name, stub, request.since_ns))
+        for item, info in self._executors():
+            stub, name = pb_grpc.ExecutorStub(self._channel(info.address)), core.process_name(info.executor_id)
+            devices[name] = item.devices_of[info.executor_id]
+            tasks[name] = asyncio.create_task(self._spans(name, stub, request.since_ns))
         try:
-            for info in executors:
-                answers = {client_id: await tasks[info.executor_id, client_id] for client_id in clients}
-                spans = merged_spans(answers)
-                name = core.process_name(info.executor_id)
+            for name, task in tasks.items():
+                spans = [span_to_proto(span) for span in await task]
                 for start in range(0, max(1, len(spans)), _SPANS_PER_MESSAGE):
-                    yield pb.ProcessSpans(name=name, spans=spans[start : start + _SPANS_PER_MESSAGE])
+                    part = spans[start : start + _SPANS_PER_MESSAGE]
+                    yield pb.ProcessSpans(name=name, spans=part, device_indices=devices.get(name, ()))
         finally:
             for task in tasks.values():
                 task.cancel()
 
-    async def _spans(self, info: pb.ExecutorInfo, client_id: ClientId, request: pb.TraceRequest) -> list[pb.Span]:
-        stub = pb_grpc.ExecutorStub(self._channel(info.address))
-        mine = self._as(Caller(Role.CLIENT, client_id))
+    async def _spans(self, name: str, stub: Any, since_ns: int) -> list[Span]:
+        mine = self._as(Caller(Role.MANAGER))
         try:
-            responses = stub.CollectTrace(request, metadata=mine, timeout=_TRACE_SECONDS)
-            return [span async for response in responses for span in response.spans]
+            return await collect(
+                lambda request: stub.CollectTrace(request, metadata=mine, timeout=_TRACE_SECONDS), since_ns
+            )
         except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            logger.warning("executor %s has no trace for client %d: %s", info.executor_id, client_id, error)
+            logger.warning("%s has no trace: %s", name, error)
             return []
 
     # ---- stacks
@@ -253,23 +252,3 @@ def hide_names(found: pb.Observation) -> None:
         executor.status.ClearField("waiting_for")
         executor.status.ClearField("stalls")
         executor.status.ClearField("fallback_counters")
-
-
-def merged_spans(answers: Mapping[ClientId, Sequence[pb.Span]]) -> list[pb.Span]:
-    """Returns an executor's spans, by start, given what it showed to each client; each hides those of the others.
-
-    What no client was shown, since its client is gone, is there without its name.
-    """
-    shown = [
-        span
-        for client_id, spans in answers.items()
-        for span in spans
-        if span.run_id and owner(span.run_id) == client_id
-    ]
-    places = {(span.track, span.start_ns, span.end_ns) for span in shown}
-    others: dict[tuple[str, int, int, str], pb.Span] = {}
-    for span in itertools.chain.from_iterable(answers.values()):
-        place = (span.track, span.start_ns, span.end_ns)
-        if not span.run_id and not (span.name == _HIDDEN and place in places):
-            others.setdefault((*place, span.name), span)
-    return sorted([*shown, *others.values()], key=lambda span: (span.start_ns, span.end_ns))

@@ -10,7 +10,7 @@ from torchways.controller.variant import CallRuns, Variant
 from torchways.ids import RunId
 from torchways.ir.part import LoopInstruction, SendInstruction, SlicePart
 from torchways.ir.program import Loop
-from torchways.rpc.clients import Span
+from torchways.rpc.spans import Span
 from torchways.schedules.actions import Action
 from torchways.schedules.dry_run import Span as ActionSpan
 from torchways.schedules.measured import MeasuredRun

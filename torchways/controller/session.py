@@ -29,6 +29,7 @@ import torch
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread
+from torchways.controller.spans import ClientSpans
 from torchways.controller.value_checks import checks_values
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
@@ -43,7 +44,6 @@ from torchways.rpc.clients import (
     ManagerClient,
     SchedulerClient,
     SliceAddress,
-    Span,
 )
 from torchways.rpc.programs import (
     HostAddress,
@@ -55,6 +55,7 @@ from torchways.rpc.programs import (
     release_message,
     run_message,
 )
+from torchways.rpc.spans import Span
 from torchways.signals import Waiting, result_of
 
 logger = logging.getLogger(__name__)
@@ -141,8 +142,8 @@ class Session:
     buffers: dict[BufferId, weakref.ref[RemoteBuffer]] = field(default_factory=dict)
     #: Set when the cluster is gone: every later call raises it.
     broken: TorchwaysError | None = None
-    #: Controller-side spans (dispatches), newest last.
-    spans: list[Span] = field(default_factory=list)
+    #: What this client does, for traces.
+    spans: ClientSpans = field(default_factory=ClientSpans)
     _next_id: int = 0
     _slices: dict[SliceId, _Slice] = field(default_factory=dict)
     _schedulers: dict[IslandId, SchedulerClient] = field(default_factory=dict)
@@ -348,17 +349,22 @@ class Session:
         return [status for _, status in self._ask_executors(lambda client: client.status())]
 
     def collect_spans(self, since_ns: int) -> dict[str, list[Span]]:
-        """Returns the spans of every process since a time: executors by id, and "controller". A lost one has none."""
+        """Returns the spans of every process since a time, by its name. A lost one has none.
 
-        async def ask(client: ExecutorClient) -> list[Span]:
+        Schedulers and executors show what is this client's, and of others only that there was something.
+        """
+
+        async def ask(client: ExecutorClient | SchedulerClient) -> list[Span]:
             try:
                 return await client.trace(since_ns)
             except grpc.aio.AioRpcError as error:
-                logger.warning("executor %s has no trace: %s", client.executor_id, error.details())
+                logger.warning("no trace from a process: %s", error.details())
                 return []
 
-        spans = dict(self._ask_executors(ask))
-        spans["controller"] = [span for span in self.spans if span.end_ns >= since_ns]
+        spans = {f"executor {executor_id}": found for executor_id, found in self._ask_executors(ask)}
+        for island, scheduler in self._schedulers.items():
+            spans[f"scheduler i{island}"] = self.loop.run(ask(scheduler), _CALL, "a scheduler")
+        spans["controller"] = self.spans.since(since_ns)
         return spans
 
     def _ask_executors(self, ask: Callable[[ExecutorClient], Coroutine[Any, Any, _T]]) -> list[tuple[str, _T]]:
@@ -399,7 +405,8 @@ class Session:
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
         check_open(self, "this array")
-        return self.loop.run(self._fetch(buffer), timeout, "an array's value")
+        with self.spans.waiting("read", "read an array", self.manager.client_id):
+            return self.loop.run(self._fetch(buffer), timeout, "an array's value")
 
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
         """Starts waiting for a buffer's value."""
@@ -675,9 +682,7 @@ class Session:
         if (seconds := run_seconds.get()) is not None:
             reason = f"its deadline of {seconds:g} s has passed"
             self.loop.call(lambda: self.loop.loop.call_later(seconds, self._cancel, [run_id], reason))
-        self._note(
-            Span(name=f"dispatch {name}", track="dispatch", start_ns=started_ns, end_ns=time.time_ns(), run_id=run_id)
-        )
+        self.spans.dispatched(name, run_id, started_ns)
         return run_id
 
     def cancel(self, buffers: Sequence[RemoteBuffer]) -> None:
@@ -720,7 +725,8 @@ class Session:
     def wait_for_room(self, name: str) -> None:
         """Waits while too many runs are in flight."""
         if len(self._runs) >= self.max_runs_in_flight:
-            self._wait(lambda: len(self._runs) < self.max_runs_in_flight, f"dispatch of {name}")
+            with self.spans.waiting("room", f"{name} waits for room", self.manager.client_id):
+                self._wait(lambda: len(self._runs) < self.max_runs_in_flight, f"dispatch of {name}")
         self.check()
 
     def wait_for_program(self, program_id: ProgramId, name: str) -> None:
@@ -773,11 +779,6 @@ class Session:
     def num_messages(self) -> dict[IslandId, dict[str, int]]:
         """Returns how many messages of each kind went to each island's scheduler."""
         return {island: dict(client.num_sent) for island, client in self._schedulers.items()}
-
-    def _note(self, span: Span) -> None:
-        self.spans.append(span)
-        if len(self.spans) > 20_000:
-            del self.spans[:10_000]
 
     # ---- events (on the loop)
 

@@ -348,7 +348,8 @@ class Engine:
         except Exception as error:
             failure = self.failure("RemoteError", f"{program.name} could not be compiled: {error}", error)
         code.drop_graphs()
-        self.spans.note(f"compile {program.name}", "host", started, time.time_ns(), 0)
+        code.compiled_ns = time.time_ns()
+        self.spans.note_compiled(program.name, program.part.program_id, started, code.compiled_ns)
         self.post(events.ProgramCompiled(part=program.part, failure=failure))
 
     # ---- computations
@@ -439,7 +440,10 @@ class Engine:
         if first.part_of is not None:
             name += f" {first.part_of.action}"
         run = task.run
-        run.device_ns += self.spans.note_computed(name, self.num_devices, issued, ended, run.run_id, first.part_of)
+        awaited_since = max(run.came_ns, code.compiled_ns) if task.awaited_input else 0
+        run.device_ns += self.spans.note_computed(
+            name, self.num_devices, issued, ended, run.run_id, first.part_of, awaited_since
+        )
 
     def _place(self, command: events.Place) -> None:
         cell = command.cell
@@ -472,7 +476,7 @@ class Engine:
             failures.extend([failure] if failure is not None else [])
             if left == 0:
                 name = f"send edge {edge} to {', '.join(peers)}"
-                self.spans.note(name, "transfer", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
+                self.spans.note("send", name, started, time.time_ns(), run_id, edge_id=edge, sent_bytes=sent_bytes)
                 self._soon(events.UnitFinished(task=task, failure=lowest(failures)))
 
         def send(value: torch.Tensor | Failure) -> None:
@@ -508,7 +512,7 @@ class Engine:
             def done(total: torch.Tensor | None, failure: Failure | None, sent_bytes: int) -> None:
                 if total is not None:
                     sent_bytes += total.nbytes * len(route.followers)
-                self.spans.note(f"sum edge {edge}", "transfer", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
+                self.spans.note("sum", f"sum edge {edge}", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
                 result = total if failure is None else failure
                 assert result is not None
                 for peer in route.followers:
@@ -567,7 +571,7 @@ class Engine:
             self.reducer.arrived(peer, run_id, edge_id, phase, value)
             return
         now = time.time_ns()
-        self.spans.note(f"receive edge {edge_id}", "transfer", now, now, run_id)
+        self.spans.note("receive", f"receive edge {edge_id}", now, now, run_id, edge_id=edge_id)
         data, failure = (None, value) if isinstance(value, Failure) else (value, None)
         self._soon(events.TransferArrived(peer=peer, run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 

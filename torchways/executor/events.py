@@ -37,7 +37,7 @@ class RunEnqueued:
     """The scheduler ordered a run. `arguments` is None if what the client sent cannot be read.
 
     `cancelled`: its client does not want it any more; its results are this failure. `checks_values`: a function that
-    makes NaN or infinity fails.
+    makes NaN or infinity fails. `time_ns`: when this was.
     """
 
     part: PartId
@@ -47,6 +47,7 @@ class RunEnqueued:
     arguments: Arguments[Any] | None
     cancelled: Failure | None = None
     checks_values: bool = False
+    time_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

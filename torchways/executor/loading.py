@@ -27,12 +27,14 @@ class PartCode:
         slots: what the runtime must know of each slot's buffer.
         peers: (executor id, data address) of all executors that it exchanges values with, and of this one.
         calls: by number of the unit, the computations of each unit that computes; empty until they are compiled.
+        compiled_ns: when they were; Unix time.
     """
 
     functions: Sequence[Function]
     slots: Sequence[BufferSpec]
     peers: Sequence[tuple[str, str]]
     calls: dict[int, list[Call]] = field(default_factory=dict)
+    compiled_ns: int = 0
 
     def drop_graphs(self) -> None:
         """Forgets the graphs, which the runtime has read."""

@@ -98,6 +98,7 @@ class Run:
         cancelled: what units that are not issued fail with.
         device_ns: time that it had the devices.
         checks_values: a function that makes NaN or infinity fails.
+        came_ns: when it came.
     """
 
     program: LoadedProgram
@@ -117,6 +118,7 @@ class Run:
     cancelled: Failure | None = None
     device_ns: int = 0
     checks_values: bool = False
+    came_ns: int = 0
 
     @property
     def part(self) -> RunPart:
@@ -143,6 +145,7 @@ class Task:
         has_passed: it has its memory, or needs none; the tasks behind it in its run need not wait for it.
         arrived: the value that it received, until it has passed.
         has_ended: it is over.
+        awaited_input: its turn came before its inputs did.
     """
 
     run: Run
@@ -152,6 +155,7 @@ class Task:
     has_passed: bool = False
     arrived: Place | None = None
     has_ended: bool = False
+    awaited_input: bool = False
 
     @property
     def need_bytes(self) -> int:

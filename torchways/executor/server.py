@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -33,16 +34,15 @@ from torchways.observability.process import die_with_parent, precise_timers, set
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.rpc.clients import Span
-from torchways.rpc.identity import ClusterKey, check_owner, take_cluster_key
+from torchways.rpc.identity import ClusterKey, Role, check_owner, take_cluster_key
 from torchways.rpc.programs import arguments_from_bytes
+from torchways.rpc.spans import Span, shown_to, trace_responses
 from torchways.rpc.streams import Joiner, Outbox
 from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
 _CHUNK_BYTES = 4 << 20
-_SPANS_PER_MESSAGE = 5_000
 #: Of the runs in flight, those that the status says what they wait for.
 _MAX_WAITING_FOR = 1_000
 #: A fetch may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
@@ -312,28 +312,14 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.TraceResponse]:
         """Returns the spans since a time."""
-        # Computations of others are seen, and not what they are.
-        mine = channel.caller(context, self.key).client_id
-        spans = self.engine.spans.since(request.since_ns)
-        spans = [
-            span if owner(span.run_id) in (mine, 0) else Span("of another client", *span[1:4], 0) for span in spans
-        ]
-        for start in range(0, len(spans), _SPANS_PER_MESSAGE):
-            yield pb.TraceResponse(
-                spans=[
-                    pb.Span(
-                        name=span.name,
-                        track=span.track,
-                        start_ns=span.start_ns,
-                        end_ns=span.end_ns,
-                        run_id=span.run_id,
-                        action=str(span.part_of.action) if span.part_of is not None else "",
-                        loop=span.part_of.loop if span.part_of is not None else 0,
-                        sent_bytes=span.sent_bytes,
-                    )
-                    for span in spans[start : start + _SPANS_PER_MESSAGE]
-                ]
-            )
+        caller = channel.caller(context, self.key)
+
+        def spans(since_ns: int) -> list[Span]:
+            found = self.engine.spans.log.since(since_ns)
+            return shown_to(caller.client_id, found) if caller.role is Role.CLIENT else found
+
+        for response in trace_responses(request, spans):
+            yield response
 
 
 async def _result(task: asyncio.Task[Failure | None]) -> Failure | None:
@@ -350,6 +336,7 @@ def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:
         part=PartId(ProgramId(message.program_id), SliceId(message.slice_id)),
         run_id=RunId(message.run_id),
         sequence=message.sequence,
+        time_ns=time.time_ns(),
         first_buffer_id=BufferId(message.first_buffer_id),
         arguments=arguments_from_bytes(message.arguments),
         cancelled=convert.failure_from_proto(message.failure) if message.HasField("failure") else None,

@@ -2,46 +2,48 @@
 
 from __future__ import annotations
 
-import collections
 import logging
 import time
 from collections.abc import Iterable, Sequence
 
 from torchways.executor.memory import Taker
+from torchways.executor.runs import Placing, Task
+from torchways.ids import owner
 from torchways.ir.part import LoopAction
-from torchways.rpc.clients import Span
+from torchways.rpc.spans import Span, SpanLog
 
 logger = logging.getLogger(__name__)
 
 
-_MAX_SPANS = 50_000
-
-
 class Spans:
-    """The newest spans. All methods but `since` and `note` are for the engine's thread."""
+    """The newest spans. All methods are for the engine's thread; the log is for any."""
 
     def __init__(self) -> None:
-        self._spans: collections.deque[Span] = collections.deque(maxlen=_MAX_SPANS)
+        self.log = SpanLog()
         self._device_free_ns = 0
         #: Waits for memory that are not over, by the identity of what waits.
-        self._waits: dict[int, tuple[str, int]] = {}
-
-    def since(self, start_ns: int) -> list[Span]:
-        """Returns the spans that ended at a time or later."""
-        return [span for span in list(self._spans) if span.end_ns >= start_ns]
+        self._waits: dict[int, tuple[Taker, int]] = {}
 
     def note(
         self,
+        kind: str,
         name: str,
-        track: str,
         start_ns: int,
         end_ns: int,
-        run_id: int = 0,
-        part_of: LoopAction | None = None,
+        run_id: int,
+        *,
+        edge_id: int | None = None,
         sent_bytes: int = 0,
     ) -> None:
-        """Keeps a span."""
-        self._spans.append(Span(name, track, start_ns, end_ns, run_id, part_of, sent_bytes))
+        """Keeps a span of a run, on the track of its kind."""
+        self.log.note(
+            Span(name, kind, start_ns, end_ns, run_id, None, sent_bytes, kind, owner(run_id), edge_id=edge_id)
+        )
+
+    def note_compiled(self, name: str, program_id: int, start_ns: int, end_ns: int) -> None:
+        """Keeps the span of a compilation; on the compiler's thread."""
+        client = owner(program_id)
+        self.log.note(Span(f"compile {name}", "compile", start_ns, end_ns, 0, kind="compile", client_id=client))
 
     def note_computed(
         self,
@@ -51,15 +53,23 @@ class Spans:
         ended_ns: int,
         run_id: int,
         part_of: LoopAction | None = None,
+        awaited_since_ns: int = 0,
     ) -> int:
         """Keeps a computation's span for each device; returns its nanoseconds.
 
-        It began when it was issued, or behind the one before it: what several share is counted once.
+        It began when it was issued, or behind the one before it: what several share is counted once. If its inputs
+        came late, and the devices had nothing to do meanwhile, there is a span of that wait, too; it could have begun
+        at `awaited_since_ns` (0: its inputs were there).
         """
-        started = max(issued_ns, self._device_free_ns)
-        self._device_free_ns = ended_ns
-        for device in range(num_devices):
-            self.note(name, f"device {device}", started, ended_ns, run_id, part_of)
+        free, self._device_free_ns = self._device_free_ns, ended_ns
+        started = max(issued_ns, free)
+        log = self.log
+        if log.is_on:
+            if awaited_since_ns and (since := max(awaited_since_ns, free)) < issued_ns:
+                self.note("input", f"inputs of {name}", since, issued_ns, run_id)
+            client = owner(run_id)
+            for device in range(num_devices):
+                log.note(Span(name, f"device {device}", started, ended_ns, run_id, part_of, 0, "compute", client))
         return ended_ns - started
 
     def note_waits(self, starved: Sequence[Taker]) -> None:
@@ -71,10 +81,19 @@ class Spans:
         for item in starved:
             if id(item) not in self._waits:
                 logger.info("%s waits for %d bytes of device memory", item, item.need_bytes)
-                self._waits[id(item)] = (f"waits for memory: {item}", now)
+                self._waits[id(item)] = (item, now)
         self._end_waits([key for key in self._waits if key not in waiting], now)
 
     def _end_waits(self, keys: Iterable[int], now: int) -> None:
         for key in keys:
-            name, started = self._waits.pop(key)
-            self.note(name, "memory", started, now)
+            item, started = self._waits.pop(key)
+            self.note("memory", f"waits for memory: {item}", started, now, _run_of(item))
+
+
+def _run_of(item: Taker) -> int:
+    match item:
+        case Task():
+            return item.run.run_id
+        case Placing() if item.cell.payer is not None:
+            return item.cell.payer.run_id
+    return 0

@@ -242,6 +242,7 @@ class ExecutorState:
             reserved_bytes=max(0, reserved),
             cancelled=event.cancelled,
             checks_values=event.checks_values,
+            came_ns=event.time_ns,
         )
         self.runs[part] = run
         known.num_runs += 1
@@ -337,6 +338,7 @@ class ExecutorState:
             cell = cells[slot]
             if not cell.scheduled and failure is None:  # type: ignore[union-attr]
                 cell.waiters.append(task)  # type: ignore[union-attr]
+                task.awaited_input = True
                 return
         if failure is None:
             failure = misfit = self._misfit(task)

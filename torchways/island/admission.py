@@ -37,6 +37,13 @@ _WINDOWS_OF_CLIENT = 8
 _LEAST_SECONDS = 20e-6
 #: Part of what is known of a program's time that its last run makes up.
 _LEARNING_RATE = 0.25
+#: What a run may wait for, for people.
+_COMPILATION = "the compilation of its program"
+_EARLIER = "its client's earlier runs"
+_OWN_RUNS = "its client's runs that are admitted, to end"
+_OTHER_ROOM = "room on its other devices"
+_TURN = "its turn"
+_ORDER = "its place in the order of all islands"
 #: Executors of a set of devices, one a host.
 DeviceSet: TypeAlias = tuple[str, ...]
 
@@ -52,6 +59,7 @@ class HeldRun:
         spans: it has parts on other islands.
         nbytes: that it takes while it is held.
         is_asked: its turn has come; it waits for its order.
+        held_for: what it was last seen to wait for, for people; "": for room, or for nothing.
     """
 
     run_id: RunId
@@ -63,6 +71,7 @@ class HeldRun:
     spans: bool = False
     nbytes: int = 0
     is_asked: bool = False
+    held_for: str = ""
 
 
 @dataclass(eq=False, slots=True)
@@ -226,6 +235,10 @@ class Admission:
             self._spanning.setdefault(client_id, deque()).append(run)
         if not run.lanes:
             self._without_lanes.append(run)
+        if not run.program.is_compiled:
+            run.held_for = _COMPILATION
+        elif any(client_id in lane.queues for lane in run.lanes):
+            run.held_for = _EARLIER
         for lane in run.lanes:
             was_idle = not lane.uses(client_id)
             lane.queues.setdefault(client_id, deque()).append(run)
@@ -349,18 +362,18 @@ class Admission:
 
     def _reason(self, run: HeldRun, lane: Lane, now: float) -> str:
         if run.is_asked:
-            return "its place in the order of all islands"
+            return _ORDER
         if not run.program.is_compiled:
-            return "the compilation of its program"
+            return _COMPILATION
         if run in self._chosen:
-            return "room on its other devices"
+            return _OTHER_ROOM
         if not self._has_room(lane, now):
             return f"{lane.unfinished_seconds(now) * 1e3:.1f} ms of work that is admitted"
         if not self._fits(run, lane):
-            return "its client's runs that are admitted, to end"
+            return _OWN_RUNS
         if self._next_of(run.share.client_id, lane) is not run:
             return "its client's earlier runs on its other devices"
-        return "its turn"
+        return _TURN
 
     def _decide(self, lane: Lane, blocked: set[Lane], now: float) -> Iterator[Decision]:
         while lane not in blocked and lane.queues and self._has_room(lane, now):
@@ -372,9 +385,13 @@ class Admission:
             else:
                 pending = lane.policy.next([lane.pending(run) for run in runs], now)
                 run = self.runs[pending.run_id]
+                for other in runs:
+                    if other is not run:
+                        other.held_for = _TURN
             if blocked.isdisjoint(run.lanes) and self._have_room(run, now):
                 yield from self._take(run, now)
             else:
+                run.held_for = _OTHER_ROOM
                 self._chosen.append(run)
                 blocked.update(run.lanes)
 
@@ -391,7 +408,7 @@ class Admission:
         waiting.popleft()
         if not waiting:
             del self._spanning[client_id]
-        run.is_asked = True
+        run.is_asked, run.held_for = True, _ORDER
         yield Ask(run=run)
         self._look_at(run.lanes)
         if waiting:
@@ -449,7 +466,10 @@ class Admission:
             return None
         for other in run.lanes:
             queue = other.queues[client_id]
-            if (self._first_unasked(queue) if run.spans else queue[0]) is not run or not self._fits(run, other):
+            if (self._first_unasked(queue) if run.spans else queue[0]) is not run:
+                return None
+            if not self._fits(run, other):
+                run.held_for = _OWN_RUNS
                 return None
         return run
 

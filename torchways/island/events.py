@@ -6,7 +6,7 @@ Events are facts that the shell (server.py) gives the core (state.py). Commands 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torchways.errors import Failure
@@ -198,7 +198,10 @@ class SendLoad:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendEnqueue:
-    """Send a run to an executor. With a failure, it is cancelled: that is what its results are."""
+    """Send a run to an executor. With a failure, it is cancelled: that is what its results are.
+
+    `held_for`: what it was held for, for people.
+    """
 
     executor_id: str
     sequence: int
@@ -206,6 +209,7 @@ class SendEnqueue:
     slice_id: SliceId
     arguments: Any
     failure: Failure | None = None
+    held_for: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import assert_never
 
@@ -21,12 +22,14 @@ from torchways.island.admission import Lane, Usage
 from torchways.island.order import OrderStream
 from torchways.island.outline import outline_of
 from torchways.island.policy import PolicyFactory, Share, find_policy
+from torchways.island.spans import RunSpans
 from torchways.island.state import SchedulerState
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, ClusterKey, Role, check_owner, metadata, take_cluster_key
+from torchways.rpc.spans import Span, shown_to, trace_responses
 from torchways.rpc.streams import Joiner, Outbox
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
     def __init__(self, token: str, key: ClusterKey, policy: PolicyFactory, window: float) -> None:
         self.core = SchedulerState(policy, window)
+        self.spans = RunSpans()
         #: Set before anything is served.
         self.order: OrderStream
         self._key = key
@@ -99,7 +103,14 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
         now = self._loop.time()
-        self._carry_out(self.core.handle(event, now))
+        commands = self.core.handle(event, now)
+        if isinstance(event, core.RunRequested):
+            name = self.core.programs[event.program_id].name if event.program_id in self.core.programs else "a program"
+            devices = dict.fromkeys(self.core.slices[s] for s in event.arguments if s in self.core.slices)
+            self.spans.requested(event.run_id, name, tuple(devices), time.time_ns())
+        elif isinstance(event, core.ClientGone):
+            self.spans.client_gone(event.client_id, time.time_ns())
+        self._carry_out(commands)
         if self._timer is not None:
             self._timer.cancel()
         wake = self.core.wake_time(now)
@@ -112,6 +123,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         for command in commands:
             match command:
                 case core.SendEnqueue():
+                    self.spans.admitted(command.run.run_id, command.held_for, time.time_ns())
                     self._send(command.executor_id, pb.ExecutorCommand(enqueue=_enqueue(command)))
                 case core.SendLoad():
                     program_id = command.part_id.program_id
@@ -132,6 +144,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                     needed = pb.SetGrantsNeeded(needed=command.needed, epoch=command.epoch)
                     self._send(command.executor_id, pb.ExecutorCommand(set_grants_needed=needed))
                 case core.TellFinished():
+                    self.spans.ended(command.run_id, time.time_ns())
                     finished = pb.RunFinished(run_id=command.run_id, failure=_optional(command.failure))
                     self._tell(command.client_id, pb.SchedulerMessage(run_finished=finished))
                 case core.TellLoaded():
@@ -344,6 +357,19 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 for item in shown
             ]
         )
+
+    async def CollectTrace(
+        self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.TraceResponse]:
+        """Returns the spans of runs since a time."""
+        caller = channel.caller(context, self._key)
+
+        def spans(since_ns: int) -> list[Span]:
+            found = self.spans.since(since_ns, time.time_ns())
+            return shown_to(caller.client_id, found) if caller.role is Role.CLIENT else found
+
+        for response in trace_responses(request, spans):
+            yield response
 
 
 def _client_share(lane: Lane, usage: Usage) -> pb.ClientShare:

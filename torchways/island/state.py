@@ -312,6 +312,7 @@ class SchedulerState:
                     slice_id=s,
                     arguments=request.arguments[s],
                     failure=cancelled,
+                    held_for=run.held_for,
                 )
                 for e, s in targets
             ]

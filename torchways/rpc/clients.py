@@ -18,15 +18,14 @@ import grpc.aio
 
 from torchways.errors import DeadlineExceeded, Failure
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
-from torchways.ir.part import LoopAction
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
+from torchways.rpc.spans import Span, collect
 from torchways.rpc.streams import Joiner, Outbox
-from torchways.schedules.actions import parse_action
 
 logger = logging.getLogger(__name__)
 
@@ -123,23 +122,6 @@ class ExecutorStatus:
     compile_seconds: float
     num_entries: dict[str, int]
     stalls: tuple[str, ...] = ()
-
-
-class Span(NamedTuple):
-    """Something that took time; times are Unix nanoseconds.
-
-    Attributes:
-        part_of: the action of a loop's schedule that it is part of.
-        sent_bytes: that it sent to other executors.
-    """
-
-    name: str
-    track: str
-    start_ns: int
-    end_ns: int
-    run_id: int
-    part_of: LoopAction | None = None
-    sent_bytes: int = 0
 
 
 class ManagerClient:
@@ -289,7 +271,9 @@ class SchedulerClient:
     def __init__(self, address: str, metadata: Metadata) -> None:
         self._channel = channel.open_channel(address)
         self._outbox = Outbox(pb.ClientMessage)
-        self._stream = pb_grpc.SchedulerStub(self._channel).Connect(self._outgoing(), metadata=metadata)
+        self._metadata = metadata
+        self._stub = pb_grpc.SchedulerStub(self._channel)
+        self._stream = self._stub.Connect(self._outgoing(), metadata=metadata)
         self._address = address
         #: Messages sent so far, by kind; what a test counts.
         self.num_sent: dict[str, int] = {}
@@ -333,6 +317,10 @@ class SchedulerClient:
             on_lost("the scheduler closed the stream")
         except grpc.aio.AioRpcError as error:
             on_lost(f"the gang scheduler at {self._address} cannot be reached ({error.code().name}: {error.details()})")
+
+    async def trace(self, since_ns: int) -> list[Span]:
+        """Returns the spans that ended after a time, by our clock."""
+        return await _spans(self._stub, self._metadata, since_ns)
 
     async def close(self) -> None:
         """Ends the stream."""
@@ -448,22 +436,8 @@ class ExecutorClient:
         )
 
     async def trace(self, since_ns: int) -> list[Span]:
-        """Returns the spans that ended after a time."""
-        request = pb.TraceRequest(since_ns=since_ns)
-        responses = self._stub.CollectTrace(request, metadata=self._metadata, timeout=_CALL_SECONDS)
-        return [
-            Span(
-                name=s.name,
-                track=s.track,
-                start_ns=s.start_ns,
-                end_ns=s.end_ns,
-                run_id=s.run_id,
-                part_of=LoopAction(s.loop, parse_action(s.action)) if s.action else None,
-                sent_bytes=s.sent_bytes,
-            )
-            async for response in responses
-            for s in response.spans
-        ]
+        """Returns the spans that ended after a time, by our clock."""
+        return await _spans(self._stub, self._metadata, since_ns)
 
     async def close(self) -> None:
         """Closes the channel."""
@@ -530,6 +504,10 @@ class DataProcessClient:
         """Closes the channel."""
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
+
+
+async def _spans(stub: Any, metadata: Metadata, since_ns: int) -> list[Span]:
+    return await collect(lambda request: stub.CollectTrace(request, metadata=metadata, timeout=_CALL_SECONDS), since_ns)
 
 
 def _raise_failure(response: Any) -> None:

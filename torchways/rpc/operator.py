@@ -15,6 +15,7 @@ from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
+from torchways.rpc.spans import Span, span_from_proto
 
 _T = TypeVar("_T")
 
@@ -70,16 +71,28 @@ class OperatorClient:
             answers = self._stub.DumpStacks(request, metadata=self._access.metadata(), timeout=_CALL_SECONDS)
             return [Stacks(answer.name, answer.pid, answer.host, answer.text) async for answer in answers]
 
-    async def spans(self, since_ns: int) -> dict[str, list[pb.Span]]:
-        """Returns the spans of each executor that ended after a time."""
+    async def spans(self, since_ns: int) -> dict[str, list[Span]]:
+        """Returns the spans of each scheduler and executor that ended after a time.
+
+        Times are those of the resource manager's clock. Devices have their numbers on the island, as in the track
+        "island 0 device 3".
+        """
         request = pb.TraceRequest(since_ns=since_ns)
-        found: dict[str, list[pb.Span]] = {}
+        found: dict[str, list[Span]] = {}
         with _explained(self._access):
             async for part in self._stub.CollectTrace(
                 request, metadata=self._access.metadata(), timeout=_TRACE_SECONDS
             ):
-                found.setdefault(part.name, []).extend(part.spans)
+                found.setdefault(part.name, []).extend(_on_island(part))
         return found
+
+
+def _on_island(part: pb.ProcessSpans) -> list[Span]:
+    """Returns a process's spans, those of an executor on tracks of the island's devices."""
+    island = part.name.partition(" i")[2].partition(".")[0]
+    tracks = {f"device {n}": f"island {island} device {index}" for n, index in enumerate(part.device_indices)}
+    spans = map(span_from_proto, part.spans)
+    return [span._replace(track=tracks.get(span.track, span.track)) for span in spans]
 
 
 class _explained:

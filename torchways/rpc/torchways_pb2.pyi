@@ -1141,19 +1141,25 @@ class ProcessSpans(_message.Message):
 
     NAME_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
+    DEVICE_INDICES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"executor i0.e1" """
+    """"executor i0.e1", "scheduler i0" """
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
+    @_builtins.property
+    def device_indices(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """an executor's devices, of the island"""
+
     def __init__(
         self,
         *,
         name: _builtins.str = ...,
         spans: _abc.Iterable[Global___Span] | None = ...,
+        device_indices: _abc.Iterable[_builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["name", b"name", "spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "name", b"name", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3957,16 +3963,20 @@ class TraceRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SINCE_NS_FIELD_NUMBER: _builtins.int
+    ONLY_CLOCK_FIELD_NUMBER: _builtins.int
     since_ns: _builtins.int
-    """Unix time"""
+    """Unix time, by the clock of who is asked"""
+    only_clock: _builtins.bool
+    """no spans: what time is it there?"""
     def __init__(
         self,
         *,
         since_ns: _builtins.int = ...,
+        only_clock: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["since_ns", b"since_ns"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["only_clock", b"only_clock", "since_ns", b"since_ns"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3974,19 +3984,29 @@ Global___TraceRequest: _TypeAlias = TraceRequest  # noqa: Y015
 
 @_typing.final
 class TraceResponse(_message.Message):
+    """The first answer has the time, the others have spans."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     SPANS_FIELD_NUMBER: _builtins.int
+    NOW_NS_FIELD_NUMBER: _builtins.int
+    CLOCK_ID_FIELD_NUMBER: _builtins.int
+    now_ns: _builtins.int
+    """Unix time of who answers"""
+    clock_id: _builtins.str
+    """the same for processes that share a clock"""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
     def __init__(
         self,
         *,
         spans: _abc.Iterable[Global___Span] | None = ...,
+        now_ns: _builtins.int = ...,
+        clock_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["clock_id", b"clock_id", "now_ns", b"now_ns", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -4004,9 +4024,12 @@ class Span(_message.Message):
     ACTION_FIELD_NUMBER: _builtins.int
     LOOP_FIELD_NUMBER: _builtins.int
     SENT_BYTES_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
+    CLIENT_ID_FIELD_NUMBER: _builtins.int
+    EDGE_ID_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     track: _builtins.str
-    """"device 0", "transfer", "host" """
+    """"device 0", "send", "compile" """
     start_ns: _builtins.int
     """Unix time"""
     end_ns: _builtins.int
@@ -4017,6 +4040,12 @@ class Span(_message.Message):
     """that loop's number in its program"""
     sent_bytes: _builtins.int
     """that it sent to other executors"""
+    kind: _builtins.str
+    """"compute", "send", "held": see torchways/rpc/spans.py"""
+    client_id: _builtins.int
+    """whose it is; 0: nobody's, or not to be named"""
+    edge_id: _builtins.int
+    """of a send or a receive"""
     def __init__(
         self,
         *,
@@ -4028,12 +4057,17 @@ class Span(_message.Message):
         action: _builtins.str = ...,
         loop: _builtins.int = ...,
         sent_bytes: _builtins.int = ...,
+        kind: _builtins.str = ...,
+        client_id: _builtins.int = ...,
+        edge_id: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_edge_id", b"_edge_id", "edge_id", b"edge_id"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["action", b"action", "end_ns", b"end_ns", "loop", b"loop", "name", b"name", "run_id", b"run_id", "sent_bytes", b"sent_bytes", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_edge_id", b"_edge_id", "action", b"action", "client_id", b"client_id", "edge_id", b"edge_id", "end_ns", b"end_ns", "kind", b"kind", "loop", b"loop", "name", b"name", "run_id", b"run_id", "sent_bytes", b"sent_bytes", "start_ns", b"start_ns", "track", b"track"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__edge_id: _TypeAlias = _typing.Literal["edge_id"]  # noqa: Y015
+    _WhichOneofArgType__edge_id: _TypeAlias = _typing.Literal["_edge_id", b"_edge_id"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__edge_id) -> _WhichOneofReturnType__edge_id | None: ...
 
 Global___Span: _TypeAlias = Span  # noqa: Y015
 

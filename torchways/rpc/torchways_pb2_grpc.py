@@ -580,7 +580,7 @@ class OperatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CollectTrace(self, request, context):
-        """Returns the spans of all executors, of all clients.
+        """Returns the spans of all schedulers and executors, of all clients, by the resource manager's clock.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -741,6 +741,11 @@ class SchedulerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.Programs.FromString,
                 _registered_method=True)
+        self.CollectTrace = channel.unary_stream(
+                '/torchways.v1.Scheduler/CollectTrace',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
+                _registered_method=True)
 
 
 class SchedulerServicer:
@@ -790,6 +795,13 @@ class SchedulerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CollectTrace(self, request, context):
+        """What was held and admitted when. Clients see what is theirs, and of others only that there was something.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -822,6 +834,11 @@ def add_SchedulerServicer_to_server(servicer, server):
                     servicer.DescribePrograms,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.Programs.SerializeToString,
+            ),
+            'CollectTrace': grpc.unary_stream_rpc_method_handler(
+                    servicer.CollectTrace,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -988,6 +1005,33 @@ class Scheduler:
             '/torchways.v1.Scheduler/DescribePrograms',
             torchways_dot_rpc_dot_torchways__pb2.ProgramsRequest.SerializeToString,
             torchways_dot_rpc_dot_torchways__pb2.Programs.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CollectTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/torchways.v1.Scheduler/CollectTrace',
+            torchways_dot_rpc_dot_torchways__pb2.TraceRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.TraceResponse.FromString,
             options,
             channel_credentials,
             insecure,
