@@ -171,9 +171,12 @@ def test_an_operator_sees_what_clients_do(cluster, environment):
         assert (item["shape"], item["axis_names"], item["devices"], item["state"]) == ([2], ["dp"], [0, 1], "ready")
 
         trace = environment / "t.json.gz"
-        assert "of 1 executor in 0.5 s" in torchways("trace", "--seconds", "0.5", "-o", str(trace))
+        assert "of 1 executor and 1 scheduler in 0.5 s" in torchways("trace", "--seconds", "0.5", "-o", str(trace))
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
-        assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {"executor i0.e1"}
+        assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
+            "executor i0.e1",
+            "scheduler i0",
+        }
         computed = [event for event in events if event["ph"] == "X" and "double" in event["name"]]
         assert len(computed) > 2  # with its name, though it is another's
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +59,8 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _collected(parsed: argparse.Namespace) -> dict[str, Any]:
+    import asyncio
+
     from torchways.observability.trace import write_chrome_trace
     from torchways.rpc.operator import ask
 
