@@ -34,7 +34,7 @@ print("ready", flush=True)
 sys.stdin.readline()
 values = [value.item() for value in [step(array) for _ in range(200)]]
 spans = {
-    name: [(span.start_ns, span.end_ns) for span in spans if span.track == "device 0"]
+    name.removeprefix("executor "): [(span.start_ns, span.end_ns) for span in spans if span.track == "device 0"]
     for name, spans in current_session().collect_spans(0).items() if name.startswith("executor")
 }
 print(json.dumps({"values": values, "spans": spans}), flush=True)
