@@ -1,9 +1,9 @@
 """Which runs are on the devices, and which are held until there is room.
 
 A *lane* is a set of devices with a queue of runs for each client. A run is admitted, which sends it to its executors,
-when it is the next of its client on all of its lanes, its program is compiled, and the lanes have room: less work is
-admitted than the *window*, in device time, which covers the way to the executors and back. Which client is next, a
-lane's policy says. So devices always have work, and what is decided is decided late.
+when it is the next of its client on all of its lanes, and these have room: less work is admitted than the *window*, in
+device time, which covers the way to the executors and back. Which client is next, a lane's policy says. So devices
+always have work, and what is decided is decided late.
 
 What is admitted counts as done once its device time has passed, so what waits for values from elsewhere does not keep
 others out. A client may have a few windows of work admitted that has not ended, and no more.
@@ -38,7 +38,6 @@ _LEAST_SECONDS = 20e-6
 #: Part of what is known of a program's time that its last run makes up.
 _LEARNING_RATE = 0.25
 #: What a run may wait for, for people.
-_COMPILATION = "the compilation of its program"
 _EARLIER = "its client's earlier runs"
 _OWN_RUNS = "its client's runs that are admitted, to end"
 _OTHER_ROOM = "room on its other devices"
@@ -54,7 +53,7 @@ class HeldRun:
 
     Attributes:
         request: opaque.
-        program: says whether it is compiled, and what runs take.
+        program: says what runs take.
         lanes: of its slices here; those that are gone are none.
         spans: it has parts on other islands.
         nbytes: that it takes while it is held.
@@ -83,9 +82,8 @@ class HeldRelease:
 
 @dataclass(eq=False, slots=True)
 class ProgramTimes:
-    """What admission knows of a program: whether it is compiled, and the device time of its runs, by lane."""
+    """The device time that a program's runs take, by lane."""
 
-    is_compiled: bool = False
     seconds: dict[DeviceSet, float] = field(default_factory=dict)
 
     def expected(self, devices: DeviceSet) -> float:
@@ -235,9 +233,7 @@ class Admission:
             self._spanning.setdefault(client_id, deque()).append(run)
         if not run.lanes:
             self._without_lanes.append(run)
-        if not run.program.is_compiled:
-            run.held_for = _COMPILATION
-        elif any(client_id in lane.queues for lane in run.lanes):
+        if any(client_id in lane.queues for lane in run.lanes):
             run.held_for = _EARLIER
         for lane in run.lanes:
             was_idle = not lane.uses(client_id)
@@ -253,13 +249,6 @@ class Admission:
             return True
         lane.queues[client_id].append(HeldRelease(request))
         return False
-
-    def compiled(self, program: ProgramTimes) -> None:
-        """A program is compiled, well or not."""
-        program.is_compiled = True
-        for run in self.runs.values():
-            if run.program is program:
-                self._look_at(run.lanes)
 
     def ordered(self, run_id: RunId, now: float) -> list[Decision]:
         """A spanning run has its place in the order: it is admitted now. None if it is held no more."""
@@ -363,8 +352,6 @@ class Admission:
     def _reason(self, run: HeldRun, lane: Lane, now: float) -> str:
         if run.is_asked:
             return _ORDER
-        if not run.program.is_compiled:
-            return _COMPILATION
         if run in self._chosen:
             return _OTHER_ROOM
         if not self._has_room(lane, now):
@@ -460,7 +447,7 @@ class Admission:
     def _next_of(self, client_id: ClientId, lane: Lane) -> HeldRun | None:
         """Returns the run of a client that may be admitted to a lane, or asked for, as far as the client goes."""
         run = self._first_unasked(lane.queues[client_id])
-        if run is None or not run.program.is_compiled or run in self._chosen:
+        if run is None or run in self._chosen:
             return None
         if run.spans and self._spanning[client_id][0] is not run:
             return None

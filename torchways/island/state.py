@@ -234,11 +234,10 @@ class SchedulerState:
             )
         failure = self._missing(event.parts)
         loading = [(e, s) for s in event.parts for e in self.slices.get(s, ())]
-        program = self.programs[event.program_id] = _Program(
+        self.programs[event.program_id] = _Program(
             event.client_id, event.name, tuple(event.parts), event.islands, set(loading), failure, event.outline
         )
         if not loading:
-            program.times.is_compiled = True
             return [TellLoaded(client_id=event.client_id, program_id=event.program_id, failure=failure)]
         return [
             SendLoad(executor_id=e, part_id=PartId(event.program_id, s), name=event.name, part=event.parts[s])
@@ -253,7 +252,6 @@ class SchedulerState:
         program.failure = program.failure or failure
         if program.loading:
             return []
-        self.admission.compiled(program.times)
         return [TellLoaded(client_id=program.client_id, program_id=part.program_id, failure=program.failure)]
 
     # ---- runs

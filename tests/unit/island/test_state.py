@@ -133,6 +133,14 @@ def test_a_lost_executor_finishes_its_runs_and_its_slice():
     assert set(scheduler.runs) == {3}
 
 
+def test_a_program_that_is_compiled_does_not_hold_up_its_clients_other_runs():
+    scheduler = make_scheduler(("a",))
+    register(scheduler, 5, 1)
+    register(scheduler, 6, 1, compiled=True)
+    assert [c.run.run_id for c in run(scheduler, 1, 1, program_id=5)] == [1]
+    assert [c.run.run_id for c in run(scheduler, 2, 1, program_id=6)] == [2]
+
+
 def test_a_program_that_loads_on_a_lost_executor_fails():
     scheduler = make_scheduler(("a",), ("c",))
     register(scheduler, 5, 1, 2)
