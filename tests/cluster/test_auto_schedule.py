@@ -31,7 +31,7 @@ def actions_in_trace(path):
     """Returns the actions of a trace, a set for each device."""
     lanes = {}
     for event in json.loads(path.read_text())["traceEvents"]:
-        if found := re.search(r" (\d+[FBIW]\d+)$", event["name"]):
+        if event.get("cat") == "compute" and (found := re.search(r" (\d+[FBIW]\d+)$", event["name"])):
             lanes.setdefault((event["pid"], event["tid"]), set()).add(found[1])
     return list(lanes.values())
 
