@@ -15,7 +15,7 @@ from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.operator import OperatorAccess, ask
 
-#: A client that keeps calls of about 2 ms in flight until it is told to stop; prints its id, and the calls at last.
+#: A client that keeps calls of about 10 ms in flight until it is told to stop; prints its id, and the calls at last.
 FLOOD = """
 import json, sys, threading, torch, torchways as tw
 from torchways.api import _current as current_session
@@ -25,7 +25,7 @@ ones = tw.distribute_tensor(torch.ones(128, 128), mesh)
 
 @tw.function(mesh=mesh)
 def work(m):
-    for _ in range(30):
+    for _ in range(150):
         m = (m @ m) / 128
     return m.max()
 
