@@ -23,6 +23,7 @@ from torchways.launch.script import bound_command
 from torchways.launch.state_file import find_token
 from torchways.observability.process import LOG_FORMAT_VARIABLE, LOG_LEVEL_VARIABLE, LOG_LEVELS, setup_logging
 from torchways.rpc.channel import TOKEN_VARIABLE
+from torchways.signals import Interrupted, raise_interrupted
 
 logger = logging.getLogger(__name__)
 
@@ -154,28 +155,16 @@ def _run_against(address: str, parsed: argparse.Namespace) -> int:
     return _wait(subprocess.Popen(bound_command(_command(parsed)), env=environment))
 
 
-class _Interrupted(BaseException):
-    """A signal came before the script was running."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _raise_interrupted(number: int, _: object) -> None:
-    raise _Interrupted(number)
-
-
 def _run(config: ClusterConfig, parsed: argparse.Namespace) -> int:
     # A signal that comes while the cluster starts must not leave it behind: it raises, and everything is ended.
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _raise_interrupted)
+        signal.signal(number, raise_interrupted)
     cluster: EmbeddedCluster | None = None
     try:
         cluster = start_cluster(config)
         environment = {**os.environ, "TORCHWAYS_ADDRESS": cluster.address, TOKEN_VARIABLE: cluster.token}
         return _wait(subprocess.Popen(bound_command(_command(parsed)), env=environment))
-    except _Interrupted as interrupted:
+    except Interrupted as interrupted:
         return 128 + interrupted.number
     finally:
         for number in (signal.SIGINT, signal.SIGTERM):

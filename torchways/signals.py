@@ -21,6 +21,19 @@ T = TypeVar("T")
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
 
+class Interrupted(BaseException):
+    """A signal came that ends what is under way; `number` is its number."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def raise_interrupted(number: int, _: object) -> None:
+    """Raises `Interrupted`; a handler for `signal.signal`."""
+    raise Interrupted(number)
+
+
 @contextmanager
 def uninterrupted() -> Iterator[None]:
     """Runs what is inside as one step to signals: a handler runs when it is over. Keep it short: nothing may wait.

@@ -153,31 +153,20 @@ def _detach(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> in
     return 0
 
 
-class _Interrupted(BaseException):
-    """A signal asks for the cluster's end."""
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-def _interrupt(number: int, _: object) -> None:
-    raise _Interrupted(number)
-
-
 def _stay(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> int:
     """Starts the cluster, and waits until a signal or `torchways down` ends it."""
     from torchways.launch.embedded import start_cluster
+    from torchways.signals import Interrupted, raise_interrupted
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     for number in numbers:
-        signal.signal(number, _interrupt)
+        signal.signal(number, raise_interrupted)
     cluster = None
     try:
         cluster = start_cluster(config, state=path)
         _announce(cluster, config, path, parsed)
         code = cluster.wait()
-    except _Interrupted as interrupted:
+    except Interrupted as interrupted:
         return 0 if cluster is not None else 128 + interrupted.number
     finally:
         for number in numbers:

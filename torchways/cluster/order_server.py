@@ -12,6 +12,7 @@ from torchways.cluster.run_order import Ordered, RunOrder
 from torchways.ids import ClientId, IslandId, RunId
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.streams import drained
 
 
 class RunOrderServer(pb_grpc.RunOrderServicer):
@@ -38,10 +39,7 @@ class RunOrderServer(pb_grpc.RunOrderServicer):
         reading.add_done_callback(lambda _: queue.put_nowait(None))
         try:
             yield pb.OrderedRuns()
-            while (run_id := await queue.get()) is not None:
-                run_ids = [run_id]
-                while not queue.empty() and (more := queue.get_nowait()) is not None:
-                    run_ids.append(more)
+            async for run_ids in drained(queue):
                 yield pb.OrderedRuns(run_ids=run_ids)
             reading.result()  # what was not foreseen breaks the stream
         finally:

@@ -226,14 +226,18 @@ class Engine:
 
     def _called(self, task: Task) -> str:
         """Returns what a computation is called, with what it is of a schedule, and its user's line."""
+        name, first = self._name_of(task)
+        source = self._codes[task.run.program.part].functions[first.function_index].source
+        name += _action_text(task)
+        return f"{name} at {source}" if source else name
+
+    def _name_of(self, task: Task) -> tuple[str, ComputeInstruction]:
+        """Returns the name of a unit of computations, and the first of them."""
         first = task.unit.instructions[0]
         assert isinstance(first, ComputeInstruction)
-        function = self._codes[task.run.program.part].functions[first.function_index]
-        name = function.name
-        if len(task.unit.instructions) > 1:
-            name += f" and {len(task.unit.instructions) - 1} more"
-        name += _action_text(task)
-        return f"{name} at {function.source}" if function.source else name
+        name = self._codes[task.run.program.part].functions[first.function_index].name
+        num_more = len(task.unit.instructions) - 1
+        return f"{name} and {num_more} more" if num_more else name, first
 
     def _give_out(self) -> None:
         """Sends and reports what the commands so far came to."""
@@ -430,17 +434,12 @@ class Engine:
             self.runtime.on_ready(buffers, finished)
 
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
-        code = self._codes[task.run.program.part]
-        instructions = task.unit.instructions
-        first = instructions[0]
-        assert isinstance(first, ComputeInstruction)
-        name = code.functions[first.function_index].name
-        if len(instructions) > 1:
-            name += f" and {len(instructions) - 1} more"
+        name, first = self._name_of(task)
         if first.part_of is not None:
             name += f" {first.part_of.action}"
         run = task.run
-        awaited_since = max(run.came_ns, code.compiled_ns) if task.awaited_input else 0
+        compiled_ns = self._codes[run.program.part].compiled_ns
+        awaited_since = max(run.came_ns, compiled_ns) if task.awaited_input else 0
         run.device_ns += self.spans.note_computed(
             name, self.num_devices, issued, ended, run.run_id, first.part_of, awaited_since
         )

@@ -389,12 +389,9 @@ class Admission:
             yield from self._admit(run, now)
 
     def _ask(self, run: HeldRun) -> Iterator[Decision]:
-        client_id = run.share.client_id
-        waiting = self._spanning[client_id]
+        waiting = self._spanning[run.share.client_id]
         assert waiting[0] is run
-        waiting.popleft()
-        if not waiting:
-            del self._spanning[client_id]
+        self._leave_order(run)
         run.is_asked, run.held_for = True, _ORDER
         yield Ask(run=run)
         self._look_at(run.lanes)
@@ -427,22 +424,24 @@ class Admission:
         for runs in (self._chosen, self._without_lanes):
             if run in runs:
                 runs.remove(run)
-        waiting = self._spanning.get(client_id)
-        if waiting is not None and run in waiting:
-            waiting.remove(run)
-            if not waiting:
-                del self._spanning[client_id]
+        if run.spans and not run.is_asked:
+            self._leave_order(run)
+
+    def _leave_order(self, run: HeldRun) -> None:
+        """A spanning run is asked for, or will not be."""
+        waiting = self._spanning[run.share.client_id]
+        waiting.remove(run)
+        if not waiting:
+            del self._spanning[run.share.client_id]
 
     def _releases(self, lane: Lane) -> Iterator[Decision]:
         for client_id in list(lane.queues):
             yield from self._releases_of(client_id, lane)
 
     def _releases_of(self, client_id: ClientId, lane: Lane) -> Iterator[Decision]:
-        queue = lane.queues.get(client_id)
-        while queue and isinstance(queue[0], HeldRelease):
-            yield Release(request=queue.popleft().request)
-        if queue is not None and not queue:
-            del lane.queues[client_id]
+        while (queue := lane.queues.get(client_id)) is not None and isinstance(item := queue[0], HeldRelease):
+            lane.pop(client_id, item)
+            yield Release(request=item.request)
 
     def _next_of(self, client_id: ClientId, lane: Lane) -> HeldRun | None:
         """Returns the run of a client that may be admitted to a lane, or asked for, as far as the client goes."""

@@ -14,6 +14,7 @@ from torchways.island.events import AskOrder
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.streams import drained
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ class OrderStream:
         island_id: IslandId,
         on_ordered: Callable[[RunId], None],
     ) -> None:
-        self._events: asyncio.Queue[pb.OrderEvent] = asyncio.Queue()
+        self._events: asyncio.Queue[pb.OrderEvent | None] = asyncio.Queue()
         self._events.put_nowait(pb.OrderEvent(joined=island_id))
         self._on_ordered = on_ordered
         stub = pb_grpc.RunOrderStub(channel.open_channel(address))
@@ -64,10 +65,7 @@ class OrderStream:
         self._events.put_nowait(pb.OrderEvent(client_gone=client_id))
 
     async def _outgoing(self) -> AsyncIterator[pb.OrderEvents]:
-        while True:
-            events = [await self._events.get()]
-            while not self._events.empty():
-                events.append(self._events.get_nowait())
+        async for events in drained(self._events):
             yield pb.OrderEvents(events=events)
 
     async def _read(self) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Protocol, TypeAlias, runtime_checkable
 
 from torchways.errors import ConfigError
 from torchways.ids import ClientId, RunId
@@ -56,6 +56,7 @@ class PendingRun:
     seconds: float
 
 
+@runtime_checkable
 class Policy(Protocol):
     """Decides for one set of devices. `next` is asked often: it should not take longer than a few microseconds."""
 
@@ -189,7 +190,7 @@ def find_policy(name: str) -> PolicyFactory:
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, or module:Class, not {name!r}")
     try:
         factory = getattr(importlib.import_module(module_name), class_name)
-        is_policy = all(callable(getattr(factory(), method)) for method in ("add", "next", "admitted", "finished"))
+        is_policy = isinstance(factory(), Policy)
     except Exception as error:
         raise ConfigError(f"policy {name} cannot be used: {type(error).__name__}: {error}") from error
     if not is_policy:

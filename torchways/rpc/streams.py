@@ -24,6 +24,7 @@ CHUNK_BYTES = 1 << 20
 MAX_JOINED_BYTES = (1 << 31) - 1
 
 
+_T = TypeVar("_T")
 _M = TypeVar("_M", pb.ClientMessage, pb.SchedulerMessage, pb.ExecutorCommand, pb.ExecutorEvent)
 
 
@@ -98,6 +99,18 @@ class Outbox(Generic[_M]):
         if self.num_bytes <= self._max_bytes:
             self._has_room.set()
         return message, size
+
+
+async def drained(queue: asyncio.Queue[_T | None]) -> AsyncIterator[list[_T]]:
+    """Yields what there is in a queue, all at a time, until None comes: for messages that are always small."""
+    is_over = False
+    while not is_over:
+        items = [await queue.get()]
+        while not queue.empty():
+            items.append(queue.get_nowait())
+        is_over = any(item is None for item in items)
+        if found := [item for item in items if item is not None]:
+            yield found
 
 
 def _chunks(data: bytes) -> list[pb.Chunk]:

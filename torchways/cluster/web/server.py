@@ -48,6 +48,8 @@ _HEADERS = {
     "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
+#: What the login says to what is neither.
+_NO_SECRET = '<p role="alert">This is neither the token nor the operator\'s secret of this cluster.</p>\n'
 #: Files of the package, by path.
 _FILES = {
     "page.js": "text/javascript",
@@ -190,7 +192,7 @@ class WebServer:
         form = await asyncio.wait_for(request.post(), _REQUEST_SECONDS)
         viewer = self._sessions.of_secret(str(form.get("token", "")).strip())
         if viewer is None:
-            return _file("login_failed.html", "text/html", 401)
+            return _file("login.html", "text/html", 401, alert=_NO_SECRET)
         response = web.Response(status=303, headers={"Location": "/"})
         cookie = self._sessions.cookie(viewer, time.time())
         response.set_cookie(
@@ -272,6 +274,8 @@ def _text(text: str, status: int) -> web.Response:
     return web.Response(text=text, status=status)
 
 
-def _file(name: str, content_type: str, status: int = 200) -> web.Response:
+def _file(name: str, content_type: str, status: int = 200, *, alert: str = "") -> web.Response:
+    """Answers with a file of ours; `alert`: HTML in the place that it has for one."""
     text = importlib.resources.files(__package__).joinpath("static", name).read_text(encoding="utf-8")
+    text = text.replace("<!-- alert -->\n", alert)
     return web.Response(text=text, content_type=content_type, status=status)
