@@ -71,8 +71,6 @@ class RunOrder:
         """An island asks for a place of a run over `islands`, or (`is_withdrawn`) will not run it."""
         run = self.runs.get(run_id)
         if run is None:
-            if is_withdrawn and self._is_alone(island_id, islands):
-                return []
             run = self.runs[run_id] = _Asked(client_id, tuple(dict.fromkeys(islands)))
         key = (run.client_id, island_id)
         if is_withdrawn:
@@ -90,9 +88,6 @@ class RunOrder:
         if len(self._gone) > self._max_gone_clients:
             del self._gone[next(iter(self._gone))]
         return self._order([run_id for run_id, run in self.runs.items() if run.client_id == client_id])
-
-    def _is_alone(self, island_id: IslandId, islands: Iterable[IslandId]) -> bool:
-        return not any(other in self._islands for other in islands if other != island_id)
 
     def _order(self, run_ids: list[RunId]) -> list[Ordered]:
         """Gives a place to all that can have one, of these and of those that wait behind them."""

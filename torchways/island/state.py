@@ -325,8 +325,10 @@ class SchedulerState:
     def _cancel(self, run_id: RunId, failure: Failure) -> list[Command]:
         held = self.admission.cancel(run_id)
         if held is not None:
-            # It takes no devices, and needs no order: its results are failures, also those that it sends.
-            withdrawn: list[Command] = [self._ask(held, is_withdrawn=True)] if held.spans else []
+            # It takes no devices, and needs no order: its results are failures, also those that it sends. One that is
+            # asked for has its place, or will, which is passed over.
+            is_awaited = held.spans and not held.is_asked
+            withdrawn: list[Command] = [self._ask(held, is_withdrawn=True)] if is_awaited else []
             return [*withdrawn, *self._enqueue(held, failure)]
         run = self.runs.get(run_id)
         parts = run.running if run is not None else ()
@@ -438,16 +440,13 @@ class SchedulerState:
         return [*commands, *self._forget_unused()]
 
     def _drop_client(self, client_id: ClientId) -> list[Command]:
-        commands: list[Command] = []
-        for held in self.admission.drop_client(client_id):
+        for _ in self.admission.drop_client(client_id):  # the shell says that nothing of it will be asked for
             self._count_ended(client_id)
-            if held.spans:
-                commands.append(self._ask(held, is_withdrawn=True))
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
         # Its runs end by themselves, and have devices until then.
         executors = dict.fromkeys(executor_id for devices in self.turns.devices for executor_id in devices)
-        return [*commands, *(SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors)]
+        return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
 
     def executors_of(self, client_id: ClientId) -> set[str]:
         """Returns the executors that a client has slices of."""

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchways.cluster.run_order import RunOrder
+from torchways.errors import Failure
 from torchways.ids import PartId, RunPart
 from torchways.island import events as core
 from torchways.island.policy import (
@@ -348,6 +349,23 @@ def test_what_has_no_devices_here_any_more_waits_for_its_order_alone():
     assert not cluster.order.runs
     assert cluster.finished[10**6] >= {0}
     assert cluster.finished[10**6 + 1] >= {0}
+
+
+@pytest.mark.parametrize("cancelled_at", [0.0005, 0.0015, 0.0025, 0.0035])
+def test_a_cancelled_run_leaves_nothing_in_the_order_of_islands(cancelled_at):
+    """Cancelled before its place is known, or when one island knows it, or all do."""
+    cluster = Cluster("a", "b", delay=0.002)
+    cluster.join(1, "a", "b")
+    program = cluster.program(1, 0, "a", "b")
+    cluster.at(0.001, lambda: cluster.run(program, 10**6, 0.01))
+    failure = Failure(kind="RunCancelled", message="cancelled")
+    for island in (0, 1):
+        cancel = core.RunsCancelled(run_ids=[10**6], failure=failure)
+        cluster.at(cancelled_at + 0.0007 * island, lambda i=island, c=cancel: cluster.handle(i, c))
+    cluster.go(1.0)
+    assert not cluster.order.runs
+    assert not cluster.order._queues
+    assert not any(scheduler.admission.runs or scheduler.runs for scheduler in cluster.schedulers)
 
 
 _SETS = ("a", "b", "c", "ab", "bc", "ac", "abc", "aA", "bB", "Bc", "AB")
