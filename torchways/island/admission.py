@@ -111,6 +111,8 @@ class Admitted:
 
     runs: dict[RunId, PendingRun] = field(default_factory=dict)
     seconds: float = 0.0
+    #: Those that have parts on other devices: what is admitted behind them may wait, too.
+    elsewhere: set[RunId] = field(default_factory=set)
 
 
 @dataclass(eq=False, slots=True)
@@ -274,9 +276,12 @@ class Admission:
         if lane is None or mine is None or run is None:
             return
         mine.seconds -= run.seconds
+        mine.elsewhere.discard(run_id)
         if not mine.runs:
             del lane.admitted[client_id]
-        lane.busy_until = max(now, lane.busy_until + seconds - run.seconds) if lane.admitted else now
+        # What waits for nothing but the devices is computed from now on at the earliest.
+        sure = sum(item.seconds for item in lane.admitted.values() if not item.elsewhere)
+        lane.busy_until = max(now + sure, lane.busy_until + seconds - run.seconds) if lane.admitted else now
         lane.busy_seconds += seconds
         if (usage := lane.usage.get(client_id)) is not None:
             usage.seconds += seconds
@@ -407,6 +412,8 @@ class Admission:
             mine = lane.admitted.setdefault(client_id, Admitted())
             mine.runs[run.run_id] = pending
             mine.seconds += pending.seconds
+            if run.spans or len(run.lanes) > 1:
+                mine.elsewhere.add(run.run_id)
             lane.policy.admitted(pending)
         yield Admit(run=run)
         for lane in run.lanes:

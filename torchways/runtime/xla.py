@@ -398,14 +398,14 @@ class XlaRuntime:
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
 
     def _pass_device_lock(self) -> None:
-        """On several devices: waits until no launch has the device lock, without the GIL.
+        """Waits until no launch has the device lock, without the GIL, which the calls after it hold while they wait.
 
-        A launch may wait for a callback, which needs the GIL. To ask meanwhile whether its buffers are there is no way
-        out: they are looked at while they are made, which crashed.
+        Of several devices a launch may wait for a callback, which needs the GIL; of one it holds up the other threads.
+        To ask meanwhile whether its buffers are there is no way out: they are looked at while they are made, which
+        crashed.
         """
-        if self._num_devices > 1:
-            # To sync a tensor that has its value takes the lock and does nothing more; the public sync() takes none.
-            _XLAC._xla_sync_multi([self._anchor], [], False, False)
+        # To sync a tensor that has its value takes the lock and does nothing more; the public sync() takes none.
+        _XLAC._xla_sync_multi([self._anchor], [], False, False)
 
     def _redirect(self, donated: Sequence[torch.Tensor], results: Sequence[torch.Tensor]) -> None:
         """Lets who waits for a donated buffer, which can tell nothing any more, wait for another one."""
