@@ -45,6 +45,9 @@ class ClusterConfig:
     memory_budget: int | None = None
     """Bytes that buffers may occupy on each device. A computation that needs more waits until others have finished.
     If None: on CPU an equal share of 80 % of the machine's memory, on TPU no limit."""
+    client_memory: int | None = None
+    """Bytes of them that one client's arrays and runs may occupy. A client that has reached this waits until it has
+    given something back, and no other waits with it. If None, one client may have all."""
     memory_wait: timedelta = timedelta(seconds=60)
     """How long a computation may wait for memory when nothing is running that could free any. Then it fails."""
     stall_warning: timedelta = timedelta(seconds=30)
@@ -82,6 +85,8 @@ class ClusterConfig:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ConfigError(f"memory_budget must be at least 1 byte, not {self.memory_budget!r}")
+        if self.client_memory is not None and self.client_memory < 1:
+            raise ConfigError(f"client_memory must be at least 1 byte, not {self.client_memory!r}")
         if self.platform not in PLATFORMS:
             raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")
         if self.scheduling not in SCHEDULING:

@@ -4,17 +4,19 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 
 import pytest
 import torch
 
 import torchways as tw
 from torchways.config import ClusterConfig
-from torchways.errors import ConfigError, RunCancelled
+from torchways.errors import ConfigError, ResourceExhausted, RunCancelled
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.operator import OperatorAccess, ask
 
+CLIENT_MEMORY = 64 << 20
 #: A client that keeps calls of about 10 ms in flight until it is told to stop; prints its id, and the calls at last.
 FLOOD = """
 import json, sys, threading, torch, torchways as tw
@@ -47,7 +49,16 @@ print(count, flush=True)
 def environment():
     """A cluster of two islands of one device, which this process and its children join."""
     tw.shutdown()
-    cluster = start_cluster(ClusterConfig(islands=2, devices_per_island=1, max_weight=8.0, max_priority=3))
+    cluster = start_cluster(
+        ClusterConfig(
+            islands=2,
+            devices_per_island=1,
+            max_weight=8.0,
+            max_priority=3,
+            client_memory=CLIENT_MEMORY,
+            memory_wait=timedelta(seconds=1),
+        )
+    )
     names = {"TORCHWAYS_ADDRESS": cluster.address, TOKEN_VARIABLE: cluster.token}
     before = {name: os.environ.get(name) for name in names}
     os.environ.update(names)
@@ -256,3 +267,17 @@ def test_a_slice_that_is_closed_behind_many_runs_lets_them_end(session):
     result = move(last)
     mesh.close()
     assert result.item() == 1
+
+
+def test_a_client_has_no_more_of_a_device_than_the_cluster_allows_one(session):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    half, third = (CLIENT_MEMORY // 4 // part for part in (2, 3))
+    kept = [tw.distribute_tensor(torch.ones(size), mesh) for size in (half, third)]
+    assert [array.sum().item() for array in kept] == [half, third]
+    too_much = tw.distribute_tensor(torch.ones(third), mesh)
+    with pytest.raises(ResourceExhausted, match=f"{CLIENT_MEMORY:,} that this cluster allows one client"):
+        too_much.cpu()
+    with pytest.raises(ResourceExhausted):
+        tw.function(lambda x: torch.cat([x, x, x]), mesh=mesh)(kept[0])
+    del kept, too_much
+    assert tw.distribute_tensor(torch.ones(half), mesh).sum().item() == half

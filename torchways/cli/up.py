@@ -53,6 +53,9 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     sharing.add_argument(
         "--window", type=float, default=0.005, metavar="SECONDS", help="device time admitted ahead (default: 0.005)"
     )
+    sharing.add_argument(
+        "--client-memory", type=int, metavar="BYTES", help="of a device that one client may have (default: all)"
+    )
     sharing.add_argument("--max-weight", type=float, default=16.0, help="largest weight of a client (default: 16)")
     sharing.add_argument("--max-priority", type=int, default=10, help="highest priority of a client (default: 10)")
     sharing.add_argument(
@@ -125,6 +128,7 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
         log_format=parsed.log_format,
         log_dir=os.path.abspath(log_dir) if log_dir else None,
         memory_budget=parsed.memory_budget,
+        client_memory=parsed.client_memory,
         policy=parsed.policy,
         window=timedelta(seconds=parsed.window),
         stall_warning=timedelta(seconds=parsed.stall_warning),

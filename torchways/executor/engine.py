@@ -70,6 +70,7 @@ class Engine:
         report: takes events for the scheduler, on the engine's thread.
         link_key: the cluster's.
         budget_bytes: device memory, bytes a device; 0: no limit.
+        client_bytes: of it, what one client may have; 0: no limit.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
         gang: "", "leader" or "member"; see `ExecutorState`.
         stall_warning: seconds without progress after which a run is named in a warning.
@@ -86,6 +87,7 @@ class Engine:
         *,
         link_key: bytes,
         budget_bytes: int = 0,
+        client_bytes: int = 0,
         memory_wait: float = 60.0,
         gang: str = "",
         stall_warning: float = 30.0,
@@ -93,7 +95,7 @@ class Engine:
     ) -> None:
         self.executor_id = executor_id
         self.runtime = runtime
-        self.core = ExecutorState(executor_id, budget_bytes=budget_bytes, gang=gang)
+        self.core = ExecutorState(executor_id, budget_bytes=budget_bytes, client_bytes=client_bytes, gang=gang)
         self._inbox: Inbox[events.Event | Callable[[], None]] = Inbox()
         self.data_plane = DataPlane(executor_id, host, link_key, self._inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
@@ -315,7 +317,7 @@ class Engine:
             self._starved_since = time.monotonic()
         elif time.monotonic() - self._starved_since > self._memory_wait:
             self._starved_since = 0.0
-            self.post(events.MemoryStalled(seconds=self._memory_wait))
+            self.post(events.MemoryStalled(seconds=self._memory_wait, time_ns=time.time_ns()))
 
     # ---- programs
 
@@ -325,7 +327,7 @@ class Engine:
             logger.warning("%s is loaded already", part)
             return
         try:
-            program, code = read_program(message, self.executor_id, self.num_devices, self.core.memory.budget_bytes)
+            program, code = read_program(message, self.executor_id, self.num_devices, self.core.memory.limit_bytes)
         except Exception as error:  # whatever is wrong with it, others go on
             failure = failure_from(error, process=f"executor {self.executor_id}")
             self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))

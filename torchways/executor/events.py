@@ -180,6 +180,7 @@ class MemoryStalled:
     """For a long time nothing ended that could free memory, and something waits for it."""
 
     seconds: float
+    time_ns: int = 0
 
 
 Event: TypeAlias = (

@@ -4,17 +4,20 @@ A run reserves the most that it will ever need before it begins, and begins when
 still take. So no run is stopped half way, and a program that pre-flight found to fit does fit. The oldest run may
 always begin.
 
+What one client's values and runs take may have a limit of its own. A client that has reached it holds up its own runs
+and values only, until it gives something back.
+
 Pure: it counts bytes. The core (state.py) decides what happens to a task or value that has no room.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 from torchways.executor.runs import Cell, Placing, Run, Task
-from torchways.ids import RunPart
+from torchways.ids import ClientId, RunPart
 
 #: Something that takes memory.
 Taker: TypeAlias = Task | Placing
@@ -26,15 +29,19 @@ class Memory:
     Args:
         budget_bytes: device memory, bytes per device; 0 means no limit.
         runs: the runs in flight; the core's.
+        client_bytes: of it, what one client may have; 0 means no limit.
 
     Attributes:
         used_bytes: bytes per device that are in use.
         starved: tasks and values that wait for memory, oldest first.
     """
 
-    def __init__(self, budget_bytes: int, runs: Mapping[RunPart, Run]) -> None:
+    def __init__(self, budget_bytes: int, runs: Mapping[RunPart, Run], client_bytes: int = 0) -> None:
         self.budget_bytes = budget_bytes
+        self.client_bytes = client_bytes
         self.used_bytes = 0
+        #: Of each client, if there is a limit for one.
+        self.used_by_client: Counter[ClientId] = Counter()
         self.starved: list[Taker] = []
         self._runs = runs
         #: Runs that have not begun, in their order.
@@ -58,22 +65,51 @@ class Memory:
 
     def _admit(self) -> None:
         """Lets runs begin, in their order, while there is room beside what those before may still take."""
-        while self._unadmitted:
-            run = self._unadmitted[0]
+        held_up: set[ClientId] = set()
+        for run in list(self._unadmitted):
+            if run.client_id in held_up or not self._client_has_room(run.client_id, run.reserved_bytes):
+                held_up.add(run.client_id)
+                continue
             if self.budget_bytes and self.used_bytes + self._promised_bytes + run.reserved_bytes > self.budget_bytes:
                 admitted = [other for other in self._runs.values() if other.admitted]
                 kept = sum(other.unpaid_bytes for other in admitted)
                 is_alone = all(other.run_id == run.run_id for other in admitted)
                 if not is_alone and self.used_bytes + kept + run.reserved_bytes > self.budget_bytes:
                     return
-            self._unadmitted.popleft()
+            self._unadmitted.remove(run)
             run.admitted = True
             self._promised_bytes += run.most_unpaid_bytes
 
+    def _client_has_room(self, client_id: ClientId, nbytes: int) -> bool:
+        """Whether a client may have so much more beside what its runs that have begun may still take."""
+        if not self.client_bytes:
+            return True
+        kept = sum(run.unpaid_bytes for run in self._runs.values() if run.admitted and run.client_id == client_id)
+        return self.used_by_client[client_id] + kept + nbytes <= self.client_bytes
+
     @property
-    def next_run(self) -> Run | None:
-        """The run that begins as soon as it has room."""
-        return self._unadmitted[0] if self._unadmitted else None
+    def limit_bytes(self) -> int:
+        """The most that anything may ever take, bytes per device; 0: no limit."""
+        return min(filter(None, (self.budget_bytes, self.client_bytes)), default=0)
+
+    def waits_for_room(self, run: Run) -> bool:
+        """Whether a run begins as soon as it has room: no other is before it."""
+        return next((other for other in self._unadmitted if self._comes_before(other, run)), None) is run
+
+    def _comes_before(self, other: Run, run: Run) -> bool:
+        return not self.client_bytes or other.client_id == run.client_id or not self.is_at_limit(other)
+
+    def is_at_limit(self, taker: Run | Taker) -> bool:
+        """Whether something waits for what its own client gives back."""
+        run = taker if isinstance(taker, Run) else self.run_of(taker)
+        if run is None:
+            assert isinstance(taker, Placing)
+            return not self._client_has_room(taker.cell.client_id, taker.need_bytes)
+        return not run.admitted and not self._client_has_room(run.client_id, run.reserved_bytes)
+
+    def may_get_back(self, client_id: ClientId) -> bool:
+        """Whether runs of a client have begun, which give back something when they end."""
+        return any(run.admitted and run.client_id == client_id for run in self._runs.values())
 
     # ---- whoever takes memory
 
@@ -85,12 +121,14 @@ class Memory:
 
     def has_room(self, taker: Taker) -> bool:
         """Whether a task or value fits into the budget, beside what other runs may still take."""
-        if not self.budget_bytes or taker.need_bytes == 0:
+        if not self.limit_bytes or taker.need_bytes == 0:
             return True
         wanted, run = self.used_bytes + self.need_bytes(taker), self.run_of(taker)
         if run is not None and not run.admitted:
             return False
-        if wanted + self._promised_bytes <= self.budget_bytes:
+        if run is None and self.is_at_limit(taker):
+            return False
+        if not self.budget_bytes or wanted + self._promised_bytes <= self.budget_bytes:
             return True  # the usual case: no sum over runs is needed
         kept = sum(other.unpaid_bytes for other in self._runs.values() if other.admitted and other is not run)
         return wanted + kept <= self.budget_bytes
@@ -108,7 +146,7 @@ class Memory:
 
     def charge(self, cell: Cell) -> None:
         """Counts a cell's bytes as used."""
-        self.used_bytes += cell.nbytes
+        self._use(cell.client_id, cell.nbytes)
         cell.is_charged = True
         payer = self._payer(cell)
         if payer is not None:
@@ -117,7 +155,7 @@ class Memory:
     def release(self, cell: Cell) -> None:
         """Gives back a cell's bytes."""
         cell.is_charged = False
-        self.used_bytes -= cell.nbytes
+        self._use(cell.client_id, -cell.nbytes)
         payer = self._payer(cell)
         if payer is not None:
             payer.own_bytes -= cell.nbytes
@@ -126,7 +164,7 @@ class Memory:
         """Counts all that a unit of computations allocates; its outputs take over what it reuses."""
         reused = _reused(task)
         taken = task.unit.need_bytes - sum(cell.nbytes for cell in reused)
-        self.used_bytes += taken
+        self._use(task.run.client_id, taken)
         task.run.own_bytes += taken
         for cell in reused:
             cell.is_charged = False
@@ -137,7 +175,7 @@ class Memory:
         """Gives back what a unit of computations allocated beside its outputs."""
         sizes = task.run.program.slot_bytes
         freed = task.unit.need_bytes - sum(sizes[slot] for slot in task.unit.writes)
-        self.used_bytes -= freed
+        self._use(task.run.client_id, -freed)
         task.run.own_bytes -= freed
 
     def freed(self) -> Sequence[Taker]:
@@ -148,6 +186,13 @@ class Memory:
             return ()
         starved, self.starved = self.starved, []
         return starved
+
+    def _use(self, client_id: ClientId, nbytes: int) -> None:
+        self.used_bytes += nbytes
+        if self.client_bytes:
+            self.used_by_client[client_id] += nbytes
+            if not self.used_by_client[client_id]:
+                del self.used_by_client[client_id]
 
     def _payer(self, cell: Cell) -> Run | None:
         return self._runs.get(cell.payer) if cell.payer is not None else None

@@ -58,7 +58,7 @@ class Names:
                 return Cell(scheduled=True, failure=self._failure("UserError", reason))
             if owner(buffer_id) in self._gone_clients:
                 return Cell(scheduled=True, failure=self.client_gone())
-            cell = self.cells[buffer_id] = Cell(holders=1, awaits_put=True)
+            cell = self.cells[buffer_id] = Cell(holders=1, awaits_put=True, client_id=owner(buffer_id))
         return cell
 
     def give(self, buffer_id: BufferId, cell: Cell) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchways.errors import Failure
 from torchways.executor.plan import LoadedProgram, Unit
-from torchways.ids import BufferId, RunId, RunPart, SliceId
+from torchways.ids import BufferId, ClientId, RunId, RunPart, SliceId, owner
 from torchways.ir.part import Slot
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ class Cell:
         form: dtype and shape as text; "" if they are not known.
         awaits_put: the controller's Put fills it, not a run, if it has not come yet.
         slice_id: the slice that it is on; 0 while that is not known.
+        client_id: whose it is; 0 while that is not known.
         payer: the run that its bytes count for, while that run is in flight.
         waiters: tasks to look at again when something changes.
         fetches: reads of the controller that wait for it.
@@ -48,6 +49,7 @@ class Cell:
     form: str = ""
     awaits_put: bool = False
     slice_id: SliceId = SliceId(0)
+    client_id: ClientId = ClientId(0)
     payer: RunPart | None = None
     waiters: list[Task | Placing] = field(default_factory=list)
     fetches: list[int] = field(default_factory=list)
@@ -99,6 +101,7 @@ class Run:
         device_ns: time that it had the devices.
         checks_values: a function that makes NaN or infinity fails.
         came_ns: when it came.
+        client_id: whose it is.
     """
 
     program: LoadedProgram
@@ -119,6 +122,10 @@ class Run:
     device_ns: int = 0
     checks_values: bool = False
     came_ns: int = 0
+    client_id: ClientId = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.client_id = owner(self.run_id)
 
     @property
     def part(self) -> RunPart:

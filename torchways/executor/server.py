@@ -364,6 +364,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         executor.report,
         link_key=executor.key.derive("links"),
         budget_bytes=arguments.budget_bytes,
+        client_bytes=arguments.client_bytes,
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,
         stall_warning=arguments.stall_warning,
@@ -382,7 +383,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         "num_devices": len(devices),
         "lowered_ops": runtime.lowered_ops(),
         "platform": arguments.platform,
-        "budget_bytes": arguments.budget_bytes,
+        "budget_bytes": executor.engine.core.memory.limit_bytes,  # what a program may take
     }
     with os.fdopen(arguments.ready_fd, "w") as pipe:
         pipe.write(json.dumps(ready) + "\n")
@@ -417,6 +418,7 @@ def main() -> None:
     parser.add_argument("--platform", default="cpu")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
+    parser.add_argument("--client-bytes", type=int, default=0)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--stall-warning", type=float, default=30.0)
     parser.add_argument("--gang", choices=["", "leader", "member"], default="")

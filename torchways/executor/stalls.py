@@ -165,9 +165,12 @@ def _makes(run: Run, cell: Cell) -> bool:
 def _of_memory(state: ExecutorState, run: Run, taker: Taker) -> str:
     memory = state.memory
     if not run.admitted:
-        if memory.next_run is not run:
+        if not memory.waits_for_room(run):
             return ""
         need = run.reserved_bytes
+        if memory.is_at_limit(run):
+            used = f"{memory.used_by_client[run.client_id]:,} of {memory.client_bytes:,} bytes"
+            return f"{need:,} bytes of device memory that its own client must give back, which has {used}"
     else:
         need = memory.need_bytes(taker)
     used = f"{memory.used_bytes:,} of {memory.budget_bytes:,} bytes are used"

@@ -75,17 +75,24 @@ class ExecutorState:
     Args:
         executor_id: for messages.
         budget_bytes: device memory, bytes a device; 0: no limit.
+        client_bytes: of it, what one client may have; 0: no limit.
         gang: "", or for one of several hosts that compute together "leader" (says when units are ready) or "member".
         max_remembered: ids of dropped buffers, slices and clients that are kept for what may still come about them.
     """
 
     def __init__(
-        self, executor_id: str, *, budget_bytes: int = 0, gang: str = "", max_remembered: int = _MAX_REMEMBERED
+        self,
+        executor_id: str,
+        *,
+        budget_bytes: int = 0,
+        client_bytes: int = 0,
+        gang: str = "",
+        max_remembered: int = _MAX_REMEMBERED,
     ) -> None:
         self._executor_id = executor_id
         #: Runs that are not over, in their order.
         self.runs: dict[RunPart, Run] = {}
-        self.memory = Memory(budget_bytes, self.runs)
+        self.memory = Memory(budget_bytes, self.runs, client_bytes)
         self.names = Names(self._failure, max_remembered)
         #: Those that were dropped stay until their last run is over.
         self.programs: dict[PartId, KnownProgram] = {}
@@ -145,7 +152,7 @@ class ExecutorState:
             case ClientDropped():
                 self._drop_client(event.client_id)
             case MemoryStalled():
-                self._memory_stalled(event.seconds)
+                self._memory_stalled(event.seconds, event.time_ns)
             case _:
                 assert_never(event)
         if self._ready:
@@ -186,6 +193,7 @@ class ExecutorState:
 
     def _enqueue(self, event: RunEnqueued) -> None:
         known, part = self.programs.get(event.part), RunPart(event.run_id, event.part.slice_id)
+        client_id = owner(event.run_id)
         if known is None or known.is_dropped:
             failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
             self._commands.append(ReportEnded(run=part, failure=failure))
@@ -208,7 +216,9 @@ class ExecutorState:
         reserved = program.peak_bytes if event.cancelled is None else 0
         for unit in program.units:
             for slot in unit.writes:
-                cells[slot] = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
+                cells[slot] = Cell(
+                    sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
+                )
         inline: list[Placing] = []
         values = iter(arguments.values)
         for slot, buffer_id in enumerate(arguments.buffer_ids):
@@ -219,7 +229,9 @@ class ExecutorState:
                     cell.payer = part
                     reserved += sizes[slot]
             else:
-                cell = Cell(sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, payer=part)
+                cell = Cell(
+                    sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
+                )
                 inline.append(Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=next(values))))
                 reserved += sizes[slot]
             cells[slot] = cell
@@ -269,8 +281,12 @@ class ExecutorState:
     def _cancel(self, event: RunCancelled) -> None:
         run = self.runs.get(event.run)
         if run is not None and run.cancelled is None:
-            run.cancelled = event.failure
-            self._ready += [task for task in run.tasks if not task.issued]
+            self._end_early(run, event.failure)
+
+    def _end_early(self, run: Run, failure: Failure) -> None:
+        """Fails what a run has not begun."""
+        run.cancelled = failure
+        self._ready += [task for task in run.tasks if not task.issued]
 
     @staticmethod
     def _is_next(task: Task) -> bool:
@@ -591,39 +607,64 @@ class ExecutorState:
         if memory.has_room(item):
             return True
         need = memory.need_bytes(item)
-        if need > memory.budget_bytes:
-            self._refuse(item, f"it needs {need:,} bytes a device at once, and the whole budget is")
+        if need > memory.limit_bytes:
+            whose = "the whole budget" if memory.limit_bytes == memory.budget_bytes else "what one client may have"
+            self._refuse(item, f"it needs {need:,} bytes a device at once, and {whose} is {memory.limit_bytes:,} bytes")
         else:
             memory.starved.append(item)
         return False
 
     def _refuse(self, item: Taker, reason: str) -> None:
         item.issued = True
-        failure = self._failure(
-            "ResourceExhausted",
-            f"{item} is refused: {reason} {self.memory.budget_bytes:,} bytes. Use a larger slice, or shard its values",
-        )
+        message = f"{item} is refused: {reason}. Use a larger slice, or shard its values"
+        failure = self._failure("ResourceExhausted", message)
         if isinstance(item, Task):
             self._fail_task(item, failure)
         else:
             item.cell.failure = failure
             self._schedule(item.cell)
 
-    def _memory_stalled(self, seconds: float) -> None:
+    def _memory_stalled(self, seconds: float, now_ns: int) -> None:
         memory = self.memory
-        if not memory.starved or self._in_flight:
+        for item in [item for item in memory.starved if memory.is_at_limit(item)]:
+            self._refuse_at_limit(item, seconds, now_ns)
+        starved = [item for item in memory.starved if not memory.is_at_limit(item)]
+        if not starved or self._in_flight:
             return
-        item = min(memory.starved, key=memory.priority)
+        item = min(starved, key=memory.priority)
         memory.starved.remove(item)
         owned = sorted(self.names.client_bytes().items())
         held = ", ".join(f"client {client}: {size:,} bytes" for client, size in owned)
         self._refuse(
             item,
             f"it waited {seconds:g} s for {item.need_bytes:,} bytes a device while {memory.used_bytes:,} were in use "
-            f"(arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is",
+            f"(arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is "
+            f"{memory.budget_bytes:,} bytes",
         )
 
+    def _refuse_at_limit(self, item: Taker, seconds: float, now_ns: int) -> None:
+        """Refuses what waits for its own client to give something back, if that has long not happened."""
+        memory, run = self.memory, self.memory.run_of(item)
+        client_id = item.cell.client_id if isinstance(item, Placing) else item.run.client_id
+        if memory.may_get_back(client_id) or (run is not None and now_ns - run.came_ns < seconds * 1e9):
+            return
+        need = item.need_bytes if run is None else run.reserved_bytes
+        reason = (
+            f"it waited {seconds:g} s for {need:,} bytes a device while its client has "
+            f"{memory.used_by_client[client_id]:,} of the {memory.client_bytes:,} that this cluster allows one client; "
+            "drop arrays that you no longer need"
+        )
+        if run is None:
+            memory.starved.remove(item)
+            self._refuse(item, reason)
+        elif run.cancelled is None:
+            message = f"run {run.run_id} of {run.program.name} is refused: {reason}"
+            self._end_early(run, self._failure("ResourceExhausted", message))
+
     def _try_place(self, item: Placing) -> None:
+        if item.cell.holders == 0:  # released before it had room
+            item.issued = True
+            return
         if not self._may_allocate(item):
             return
         item.issued = True
@@ -642,6 +683,7 @@ class ExecutorState:
         cell.form = event.form
         cell.nbytes = event.nbytes
         cell.slice_id = event.slice_id
+        cell.client_id = owner(event.buffer_id)
         self._try_place(Placing(cell, Place(cell=cell, data=event.data, spec=event.spec)))
 
     # ---- programs, transfers, fetches, drops

@@ -18,6 +18,7 @@ def flags(config: ClusterConfig) -> list[str]:
         *("--scheduling", config.scheduling),
         *("--host", config.host),
         *("--budget-bytes", str(config.budget_bytes)),
+        *("--client-bytes", str(config.client_memory or 0)),
         *("--memory-wait", str(config.memory_wait.total_seconds())),
         *("--stall-warning", str(config.stall_warning.total_seconds())),
         *("--executor-idle", str(config.executor_idle.total_seconds())),
@@ -42,6 +43,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--scheduling", choices=["gang", "arrival"], default="gang")
     result.add_argument("--host", default="127.0.0.1")
     result.add_argument("--budget-bytes", type=int, default=0)
+    result.add_argument("--client-bytes", type=int, default=0)
     result.add_argument("--memory-wait", type=float, default=60.0)
     result.add_argument("--stall-warning", type=float, default=30.0)
     result.add_argument("--executor-idle", type=float, default=60.0)

@@ -280,6 +280,7 @@ class NodeAgent:
             *("--set-size", str(order.set_size)),
             *("--platform", self._arguments.platform),
             *("--budget-bytes", str(self._arguments.budget_bytes)),
+            *("--client-bytes", str(self._arguments.client_bytes)),
             *("--memory-wait", str(self._arguments.memory_wait)),
             *("--stall-warning", str(self._arguments.stall_warning)),
         ]
