@@ -140,7 +140,7 @@ class LocalSession:
     def wait_for_run(self, run_id):
         pass
 
-    def run_program(self, program_id, name, results, arguments):
+    def run_program(self, program_id, name, results, arguments, *, changes_state):
         self.num_runs += 1
         run_id = self.new_ids(1)
         parts, slice_ids, graphs = self.programs[program_id]

@@ -59,6 +59,18 @@ def uninterrupted() -> Iterator[None]:
             handlers[arrived](arrived, frame)
 
 
+@contextmanager
+def if_interrupted(then: Callable[[], None]) -> Iterator[None]:
+    """Calls `then` where what ends the inside is no error: Ctrl-C, or another signal's exception."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        then()
+        raise
+
+
 class Waiting:
     """Threads that wait until something holds, and others that tell them to look again."""
 

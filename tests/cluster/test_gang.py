@@ -126,6 +126,24 @@ def test_slices_of_several_hosts_exchange_values_and_sums(monkeypatch, tmp_path)
             assert len(tw.executor_status()) == 6
 
 
+def test_each_host_writes_its_part_of_a_checkpoint(monkeypatch, tmp_path):
+    with island("gang", tmp_path / "logs") as environment:
+        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE):
+            monkeypatch.setenv(name, environment[name])
+        with tw.init():
+            mesh = tw.init_device_mesh((4,), mesh_dim_names=("dp",))
+            double = tw.function(lambda x: x * 2, mesh=mesh)
+            values = {f"value{n}": torch.full((4, 4), float(n)) for n in range(8)}
+            state = {name: double(value) for name, value in values.items()}
+            tw.checkpoint.save(tmp_path / "checkpoint", state).result()
+            hosts = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "checkpoint").glob("__i*")}
+            assert len(hosts) == 4
+            state = {name: tw.distribute_tensor(torch.zeros_like(value), mesh) for name, value in values.items()}
+            tw.checkpoint.load(tmp_path / "checkpoint", state)
+            for name, value in values.items():
+                torch.testing.assert_close(state[name].cpu(timeout=timedelta(seconds=60)), 2 * value)
+
+
 def test_settings_that_cannot_be():
     with pytest.raises(ConfigError, match="a CPU computation cannot span processes"):
         ClusterConfig(devices_per_island=4, hosts_per_island=2)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchways as tw
+from torchways.errors import RunCancelled
 
 
 @pytest.fixture(scope="module")
@@ -98,3 +99,60 @@ def test_state_is_read_beside_training_by_another_thread(trainer):
         num_reads += 1
     thread.join(60)
     assert not errors
+
+
+def _interrupted(wait):
+    """Waits, and is interrupted soon."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    saved = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, saved)
+
+
+@pytest.mark.parametrize("read", [lambda array: array.cpu(), lambda array: tw.get([array])], ids=["cpu", "get"])
+def test_who_is_interrupted_while_reading_wants_the_value_no_more(trainer, read):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+
+    @tw.function(mesh=mesh)
+    def slow(m):
+        for _ in range(40):
+            m = (m @ m) / 512
+        return m.max()
+
+    ones = tw.distribute_tensor(torch.ones(512, 512), mesh)
+    assert slow(ones).item() == 1
+    others = [slow(ones) for _ in range(5)]
+    last = slow(ones)
+    _interrupted(lambda: read(last))
+    with pytest.raises(RunCancelled, match="its reader was interrupted"):
+        last.item()
+    assert {value.item() for value in others} == {1}  # nobody was interrupted who read these
+
+
+def test_a_step_that_updates_state_goes_on_when_its_reader_is_interrupted(trainer):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    model = tw.parallelize_module(nn.Linear(256, 256), mesh, None)
+
+    @tw.program
+    def grow(m):
+        with torch.no_grad():
+            model.weight.add_(1)
+        for _ in range(40):
+            m = (m @ m) / 512
+        return m.max() + model.weight.sum() * 0
+
+    ones = tw.distribute_tensor(torch.ones(512, 512), mesh)
+    grow(ones).item()
+    before = model.weight.detach().cpu()
+    results = [grow(ones) for _ in range(5)]
+    _interrupted(lambda: results[-1].cpu())
+    assert results[-1].item() == 1
+    torch.testing.assert_close(model.weight.detach().cpu(), before + 5)

@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +25,7 @@ from torchways.errors import DeadlineExceeded, SessionClosed, UserError
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc.programs import InlineValue
-from torchways.signals import result_of, uninterrupted
+from torchways.signals import if_interrupted, result_of, uninterrupted
 
 
 class BufferHome(Protocol):
@@ -44,6 +44,9 @@ class BufferHome(Protocol):
 
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
         """Starts waiting for a buffer's value."""
+
+    def give_up(self, buffers: Sequence[RemoteBuffer]) -> None:
+        """Who waited for buffers was interrupted."""
 
     def is_ready(self, buffer: RemoteBuffer) -> bool:
         """Whether a read would not wait for a computation."""
@@ -268,18 +271,24 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
             locks.enter_context(session.lock)
         buffers = _remote_buffers(leaves)  # of one moment
     reads = {position: buffer.session.start_fetch(buffer) for position, buffer in buffers.items()}
+
+    def give_up() -> None:
+        for buffer in buffers.values():
+            buffer.session.give_up([buffer])
+
     try:
-        for position, leaf in enumerate(leaves):
-            if position in reads:
-                left = None if deadline is None else max(0.0, deadline - time.monotonic())
-                try:
-                    found[position] = result_of(reads[position], left)
-                except concurrent.futures.TimeoutError as error:
-                    if reads[position].done():
-                        raise  # the read itself raised it
-                    raise DeadlineExceeded(f"waited {timeout} for an array's value in vain") from error
-            elif isinstance(leaf, Array):
-                found[position] = leaf.cpu()
+        with if_interrupted(give_up):
+            for position, leaf in enumerate(leaves):
+                if position in reads:
+                    left = None if deadline is None else max(0.0, deadline - time.monotonic())
+                    try:
+                        found[position] = result_of(reads[position], left)
+                    except concurrent.futures.TimeoutError as error:
+                        if reads[position].done():
+                            raise  # the read itself raised it
+                        raise DeadlineExceeded(f"waited {timeout} for an array's value in vain") from error
+                elif isinstance(leaf, Array):
+                    found[position] = leaf.cpu()
     finally:
         with uninterrupted():
             for read in reads.values():

@@ -120,7 +120,13 @@ class _Run:
         session.wait_for_room(name)
         with uninterrupted():
             first = BufferId(session.new_ids(max(1, len(piece.results))))
-            run_id = session.run_program(piece.program_id, name, range(first, first + len(piece.results)), arguments)
+            run_id = session.run_program(
+                piece.program_id,
+                name,
+                range(first, first + len(piece.results)),
+                arguments,
+                changes_state=bool(consumed) or not piece.only_returns(self._variant.captured.num_returned),
+            )
             for buffer in consumed:
                 buffer.consumed = True
             buffers = [

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import weakref
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -56,7 +56,7 @@ from torchways.rpc.programs import (
     run_message,
 )
 from torchways.rpc.spans import Span
-from torchways.signals import Waiting, result_of
+from torchways.signals import Waiting, if_interrupted, result_of
 
 logger = logging.getLogger(__name__)
 
@@ -118,6 +118,7 @@ class _Run:
     results: range
     #: Of a program's first run.
     first: _FirstRun | None
+    changes_state: bool
 
 
 @dataclass(slots=True)
@@ -405,7 +406,8 @@ class Session:
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
         check_open(self, "this array")
-        with self.spans.waiting("read", "read an array", self.manager.client_id):
+        reading = self.spans.waiting("read", "read an array", self.manager.client_id)
+        with reading, if_interrupted(lambda: self.give_up([buffer])):
             return self.loop.run(self._fetch(buffer), timeout, "an array's value")
 
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
@@ -454,7 +456,9 @@ class Session:
     def save_buffers(
         self, folder: str, buffers: Mapping[str, tuple[RemoteBuffer, pb.TensorSpec]]
     ) -> list[concurrent.futures.Future[list[pb.SavedTensor]]]:
-        """Starts writing buffers to files, each executor its own. Runs that are sent from now on do not change them.
+        """Starts writing buffers to files, each executor its own, and of several hosts each a part of their slice's.
+
+        Runs that are sent from now on do not change them.
 
         Args:
             folder: where the files go; the executors must see it.
@@ -464,13 +468,15 @@ class Session:
             What will be written where, by each executor.
         """
         by_executor: dict[str, list[pb.NamedBuffer]] = defaultdict(list)
-        executor_of: dict[VirtualSlice, str] = {}
+        writer_of: dict[BufferId, str] = {}  # the same for all names of tied parameters, which are written once
+        bytes_of: Counter[str] = Counter()
         for name, (buffer, spec) in buffers.items():
-            if buffer.mesh not in executor_of:
-                executor_of[buffer.mesh] = self._executors_of(buffer.mesh)[0].executor_id
-            by_executor[executor_of[buffer.mesh]].append(
-                pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec)
-            )
+            if buffer.buffer_id not in writer_of:
+                hosts = [executor.executor_id for executor in self._executors_of(buffer.mesh)]
+                writer = writer_of[buffer.buffer_id] = min(hosts, key=bytes_of.__getitem__)
+                bytes_of[writer] += torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
+            message = pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec)
+            by_executor[writer_of[buffer.buffer_id]].append(message)
         settling: list[concurrent.futures.Future[None]] = []
         saving = []
         for executor_id, named in by_executor.items():
@@ -657,6 +663,8 @@ class Session:
         name: str,
         results: range,
         arguments: Mapping[SliceId, Arguments[InlineValue]],
+        *,
+        changes_state: bool,
     ) -> RunId:
         """Sends a run: one message to each island that takes part; see `wait_for_room`.
 
@@ -665,6 +673,7 @@ class Session:
             name: of the program, for people.
             results: ids of the buffers that it makes.
             arguments: of each slice.
+            changes_state: some of its results are more than what its call returns.
         """
         started_ns = time.time_ns()
         if any(slice_id not in self._slices for slice_id in arguments):
@@ -674,7 +683,7 @@ class Session:
         for slice_id, bound in arguments.items():
             by_island[self._slices[slice_id].island].append((slice_id, bound))
         first_run = self._first_runs.pop(program_id, None)
-        self._runs[run_id] = _Run(name, tuple(by_island), len(by_island), started_ns, results, first_run)
+        self._runs[run_id] = _Run(name, tuple(by_island), len(by_island), started_ns, results, first_run, changes_state)
         for island, slices in by_island.items():
             first = BufferId(results.start)
             message = run_message(program_id, run_id, first, slices, checks_values=checks_values())
@@ -687,9 +696,16 @@ class Session:
 
     def cancel(self, buffers: Sequence[RemoteBuffer]) -> None:
         """Cancels the runs that make buffers, as far as they are not over."""
+        self._cancel(self._makers_of(buffers), "")
+
+    def give_up(self, buffers: Sequence[RemoteBuffer]) -> None:
+        """Cancels the runs that make buffers for which nobody waits any more, but for those that change state."""
+        runs = [run_id for run_id in self._makers_of(buffers) if not self._runs[run_id].changes_state]
+        self._cancel(runs, "its reader was interrupted")
+
+    def _makers_of(self, buffers: Sequence[RemoteBuffer]) -> list[RunId]:
         ids = [buffer.buffer_id for buffer in buffers]
-        runs = [run_id for run_id, run in list(self._runs.items()) if any(number in run.results for number in ids)]
-        self._cancel(runs, "")
+        return [run_id for run_id, run in list(self._runs.items()) if any(number in run.results for number in ids)]
 
     def _cancel(self, run_ids: Sequence[RunId], reason: str) -> None:
         """Cancels those of some runs that are not over."""

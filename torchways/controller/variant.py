@@ -139,6 +139,10 @@ class BoundPiece:
     program_id: ProgramId = ProgramId(0)
     bound_to: tuple[SliceId, ...] = ()
 
+    def only_returns(self, num_returned: int) -> bool:
+        """Whether all of its results are among what the function returns, which are so many."""
+        return len(self.results) <= num_returned and all(isinstance(result.target, int) for result in self.results)
+
 
 @dataclass(frozen=True, slots=True)
 class CallRuns:

@@ -99,7 +99,7 @@ def test_a_client_at_its_limit_waits_and_others_go_on():
 
 
 def test_what_a_client_gives_back_lets_its_next_run_go():
-    state, one, _ = _two_clients()
+    _, one, _ = _two_clients()
     kept, _ = one.put(50)
     mine, _ = one.put(20)
     _, commands = one.run(one.load(20, 40), mine, 1)

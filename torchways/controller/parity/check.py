@@ -268,7 +268,8 @@ class ParityCheck:
         program_id = session.register_program(name, lowered.parts, [mesh])
         first = session.new_ids(len(made))
         arguments: Arguments[InlineValue] = Arguments([item.buffer_id for item in placed])
-        session.run_program(program_id, name, range(first, first + len(made)), {mesh.slice_id: arguments})
+        ids = range(first, first + len(made))
+        session.run_program(program_id, name, ids, {mesh.slice_id: arguments}, changes_state=False)
         buffers = [
             RemoteBuffer(session, mesh, values[index].placements, BufferId(first + number))
             for number, index in enumerate(made)
