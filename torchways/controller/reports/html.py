@@ -40,8 +40,7 @@ def _page(report: ProgramReport) -> Iterator[str]:
     yield '<meta name="viewport" content="width=device-width, initial-scale=1"/>'
     yield f"<title>{title}</title><style>{_STYLE}</style></head><body>"
     yield f"<h1>{title}</h1>"
-    for line in summary_lines(report):
-        yield f"<p>{_text(line)}</p>"
+    yield f"<p>{'<br/>'.join(map(_text, summary_lines(report)))}</p>"
     if report.timeline:
         yield "<h2>timeline of the call in the middle</h2>"
         yield f'<div class="wide">{_timeline(report.timeline)}</div>'
