@@ -22,7 +22,9 @@ from torchways.config import ClusterConfig
 from torchways.controller.data_loader import ArrayLoader
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.program import ProgramFunction
-from torchways.controller.report import LoopReport, ProgramReport, StageReport
+from torchways.controller.reports.items import LineReport, MemoryReport, NodeReport, TransferReport, WaitReport
+from torchways.controller.reports.loops import LoopReport, StageReport
+from torchways.controller.reports.report import ProgramReport
 from torchways.parallel.balance import BalancedStages, StageEstimate
 from torchways.rpc.clients import ClusterInfo, ExecutorStatus, IslandInfo
 
@@ -64,6 +66,11 @@ GROUPS = {
 RETURNED = {
     ProgramFunction: "The result of `tw.program`, and of `tw.function` on a function.",
     ProgramReport: "The result of `report()` of a program.",
+    NodeReport: "An item of `ProgramReport.nodes`.",
+    LineReport: "An item of `ProgramReport.lines`.",
+    WaitReport: "An item of `ProgramReport.waits`.",
+    TransferReport: "An item of `ProgramReport.transfers`.",
+    MemoryReport: "An item of `ProgramReport.memory`.",
     LoopReport: "An item of `ProgramReport.loops`.",
     StageReport: "An item of `LoopReport.stages`.",
     BalancedStages: "The result of `tw.balanced_stages`.",

@@ -140,6 +140,9 @@ class LocalSession:
     def wait_for_run(self, run_id):
         pass
 
+    def compile_seconds(self, program_id):
+        return None
+
     def run_program(self, program_id, name, results, arguments, *, changes_state):
         self.num_runs += 1
         run_id = self.new_ids(1)
@@ -168,13 +171,12 @@ class LocalSession:
     def collect_spans(self, since_ns):
         return {"local": [span for span in self._spans if span.end_ns >= since_ns]}
 
-    def _note(self, name, part_of, started_ns, run_id):
+    def _note(self, kind, name, started_ns, run_id, part_of=None, edge_id=None, sent_bytes=0):
         ended_ns = time.time_ns()
         if part_of is not None and self._time_of is not None:
             started_ns = ended_ns - int(self._time_of(part_of.action) * 1e3)
-        self._spans.append(
-            Span(name=name, track="device 0", start_ns=started_ns, end_ns=ended_ns, run_id=run_id, part_of=part_of)
-        )
+        track = "device 0" if kind == "compute" else kind
+        self._spans.append(Span(name, track, started_ns, ended_ns, run_id, part_of, sent_bytes, kind, edge_id=edge_id))
 
     def _run_part(self, part, graphs, slots, buffer_ids, slice_id, wires, run_id):
         for instruction, freed in zip(part.instructions, freed_slots(part), strict=True):
@@ -190,7 +192,9 @@ class LocalSession:
                         assert tuple(result.shape) == expected.shape
                         assert str(result.dtype) == f"torch.{expected.dtype}"
                         slots[slot] = result
-                    self._note("compute", instruction.part_of, started_ns, run_id)
+                    name = part.functions[instruction.function_index].name
+                    name += f" {instruction.part_of.action}" if instruction.part_of is not None else ""
+                    self._note("compute", name, started_ns, run_id, instruction.part_of)
                     for slot in donated_slots(instruction):
                         del slots[slot]
                         if slot < len(buffer_ids) and buffer_ids[slot] != NO_BUFFER:
@@ -198,11 +202,15 @@ class LocalSession:
                 case SendInstruction():
                     wires[instruction.edge_id] = slots[instruction.slot]
                     self.num_transfers += 1
+                    edge, value = instruction.edge_id, slots[instruction.slot]
+                    name = f"send edge {edge} to @{instruction.peer}"
+                    self._note("send", name, time.time_ns(), run_id, edge_id=edge, sent_bytes=value.nbytes)
                 case ReceiveInstruction():
                     while instruction.edge_id not in wires:
                         yield "waiting"
                     slots[instruction.slot] = wires.pop(instruction.edge_id)
-                    self._note(f"receive edge {instruction.edge_id}", None, time.time_ns(), run_id)
+                    edge = instruction.edge_id
+                    self._note("receive", f"receive edge {edge}", time.time_ns(), run_id, edge_id=edge)
                 case AllReduceInstruction():
                     me = instruction.members.index(part.slice_index)
                     wires["sum", instruction.edge_id, me] = slots[instruction.input]

@@ -23,12 +23,25 @@ def measure(variant: Variant, calls: Sequence[CallRuns]) -> dict[int, list[Measu
 
     Runs that failed, and those whose spans an executor no longer has, are left out or incomplete: see `is_whole`.
     """
+    return measured_loops(variant, calls, spans_of(variant, calls))
+
+
+def spans_of(variant: Variant, calls: Sequence[CallRuns]) -> dict[str, list[Span]]:
+    """Returns the spans of all processes since the first of some calls, by process; waits until these are over."""
     if not calls:
         return {}
     for call in calls:
         for run_id in call.run_ids:
             variant.session.wait_for_run(run_id)
-    spans = variant.session.collect_spans(min(call.started_ns for call in calls))
+    return variant.session.collect_spans(min(call.started_ns for call in calls))
+
+
+def measured_loops(
+    variant: Variant, calls: Sequence[CallRuns], spans: Mapping[str, Sequence[Span]]
+) -> dict[int, list[MeasuredRun]]:
+    """Returns how each loop of a variant ran in some of its calls, given the spans of these; see `measure`."""
+    if not calls:
+        return {}
     found: dict[int, list[MeasuredRun]] = {}
     for position, piece in enumerate(variant.pieces):
         call_of = {call.run_ids[position]: number for number, call in enumerate(calls)}

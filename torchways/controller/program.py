@@ -23,7 +23,7 @@ from torchways.capture.source import user_line
 from torchways.controller.auto_schedule import improve_schedules
 from torchways.controller.buffers import RemoteBuffer
 from torchways.controller.fitting import automatic_loops
-from torchways.controller.report import ProgramReport, report_of
+from torchways.controller.reports.report import ProgramReport, report_of
 from torchways.controller.running import run_variant
 from torchways.controller.session import Session
 from torchways.controller.signatures import Signature, difference, signature_of
@@ -32,6 +32,7 @@ from torchways.controller.tracing import capture_again, trace_variant
 from torchways.controller.variant import Dispatch, Variant
 from torchways.controller.variants import DEFAULT_OPTIONS, VariantCache, VariantOptions
 from torchways.errors import ConfigError, DataDependentError, UserError
+from torchways.ids import RunId
 from torchways.ir.stages import schedule_of
 from torchways.mesh import Placements, VirtualSlice
 from torchways.passes.lower import LoweredProgram, lower
@@ -69,6 +70,7 @@ class ProgramFunction:
         #: Signatures for which the graph depends on values: these calls run node by node.
         self._untraceable: set[Any] = set()
         self._last: Variant | None = None
+        self._reports = _Reports()
         self._times_traced = 0
         self._symbolic: set[Any] = set()
         self._unread = unread_parameters(function)
@@ -175,17 +177,27 @@ class ProgramFunction:
         return lower(self._last.captured.program, print_after=print_after)
 
     def report(self) -> ProgramReport:
-        """Returns how the microbatches of the program ran in its last calls, beside what its schedules predict.
+        """Returns what the program's last calls took, five at most, and what they move and hold.
 
-        Waits until these calls are over. ``print(f.report())`` shows it as tables.
+        It has time by node and by your lines, waits by reason, bytes by transfer, the peak of each slice's memory, and
+        how microbatches ran beside what their schedules predict. Waits until these calls are over.
+
+        ``print(f.report())`` shows it as tables, and ``f.report().write_html(path)`` writes a page. If you have called
+        the program since its last report, both show how the numbers have changed.
 
         Raises:
-            UserError: the program has not been called yet.
+            UserError: the program has not been called yet, or cannot be traced as a whole.
         """
+        if self._last is None and self._untraceable:
+            raise UserError(
+                f"{self._name} depends on values and runs node by node, so it has no report: ask the programs and "
+                "compiled functions that it calls for theirs"
+            )
         if self._last is None:
             raise UserError(f"{self} before report()")
         self._last.session.check()
-        return report_of(self._last)
+        newest = self._last.recent[-1].run_ids[-1] if self._last.recent else None
+        return self._reports.compared(report_of(self._last), newest)
 
     def _trace(self, signature: Signature, session: Session) -> Variant:
         variant = self._make_variant(signature, session)
@@ -251,6 +263,22 @@ class ProgramFunction:
             return difference(self._function, signature, self._variants.keys())
         fewest = min([variant.changes(session, signature) for variant in same], key=len)
         return "; ".join(fewest)
+
+
+class _Reports:
+    """The reports of a program that were asked for last."""
+
+    def __init__(self) -> None:
+        self._newest: ProgramReport | None = None
+        self._newest_run: RunId | None = None
+        self._before: ProgramReport | None = None
+
+    def compared(self, report: ProgramReport, newest_run: RunId | None) -> ProgramReport:
+        """Returns a report beside the last one of other calls, given the newest run that it knows of."""
+        if newest_run != self._newest_run:
+            self._before = self._newest
+        self._newest, self._newest_run = report, newest_run
+        return report if self._before is None else report.against(self._before)
 
 
 class _BoundProgram(functools.partial):

@@ -167,6 +167,8 @@ class Session:
     #: Of programs that no run was sent of yet, and of those that are not compiled yet.
     _first_runs: dict[ProgramId, _FirstRun] = field(default_factory=dict)
     _waited_for: dict[ProgramId, _FirstRun] = field(default_factory=dict)
+    #: Of compiled programs, from when they were sent until all executors had compiled them.
+    _compile_seconds: dict[ProgramId, float] = field(default_factory=dict)
     _lost_event: asyncio.Event | None = None
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
@@ -649,6 +651,7 @@ class Session:
         self._not_compiled.pop(program_id, None)
         self._first_runs.pop(program_id, None)
         self._waited_for.pop(program_id, None)
+        self._compile_seconds.pop(program_id, None)
         if not self.is_usable():
             return
         try:
@@ -762,6 +765,10 @@ class Session:
                 "  all state is as it was; write it with other operators, or compute them outside the program"
             )
 
+    def compile_seconds(self, program_id: ProgramId) -> float | None:
+        """Returns what it took to send a program and compile it everywhere; None: that is not over."""
+        return self._compile_seconds.get(program_id)
+
     def wait_for_run(self, run_id: RunId) -> None:
         """Waits until a run is over, well or not."""
         self._awaited = run_id
@@ -810,6 +817,7 @@ class Session:
             del self._compiling[program_id]
             if (first := self._waited_for.pop(program_id, None)) is not None:
                 first.compiled = time.monotonic()
+                self._compile_seconds[program_id] = first.compiled - first.sent
             self._room.look_again()
 
     def _on_run_finished(self, run_id: RunId, failure: Failure | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -150,11 +151,12 @@ class CallRuns:
 
     Attributes:
         run_ids: one for each piece.
-        started_ns: when the first of them was sent, Unix nanoseconds.
+        started_ns, sent_ns: before the first of them was bound and sent, and after the last was; Unix nanoseconds.
     """
 
     run_ids: tuple[RunId, ...]
     started_ns: int
+    sent_ns: int
 
 
 @dataclass(slots=True)
@@ -172,7 +174,7 @@ class ScheduleSearch:
     is_over: bool = False
 
 
-#: Calls whose runs a variant with loops remembers.
+#: Calls whose runs a variant remembers.
 _RECENT_CALLS = 5
 
 
@@ -190,7 +192,7 @@ class Variant:
         reads: conditions on values of tensors.
         traced_seconds: what tracing it took.
         dispatch: how its pieces were cut.
-        recent: the last calls, of these pieces, of a program with loops.
+        recent: the last calls of these pieces.
         num_calls: of these pieces.
         search: for the schedules of its automatic loops; None if it has none.
     """
@@ -223,7 +225,12 @@ class Variant:
     def note_call(self, run_ids: list[RunId], started_ns: int) -> None:
         """Remembers the runs of a call."""
         self.num_calls += 1
-        self.recent.append(CallRuns(tuple(run_ids), started_ns))
+        self.recent.append(CallRuns(tuple(run_ids), started_ns, time.time_ns()))
+
+    def compile_seconds(self) -> float | None:
+        """Returns what it took to send its pieces and compile them everywhere; None: that is not known."""
+        seconds = [self.session.compile_seconds(piece.program_id) for piece in self.pieces]
+        return max((item for item in seconds if item is not None), default=None)
 
     def __del__(self) -> None:
         self._forget([*self.pieces, *filter(None, [self._observed])])

@@ -513,7 +513,8 @@ class Engine:
             def done(total: torch.Tensor | None, failure: Failure | None, sent_bytes: int) -> None:
                 if total is not None:
                     sent_bytes += total.nbytes * len(route.followers)
-                self.spans.note("sum", f"sum edge {edge}", started, time.time_ns(), run_id, sent_bytes=sent_bytes)
+                name, ended = f"sum edge {edge}", time.time_ns()
+                self.spans.note("sum", name, started, ended, run_id, edge_id=edge, sent_bytes=sent_bytes)
                 result = total if failure is None else failure
                 assert result is not None
                 for peer in route.followers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 from torchways.errors import InternalError
 from torchways.ir.part import (
@@ -133,6 +134,40 @@ def split(program: Program) -> list[SlicePart]:
                 pass
     parts = [builder.part(slice_index) for slice_index, builder in enumerate(builders)]
     return [part for part in parts if part.slots or part.instructions]  # a loop has slots of its own
+
+
+@dataclass(frozen=True, slots=True)
+class Edges:
+    """A transfer or a sum of a program.
+
+    Attributes:
+        node: it.
+        edge_ids: of what it becomes in the parts: one, or in a loop one for each turn that it is part of.
+    """
+
+    node: Transfer | AllReduce
+    edge_ids: range
+
+
+def edges_of(program: Program) -> list[Edges]:
+    """Returns all transfers and sums of a program, with the edges that `split` makes of them."""
+    found: list[Edges] = []
+    stride, num_edges = _count_edges(program.nodes), 0
+    for node in program.nodes:
+        if isinstance(node, (Transfer, AllReduce)):
+            found.append(Edges(node, range(num_edges, num_edges + 1)))
+            num_edges += 1
+        elif isinstance(node, Loop):
+            for body in node.bodies:
+                turns = range(node.num_turns)
+                if len(node.bodies) > 1:
+                    turns = turns[-1:] if body is node.bodies[-1] else turns[:-1]
+                for item in body.nodes:
+                    if isinstance(item.node, (Transfer, AllReduce)):
+                        first, end = (num_edges + turn * stride for turn in (turns.start, turns.stop))
+                        found.append(Edges(item.node, range(first, end, stride)))
+                        num_edges += 1
+    return found
 
 
 def _count_edges(nodes: Iterable[Node]) -> int:

@@ -37,7 +37,7 @@ class Span(NamedTuple):
         kind: "dispatch", "room", "read", "held", "admitted", "compute", "input", "memory", "compile", "send",
             "receive" or "sum".
         client_id: whose it is; 0: nobody's, or a client's that may not be named.
-        edge_id: of a send or a receive.
+        edge_id: of a send, a receive or a sum.
     """
 
     name: str

@@ -16,6 +16,7 @@ from torchways.ir.program import (
     Result,
     SliceSpec,
     TracedInput,
+    Transfer,
     Value,
     node_inputs,
     verify,
@@ -26,7 +27,7 @@ from torchways.passes.lower import lower
 from torchways.passes.place import place
 from torchways.passes.preflight import check_memory, check_order, peak_memory
 from torchways.passes.sequential import FinalResult, sequential
-from torchways.passes.split import slice_args, split
+from torchways.passes.split import edges_of, slice_args, split
 
 
 def value(slice_index, *shape):
@@ -99,6 +100,14 @@ def test_split_pairs_the_ends_of_transfers():
     assert (first.results, second.results) == (((4, 0),), ((3, 1),))
     assert (first.num_args, second.num_args) == (2, 1)
     assert slice_args(program) == [[0, 1], [2]]
+
+
+def test_each_transfer_knows_its_edge_in_the_parts():
+    program = insert_transfers(two_stages())
+    assert [(edges.node, list(edges.edge_ids)) for edges in edges_of(program)] == [
+        (Transfer(input=3, output=7), [0]),
+        (Transfer(input=4, output=8), [1]),
+    ]
 
 
 def test_what_nothing_reads_any_more_is_freed():

@@ -1,15 +1,15 @@
-"""`program.report()`: how a program's loops over microbatches ran, beside what their schedules predict."""
+"""How a program's loops over microbatches ran, beside what their schedules predict."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torchways.controller.loop_times import is_whole, measure
+from torchways.controller.loop_times import is_whole
+from torchways.controller.reports.tables import Table, percent_text, table_lines, time_text
 from torchways.controller.variant import Variant
 from torchways.ir.program import Loop
 from torchways.ir.stages import held_bytes, is_pipeline, row_of_stage, schedule_of, slice_of_stage
-from torchways.mesh import mesh_text
 from torchways.schedules import UNIT_COSTS, Costs, Kind, Schedule, dry_run
 from torchways.schedules.dry_run import held_by_stage
 from torchways.schedules.measured import MeasuredRun, measured_costs, measured_timeline
@@ -92,43 +92,8 @@ class LoopReport:
         return "\n".join(_loop_lines(self))
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ProgramReport:
-    """How a program's microbatches ran. ``str()`` is a table for each loop.
-
-    Attributes:
-        program: its name.
-        slices: its slices, in their order, as text.
-        loops: its calls of `tw.microbatch`, in their order; none if it has none, and in eager mode.
-        is_eager: it runs as plain PyTorch.
-    """
-
-    program: str
-    slices: tuple[str, ...] = ()
-    loops: tuple[LoopReport, ...] = ()
-    is_eager: bool = False
-
-    def __str__(self) -> str:
-        if self.is_eager:
-            return f"{self.program} runs in eager mode, without schedules"
-        if not self.loops:
-            return f"{self.program} has no tw.microbatch"
-        slices = ", ".join(f"@{index} {text}" for index, text in enumerate(self.slices))
-        return "\n\n".join([f"{self.program} on {slices}", *map(str, self.loops)])
-
-
-def report_of(variant: Variant) -> ProgramReport:
-    """Returns the report of a variant; waits until its recent calls are over."""
-    program = variant.lowered.program
-    measured = measure(variant, list(variant.recent)) if variant.loops else {}
-    return ProgramReport(
-        program=program.name,
-        slices=tuple(mesh_text(spec.shape, spec.axis_names) for spec in program.slices),
-        loops=tuple(_loop_report(variant, loop, measured.get(loop.number, [])) for loop in variant.loops),
-    )
-
-
-def _loop_report(variant: Variant, loop: Loop, runs: Sequence[MeasuredRun]) -> LoopReport:
+def loop_report(variant: Variant, loop: Loop, runs: Sequence[MeasuredRun]) -> LoopReport:
+    """Returns the report of a loop of a variant, given how it ran in recent calls."""
     if not is_pipeline(loop):
         return LoopReport(
             source=loop.source,
@@ -213,43 +178,27 @@ def _loop_lines(report: LoopReport) -> Iterable[str]:
         (
             str(stage.stage_index),
             f"@{stage.slice_index}",
-            _time(stage.forward_us),
-            _time(stage.input_us),
-            _time(stage.weight_us),
-            _time(stage.backward_us),
+            time_text(stage.forward_us),
+            time_text(stage.input_us),
+            time_text(stage.weight_us),
+            time_text(stage.backward_us),
             str(stage.held_microbatches),
             f"{stage.held_bytes:,}",
         )
         for stage in report.stages
     ]
-    yield from _table(header, rows)
-    yield from _table(
-        ("", "makespan", "bubble"),
-        [
-            ("theory", "", _percent(report.theoretical_bubble)),
-            ("predicted", _time(report.predicted_us), _percent(report.predicted_bubble)),
-            (f"measured, {report.num_calls} calls", _time(report.measured_us), _percent(report.measured_bubble)),
-        ],
-    )
+    yield from table_lines(Table(header=header, rows=rows))
+    measured = f"measured, {report.num_calls} calls"
+    spans = [
+        ("theory", "", percent_text(report.theoretical_bubble)),
+        ("predicted", time_text(report.predicted_us), percent_text(report.predicted_bubble)),
+        (measured, time_text(report.measured_us), percent_text(report.measured_bubble)),
+    ]
+    yield from table_lines(Table(header=("", "makespan", "bubble"), rows=spans))
     if report.transfer_us is not None:
-        yield f"  a transfer takes {_time(report.transfer_us)}"
+        yield f"  a transfer takes {time_text(report.transfer_us)}"
     if report.tried:
         yield "  schedules tried, by the times before the search"
         tried = sorted(report.tried.items(), key=lambda item: item[1])
-        yield from _table(("", "makespan"), [(name, _time(makespan)) for name, makespan in tried])
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterable[str]:
-    """Yields lines: the first column to the left, others to the right."""
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-    for row in (header, *rows):
-        cells = [row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]
-        yield f"  {'  '.join(cells)}".rstrip()
-
-
-def _time(us: float | None) -> str:
-    return "-" if us is None else f"{us / 1e3:,.2f} ms"
-
-
-def _percent(part: float | None) -> str:
-    return "-" if part is None else f"{part:.1%}"
+        makespans = [(name, time_text(makespan)) for name, makespan in tried]
+        yield from table_lines(Table(header=("", "makespan"), rows=makespans))
