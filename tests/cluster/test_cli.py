@@ -214,7 +214,7 @@ def traced(folder, *arguments):
 def test_a_trace_has_clients_and_why_their_runs_were_held(cluster, environment):
     # Each keeps several runs in flight, of some milliseconds.
     heavy = BUSY.replace("return (x * 2).sum()", "return (sum(x @ x for _ in range(20)) * 0 + 1).mean() * 56")
-    flood = heavy.replace("arange(8.0)", "ones(512, 512)").replace(
+    flood = heavy.replace("arange(8.0)", "ones(256, 256)").replace(
         "    double(array).item()", "    [double(array) for _ in range(6)][-1].item()"
     )
     with (
@@ -225,8 +225,9 @@ def test_a_trace_has_clients_and_why_their_runs_were_held(cluster, environment):
         reasons = set()
 
         def held_for_all():
-            printed, spans, names = traced(environment, "--seconds", "1")
-            assert "of 1 executor, 1 scheduler and 2 clients in 1 s" in printed
+            printed, spans, names = traced(environment, "--seconds", "0.5")
+            if "of 1 executor, 1 scheduler and 2 clients in 0.5 s" not in printed:
+                return False  # a machine under load may not answer in time
             assert set(labels) <= set(names.values())
             reasons.update(span["name"].partition(": ")[2] for span in spans if span["cat"] == "held")
             for label, client_id in labels.items():
