@@ -16,6 +16,7 @@ from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.identity import CLUSTER_KEY_VARIABLE, Caller, Role, metadata, new_cluster_key
+from torchways.rpc.operator import OperatorAccess, connected
 
 ELEMENTS = torch.arange(4.0).numpy().tobytes()
 SPEC = {"dtype": "float32", "shape": [4], "placements": ["R"]}
@@ -59,6 +60,8 @@ class Victim:
         self.program_ids = list(session._islands_of)
         self.executor_id = address.executors[0].executor_id
         self.is_well, self.key = is_well, key
+        operator_secret = key.secret_of(Caller(Role.OPERATOR))
+        self.operator_access = OperatorAccess(self.manager, self.token, operator_secret)
 
     def metadata_of(self, role):
         """What a process of the cluster calls with."""
@@ -257,6 +260,80 @@ def test_what_is_too_large_is_refused(victim):
             await executor.PutBuffer(iter([chunk, pb.PutChunk(more=b"x")]), metadata=mine)
 
     attack(victim, action)
+
+
+def forged_spans(victim):
+    """Spans that would have been another's, or made a trace of years."""
+    whole = {"start_ns": -(1 << 63), "end_ns": (1 << 63) - 1}
+    run_id, client_id = victim.program_ids[0], victim.client_id
+    return [
+        pb.Span(name="forged", kind="dispatch", run_id=run_id, client_id=client_id, edge_id=1, sent_bytes=9, **whole),
+        pb.Span(name="forged", kind="compute", track="device 0", run_id=run_id, client_id=client_id, **whole),
+        pb.Span(name="forged", kind="read", action="no action", loop=1, **whole),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("says", "missing"),
+    [
+        (
+            lambda victim: [
+                pb.TraceResponse(now_ns=1 << 61, clock_id="x"),
+                pb.TraceResponse(spans=forged_spans(victim)),
+            ],
+            "",
+        ),
+        (lambda victim: [pb.TraceResponse(now_ns=-5)], "it has no time that could be"),
+        (
+            lambda victim: [pb.TraceResponse(clock_id="x" * (1 << 20))] * 9,
+            "it sent more than 20,000 spans or 8,388,608 bytes",
+        ),
+        (lambda victim: [], "it did not answer within 5 s"),
+        (None, "it did not answer within 5 s"),
+    ],
+    ids=["forged", "no time", "too much", "nothing", "silence"],
+)
+def test_a_clients_spans_spoil_nobodys_trace(victim, says, missing):
+    """An operator has a trace of all others, whatever one client answers."""
+
+    async def run():
+        async with channel.open_channel(victim.manager) as opened, connected(victim.operator_access) as operator:
+            manager = pb_grpc.ResourceManagerStub(opened)
+            told = manager.Attach(pb.AttachRequest(name="attacker"), metadata=metadata(victim.token))
+            attached = (await told.read()).attached
+            mine = metadata(victim.token, Caller(Role.CLIENT, attached.client_id), attached.secret)
+
+            async def answer():
+                while (event := await told.read()) is not grpc.aio.EOF:
+                    number = event.trace_wanted.number
+                    for forged in (mine, metadata(victim.token)):  # for another, and as nobody
+                        with refused():
+                            wrong = pb.TraceAnswer(number=number + 1000)
+                            await manager.AnswerTrace(iter([wrong]), metadata=forged)
+                    if says is not None:
+                        answers = [pb.TraceAnswer(number=number, response=response) for response in says(victim)]
+                        with contextlib.suppress(grpc.aio.AioRpcError):
+                            await manager.AnswerTrace(iter(answers), metadata=mine)
+
+            answering = asyncio.create_task(answer())
+            before = (await operator.observe()).time_ns
+            await asyncio.to_thread(victim.is_well)
+            trace = await operator.trace(before)
+            answering.cancel()
+            me, them = f"client {attached.client_id}", f"client {victim.client_id}"
+            assert trace.missing == ({me: missing} if missing else {})
+            assert {"dispatch", "read"} == {span.kind for span in trace.spans[them]}
+            assert {span.client_id for span in trace.spans[them]} == {victim.client_id}
+            runs = {span.run_id for span in trace.spans[them] if span.kind == "dispatch"}
+            assert runs <= {span.run_id for spans in trace.spans.values() for span in spans if span.kind == "admitted"}
+            for span in trace.spans.get(me, ()):
+                assert (span.name, span.run_id, span.client_id) == ("forged", 0, attached.client_id)
+                assert (span.kind, span.edge_id, span.sent_bytes, span.part_of) == (span.track, None, 0, None)
+                assert span.start_ns >= before
+            assert len(trace.spans.get(me, ())) == (0 if missing else 2)
+
+    asyncio.run(run())
+    victim.is_well()
 
 
 def malformed_parts(slice_id):

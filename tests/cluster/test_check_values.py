@@ -77,5 +77,5 @@ def test_a_pipelines_microbatch_is_named(meshes):
         assert train_step(x).cpu().isfinite().all()
         x[4] = -1  # of the third microbatch
         loss = train_step(x)
-    with pytest.raises(NonFiniteError, match=r"\(stage 1, forward, microbatch 2\) made .* NaN"):
+    with pytest.raises(NonFiniteError, match=r"\(1F1B, stage 1, forward, microbatch 2\) made .* NaN"):
         loss.cpu()

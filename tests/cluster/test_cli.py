@@ -5,6 +5,7 @@ import gzip
 import json
 import os
 import pty
+import re
 import select
 import signal
 import socket
@@ -171,11 +172,13 @@ def test_an_operator_sees_what_clients_do(cluster, environment):
         assert (item["shape"], item["axis_names"], item["devices"], item["state"]) == ([2], ["dp"], [0, 1], "ready")
 
         trace = environment / "t.json.gz"
-        assert "of 1 executor and 1 scheduler in 0.5 s" in torchways("trace", "--seconds", "0.5", "-o", str(trace))
+        printed = torchways("trace", "--seconds", "0.5", "-o", str(trace))
+        assert "of 1 executor, 1 scheduler and 1 client in 0.5 s" in printed
         events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
         assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == {
             "executor i0.e1",
             "scheduler i0",
+            f"client 1: script.py pid {client.pid}",
         }
         computed = [event for event in events if event["ph"] == "X" and "double" in event["name"]]
         assert len(computed) > 2  # with its name, though it is another's
@@ -197,6 +200,54 @@ def test_an_operator_sees_what_clients_do(cluster, environment):
         text = torchways("top", "--once", "--interval", "0.2", COLUMNS="200")
         assert "i0.e1" in text
         assert f"script.py pid {client.pid}" in text
+
+
+def traced(folder, *arguments):
+    """Returns what `torchways trace` printed, the spans, and the names of the processes that they are of."""
+    path = folder / "clients.json"
+    printed = torchways("trace", "-o", str(path), *arguments)
+    events = json.loads(path.read_text())["traceEvents"]
+    names = {event["pid"]: event["args"]["name"] for event in events if event["name"] == "process_name"}
+    return printed, [event for event in events if event["ph"] == "X"], names
+
+
+def test_a_trace_has_clients_and_why_their_runs_were_held(cluster, environment):
+    # Each keeps several runs in flight, of some milliseconds.
+    heavy = BUSY.replace("return (x * 2).sum()", "return (sum(x @ x for _ in range(20)) * 0 + 1).mean() * 56")
+    flood = heavy.replace("arange(8.0)", "ones(256, 256)").replace(
+        "    double(array).item()", "    [double(array) for _ in range(6)][-1].item()"
+    )
+    with (
+        busy_client(environment, cluster["address"], flood, "a.py") as one,
+        busy_client(environment, cluster["address"], flood, "b.py") as two,
+    ):
+        labels = {f"client 1: a.py pid {one.pid}": 1, f"client 2: b.py pid {two.pid}": 2}
+        reasons = set()
+
+        def held_for_all():
+            printed, spans, names = traced(environment, "--seconds", "0.5")
+            if "of 1 executor, 1 scheduler and 2 clients in 0.5 s" not in printed:
+                return False  # a machine under load may not answer in time
+            assert set(labels) <= set(names.values())
+            reasons.update(span["name"].partition(": ")[2] for span in spans if span["cat"] == "held")
+            for label, client_id in labels.items():
+                own = [span for span in spans if names[span["pid"]] == label]
+                if not {"dispatch", "read"} <= {span["cat"] for span in own}:
+                    return False
+                assert {span["args"].get("client") for span in own} == {client_id}
+            return reasons >= {"its turn", "room on its devices", "its client's earlier runs"}
+
+        wait_for(held_for_all, "a run of each client that was held for its turn, for room and for earlier runs", 60)
+
+        os.kill(two.pid, signal.SIGSTOP)
+        try:
+            printed, spans, names = traced(environment, "--seconds", "0.2")
+        finally:
+            os.kill(two.pid, signal.SIGCONT)
+        # It may be given up before the deadline: its connection does not answer either.
+        assert re.search("without client 2: it (did not answer within 5 s|has left)\n", printed)
+        assert set(labels) & set(names.values()) == {f"client 1: a.py pid {one.pid}"}
+        assert "compute" in {span["cat"] for span in spans}
 
 
 def test_the_token_alone_shows_no_names_stacks_and_traces(environment):

@@ -127,7 +127,8 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
             await one_call(manager.StartDataProcess, pb.StartDataProcessRequest())
             await one_call(manager.WaitDataProcess, pb.WaitDataProcessRequest())
             await one_call(manager.EndDataProcess, pb.EndDataProcessRequest())
-            sent += 31
+            await one_call(manager.AnswerTrace, pb.TraceAnswer(), streams_in=True)
+            sent += 32
         # Refused, answered with an error, or waiting for what never comes; the processes are there.
         assert grpc.StatusCode.UNAVAILABLE not in codes
 

@@ -5,10 +5,13 @@ import re
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import torch
 
+import torchways as tw
 from tests.cluster.test_cli import environment, running, torchways, write_script  # noqa: F401 (a fixture)
 
 MEGABYTE = 1 << 20
@@ -87,3 +90,42 @@ def test_a_run_that_waits_for_another_clients_memory_is_named(tmp_path):
                 process.wait()
                 process.stdin.close()
                 process.stdout.close()
+
+
+class Slow(torch.nn.Module):
+    """Computes for long."""
+
+    def forward(self, x):
+        y = x.detach().mT @ x.detach()
+        for _ in range(60):
+            y = torch.tanh(y @ y)
+        return x + y.mean() * 0
+
+
+def test_a_pipelines_action_is_named_with_its_schedule():
+    with tw.init(islands=2, devices_per_island=1, stall_warning=timedelta(seconds=0.1)):
+        meshes = [tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1)]
+        layers = torch.nn.Sequential(torch.nn.Linear(512, 512), Slow(), torch.nn.Linear(512, 1))
+        pipe = tw.pipeline(layers, split_spec={"2": tw.SplitPoint.BEGINNING}, meshes=meshes)
+
+        def loss_of(part):
+            loss = pipe(part).sum()
+            loss.backward()
+            return loss
+
+        @tw.program
+        def train_step(x):
+            return tw.microbatch(loss_of, x, n_microbatches=4)
+
+        x = torch.ones(512, 512)
+        found = []
+        deadline = time.monotonic() + 120
+        while not found and time.monotonic() < deadline:
+            loss = train_step(x)
+            while not loss.done() and not found:
+                lines = [line for status in tw.executor_status() for line in status.stalls]
+                found = [line for line in lines if "microbatch" in line]
+        assert loss.cpu().isfinite().all()
+        assert re.search(
+            r"stage\d\.\w \(1F1B, stage \d, (forward|backward), microbatch \d\) at .*test_stalls.py", found[0]
+        )

@@ -1,4 +1,4 @@
-"""`torchways trace`: what all schedulers and executors do in some seconds, as a file for Perfetto or a picture."""
+"""`torchways trace`: what schedulers, executors and clients do in some seconds, as a file for Perfetto or a picture."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from torchways.cli.target import access, add_target_flags, command_parser
 from torchways.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torchways.rpc.operator import OperatorClient
-    from torchways.rpc.spans import Span
+    from torchways.rpc.operator import ClusterTrace, OperatorClient
 
 _EXAMPLES = """\
   torchways trace                                  # five seconds, to trace.json.gz
@@ -24,7 +23,9 @@ _MAX_SECONDS = 600.0
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
-    parser = command_parser(commands, "trace", "write a trace of what all executors do for all clients", _EXAMPLES)
+    parser = command_parser(
+        commands, "trace", "write a trace of what all clients, schedulers and executors do", _EXAMPLES
+    )
     add_target_flags(parser)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to watch (default: 5)")
     parser.add_argument(
@@ -69,21 +70,23 @@ def _collected(parsed: argparse.Namespace) -> dict[str, Any]:
     path = Path(parsed.output)
     names: dict[int, str] = {}
 
-    async def collect(client: OperatorClient) -> dict[str, list[Span]]:
+    async def collect(client: OperatorClient) -> ClusterTrace:
         before = await client.observe()  # a cluster that is not there, or refuses us, is noticed before the wait
         await asyncio.sleep(parsed.seconds)
         after = await client.observe()
         names.update({item.client_id: item.name for item in [*before.clients, *after.clients]})
-        return await client.spans(before.time_ns)
+        return await client.trace(before.time_ns)
 
-    spans = ask(access(parsed), collect)
+    spans, missing = ask(access(parsed), collect)
     try:
         trace = write_chrome_trace(path, spans, names)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
     num_spans = sum(map(len, spans.values()))
-    found = f"{num_spans:,} spans of {_count(spans, 'executor')} and {_count(spans, 'scheduler')}"
-    print(f"{path}: {found} in {parsed.seconds:g} s; open it at https://ui.perfetto.dev")
+    processes = f"{_count(spans, 'executor')}, {_count(spans, 'scheduler')} and {_count(spans, 'client')}"
+    print(f"{path}: {num_spans:,} spans of {processes} in {parsed.seconds:g} s; open it at https://ui.perfetto.dev")
+    for name, reason in sorted(missing.items()):
+        print(f"without {name}: {reason}")
     return trace
 
 

@@ -1,7 +1,7 @@
 """The service for who runs the cluster: what all processes do, their stacks, and a trace of all clients.
 
-The resource manager asks schedulers, executors and node agents when it is asked, each with a deadline: one that does
-not answer is named, and holds up nobody.
+The resource manager asks schedulers, executors, clients and node agents when it is asked, each with a deadline: one
+that does not answer is named, and holds up nobody.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ import contextlib
 import itertools
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import grpc
 import grpc.aio
 
 from torchways.cluster import state as core
+from torchways.errors import TorchwaysError
 from torchways.ids import ClientId, ProgramId
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -35,6 +36,13 @@ _STACKS_SECONDS = 8.0
 _SPANS_PER_MESSAGE = 2000
 
 
+class _Spans(NamedTuple):
+    """A process's spans, or why there are none."""
+
+    spans: Sequence[Span] = ()
+    missing: str = ""
+
+
 class OperatorServer(pb_grpc.OperatorServicer):
     """See the module's docstring.
 
@@ -42,6 +50,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
         state: the resource manager's core.
         describe: returns what the cluster consists of.
         order_all: sends a command to every node; returns how many there are.
+        client_spans: returns a client's own spans since a time; what it raises says why it has none.
     """
 
     #: host:port of the page /metrics.
@@ -52,12 +61,14 @@ class OperatorServer(pb_grpc.OperatorServicer):
         state: core.ClusterState,
         describe: Callable[[], pb.ClusterInfo],
         order_all: Callable[[pb.NodeCommand], int],
+        client_spans: Callable[[ClientId, int], Awaitable[list[Span]]],
         token: str,
         key: ClusterKey,
     ) -> None:
         self._core = state
         self._describe = describe
         self._order_all = order_all
+        self._client_spans = client_spans
         self._token = token
         self._key = key
         self._channels: dict[str, grpc.aio.Channel] = {}
@@ -173,37 +184,55 @@ class OperatorServer(pb_grpc.OperatorServicer):
     async def CollectTrace(
         self, request: pb.TraceRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ProcessSpans]:
-        """Returns the spans of all schedulers and executors, by this process's clock."""
-        tasks: dict[str, asyncio.Task[list[Span]]] = {}
+        """Returns the spans of all schedulers, executors and clients, by this process's clock."""
+        tasks: dict[str, asyncio.Task[_Spans]] = {}
         devices: dict[str, Sequence[int]] = {}
+
+        def begin(name: str, collecting: Coroutine[Any, Any, _Spans]) -> None:
+            tasks[name] = asyncio.create_task(collecting, name=f"trace of {name}")
+
         for island in self._core.islands.values():
             if island.scheduler_address:
                 stub: Any = pb_grpc.SchedulerStub(self._channel(island.scheduler_address))
-                name = f"scheduler i{island.island_id}"
-                tasks[name] = asyncio.create_task(self._spans(name, stub, request.since_ns))
+                begin(f"scheduler i{island.island_id}", self._spans(stub, request.since_ns))
         for item, info in self._executors():
             stub, name = pb_grpc.ExecutorStub(self._channel(info.address)), core.process_name(info.executor_id)
             devices[name] = item.devices_of[info.executor_id]
-            tasks[name] = asyncio.create_task(self._spans(name, stub, request.since_ns))
+            begin(name, self._spans(stub, request.since_ns))
+        for client_id in self._core.clients:
+            begin(f"client {client_id}", self._spans_of_client(client_id, request.since_ns))
         try:
             for name, task in tasks.items():
-                spans = [span_to_proto(span) for span in await task]
-                for start in range(0, max(1, len(spans)), _SPANS_PER_MESSAGE):
-                    part = spans[start : start + _SPANS_PER_MESSAGE]
-                    yield pb.ProcessSpans(name=name, spans=part, device_indices=devices.get(name, ()))
+                found = await task
+                if found.missing:
+                    logger.warning("%s has no trace: %s", name, found.missing)
+                for start in range(0, max(1, len(found.spans)), _SPANS_PER_MESSAGE):
+                    part = map(span_to_proto, found.spans[start : start + _SPANS_PER_MESSAGE])
+                    yield pb.ProcessSpans(
+                        name=name, spans=part, device_indices=devices.get(name, ()), missing=found.missing
+                    )
         finally:
             for task in tasks.values():
                 task.cancel()
 
-    async def _spans(self, name: str, stub: Any, since_ns: int) -> list[Span]:
+    async def _spans(self, stub: Any, since_ns: int) -> _Spans:
         mine = self._as(Caller(Role.MANAGER))
         try:
-            return await collect(
-                lambda request: stub.CollectTrace(request, metadata=mine, timeout=_TRACE_SECONDS), since_ns
+            return _Spans(
+                await collect(
+                    lambda request: stub.CollectTrace(request, metadata=mine, timeout=_TRACE_SECONDS), since_ns
+                )
             )
-        except (grpc.aio.AioRpcError, grpc.aio.UsageError) as error:
-            logger.warning("%s has no trace: %s", name, error)
-            return []
+        except grpc.aio.AioRpcError as error:
+            return _Spans(missing=f"it does not answer ({error.code().name})")
+        except grpc.aio.UsageError:  # its channel was closed meanwhile
+            return _Spans(missing="it has ended")
+
+    async def _spans_of_client(self, client_id: ClientId, since_ns: int) -> _Spans:
+        try:
+            return _Spans(await self._client_spans(client_id, since_ns))
+        except TorchwaysError as error:
+            return _Spans(missing=str(error))
 
     # ---- stacks
 

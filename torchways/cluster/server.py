@@ -19,6 +19,7 @@ import grpc.aio
 import psutil
 
 from torchways.cluster import state as core
+from torchways.cluster.client_spans import ClientSpans
 from torchways.cluster.operator import OperatorServer
 from torchways.cluster.order_server import RunOrderServer
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
@@ -60,7 +61,10 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._data_settled: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: set[asyncio.Task[None]] = set()
         #: For who runs the cluster.
-        self.operator = OperatorServer(self.core, self.describe, self._order_all, token, key)
+        self._client_spans = ClientSpans(self._tell)
+        self.operator = OperatorServer(
+            self.core, self.describe, self._order_all, self._client_spans.collect, token, key
+        )
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
@@ -199,6 +203,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._shares[client_id] = {"weight": request.weight or 1.0, "priority": request.priority}
         queue: asyncio.Queue[pb.ClusterEvent] = asyncio.Queue()
         self._clients[client_id] = queue
+        self._client_spans.attached(client_id)
         logger.info("client %d attached: %s", client_id, request.name)
         try:
             secret = self._key.secret_of(Caller(Role.CLIENT, client_id))
@@ -212,8 +217,19 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 yield event
         finally:
             del self._clients[client_id], self._shares[client_id]
+            self._client_spans.gone(client_id)
             logger.info("client %d is gone", client_id)
             self.handle(core.ClientGone(client_id=client_id))
+
+    async def AnswerTrace(
+        self, request_iterator: AsyncIterator[pb.TraceAnswer], context: grpc.aio.ServicerContext
+    ) -> pb.TraceAnswered:
+        """Takes what a client answers when it is asked for its spans."""
+        try:
+            await self._client_spans.take(channel.caller(context, self._key).client_id, aiter(request_iterator))
+        except (TorchwaysError, TimeoutError) as error:
+            await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error) or "it takes too long")
+        return pb.TraceAnswered()
 
     def _refusal(self, request: pb.AttachRequest) -> str | None:
         """Returns why a client may not have the share that it asks for."""

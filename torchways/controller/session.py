@@ -187,7 +187,9 @@ class Session:
     async def _attach(self) -> None:
         self._lost_event = asyncio.Event()
         name = f"{os.path.basename(sys.argv[0]) or 'python'} pid {os.getpid()}"
-        reading = await self.manager.attach(name, self.share, self._on_executor_lost, self._on_cluster_lost)
+        reading = await self.manager.attach(
+            name, self.share, self._on_executor_lost, self._on_cluster_lost, self.spans.since
+        )
         self._tasks.add(reading)
         reading.add_done_callback(self._ended)
 

@@ -30,7 +30,7 @@ from torchways.executor.plan import LoadedProgram
 from torchways.executor.reduce import Reducer
 from torchways.executor.runs import Cell, Task, lowest
 from torchways.executor.spans import Spans
-from torchways.executor.stalls import Stalls
+from torchways.executor.stalls import Stalls, action_text
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.executor.value_checks import describe_bad, wait_computed
@@ -229,8 +229,9 @@ class Engine:
     def _called(self, task: Task) -> str:
         """Returns what a computation is called, with what it is of a schedule, and its user's line."""
         name, first = self._name_of(task)
-        source = self._codes[task.run.program.part].functions[first.function_index].source
-        name += _action_text(task)
+        code = self._codes[task.run.program.part]
+        source = code.functions[first.function_index].source
+        name += action_text(task, code.schedules)
         return f"{name} at {source}" if source else name
 
     def _name_of(self, task: Task) -> tuple[str, ComputeInstruction]:
@@ -252,6 +253,7 @@ class Engine:
         if now > self._stalls_checked + self._stall_seconds:
             self._check_stalls(now)
         self.spans.note_waits(self.core.memory.starved)
+        self.spans.note_asking(self.core.grants.waiting)
         if not self.core.memory.starved:
             self._starved_since = 0.0
 
@@ -367,6 +369,7 @@ class Engine:
         calls = code.calls[task.number]
         key = f"{run_id}.{task.run.program.part.slice_id}"
         issued = time.time_ns()
+        self.spans.note_granted(task, issued)
         poisoned: dict[int, Failure] = {}
         values: dict[int, Any] = {}
         for slot, cell in zip(task.unit.reads, command.inputs, strict=True):
@@ -409,7 +412,7 @@ class Engine:
         if not bad:
             return None
         function = code.functions[call.function_index]
-        action = _action_text(task)
+        action = action_text(task, code.schedules)
         message = (
             f"compiled function {function.name}{action} made a value that is not finite: {bad} (run {task.run.run_id} "
             f"of {task.run.program.name}, checked by tw.check_values). What it computed from was finite, unless the "
@@ -604,15 +607,6 @@ class Engine:
             run_id=run_id,
             process=f"executor {self.executor_id}",
         )
-
-
-def _action_text(task: Task) -> str:
-    """Returns what a computation is of a pipeline's schedule, for people; "" where it is of none."""
-    first = task.unit.instructions[0]
-    if not isinstance(first, ComputeInstruction) or first.part_of is None:
-        return ""
-    action = first.part_of.action
-    return f" (stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
 
 
 def _ids(run: RunPart) -> dict[str, int]:

@@ -60,10 +60,11 @@ class RunCancelled:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitGranted:
-    """The scheduler lets a unit be issued."""
+    """The scheduler lets a unit be issued. `held_for`: what it waited for, for people; "": for nothing."""
 
     run: RunPart
     unit: int
+    held_for: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

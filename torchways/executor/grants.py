@@ -7,6 +7,7 @@ another executor has devices of this one.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Collection
 
 from torchways.executor.events import Command, ReportIdle, ReportPassed
 from torchways.executor.runs import Task
@@ -46,6 +47,11 @@ class Grants:
     def asking(self, key: tuple[RunPart, int]) -> Task | None:
         """Returns the task of a unit, if it waits for its grant."""
         return self._asking.get(key)
+
+    @property
+    def waiting(self) -> Collection[Task]:
+        """The tasks that wait for their grant."""
+        return self._asking.values()
 
     def units_of(self, run: RunPart) -> list[int]:
         """Returns the units of a run that wait for their grant."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torchways.executor.checks import check_part, check_size
@@ -11,7 +11,7 @@ from torchways.executor.plan import LoadedProgram, load_program
 from torchways.executor.routes import find_routes
 from torchways.ids import PartId, ProgramId, SliceId
 from torchways.ir.loops import unrolled
-from torchways.ir.part import SliceIndex
+from torchways.ir.part import LoopInstruction, SliceIndex
 from torchways.ir.program import Function
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.convert import part_from_proto
@@ -28,6 +28,7 @@ class PartCode:
         peers: (executor id, data address) of all executors that it exchanges values with, and of this one.
         calls: by number of the unit, the computations of each unit that computes; empty until they are compiled.
         compiled_ns: when they were; Unix time.
+        schedules: by number of a pipeline's loop, the name of its schedule.
     """
 
     functions: Sequence[Function]
@@ -35,6 +36,7 @@ class PartCode:
     peers: Sequence[tuple[str, str]]
     calls: dict[int, list[Call]] = field(default_factory=dict)
     compiled_ns: int = 0
+    schedules: Mapping[int, str] = field(default_factory=dict)
 
     def drop_graphs(self) -> None:
         """Forgets the graphs, which the runtime has read."""
@@ -57,7 +59,10 @@ def read_program(
     """
     program = message.program
     check_size(program)
-    part = unrolled(part_from_proto(program.part))
+    sent = part_from_proto(program.part)
+    loops = [item for item in sent.instructions if isinstance(item, LoopInstruction)]
+    schedules = {loop.number: loop.schedule for loop in loops if loop.number is not None}
+    part = unrolled(sent)
     mesh = tuple(program.mesh_shape)
     hosts: dict[SliceIndex, list[str]] = {}
     for peer in program.peers:
@@ -81,4 +86,4 @@ def read_program(
         limit_bytes=budget_bytes // num_slices,
     )
     peers = [(peer.executor_id, peer.data_address) for peer in program.peers]
-    return loaded, PartCode(functions=part.functions, slots=slots, peers=peers)
+    return loaded, PartCode(functions=part.functions, slots=slots, peers=peers, schedules=schedules)

@@ -41,6 +41,11 @@ class Names:
         """Returns why a buffer is gone, as the end of a sentence; "" if it is not known to be."""
         return self._gone.get(buffer_id, "")
 
+    def owner_of(self, cell: Cell) -> ClientId:
+        """Returns the client that can name a cell; 0: none can."""
+        named = (*self.cells.items(), *self._expected.items())
+        return next((owner(buffer_id) for buffer_id, known in named if known is cell), ClientId(0))
+
     def is_gone(self, client_id: ClientId) -> bool:
         """Whether a client was dropped."""
         return client_id in self._gone_clients

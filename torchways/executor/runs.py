@@ -153,6 +153,7 @@ class Task:
         arrived: the value that it received, until it has passed.
         has_ended: it is over.
         awaited_input: its turn came before its inputs did.
+        held_for: what its grant waited for, for people; "": for nothing, or it has none.
     """
 
     run: Run
@@ -163,6 +164,7 @@ class Task:
     arrived: Place | None = None
     has_ended: bool = False
     awaited_input: bool = False
+    held_for: str = ""
 
     @property
     def need_bytes(self) -> int:

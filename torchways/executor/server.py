@@ -111,7 +111,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         self._clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
                     case "grant":
                         run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
-                        engine.post(events.UnitGranted(run=run, unit=command.grant.unit))
+                        held_for = command.grant.held_for
+                        engine.post(events.UnitGranted(run=run, unit=command.grant.unit, held_for=held_for))
                     case "set_grants_needed":
                         grants = command.set_grants_needed
                         engine.post(events.GrantsNeeded(needed=grants.needed, epoch=grants.epoch))
@@ -286,7 +287,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         return await asyncio.wrap_future(self.engine.run(lambda: self._status(client_id)))
 
     def _status(self, asking: ClientId) -> pb.ExecutorStatus:
-        """`asking`: a client, which is told of its own stalled runs; 0: the resource manager."""
+        """`asking`: a client, which is told what its own runs wait for; 0: the resource manager."""
         state = self.engine.core
         buffers = [cell.buffer for cell in state.names.cells.values() if cell.buffer is not None]
         return pb.ExecutorStatus(
@@ -300,7 +301,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             num_compiled=self.engine.compiler.num_compiled,
             compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
-            waiting_for=state.waiting_for()[:_MAX_WAITING_FOR],
+            waiting_for=state.waiting_for(asking)[:_MAX_WAITING_FOR],
             budget_bytes=state.memory.budget_bytes,
             used_bytes=state.memory.used_bytes,
             stalls=[line for client_id, line in self.engine.stalls.lines() if asking in (0, client_id)],

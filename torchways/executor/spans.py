@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from torchways.executor.memory import Taker
 from torchways.executor.runs import Placing, Task
@@ -23,6 +23,8 @@ class Spans:
         self._device_free_ns = 0
         #: Waits for memory that are not over, by the identity of what waits.
         self._waits: dict[int, tuple[Taker, int]] = {}
+        #: Computations that wait for their grant, and since when.
+        self._asking: dict[Task, int] = {}
 
     def note(
         self,
@@ -88,6 +90,23 @@ class Spans:
         for key in keys:
             item, started = self._waits.pop(key)
             self.note("memory", f"waits for memory: {item}", started, now, _run_of(item))
+
+    def note_asking(self, asking: Collection[Task]) -> None:
+        """Takes note of the computations that wait for a grant; those that will not be issued wait no more."""
+        if not asking and not self._asking:
+            return
+        now, waiting = time.time_ns(), set(asking)
+        for task in waiting.difference(self._asking):
+            self._asking[task] = now
+        for task in [task for task in self._asking if task not in waiting]:
+            self.note_granted(task, now)
+
+    def note_granted(self, task: Task, now: int) -> None:
+        """Keeps the span of a computation's wait for its grant, if it waited."""
+        started = self._asking.pop(task, 0)
+        if started:
+            reason = task.held_for or "its scheduler's answer"
+            self.note("grant", f"waits for its grant: {task}: {reason}", started, now, task.run.run_id)
 
 
 def _run_of(item: Taker) -> int:

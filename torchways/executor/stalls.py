@@ -7,7 +7,7 @@ Pure: the time comes with each check, and the shell says what a computation is c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -128,6 +128,19 @@ class Stalls:
         if any(run.cells[slot].readers > 1 for slot in task.unit.donated):  # type: ignore[union-attr]
             return "others to read a value that it overwrites"
         return ""
+
+
+def action_text(task: Task, schedules: Mapping[int, str]) -> str:
+    """Returns what a computation is of a pipeline's schedule, for people; "" where it is of none.
+
+    `schedules`: the names of those of its program's loops, by number.
+    """
+    first = task.unit.instructions[0]
+    if not isinstance(first, ComputeInstruction) or first.part_of is None:
+        return ""
+    action, name = first.part_of.action, schedules.get(first.part_of.loop, "")
+    named = f"{name}, " if name else ""
+    return f" ({named}stage {action.stage}, {action.kind.name.lower()}, microbatch {action.microbatch})"
 
 
 def _progress(run: Run) -> tuple[int, int, bool]:

@@ -119,6 +119,7 @@ class ExecutorState:
             case Reduced():
                 self._reduced(event)
             case UnitGranted():
+                self._note_wait(event)
                 self.grants.granted.append((event.run, event.unit))
                 self._issue_granted()
             case GrantsNeeded():
@@ -169,15 +170,18 @@ class ExecutorState:
             if isinstance(value, dict | list | deque | set)
         }
 
-    def waiting_for(self) -> list[str]:
-        """Returns, for people, what each run in flight waits for."""
+    def waiting_for(self, client_id: int = 0) -> list[str]:
+        """Returns, for people, what each run in flight waits for: those of a client, or (0) of all."""
         memory = self.memory
         lines = [
             f"{item} waits for {item.need_bytes:,} bytes of device memory: {memory.used_bytes:,} of "
             f"{memory.budget_bytes:,} are used"
             for item in memory.starved
+            if client_id in (0, self._owner_of(item))
         ]
         for run in self.runs.values():
+            if client_id not in (0, owner(run.run_id)):
+                continue
             if not run.known.is_compiled:
                 lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
                 continue
@@ -188,6 +192,13 @@ class ExecutorState:
                 f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
             )
         return lines
+
+    def _owner_of(self, item: Taker) -> ClientId:
+        """Returns whose a task or value is; 0 if a value has no name any more."""
+        if isinstance(item, Task):
+            return owner(item.run.run_id)
+        payer = item.cell.payer
+        return owner(payer.run_id) if payer is not None else self.names.owner_of(item.cell)
 
     # ---- runs
 
@@ -416,6 +427,11 @@ class ExecutorState:
             self._issue_granted()
         else:
             self._issue_compute(task)
+
+    def _note_wait(self, event: UnitGranted) -> None:
+        run = self.runs.get(event.run)
+        if run is not None and event.unit < len(run.tasks):
+            run.tasks[event.unit].held_for = event.held_for
 
     def _issue_granted(self) -> None:
         """Issues what is ready at the head of the granted order; a unit that failed here is passed over."""

@@ -138,6 +138,7 @@ class LoopInstruction:
         donated: positions in `inputs` whose buffers the first turn may reuse.
         edge_stride: an edge of a body is, in turn t, the edge whose number is higher by t times this.
         number: of the loop in its program, if it is a pipeline's: what its actions take is measured.
+        schedule: the name of a pipeline's schedule, for people.
     """
 
     bodies: tuple[LoopBody, ...]
@@ -147,6 +148,7 @@ class LoopInstruction:
     donated: tuple[int, ...]
     edge_stride: int
     number: int | None = None
+    schedule: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,7 @@ _LEARNING_RATE = 0.25
 #: What a run may wait for, for people.
 _EARLIER = "its client's earlier runs"
 _OWN_RUNS = "its client's runs that are admitted, to end"
+_ROOM = "room on its devices"
 _OTHER_ROOM = "room on its other devices"
 _TURN = "its turn"
 _ORDER = "its place in the order of all islands"
@@ -58,7 +59,7 @@ class HeldRun:
         spans: it has parts on other islands.
         nbytes: that it takes while it is held.
         is_asked: its turn has come; it waits for its order.
-        held_for: what it was last seen to wait for, for people; "": for room, or for nothing.
+        held_for: what it was last seen to wait for, for people; "": for nothing.
     """
 
     run_id: RunId
@@ -237,6 +238,8 @@ class Admission:
             self._without_lanes.append(run)
         if any(client_id in lane.queues for lane in run.lanes):
             run.held_for = _EARLIER
+        elif not self._have_room(run, run.arrived):
+            run.held_for = _ROOM
         for lane in run.lanes:
             was_idle = not lane.uses(client_id)
             lane.queues.setdefault(client_id, deque()).append(run)

@@ -262,11 +262,12 @@ class TellFinished:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SendGrant:
-    """Let an executor issue a computation."""
+    """Let an executor issue a computation. `held_for`: what it waited for, for people."""
 
     executor_id: str
     run: RunPart
     unit: int
+    held_for: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

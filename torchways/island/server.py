@@ -138,7 +138,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 case core.AskOrder():
                     self.order.ask(command)
                 case core.SendGrant():
-                    grant = pb.Grant(**command.run._asdict(), unit=command.unit)
+                    grant = pb.Grant(**command.run._asdict(), unit=command.unit, held_for=command.held_for)
                     self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
                 case core.SendGrantsNeeded():
                     needed = pb.SetGrantsNeeded(needed=command.needed, epoch=command.epoch)

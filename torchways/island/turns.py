@@ -8,6 +8,7 @@ host each share a device, they compute as granted too, while both have slices: o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torchways.errors import InternalError
@@ -18,12 +19,16 @@ from torchways.island.events import Command, SendGrant, SendGrantsNeeded
 
 @dataclass(slots=True)
 class _Turn:
-    """A computation that waits for its turn on devices, or has it; `left` are the hosts that have not passed it."""
+    """A computation that waits for its turn on devices, or has it.
+
+    `left` are the hosts that have not passed it; `held_for` is what it waited for, for people.
+    """
 
     devices: DeviceSet
     run: RunPart
     unit: int
     left: set[str]
+    held_for: str = ""
 
 
 @dataclass(slots=True)
@@ -130,11 +135,23 @@ class Turns:
         for item in self._waiting:
             if self._use(users, item.devices):
                 self._granted[item.run, item.unit] = item
-                commands += [SendGrant(executor_id=e, run=item.run, unit=item.unit) for e in item.devices]
+                commands += [
+                    SendGrant(executor_id=executor_id, run=item.run, unit=item.unit, held_for=item.held_for)
+                    for executor_id in item.devices
+                ]
             else:
+                item.held_for = item.held_for or self._held_for(item.devices, waiting)
                 waiting.append(item)
         self._waiting = waiting
         return commands
+
+    def _held_for(self, devices: DeviceSet, waiting: Sequence[_Turn]) -> str:
+        """Returns, for people, which sets come before a computation of another: those that compute or wait already."""
+        mine = self.devices[devices]
+        first = [item.devices for item in (*self._granted.values(), *waiting)]
+        others = [other for other in (*first, *self._not_idle) if other != devices and mine & self.devices[other]]
+        named = " and ".join(dict.fromkeys("/".join(other) for other in others))
+        return f"{named} on devices that they share"
 
     def _use(self, users: dict[int, DeviceSet | None], devices: DeviceSet) -> bool:
         """Adds a set to the users of its devices; returns whether it is the only one on all of them."""

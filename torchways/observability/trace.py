@@ -52,10 +52,12 @@ def chrome_trace(spans: Mapping[str, Sequence[Any]], clients: Mapping[int, str] 
         clients: names of clients, by id, as far as they are known.
     """
     origin = min((span.start_ns for process in spans.values() for span in process), default=0)
+    known = {str(client_id): name for client_id, name in (clients or {}).items()}
     names: list[dict[str, Any]] = []
     placed: list[_Placed] = []
     for pid, (process, process_spans) in enumerate(sorted(spans.items())):
-        names.append({"ph": "M", "name": "process_name", "pid": pid, "args": {"name": process}})
+        named = {"ph": "M", "name": "process_name", "pid": pid, "args": {"name": _process_name(process, known)}}
+        names.append(named)
         for tid, (track, row) in enumerate(_rows(process_spans)):
             names.append({"ph": "M", "name": "thread_name", "pid": pid, "tid": tid, "args": {"name": track}})
             placed += [_Placed(process, pid, tid, span) for span in row]
@@ -63,8 +65,12 @@ def chrome_trace(spans: Mapping[str, Sequence[Any]], clients: Mapping[int, str] 
     for number, arrow in enumerate(_arrows(placed), start=1):
         events += _arrow_events(number, arrow, origin)
     events.sort(key=lambda event: event["ts"])
-    known = {str(client_id): name for client_id, name in (clients or {}).items()}
     return {"traceEvents": names + events, "displayTimeUnit": "ms", "otherData": {"clients": known}}
+
+
+def _process_name(process: str, clients: Mapping[str, str]) -> str:
+    role, _, number = process.partition(" ")
+    return f"{process}: {clients[number]}" if role == "client" and clients.get(number) else process
 
 
 def _rows(spans: Iterable[Any]) -> Iterator[tuple[str, list[Any]]]:

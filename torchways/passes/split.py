@@ -217,6 +217,7 @@ def _split_loop(program: Program, loop: Loop, builders: list[_PartBuilder], firs
                 donated=tuple(position for position, number in enumerate(mine) if number in loop.donated),
                 edge_stride=stride,
                 number=loop.number if is_pipeline(loop) else None,
+                schedule=loop.schedule if is_pipeline(loop) else "",
             )
         )
 

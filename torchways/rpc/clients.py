@@ -24,7 +24,7 @@ from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
-from torchways.rpc.spans import Span, collect
+from torchways.rpc.spans import Span, collect, trace_responses
 from torchways.rpc.streams import Joiner, Outbox
 
 logger = logging.getLogger(__name__)
@@ -98,7 +98,7 @@ class ExecutorStatus:
         num_runs_in_flight: runs that have not finished.
         num_messages, num_control_batches: commands received, and messages that carried them.
         fallback_counters: operators that torch-xla ran on the host, with their counts.
-        waiting_for: what each run in flight waits for, as text.
+        waiting_for: what each run of this session in flight waits for, as text.
         budget_bytes, used_bytes: memory budget of a device (0 means no limit), and how much of it is used.
         client_bytes: bytes per device of the buffers of each client.
         num_compiled, compile_seconds: functions compiled since the start, and the time it took.
@@ -135,6 +135,8 @@ class ManagerClient:
         self.metadata = metadata(token)
         self._address = address
         self.client_id = ClientId(0)
+        #: Answers to the resource manager that are under way.
+        self._answers: set[asyncio.Task[None]] = set()
 
     async def attach(
         self,
@@ -142,6 +144,7 @@ class ManagerClient:
         share: tuple[float, int],
         on_executor_lost: Callable[[str, str], None],
         on_closing: Callable[[str], None],
+        spans: Callable[[int], Sequence[Span]],
     ) -> asyncio.Task[None]:
         """Opens the stream that keeps this client's slices; returns the task that reads it.
 
@@ -150,6 +153,7 @@ class ManagerClient:
             share: its weight and priority.
             on_executor_lost: called with an executor of its slices, and why it is lost.
             on_closing: called with the reason when the cluster ends the session, or cannot be reached.
+            spans: returns this client's own spans since a time; an operator who traces the cluster gets them.
         """
         request = pb.AttachRequest(name=name, weight=share[0], priority=share[1])
         stream = self._stub.Attach(request, metadata=self.metadata)
@@ -171,11 +175,24 @@ class ManagerClient:
                             on_executor_lost(event.executor_lost.executor_id, event.executor_lost.reason)
                         case "closing":
                             on_closing(event.closing.reason)
+                        case "trace_wanted":
+                            answering = asyncio.create_task(self._answer(event.trace_wanted, spans), name="trace")
+                            self._answers.add(answering)
+                            answering.add_done_callback(self._answers.discard)
                 on_closing("the resource manager ended the session")
             except grpc.aio.AioRpcError as error:
                 on_closing(f"the resource manager cannot be reached ({error.code().name})")
 
         return asyncio.create_task(read(), name="attach")
+
+    async def _answer(self, wanted: pb.TraceWanted, spans: Callable[[int], Sequence[Span]]) -> None:
+        """Sends the resource manager this client's spans, or its time."""
+        responses = trace_responses(wanted.request, spans)
+        answers = (pb.TraceAnswer(number=wanted.number, response=response) for response in responses)
+        try:
+            await self._stub.AnswerTrace(answers, metadata=self.metadata, timeout=_CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:  # it waits no longer, or is gone, which `read` tells
+            logger.info("this client's spans are not in a trace: %s", error.details())
 
     async def reserve_slice(
         self, shape: Sequence[int], axis_names: Sequence[str], island: int | None
@@ -262,6 +279,8 @@ class ManagerClient:
 
     async def close(self) -> None:
         """Closes the channel, which ends the client's lease."""
+        for answering in list(self._answers):
+            answering.cancel()
         await self._channel.close(None)
 
 

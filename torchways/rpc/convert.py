@@ -136,6 +136,7 @@ def _loop_to_proto(loop: LoopInstruction) -> pb.Loop:
         donated=loop.donated,
         edge_stride=loop.edge_stride,
         number=loop.number,
+        schedule=loop.schedule,
     )
 
 
@@ -170,6 +171,7 @@ def _loop_from_proto(message: pb.Loop, slice_index: int) -> LoopInstruction:
         donated=tuple(message.donated),
         edge_stride=message.edge_stride,
         number=message.number if message.HasField("number") else None,
+        schedule=message.schedule,
     )
 
 

@@ -68,6 +68,7 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "ResourceManager/EndDataProcess": frozenset({Role.CLIENT}),
     "ResourceManager/DescribeCluster": frozenset({Role.CLIENT, Role.NEWCOMER}),
     "ResourceManager/JoinNode": frozenset({Role.NODE}),
+    "ResourceManager/AnswerTrace": frozenset({Role.CLIENT}),
     "RunOrder/OrderRuns": frozenset({Role.SCHEDULER}),
     "Operator/Observe": frozenset({Role.OPERATOR, Role.NEWCOMER}),
     "Operator/DumpStacks": frozenset({Role.OPERATOR}),

@@ -46,6 +46,13 @@ class Stacks(NamedTuple):
     text: str
 
 
+class ClusterTrace(NamedTuple):
+    """What processes did: the spans of each, by its name, and why others have none."""
+
+    spans: dict[str, list[Span]]
+    missing: dict[str, str]
+
+
 class OperatorClient:
     """One connection to the resource manager; see `connected`."""
 
@@ -71,19 +78,22 @@ class OperatorClient:
             answers = self._stub.DumpStacks(request, metadata=self._access.metadata(), timeout=_CALL_SECONDS)
             return [Stacks(answer.name, answer.pid, answer.host, answer.text) async for answer in answers]
 
-    async def spans(self, since_ns: int) -> dict[str, list[Span]]:
-        """Returns the spans of each scheduler and executor that ended after a time.
+    async def trace(self, since_ns: int) -> ClusterTrace:
+        """Returns the spans of each scheduler, executor and client that ended after a time.
 
         Times are those of the resource manager's clock. Devices have their numbers on the island, as in the track
         "island 0 device 3".
         """
         request = pb.TraceRequest(since_ns=since_ns)
-        found: dict[str, list[Span]] = {}
+        found = ClusterTrace({}, {})
         with _explained(self._access):
             async for part in self._stub.CollectTrace(
                 request, metadata=self._access.metadata(), timeout=_TRACE_SECONDS
             ):
-                found.setdefault(part.name, []).extend(_on_island(part))
+                if part.missing:
+                    found.missing[part.name] = part.missing
+                else:
+                    found.spans.setdefault(part.name, []).extend(_on_island(part))
         return found
 
 

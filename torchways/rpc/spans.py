@@ -34,7 +34,7 @@ class Span(NamedTuple):
         run_id: the run that it is part of; 0: of none.
         part_of: the action of a loop's schedule that it is part of.
         sent_bytes: that it sent to other executors.
-        kind: "dispatch", "room", "read", "held", "admitted", "compute", "input", "memory", "compile", "send",
+        kind: "dispatch", "room", "read", "held", "admitted", "compute", "input", "memory", "grant", "compile", "send",
             "receive" or "sum".
         client_id: whose it is; 0: nobody's, or a client's that may not be named.
         edge_id: of a send, a receive or a sum.
@@ -152,19 +152,24 @@ def clock_id() -> str:
         return socket.gethostname()
 
 
-async def collect(ask: Callable[[pb.TraceRequest], AsyncIterator[pb.TraceResponse]], since_ns: int) -> list[Span]:
+async def collect(
+    ask: Callable[[pb.TraceRequest], AsyncIterator[pb.TraceResponse]],
+    since_ns: int,
+    read: Callable[[pb.Span], Span] = span_from_proto,
+) -> list[Span]:
     """Returns the spans of a process that ended at a time of our clock or later, in times of our clock.
 
     Args:
         ask: calls the process's CollectTrace.
         since_ns: the time.
+        read: returns the span of a message.
 
     Raises:
         grpc.aio.AioRpcError: the process cannot be reached.
     """
     offset = await _measured_offset(ask)
     request = pb.TraceRequest(since_ns=since_ns + offset)
-    found = [span_from_proto(message) async for response in ask(request) for message in response.spans]
+    found = [read(message) async for response in ask(request) for message in response.spans]
     return [moved(span, -offset) for span in found] if offset else found
 
 

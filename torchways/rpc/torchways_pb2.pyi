@@ -339,6 +339,7 @@ class ClusterEvent(_message.Message):
     ATTACHED_FIELD_NUMBER: _builtins.int
     EXECUTOR_LOST_FIELD_NUMBER: _builtins.int
     CLOSING_FIELD_NUMBER: _builtins.int
+    TRACE_WANTED_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def attached(self) -> Global___Attached:
         """always the first"""
@@ -347,18 +348,21 @@ class ClusterEvent(_message.Message):
     def executor_lost(self) -> Global___ExecutorLost: ...
     @_builtins.property
     def closing(self) -> Global___ClusterClosing: ...
+    @_builtins.property
+    def trace_wanted(self) -> Global___TraceWanted: ...
     def __init__(
         self,
         *,
         attached: Global___Attached | None = ...,
         executor_lost: Global___ExecutorLost | None = ...,
         closing: Global___ClusterClosing | None = ...,
+        trace_wanted: Global___TraceWanted | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "closing", b"closing", "event", b"event", "executor_lost", b"executor_lost"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "closing", b"closing", "event", b"event", "executor_lost", b"executor_lost", "trace_wanted", b"trace_wanted"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "closing", b"closing", "event", b"event", "executor_lost", b"executor_lost"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "closing", b"closing", "event", b"event", "executor_lost", b"executor_lost", "trace_wanted", b"trace_wanted"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["attached", "executor_lost", "closing"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["attached", "executor_lost", "closing", "trace_wanted"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -438,6 +442,71 @@ class ClusterClosing(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ClusterClosing: _TypeAlias = ClusterClosing  # noqa: Y015
+
+@_typing.final
+class TraceWanted(_message.Message):
+    """An operator collects a trace: the client's own spans are wanted, or its time. It answers by AnswerTrace."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of this question"""
+    @_builtins.property
+    def request(self) -> Global___TraceRequest: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        request: Global___TraceRequest | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "request", b"request"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceWanted: _TypeAlias = TraceWanted  # noqa: Y015
+
+@_typing.final
+class TraceAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NUMBER_FIELD_NUMBER: _builtins.int
+    RESPONSE_FIELD_NUMBER: _builtins.int
+    number: _builtins.int
+    """of the question"""
+    @_builtins.property
+    def response(self) -> Global___TraceResponse: ...
+    def __init__(
+        self,
+        *,
+        number: _builtins.int = ...,
+        response: Global___TraceResponse | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["response", b"response"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["number", b"number", "response", b"response"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceAnswer: _TypeAlias = TraceAnswer  # noqa: Y015
+
+@_typing.final
+class TraceAnswered(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TraceAnswered: _TypeAlias = TraceAnswered  # noqa: Y015
 
 @_typing.final
 class ReserveSliceRequest(_message.Message):
@@ -1142,8 +1211,11 @@ class ProcessSpans(_message.Message):
     NAME_FIELD_NUMBER: _builtins.int
     SPANS_FIELD_NUMBER: _builtins.int
     DEVICE_INDICES_FIELD_NUMBER: _builtins.int
+    MISSING_FIELD_NUMBER: _builtins.int
     name: _builtins.str
-    """"executor i0.e1", "scheduler i0" """
+    """"executor i0.e1", "scheduler i0", "client 3" """
+    missing: _builtins.str
+    """why it has none: "it did not answer within 5 s"; empty where all is well"""
     @_builtins.property
     def spans(self) -> _containers.RepeatedCompositeFieldContainer[Global___Span]: ...
     @_builtins.property
@@ -1156,10 +1228,11 @@ class ProcessSpans(_message.Message):
         name: _builtins.str = ...,
         spans: _abc.Iterable[Global___Span] | None = ...,
         device_indices: _abc.Iterable[_builtins.int] | None = ...,
+        missing: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "name", b"name", "spans", b"spans"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_indices", b"device_indices", "missing", b"missing", "name", b"name", "spans", b"spans"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -2258,11 +2331,14 @@ class Loop(_message.Message):
     DONATED_FIELD_NUMBER: _builtins.int
     EDGE_STRIDE_FIELD_NUMBER: _builtins.int
     NUMBER_FIELD_NUMBER: _builtins.int
+    SCHEDULE_FIELD_NUMBER: _builtins.int
     num_turns: _builtins.int
     edge_stride: _builtins.int
     """an edge of a body is, in turn t, the one with t times this added"""
     number: _builtins.int
     """of a pipeline's loop, in its program: what its actions take is measured"""
+    schedule: _builtins.str
+    """the name of a pipeline's schedule, for people: "1F1B" """
     @_builtins.property
     def bodies(self) -> _containers.RepeatedCompositeFieldContainer[Global___LoopBody]:
         """if there are two, the last turn has the second"""
@@ -2289,10 +2365,11 @@ class Loop(_message.Message):
         donated: _abc.Iterable[_builtins.int] | None = ...,
         edge_stride: _builtins.int = ...,
         number: _builtins.int | None = ...,
+        schedule: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "number", b"number"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "bodies", b"bodies", "donated", b"donated", "edge_stride", b"edge_stride", "num_turns", b"num_turns", "number", b"number", "order", b"order", "outputs", b"outputs"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_number", b"_number", "bodies", b"bodies", "donated", b"donated", "edge_stride", b"edge_stride", "num_turns", b"num_turns", "number", b"number", "order", b"order", "outputs", b"outputs", "schedule", b"schedule"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__number: _TypeAlias = _typing.Literal["number"]  # noqa: Y015
     _WhichOneofArgType__number: _TypeAlias = _typing.Literal["_number", b"_number"]  # noqa: Y015
@@ -3055,20 +3132,24 @@ class Grant(_message.Message):
     RUN_ID_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    HELD_FOR_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     unit: _builtins.int
     """position of the unit in the run's plan (executor/plan.py)"""
     slice_id: _builtins.int
+    held_for: _builtins.str
+    """for people: what it waited for; empty: for nothing"""
     def __init__(
         self,
         *,
         run_id: _builtins.int = ...,
         unit: _builtins.int = ...,
         slice_id: _builtins.int = ...,
+        held_for: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["held_for", b"held_for", "run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -3916,7 +3997,7 @@ class ExecutorStatus(_message.Message):
 
     @_builtins.property
     def waiting_for(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
-        """for people: what runs in flight wait for"""
+        """for people: what runs in flight wait for; a client is told of its own only"""
 
     @_builtins.property
     def client_bytes(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:

@@ -81,6 +81,11 @@ class ResourceManagerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.NodeEvent.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.NodeCommand.FromString,
                 _registered_method=True)
+        self.AnswerTrace = channel.stream_unary(
+                '/torchways.v1.ResourceManager/AnswerTrace',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswer.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswered.FromString,
+                _registered_method=True)
 
 
 class ResourceManagerServicer:
@@ -149,6 +154,13 @@ class ResourceManagerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def AnswerTrace(self, request_iterator, context):
+        """A client's answer to TraceWanted: its spans, or its time.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ResourceManagerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -196,6 +208,11 @@ def add_ResourceManagerServicer_to_server(servicer, server):
                     servicer.JoinNode,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.NodeEvent.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.NodeCommand.SerializeToString,
+            ),
+            'AnswerTrace': grpc.stream_unary_rpc_method_handler(
+                    servicer.AnswerTrace,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswer.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswered.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -453,6 +470,33 @@ class ResourceManager:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def AnswerTrace(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/torchways.v1.ResourceManager/AnswerTrace',
+            torchways_dot_rpc_dot_torchways__pb2.TraceAnswer.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.TraceAnswered.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class RunOrderStub:
     """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
@@ -580,7 +624,7 @@ class OperatorServicer:
         raise NotImplementedError('Method not implemented!')
 
     def CollectTrace(self, request, context):
-        """Returns the spans of all schedulers and executors, of all clients, by the resource manager's clock.
+        """Returns the spans of all schedulers, executors and clients, by the resource manager's clock.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

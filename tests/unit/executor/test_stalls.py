@@ -1,12 +1,20 @@
 """Which run is named as stalled, when, and what its line says."""
 
+from dataclasses import replace
+
 from tests.unit.executor.test_state import BASE, CLIENT, PART, SLICE, train_parts
+from tests.unit.ir.test_loops import parts as pipeline_parts
 from torchways.executor import events
+from torchways.executor.loading import read_program
 from torchways.executor.plan import load_program
-from torchways.executor.stalls import Stalls
+from torchways.executor.stalls import Stalls, action_text
 from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId
-from torchways.ir.part import NO_BUFFER, Arguments, ComputeInstruction
+from torchways.ir.part import NO_BUFFER, Arguments, ComputeInstruction, LoopAction
+from torchways.rpc import torchways_pb2 as pb
+from torchways.rpc.convert import part_to_proto
+from torchways.schedules import make_schedule
+from torchways.schedules.actions import parse_action
 
 OTHER = 2 << 40
 
@@ -115,6 +123,33 @@ def test_compilation_and_a_computation_that_does_not_end_are_named():
     assert len(stalls.check(state, 11.0)) == 1
     [line] = stalls.check(state, 21.0)
     assert line.endswith("island 0 device 3 never finished mlp at a.py:7; it is on the devices")
+
+
+def test_an_action_is_named_with_its_schedule():
+    action = LoopAction(2, parse_action("1B5"))
+    compute = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), part_of=action)
+    state, _ = watched()
+    load(state, load_program(PART, "step", 1, [10, 10], (compute,), ((1, 0),)))
+    put(state, BASE + 9)
+    [execute] = [item for item in enqueue(state, 1, [BufferId(BASE + 9)]) if isinstance(item, events.Execute)]
+    assert action_text(execute.task, {2: "1F1B", 1: "GPipe"}) == " (1F1B, stage 1, backward, microbatch 5)"
+    assert action_text(execute.task, {2: ""}) == " (stage 1, backward, microbatch 5)"  # a client that says no name
+    load(state, double(OTHER))
+    put(state, OTHER + 9)
+    of_none = enqueue(state, 1, [BufferId(OTHER + 9)], base=OTHER, part=PartId(ProgramId(OTHER + 1), SLICE))
+    assert action_text(of_none[0].task, {2: "1F1B"}) == ""
+
+
+def test_a_loaded_part_knows_its_loops_schedules():
+    parts = pipeline_parts(make_schedule("1F1B", 2, 2, 4), 4)
+    loop = replace(parts[1].instructions[0], number=3, schedule="1F1B")
+    program = pb.SliceProgram(slice_id=3, mesh_shape=[1], part=part_to_proto(replace(parts[1], instructions=(loop,))))
+    program.peers.add(slice_index=0, executor_id="other")
+    program.peers.add(slice_index=1, executor_id="here")
+    loaded, code = read_program(pb.LoadProgram(program_id=1, name="step", program=program), "here", 1, 0)
+    assert code.schedules == {3: "1F1B"}
+    computed = [unit.instructions[0] for unit in loaded.units if isinstance(unit.instructions[0], ComputeInstruction)]
+    assert {instruction.part_of.loop for instruction in computed} == {3}
 
 
 def test_a_run_behind_others_is_not_stalled():

@@ -389,6 +389,33 @@ def test_status_says_what_a_run_waits_for():
     assert "receives edges [0]" in state.waiting_for()[0]
 
 
+def test_status_tells_a_client_of_its_own_waits_alone():
+    state, _ = _starving(100, [50, 60])
+    other = 2 << 40
+    part = PartId(ProgramId(other + 1), SLICE)
+    state.handle(events.ProgramArrived(program=replace(train_parts()["b"], part=part, name="theirs")))
+    run = events.RunEnqueued(
+        part=part,
+        run_id=RunId(other + 7),
+        sequence=9,
+        first_buffer_id=BufferId(other + 60),
+        arguments=Arguments([BufferId(other + 3)]),
+    )
+    state.handle(run)
+    state.handle(events.BufferPut(buffer_id=BufferId(other + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=70))
+    state.handle(events.BufferPut(buffer_id=BufferId(other + 4), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=80))
+    mine, theirs = state.waiting_for(CLIENT), state.waiting_for(2)
+    assert [line.partition(" waits")[0].partition(":")[0] for line in theirs] == [
+        "a value from a host",
+        "a value from a host",
+        f"run {other + 7} of theirs",
+    ]
+    assert len(mine) == 2
+    assert not any("theirs" in line or "a value" in line for line in mine)
+    assert sorted(state.waiting_for()) == sorted(mine + theirs)
+    assert state.waiting_for(3) == []
+
+
 def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
     for kind in (ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()), None):
         item = kind or SendInstruction(slot=0, edge_id=0, peer=1)

@@ -140,6 +140,34 @@ def test_one_slices_computations_are_granted_ahead_and_anothers_wait():
         enqueued("s1.0", 1)
 
 
+def test_a_grant_says_who_came_first():
+    scheduler = SchedulerState()
+    sets = {1: (0, 1), 2: (1, 2), 3: (2, 3)}
+    for slice_id, devices in sets.items():
+        ids = tuple(f"s{slice_id}.{device}" for device in devices)
+        scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=ids, device_indices=devices))
+
+    def grants(event):
+        return [(item.run.slice_id, item.held_for) for item in scheduler.handle(event)[:1]]
+
+    def ready(slice_id):
+        leader = f"s{slice_id}.{sets[slice_id][0]}"
+        return grants(core.UnitReady(executor_id=leader, run=RunPart(slice_id, slice_id), unit=0))
+
+    def passed(slice_id):
+        events = [
+            core.UnitPassed(executor_id=f"s{slice_id}.{device}", run=RunPart(slice_id, slice_id), unit=0)
+            for device in sets[slice_id]
+        ]
+        return [grant for event in events for grant in grants(event)]
+
+    assert ready(1) == [(1, "")]
+    assert ready(2) == []
+    assert ready(3) == []  # behind what waits
+    assert passed(1) == [(2, "s1.0/s1.1 on devices that they share")]
+    assert passed(2) == [(3, "s2.1/s2.2 on devices that they share")]
+
+
 def test_a_slice_that_is_gone_lets_the_others_on():
     scheduler = SchedulerState()
     for slice_id, devices in ((1, (0, 1)), (2, (1, 2))):

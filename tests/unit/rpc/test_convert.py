@@ -63,6 +63,8 @@ def parts(draw):
         outputs=numbers,
         donated=numbers,
         edge_stride=number,
+        number=st.none() | number,
+        schedule=st.text(),
     )
     return SlicePart(
         slice_index=slice_index,
