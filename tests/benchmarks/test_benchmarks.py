@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
         ),
         ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
-        ("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows"),
+        pytest.param("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("islands", ["--quick", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param(

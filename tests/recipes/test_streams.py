@@ -111,7 +111,8 @@ def losses_of(folder: Path) -> dict[int, float]:
     return {record["step"]: record["loss_metrics/global_avg_loss"] for record in records if "grad_norm" in record}
 
 
-@pytest.mark.parametrize("parallel", ["two_islands", pytest.param("replicate", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["two_islands", "replicate"])
 def test_a_run_that_is_killed_goes_on_with_the_next_batch(text, tmp_path, parallel):
     options = [f"parallel={parallel}", "data.loader=hosts"]
     whole = start(tmp_path, "whole", *options)

@@ -183,6 +183,9 @@ def _take(call: _Call, plan: Plan, piece: int, process: str, span: Span) -> None
             index, _ = plan.place_of(_function_of(computation))
             reason = f"idle until the inputs of {_node_of(computation)} come"
             call.waits[reason, _slices(plan, process) if index is None else f"@{index}"].add(lane, taken_ns)
+        case "grant":
+            reason = span.name.rpartition(": ")[2]
+            call.waits[f"their grants: {reason}", _slices(plan, process)].add(lane, taken_ns)
         case "memory":
             call.waits["device memory", _slices(plan, process)].add(lane, taken_ns)
 
