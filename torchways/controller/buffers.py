@@ -9,7 +9,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,8 +45,8 @@ class BufferHome(Protocol):
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
         """Starts waiting for a buffer's value."""
 
-    def give_up(self, buffers: Sequence[RemoteBuffer]) -> None:
-        """Who waited for buffers was interrupted."""
+    def give_up(self, buffer: RemoteBuffer) -> None:
+        """Who waited for a buffer was interrupted."""
 
     def is_ready(self, buffer: RemoteBuffer) -> bool:
         """Whether a read would not wait for a computation."""
@@ -274,7 +274,7 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
 
     def give_up() -> None:
         for buffer in buffers.values():
-            buffer.session.give_up([buffer])
+            buffer.session.give_up(buffer)
 
     try:
         with if_interrupted(give_up):

@@ -34,6 +34,7 @@ from torchways.controller.value_checks import checks_values
 from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
 from torchways.ir.part import Arguments, SlicePart
+from torchways.ir.sizes import logical_bytes
 from torchways.mesh import Placements, VirtualSlice, check_mesh
 from torchways.observability.progress import progress
 from torchways.rpc import torchways_pb2 as pb
@@ -411,7 +412,7 @@ class Session:
         """Waits for a buffer's value."""
         check_open(self, "this array")
         reading = self.spans.waiting("read", "read an array", self.manager.client_id)
-        with reading, if_interrupted(lambda: self.give_up([buffer])):
+        with reading, if_interrupted(lambda: self.give_up(buffer)):
             return self.loop.run(self._fetch(buffer), timeout, "an array's value")
 
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
@@ -478,7 +479,7 @@ class Session:
             if buffer.buffer_id not in writer_of:
                 hosts = [executor.executor_id for executor in self._executors_of(buffer.mesh)]
                 writer = writer_of[buffer.buffer_id] = min(hosts, key=bytes_of.__getitem__)
-                bytes_of[writer] += torch.Size(spec.shape).numel() * getattr(torch, spec.dtype).itemsize
+                bytes_of[writer] += logical_bytes(spec.dtype, spec.shape)
             message = pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec)
             by_executor[writer_of[buffer.buffer_id]].append(message)
         settling: list[concurrent.futures.Future[None]] = []
@@ -703,9 +704,10 @@ class Session:
         """Cancels the runs that make buffers, as far as they are not over."""
         self._cancel(self._makers_of(buffers), "")
 
-    def give_up(self, buffers: Sequence[RemoteBuffer]) -> None:
-        """Cancels the runs that make buffers for which nobody waits any more, but for those that change state."""
-        runs = [run_id for run_id in self._makers_of(buffers) if not self._runs[run_id].changes_state]
+    def give_up(self, buffer: RemoteBuffer) -> None:
+        """Cancels the run that makes a buffer for which nobody waits any more, unless that run changes state."""
+        made = [(run_id, self._runs.get(run_id)) for run_id in self._makers_of([buffer])]
+        runs = [run_id for run_id, run in made if run is not None and not run.changes_state]  # it may end meanwhile
         self._cancel(runs, "its reader was interrupted")
 
     def _makers_of(self, buffers: Sequence[RemoteBuffer]) -> list[RunId]:

@@ -32,6 +32,7 @@ class Memory:
         client_bytes: of it, what one client may have; 0 means no limit.
 
     Attributes:
+        limit_bytes: the most that anything may ever take, bytes per device; 0: no limit.
         used_bytes: bytes per device that are in use.
         starved: tasks and values that wait for memory, oldest first.
     """
@@ -39,6 +40,7 @@ class Memory:
     def __init__(self, budget_bytes: int, runs: Mapping[RunPart, Run], client_bytes: int = 0) -> None:
         self.budget_bytes = budget_bytes
         self.client_bytes = client_bytes
+        self.limit_bytes = min(filter(None, (budget_bytes, client_bytes)), default=0)
         self.used_bytes = 0
         #: Of each client, if there is a limit for one.
         self.used_by_client: Counter[ClientId] = Counter()
@@ -86,11 +88,6 @@ class Memory:
             return True
         kept = sum(run.unpaid_bytes for run in self._runs.values() if run.admitted and run.client_id == client_id)
         return self.used_by_client[client_id] + kept + nbytes <= self.client_bytes
-
-    @property
-    def limit_bytes(self) -> int:
-        """The most that anything may ever take, bytes per device; 0: no limit."""
-        return min(filter(None, (self.budget_bytes, self.client_bytes)), default=0)
 
     def waits_for_room(self, run: Run) -> bool:
         """Whether a run begins as soon as it has room: no other is before it."""

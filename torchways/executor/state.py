@@ -678,19 +678,15 @@ class ExecutorState:
             self._end_early(run, self._failure("ResourceExhausted", message))
 
     def _try_place(self, item: Placing) -> None:
-        if item.cell.holders == 0:  # released before it had room
+        if item.cell.holders == 0:  # released before it had a place
             item.issued = True
             return
         if not self._may_allocate(item):
             return
         item.issued = True
-        cell = item.cell
-        self.memory.charge(cell)
+        self.memory.charge(item.cell)
         self._commands.append(item.command)
-        self._schedule(cell)
-        if cell.holders == 0:  # released while it was on its way
-            cell.holders = 1
-            self._let_go(cell)
+        self._schedule(item.cell)
 
     def _put(self, event: BufferPut) -> None:
         cell = self.names.find_for_put(event.buffer_id, event.slice_id)
