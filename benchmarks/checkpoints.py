@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
+import statistics
 import tempfile
 import time
 import warnings
@@ -152,8 +153,9 @@ def _row(size: str, batch: int, length: int, steps: int, repeats: int, folder: P
             during, seconds = training.seconds(folder / f"{name}-{turn}", steps)
             shutil.rmtree(folder / f"{name}-{turn}")
             if turn:  # the first warms up
-                plain[name].append(median(without))
-                beside[name].append(median(during))
+                # Means: a loss may be here before its step is over, and one step's rest delays the loss of the next.
+                plain[name].append(statistics.fmean(without))
+                beside[name].append(statistics.fmean(during))
                 worst[name].append(max(during))
                 saves[name].append(seconds)
     for name in systems:

@@ -28,7 +28,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from torchways.array import Array
 from torchways.checkpoint import folders
-from torchways.checkpoint.state import RANDOM_STATE, collect, form_of, pack, random_state, spec_of
+from torchways.checkpoint.state import RANDOM_STATE, collect, form_of, random_state, spec_of, to_bytes
 from torchways.controller.buffers import RemoteBuffer
 from torchways.errors import CheckpointError, ConfigError, DeadlineExceeded, TorchwaysError
 from torchways.rpc import torchways_pb2 as pb
@@ -175,7 +175,7 @@ class _Job:
     def __init__(self, final: Path, keep: int | None, tree: dict[str, Any]) -> None:
         self._final = final
         self._keep = keep
-        self._tree = {**tree, RANDOM_STATE: pack(random_state())}
+        self._tree = {**tree, RANDOM_STATE: to_bytes(random_state())}
         self._partial: Path | None = None
         self._error: BaseException | None = None
         self._written: list[concurrent.futures.Future[list[pb.SavedTensor]]] = []

@@ -83,8 +83,13 @@ def is_stateful(value: Any) -> bool:
 
 def pack(state: Any) -> bytes:
     """Returns an object's state as bytes; arrays in it are read."""
+    return to_bytes(pytree.tree_map_only(Array, lambda array: array.cpu(), state))
+
+
+def to_bytes(state: Any) -> bytes:
+    """Returns a state without arrays as bytes."""
     stream = io.BytesIO()
-    torch.save(pytree.tree_map_only(Array, lambda array: array.cpu(), state), stream)
+    torch.save(state, stream)
     return stream.getvalue()
 
 

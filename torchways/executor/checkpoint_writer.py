@@ -22,7 +22,7 @@ import struct
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 import psutil
@@ -38,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 #: Of 19, the lowest. A process of this priority has about a tenth of a core that a computation wants, too.
 _NICENESS = 10
+#: How long a checkpoint is written only with processor time that nobody else wants; then with that of `_NICENESS`, so
+#: that it is complete one day where computations never pause.
+_IDLE_SECONDS = 30.0
 _HEADER = struct.Struct("<I")
 #: Where a value may begin: elements of any type lie well there.
 _ALIGNMENT = 64
@@ -140,6 +143,7 @@ class CheckpointWriter:
             self._process = subprocess.Popen(
                 [*command, str(theirs.fileno())], pass_fds=[theirs.fileno()], stdin=subprocess.DEVNULL, env=environment
             )
+        _set_idle(self._process, True)  # at once: importing PyTorch takes longer than many a save
 
     def write(
         self,
@@ -173,11 +177,12 @@ class CheckpointWriter:
                 for name, (buffer_id, spec) in buffers.items()
             },
         }
-        with self._lock:
+        with self._lock, contextlib.ExitStack() as stack:
             connection, process = self._socket, self._process
             assert connection is not None
             assert process is not None
             file = snapshot.file.fileno()
+            stack.enter_context(_with_idle_time(process))
             try:
                 socket.send_fds(connection, [b"f"], [file])
                 _send(connection, request)
@@ -195,6 +200,28 @@ class CheckpointWriter:
         if "error" in answer:
             raise CheckpointError(answer["error"])
         return [pb.SavedTensor(**tensor) for tensor in answer["tensors"]]
+
+
+@contextlib.contextmanager
+def _with_idle_time(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """While inside, for `_IDLE_SECONDS` at most, a process has only processor time that nobody else wants."""
+    _set_idle(process, True)
+    timer = threading.Timer(_IDLE_SECONDS, _set_idle, (process, False))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _set_idle(process: subprocess.Popen[bytes], idle: bool) -> None:
+    if not hasattr(os, "SCHED_IDLE"):  # Linux has it
+        return
+    policy = os.SCHED_IDLE if idle else os.SCHED_OTHER
+    with contextlib.suppress(OSError):  # it has ended
+        for thread in os.listdir(f"/proc/{process.pid}/task"):
+            os.sched_setscheduler(int(thread), policy, os.sched_param(0))
 
 
 def _send(connection: socket.socket, message: Any) -> None:

@@ -197,12 +197,15 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             for buffer_id in specs:
                 fetch = self._start_fetch(buffer_id, functools.partial(snapshot.keep, buffer_id))
                 tasks[buffer_id] = asyncio.create_task(self._fetched(*fetch))
-            # Behind the fetches: from here on, who would donate these buffers waits for their copies.
-            await asyncio.wrap_future(self.engine.run(lambda: None))
+            # The fetches are in the engine's queue: who would donate these buffers comes behind, and waits for copies.
             yield pb.SaveResponse()
 
             def wait_for(name: str) -> None:
-                found = asyncio.run_coroutine_threadsafe(_result(tasks[buffers[name][0]]), self.loop).result()
+                task = tasks[buffers[name][0]]
+                if task.done():  # as most are: asking the loop for each would hold up computations
+                    found = task.result()
+                else:
+                    found = asyncio.run_coroutine_threadsafe(_result(task), self.loop).result()
                 if isinstance(found, Failure):
                     raise found.to_error()
 
