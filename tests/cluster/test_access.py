@@ -106,10 +106,15 @@ def refused(code=grpc.StatusCode.PERMISSION_DENIED):
     assert caught.value.code() == code
 
 
+async def read(executor, metadata, buffer_id):
+    requests = pb.ReadRequests(reads=[pb.ReadRequest(read_id=1, buffer_id=buffer_id)])
+    messages = [message async for message in executor.ReadBuffers(iter([requests]), metadata=metadata)]
+    return [answer for message in messages for answer in message.answers]
+
+
 def test_buffers_of_another_are_not_read_nor_written(victim):
     async def action(client_id, mine, manager, scheduler, executor):
-        chunks = [c async for c in executor.FetchBuffer(pb.FetchRequest(buffer_id=victim.buffer_id), metadata=mine)]
-        assert [chunk.failure.kind for chunk in chunks] == ["AccessDenied"]
+        assert [answer.failure.kind for answer in await read(executor, mine, victim.buffer_id)] == ["AccessDenied"]
         value = pb.HostValue(spec=pb.TensorSpec(**SPEC), data=ELEMENTS)
         chunk = pb.PutChunk(buffer_id=victim.buffer_id, value=value, slice_id=victim.slice_id, mesh_shape=[1])
         with refused(grpc.StatusCode.INVALID_ARGUMENT):
@@ -417,9 +422,8 @@ def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
             )
             sent.put_nowait(pb.ClientMessage(run_program=run))
             assert (await answer()).failure.kind == "AccessDenied", what
-            request = pb.FetchRequest(buffer_id=first + 200 + number)
-            chunks = [chunk async for chunk in executor.FetchBuffer(request, metadata=mine)]
-            assert chunks[0].failure.kind == "AccessDenied", what
+            answers = await read(executor, mine, first + 200 + number)
+            assert answers[0].failure.kind == "AccessDenied", what
         stream.cancel()
 
     attack(victim, action)

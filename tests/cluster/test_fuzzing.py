@@ -117,7 +117,7 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
         while sent < num_messages:
             await connect()
             await one_call(executor.PutBuffer, pb.PutChunk(), streams_in=True)
-            await one_call(executor.FetchBuffer, pb.FetchRequest(), streams_out=True)
+            await one_call(executor.ReadBuffers, pb.ReadRequests(), streams_in=True, streams_out=True)
             await one_call(executor.CollectTrace, pb.TraceRequest(), streams_out=True)
             await one_call(executor.GetStatus, pb.StatusRequest())
             await one_call(manager.ReleaseSlice, pb.ReleaseSliceRequest())

@@ -108,7 +108,7 @@ def _interrupted(wait):
         raise KeyboardInterrupt
 
     saved = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.5)  # Python drops an exception that arrives within a `__del__`
     try:
         with pytest.raises(KeyboardInterrupt):
             wait()

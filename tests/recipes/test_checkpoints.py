@@ -55,7 +55,7 @@ def wait(process, folder, seconds=180):
 
 @pytest.mark.parametrize(
     ("num_kills", "num_steps", "eager"),
-    [(2, 30, True), pytest.param(20, 300, False, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])],
+    [(2, 30, True), pytest.param(20, 1000, False, marks=[pytest.mark.slow, pytest.mark.timeout(3000)])],
     ids=["eager", "cluster"],
 )
 def test_kills_at_random_moments(tmp_path, num_kills, num_steps, eager):
@@ -76,6 +76,7 @@ def test_kills_at_random_moments(tmp_path, num_kills, num_steps, eager):
         while _newest(checkpoints) == known and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(dice.random() * 0.2)
+        assert process.poll() is None, (killed / f"run{number:02}.err").read_text()
         os.kill(process.pid, signal.SIGKILL)
         process.wait(30)
         num_during_saves += bool(list(checkpoints.glob(".step_*")))

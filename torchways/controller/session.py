@@ -453,10 +453,10 @@ class Session:
                     task.add_done_callback(_forget_result)
             if fetching not in done:
                 raise self.broken or ClusterLost("the cluster is gone")
-            dtype, shape, data = fetching.result()
+            value = fetching.result()
         except grpc.aio.AioRpcError as error:
             raise await self._executor_error(entry.executors[0].executor_id, error) from error
-        return tensor_from_bytes(dtype, shape, data)
+        return tensor_from_bytes(value.dtype, value.shape, value.data)
 
     def save_buffers(
         self, folder: str, buffers: Mapping[str, tuple[RemoteBuffer, pb.TensorSpec]]

@@ -15,21 +15,21 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from typing import Any
+from collections.abc import AsyncIterator
 
 import grpc
 import grpc.aio
 import psutil
 import torch
 
-from torchways.errors import AccessDenied, Failure, TorchwaysError, UserError, failure_from
+from torchways.errors import Failure, TorchwaysError, UserError
 from torchways.executor import checkpoint_files, events
 from torchways.executor.checkpoint_writer import CheckpointWriter
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
-from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
+from torchways.executor.reads import Reads, failure_of_files
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -42,11 +42,8 @@ from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 4 << 20
 #: Of the runs in flight, those that the status says what they wait for.
 _MAX_WAITING_FOR = 1_000
-#: A fetch may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
-_UNKNOWN_BUFFER_SECONDS = 60.0
 
 
 class ExecutorServer(pb_grpc.ExecutorServicer):
@@ -61,8 +58,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self._checkpoint_writer = CheckpointWriter()
         self._num_messages = 0
         self._num_batches = 0
-        #: Their buffers may be named in reads long before the run that makes them is here.
-        self._clients_with_held_runs: set[ClientId] = set()
+        self._reads = Reads(lambda: self.engine)
 
     def report(self, reported: list[pb.ExecutorEvent]) -> None:
         """Queues events for the scheduler; on the engine's thread."""
@@ -108,7 +104,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                         failure = convert.failure_from_proto(cancel.failure)
                         engine.post(events.RunCancelled(run=run, failure=failure))
                     case "held_runs":
-                        self._clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
+                        self._reads.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
                     case "grant":
                         run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                         held_for = command.grant.held_for
@@ -155,30 +151,12 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.engine.post(put_event(BufferId(first.buffer_id), SliceId(first.slice_id), value, spec))
         return pb.PutResponse()
 
-    async def FetchBuffer(
-        self, request: pb.FetchRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.FetchChunk]:
-        """Waits for a buffer and streams it."""
-        buffer_id = BufferId(request.buffer_id)
-        try:
-            check_owner(channel.caller(context, self.key).client_id, ids=[buffer_id])
-        except AccessDenied as error:
-            yield pb.FetchChunk(failure=convert.failure_to_proto(failure_from(error)))
-            return
-        if request.only_ready:
-            yield pb.FetchChunk(ready=await self._is_computed(buffer_id))
-            return
-        value = await self._fetched(*self._start_fetch(buffer_id))
-        if isinstance(value, Failure):
-            yield pb.FetchChunk(failure=convert.failure_to_proto(value))
-            return
-        dtype = str(value.dtype).removeprefix("torch.")
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        yield pb.FetchChunk(
-            spec=pb.TensorSpec(dtype=dtype, shape=value.shape), ready=True, data=bytes(data[:_CHUNK_BYTES])
-        )
-        for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
-            yield pb.FetchChunk(data=bytes(data[start : start + _CHUNK_BYTES]))
+    async def ReadBuffers(
+        self, request_iterator: AsyncIterator[pb.ReadRequests], context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.ReadAnswers]:
+        """A client's stream of reads; see reads.py."""
+        async for message in self._reads.serve(channel.caller(context, self.key).client_id, request_iterator):
+            yield message
 
     async def SaveBuffers(
         self, request: pb.SaveRequest, context: grpc.aio.ServicerContext
@@ -195,8 +173,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             self._checkpoint_writer.start()
             snapshot = self._checkpoint_writer.snapshot(specs)
             for buffer_id in specs:
-                fetch = self._start_fetch(buffer_id, functools.partial(snapshot.keep, buffer_id))
-                tasks[buffer_id] = asyncio.create_task(self._fetched(*fetch))
+                fetch = self._reads.start(buffer_id, functools.partial(snapshot.keep, buffer_id))
+                tasks[buffer_id] = asyncio.create_task(fetch)
             # The fetches are in the engine's queue: who would donate these buffers comes behind, and waits for copies.
             yield pb.SaveResponse()
 
@@ -237,52 +215,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         return pb.LoadResponse()
 
     def _file_failure(self, error: Exception) -> Failure:
-        process = f"executor {self.engine.executor_id}"
-        if isinstance(error, TorchwaysError):
-            return failure_from(error, process=process)
-        reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-        return Failure(kind="CheckpointError", message=str(reason), process=process)
-
-    def _start_fetch(
-        self, buffer_id: BufferId, copy: Callable[[torch.Tensor], Any] = torch.clone
-    ) -> tuple[BufferId, int, asyncio.Future[Any]]:
-        """Asks for a copy of a buffer's value, as it is after the runs that are here, or its failure."""
-        future: asyncio.Future[Any] = self.loop.create_future()
-
-        def fetched(value: torch.Tensor | Failure) -> None:
-            # Copied on the engine's thread: the buffer may be donated next.
-            try:
-                copied = copy(value) if isinstance(value, torch.Tensor) else value
-            except (OSError, TorchwaysError) as error:
-                copied = self._file_failure(error)
-            self.loop.call_soon_threadsafe(_set_if_waiting, future, copied)
-
-        return buffer_id, self.engine.fetch(buffer_id, fetched), future
-
-    async def _fetched(self, buffer_id: BufferId, fetch_id: int, future: asyncio.Future[Any]) -> Any:
-        """Waits until a buffer that was asked for is computed or poisoned."""
-        try:
-            while True:
-                done, _ = await asyncio.wait({future}, timeout=_UNKNOWN_BUFFER_SECONDS)
-                if done:
-                    return future.result()
-                runs = self.engine.core.waiting_for()
-                if not runs and owner(buffer_id) not in self._clients_with_held_runs:
-                    message = f"buffer {buffer_id} was awaited for {_UNKNOWN_BUFFER_SECONDS:g} s but no run makes it"
-                    return self.engine.failure("DeadlineExceeded", message)
-                logger.info("a fetch of buffer %d waits; runs: %s", buffer_id, runs[:4])
-        finally:  # also if the client does not wait any longer
-            self.engine.cancel_fetch(fetch_id)
-
-    async def _is_computed(self, buffer_id: BufferId) -> bool:
-        future: asyncio.Future[bool] = self.loop.create_future()
-
-        def computed() -> None:
-            self.loop.call_soon_threadsafe(_set_if_waiting, future, True)
-
-        self.engine.ask_computed(buffer_id, computed)
-        done, _ = await asyncio.wait({future}, timeout=0.02)
-        return bool(done)
+        return failure_of_files(error, self.engine.executor_id)
 
     async def GetStatus(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.ExecutorStatus:
         """Says how this executor does."""
@@ -328,11 +261,6 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
 async def _result(task: asyncio.Task[Failure | None]) -> Failure | None:
     return await task
-
-
-def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
-    if not future.done():
-        future.set_result(value)
 
 
 def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import grpc
 import grpc.aio
 
-from torchways.errors import DeadlineExceeded, Failure
+from torchways.errors import DeadlineExceeded, Failure, TorchwaysError
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
@@ -24,6 +24,7 @@ from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
+from torchways.rpc.reads import ReadStream, ReadValue
 from torchways.rpc.spans import Span, collect, trace_responses
 from torchways.rpc.streams import Joiner, Outbox
 
@@ -356,6 +357,7 @@ class ExecutorClient:
         self._channel = channel.open_channel(executor.address)
         self._stub = pb_grpc.ExecutorStub(self._channel)
         self._metadata = metadata
+        self._reads = ReadStream(self._stub, metadata)
 
     async def put(self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]) -> None:
         """Stores a host value as a named buffer of a slice, whose axes have the sizes `mesh`."""
@@ -373,21 +375,14 @@ class ExecutorClient:
         for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
             yield pb.PutChunk(more=bytes(data[start : start + _CHUNK_BYTES]))
 
-    async def fetch(self, buffer_id: BufferId) -> tuple[str, tuple[int, ...], bytearray]:
-        """Waits for a buffer and returns its dtype, shape and row-major elements.
+    async def fetch(self, buffer_id: BufferId) -> ReadValue:
+        """Waits for a buffer and returns its value.
 
         Raises:
             TorchwaysError: the failure that the buffer is poisoned with.
             grpc.aio.AioRpcError: the executor cannot be reached.
         """
-        dtype, shape, data = "", (), bytearray()
-        async for chunk in self._stub.FetchBuffer(pb.FetchRequest(buffer_id=buffer_id), metadata=self._metadata):
-            if chunk.HasField("failure"):
-                raise convert.failure_from_proto(chunk.failure).to_error()
-            if chunk.HasField("spec"):
-                dtype, shape = chunk.spec.dtype, tuple(chunk.spec.shape)
-            data += chunk.data
-        return dtype, shape, data
+        return await self._reads.read(buffer_id)
 
     async def save(
         self, folder: str, prefix: str, buffers: Sequence[pb.NamedBuffer], settled: Callable[[], None]
@@ -426,11 +421,11 @@ class ExecutorClient:
             raise convert.failure_from_proto(response.failure).to_error()
 
     async def is_ready(self, buffer_id: BufferId) -> bool:
-        """Whether a fetch would not wait."""
-        request = pb.FetchRequest(buffer_id=buffer_id, only_ready=True)
-        async for chunk in self._stub.FetchBuffer(request, metadata=self._metadata):
-            return bool(chunk.ready) or chunk.HasField("failure")
-        return False
+        """Whether a fetch would not wait for a computation; a poisoned buffer is ready."""
+        try:
+            return (await self._reads.read(buffer_id, only_ready=True)).ready
+        except TorchwaysError:
+            return True
 
     async def status(self) -> ExecutorStatus:
         """Returns what the executor says of itself."""
@@ -460,6 +455,7 @@ class ExecutorClient:
 
     async def close(self) -> None:
         """Closes the channel."""
+        self._reads.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
 

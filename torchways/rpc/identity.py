@@ -82,7 +82,7 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "Scheduler/CollectTrace": frozenset({Role.CLIENT, Role.MANAGER, Role.OPERATOR}),
     "Executor/Control": frozenset({Role.SCHEDULER}),
     "Executor/PutBuffer": frozenset({Role.CLIENT}),
-    "Executor/FetchBuffer": frozenset({Role.CLIENT}),
+    "Executor/ReadBuffers": frozenset({Role.CLIENT}),
     "Executor/SaveBuffers": frozenset({Role.CLIENT}),
     "Executor/LoadBuffers": frozenset({Role.CLIENT}),
     "Executor/GetStatus": frozenset({Role.CLIENT, Role.MANAGER}),

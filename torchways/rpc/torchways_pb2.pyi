@@ -6,7 +6,7 @@ Everything that crosses a process boundary in torchways, except tensor bytes bet
 
   controller --ResourceManager--> resource manager <--ResourceManager-- node agents
   controller --Scheduler--> gang scheduler (one an island) --Executor--> executors (one a set of devices and host)
-  controller --Executor.PutBuffer / FetchBuffer--> executors (bulk host data only)
+  controller --Executor.PutBuffer / ReadBuffers--> executors (bulk host data only)
   controller --DataProcess--> data processes (one an input pipeline and slice), which fill executors' buffers
   `torchways status`, `top`, ... --Operator--> resource manager, which asks schedulers, executors and node agents
 
@@ -3581,61 +3581,117 @@ class PutResponse(_message.Message):
 Global___PutResponse: _TypeAlias = PutResponse  # noqa: Y015
 
 @_typing.final
-class FetchRequest(_message.Message):
+class ReadRequests(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    BUFFER_ID_FIELD_NUMBER: _builtins.int
-    ONLY_READY_FIELD_NUMBER: _builtins.int
-    buffer_id: _builtins.int
-    only_ready: _builtins.bool
-    """answer at once: is the value computed?"""
+    READS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def reads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadRequest]: ...
     def __init__(
         self,
         *,
-        buffer_id: _builtins.int = ...,
-        only_ready: _builtins.bool = ...,
+        reads: _abc.Iterable[Global___ReadRequest] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "only_ready", b"only_ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["reads", b"reads"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+Global___ReadRequests: _TypeAlias = ReadRequests  # noqa: Y015
 
 @_typing.final
-class FetchChunk(_message.Message):
+class ReadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    READ_ID_FIELD_NUMBER: _builtins.int
+    BUFFER_ID_FIELD_NUMBER: _builtins.int
+    ONLY_READY_FIELD_NUMBER: _builtins.int
+    GIVE_UP_FIELD_NUMBER: _builtins.int
+    read_id: _builtins.int
+    """of this stream; an answer has it again"""
+    buffer_id: _builtins.int
+    only_ready: _builtins.bool
+    """answer at once: is the value computed?"""
+    give_up: _builtins.bool
+    """nobody waits for this read any more"""
+    def __init__(
+        self,
+        *,
+        read_id: _builtins.int = ...,
+        buffer_id: _builtins.int = ...,
+        only_ready: _builtins.bool = ...,
+        give_up: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "give_up", b"give_up", "only_ready", b"only_ready", "read_id", b"read_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadRequest: _TypeAlias = ReadRequest  # noqa: Y015
+
+@_typing.final
+class ReadAnswers(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ANSWERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadAnswer]: ...
+    def __init__(
+        self,
+        *,
+        answers: _abc.Iterable[Global___ReadAnswer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadAnswers: _TypeAlias = ReadAnswers  # noqa: Y015
+
+@_typing.final
+class ReadAnswer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    READ_ID_FIELD_NUMBER: _builtins.int
     SPEC_FIELD_NUMBER: _builtins.int
     READY_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
     FAILURE_FIELD_NUMBER: _builtins.int
+    IS_LAST_FIELD_NUMBER: _builtins.int
+    read_id: _builtins.int
     ready: _builtins.bool
+    """to `only_ready`"""
     data: _builtins.bytes
+    is_last: _builtins.bool
+    """of this read"""
     @_builtins.property
     def spec(self) -> Global___TensorSpec:
-        """first chunk only"""
+        """first chunk of a value only"""
 
     @_builtins.property
     def failure(self) -> Global___Failure:
-        """the value is poisoned; the last chunk"""
+        """the value is poisoned"""
 
     def __init__(
         self,
         *,
+        read_id: _builtins.int = ...,
         spec: Global___TensorSpec | None = ...,
         ready: _builtins.bool = ...,
         data: _builtins.bytes = ...,
         failure: Global___Failure | None = ...,
+        is_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "spec", b"spec"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "ready", b"ready", "spec", b"spec"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "failure", b"failure", "is_last", b"is_last", "read_id", b"read_id", "ready", b"ready", "spec", b"spec"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___FetchChunk: _TypeAlias = FetchChunk  # noqa: Y015
+Global___ReadAnswer: _TypeAlias = ReadAnswer  # noqa: Y015
 
 @_typing.final
 class SaveRequest(_message.Message):

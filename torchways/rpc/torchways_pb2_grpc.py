@@ -1108,10 +1108,10 @@ class ExecutorStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.FromString,
                 _registered_method=True)
-        self.FetchBuffer = channel.unary_stream(
-                '/torchways.v1.Executor/FetchBuffer',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.FetchRequest.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.FetchChunk.FromString,
+        self.ReadBuffers = channel.stream_stream(
+                '/torchways.v1.Executor/ReadBuffers',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ReadRequests.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/torchways.v1.Executor/GetStatus',
@@ -1154,8 +1154,9 @@ class ExecutorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def FetchBuffer(self, request, context):
-        """Missing associated documentation comment in .proto file."""
+    def ReadBuffers(self, request_iterator, context):
+        """A client holds one stream of reads open. Each value comes when it is computed, so in any order, and in chunks.
+        """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
@@ -1200,10 +1201,10 @@ def add_ExecutorServicer_to_server(servicer, server):
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.SerializeToString,
             ),
-            'FetchBuffer': grpc.unary_stream_rpc_method_handler(
-                    servicer.FetchBuffer,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.FetchRequest.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.FetchChunk.SerializeToString,
+            'ReadBuffers': grpc.stream_stream_rpc_method_handler(
+                    servicer.ReadBuffers,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ReadRequests.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -1293,7 +1294,7 @@ class Executor:
             _registered_method=True)
 
     @staticmethod
-    def FetchBuffer(request,
+    def ReadBuffers(request_iterator,
             target,
             options=(),
             channel_credentials=None,
@@ -1303,12 +1304,12 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_stream(
-            request,
+        return grpc.experimental.stream_stream(
+            request_iterator,
             target,
-            '/torchways.v1.Executor/FetchBuffer',
-            torchways_dot_rpc_dot_torchways__pb2.FetchRequest.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.FetchChunk.FromString,
+            '/torchways.v1.Executor/ReadBuffers',
+            torchways_dot_rpc_dot_torchways__pb2.ReadRequests.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.FromString,
             options,
             channel_credentials,
             insecure,

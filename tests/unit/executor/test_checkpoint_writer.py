@@ -16,11 +16,6 @@ from torchways.rpc import torchways_pb2 as pb
 pytestmark = pytest.mark.skipif(not hasattr(os, "SCHED_IDLE"), reason="priorities of this kind are Linux's")
 
 
-def _process():
-    [found] = [child for child in psutil.Process().children() if checkpoint_writer.__name__ in child.cmdline()]
-    return found
-
-
 def _policies(process):
     return {os.sched_getscheduler(thread.id) for thread in process.threads()}
 
@@ -33,8 +28,9 @@ def test_a_checkpoint_is_written_with_idle_time_and_one_that_takes_long_with_mor
 
     async def save():
         writer = CheckpointWriter()
+        before = psutil.Process().children()
         writer.start()
-        process = _process()
+        [process] = set(psutil.Process().children()) - set(before)
         at_first = _policies(process)
         snapshot = writer.snapshot({BufferId(1): spec})
         snapshot.keep(BufferId(1), torch.arange(3.0))
