@@ -106,6 +106,16 @@ def refused(code=grpc.StatusCode.PERMISSION_DENIED):
     assert caught.value.code() == code
 
 
+def test_status_tells_a_client_nothing_of_another(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        told = await executor.GetStatus(pb.StatusRequest(), metadata=mine)
+        assert not told.client_bytes
+        everything = await executor.GetStatus(pb.StatusRequest(), metadata=victim.metadata_of(Role.MANAGER))
+        assert everything.client_bytes[victim.client_id] == 16
+
+    attack(victim, action)
+
+
 async def read(executor, metadata, buffer_id):
     requests = pb.ReadRequests(reads=[pb.ReadRequest(read_id=1, buffer_id=buffer_id)])
     messages = [message async for message in executor.ReadBuffers(iter([requests]), metadata=metadata)]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import torch
 
-from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
+from torchways.errors import Failure, TorchwaysError, failure_from
 from torchways.executor.engine import Engine
 from torchways.ids import BufferId, ClientId, owner
 from torchways.rpc import convert
@@ -79,12 +80,6 @@ class Reads:
         answers: asyncio.Queue[pb.ReadAnswer] = asyncio.Queue(_MAX_ANSWERS)
         reads: dict[int, asyncio.Task[None]] = {}
 
-        async def answer(request: pb.ReadRequest) -> None:
-            try:
-                await self._answer(client_id, request, answers)
-            finally:
-                del reads[request.read_id]
-
         async def take() -> None:
             async for batch in requests:
                 for request in batch.reads:
@@ -96,18 +91,21 @@ class Reads:
                         continue
                     while len(reads) >= _MAX_READS:
                         await asyncio.wait(reads.values(), return_when=asyncio.FIRST_COMPLETED)
-                    reads[request.read_id] = asyncio.create_task(answer(request))
+                    read = asyncio.create_task(self._answer(client_id, request, answers))
+                    reads[request.read_id] = read
+                    read.add_done_callback(functools.partial(_forget, reads, request.read_id))
             if reads:
                 await asyncio.wait(reads.values())
 
         taking = asyncio.create_task(take(), name="reads")
+        getting = asyncio.ensure_future(answers.get())
         try:
-            while not (taking.done() and answers.empty()):
-                getting = asyncio.ensure_future(answers.get())
+            while True:
                 await asyncio.wait({getting, taking}, return_when=asyncio.FIRST_COMPLETED)
                 if not getting.done():
-                    getting.cancel()
                     taking.result()
+                    if answers.empty():
+                        return
                     continue
                 batch = [getting.result()]
                 size = batch[0].ByteSize()
@@ -115,8 +113,9 @@ class Reads:
                     batch.append(answers.get_nowait())
                     size += batch[-1].ByteSize()
                 yield pb.ReadAnswers(answers=batch)
+                getting = asyncio.ensure_future(answers.get())
         finally:
-            for task in (taking, *reads.values()):
+            for task in (taking, getting, *reads.values()):
                 task.cancel()
 
     async def _answer(
@@ -130,19 +129,20 @@ class Reads:
                 await answers.put(pb.ReadAnswer(read_id=read_id, ready=ready, is_last=True))
                 return
             value = await self.start(buffer_id)
-        except AccessDenied as error:
-            value = failure_from(error)
+            if not isinstance(value, Failure):
+                spec = pb.TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
+                data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        except Exception as error:  # whatever happens, the client waits for an answer
+            value = failure_from(error, process=f"executor {self._engine().executor_id}")
         if isinstance(value, Failure):
             failure = convert.failure_to_proto(value)
             await answers.put(pb.ReadAnswer(read_id=read_id, failure=failure, is_last=True))
             return
-        spec = pb.TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
-        data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, max(len(data), 1), _CHUNK_BYTES):
-            answer = pb.ReadAnswer(read_id=read_id, data=bytes(data[start : start + _CHUNK_BYTES]))
+            end = start + _CHUNK_BYTES
+            answer = pb.ReadAnswer(read_id=read_id, data=bytes(data[start:end]), is_last=end >= len(data))
             if not start:
                 answer.spec.CopyFrom(spec)
-            answer.is_last = start + _CHUNK_BYTES >= len(data)
             await answers.put(answer)
 
     async def _is_computed(self, buffer_id: BufferId) -> bool:
@@ -164,6 +164,10 @@ def failure_of_files(error: Exception, executor_id: str) -> Failure:
         return failure_from(error, process=process)
     reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
     return Failure(kind="CheckpointError", message=str(reason), process=process)
+
+
+def _forget(reads: dict[int, asyncio.Task[None]], read_id: int, _: asyncio.Task[None]) -> None:
+    del reads[read_id]
 
 
 def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:

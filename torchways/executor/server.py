@@ -242,7 +242,9 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             used_bytes=state.memory.used_bytes,
             stalls=[line for client_id, line in self.engine.stalls.lines() if asking in (0, client_id)],
             num_entries=self.engine.num_entries(),
-            client_bytes={int(client): size for client, size in state.names.client_bytes().items()},
+            client_bytes={
+                int(client): size for client, size in state.names.client_bytes().items() if asking in (0, client)
+            },
         )
 
     async def CollectTrace(

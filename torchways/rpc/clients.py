@@ -101,7 +101,7 @@ class ExecutorStatus:
         fallback_counters: operators that torch-xla ran on the host, with their counts.
         waiting_for: what each run of this session in flight waits for, as text.
         budget_bytes, used_bytes: memory budget of a device (0 means no limit), and how much of it is used.
-        client_bytes: bytes per device of the buffers of each client.
+        client_bytes: bytes per device of the buffers of each client; a client is told of its own only.
         num_compiled, compile_seconds: functions compiled since the start, and the time it took.
         num_entries: size of each internal collection, to find leaks.
         stalls: runs of this session that have made no progress for `ClusterConfig.stall_warning`, and why.
