@@ -23,20 +23,23 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch_xla
-import torch_xla.core.xla_builder as xla_builder
-import torch_xla.core.xla_model as xm
-import torch_xla.core.xla_op_registry as xla_op_registry
-import torch_xla.debug.metrics as xla_metrics
-import torch_xla.distributed.spmd as xs
-import torch_xla.runtime as xr
-from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph
 from torchways.operators import ALIGNMENTS, ALIGNMENTS_BACKWARD, BARRIER, CONSTRAIN, MANUAL_SEED, NEVER, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
+from torchways.runtime.left_out import left_out
 from torchways.runtime.products import turn_products
+
+with left_out():
+    import torch_xla
+    import torch_xla.core.xla_builder as xla_builder
+    import torch_xla.core.xla_model as xm
+    import torch_xla.core.xla_op_registry as xla_op_registry
+    import torch_xla.debug.metrics as xla_metrics
+    import torch_xla.distributed.spmd as xs
+    import torch_xla.runtime as xr
+    from torch_xla.utils.dlpack import from_dlpack, to_dlpack
 
 logger = logging.getLogger(__name__)
 
