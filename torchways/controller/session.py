@@ -475,14 +475,11 @@ class Session:
         by_executor: dict[str, list[pb.NamedBuffer]] = defaultdict(list)
         writer_of: dict[BufferId, str] = {}  # the same for all names of tied parameters, which are written once
         bytes_of: Counter[str] = Counter()
-        meshes = {id(buffer.mesh): buffer.mesh for buffer, _ in buffers.values()}
-        hosts_of = {
-            key: [executor.executor_id for executor in self._executors_of(mesh)] for key, mesh in meshes.items()
-        }
+        meshes = {buffer.mesh for buffer, _ in buffers.values()}
+        hosts_of = {mesh: [executor.executor_id for executor in self._executors_of(mesh)] for mesh in meshes}
         for name, (buffer, spec) in buffers.items():
             if buffer.buffer_id not in writer_of:
-                hosts = hosts_of[id(buffer.mesh)]
-                writer = writer_of[buffer.buffer_id] = min(hosts, key=bytes_of.__getitem__)
+                writer = writer_of[buffer.buffer_id] = min(hosts_of[buffer.mesh], key=bytes_of.__getitem__)
                 bytes_of[writer] += logical_bytes(spec.dtype, spec.shape)
             message = pb.NamedBuffer(name=name, buffer_id=buffer.buffer_id, spec=spec)
             by_executor[writer_of[buffer.buffer_id]].append(message)

@@ -76,7 +76,7 @@ class Snapshot:
 
         Raises:
             UserError: it has another form than the client said.
-            OSError: there is no memory for it.
+            CheckpointError: there is no memory for it.
         """
         spec = self._specs[buffer_id]
         if tuple(value.shape) != tuple(spec.shape) or value.dtype != _dtype(spec):
@@ -86,8 +86,11 @@ class Snapshot:
             )
         content = value.detach().contiguous().reshape(-1).view(torch.uint8).numpy().data
         done = 0
-        while done < len(content):
-            done += os.pwrite(self.file.fileno(), content[done:], self.places[buffer_id] + done)
+        try:
+            while done < len(content):
+                done += os.pwrite(self.file.fileno(), content[done:], self.places[buffer_id] + done)
+        except OSError as error:
+            raise CheckpointError(str(error)) from error
 
 
 def _dtype(spec: pb.TensorSpec) -> torch.dtype:

@@ -16,10 +16,10 @@ from torchways.ids import BufferId, ClientId, owner
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.identity import check_owner
+from torchways.rpc.streams import CHUNK_BYTES
 
 logger = logging.getLogger(__name__)
 
-_CHUNK_BYTES = 4 << 20
 #: A message of answers has less than this and one more.
 _BATCH_BYTES = 1 << 20
 #: Answers that may wait to be sent to a client; whoever has more to say waits.
@@ -52,8 +52,8 @@ class Reads:
             # Copied on the engine's thread: the buffer may be donated next.
             try:
                 copied = copy(value) if isinstance(value, torch.Tensor) else value
-            except (OSError, TorchwaysError) as error:
-                copied = failure_of_files(error, self._engine().executor_id)
+            except TorchwaysError as error:
+                copied = self._failure(error)
             loop.call_soon_threadsafe(_set_if_waiting, future, copied)
 
         return self._value(buffer_id, self._engine().fetch(buffer_id, fetched), future)
@@ -133,17 +133,20 @@ class Reads:
                 spec = pb.TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
                 data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
         except Exception as error:  # whatever happens, the client waits for an answer
-            value = failure_from(error, process=f"executor {self._engine().executor_id}")
+            value = self._failure(error)
         if isinstance(value, Failure):
             failure = convert.failure_to_proto(value)
             await answers.put(pb.ReadAnswer(read_id=read_id, failure=failure, is_last=True))
             return
-        for start in range(0, max(len(data), 1), _CHUNK_BYTES):
-            end = start + _CHUNK_BYTES
+        for start in range(0, max(len(data), 1), CHUNK_BYTES):
+            end = start + CHUNK_BYTES
             answer = pb.ReadAnswer(read_id=read_id, data=bytes(data[start:end]), is_last=end >= len(data))
             if not start:
                 answer.spec.CopyFrom(spec)
             await answers.put(answer)
+
+    def _failure(self, error: Exception) -> Failure:
+        return failure_from(error, process=f"executor {self._engine().executor_id}")
 
     async def _is_computed(self, buffer_id: BufferId) -> bool:
         loop = asyncio.get_running_loop()
@@ -155,15 +158,6 @@ class Reads:
         self._engine().ask_computed(buffer_id, computed)
         done, _ = await asyncio.wait({future}, timeout=0.02)
         return bool(done)
-
-
-def failure_of_files(error: Exception, executor_id: str) -> Failure:
-    """Returns the failure of an executor's work on a checkpoint."""
-    process = f"executor {executor_id}"
-    if isinstance(error, TorchwaysError):
-        return failure_from(error, process=process)
-    reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
-    return Failure(kind="CheckpointError", message=str(reason), process=process)
 
 
 def _forget(reads: dict[int, asyncio.Task[None]], read_id: int, _: asyncio.Task[None]) -> None:

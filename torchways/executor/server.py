@@ -22,13 +22,13 @@ import grpc.aio
 import psutil
 import torch
 
-from torchways.errors import Failure, TorchwaysError, UserError
+from torchways.errors import Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
 from torchways.executor.checkpoint_writer import CheckpointWriter
 from torchways.executor.engine import Engine
 from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
-from torchways.executor.reads import Reads, failure_of_files
+from torchways.executor.reads import Reads
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
@@ -215,7 +215,11 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         return pb.LoadResponse()
 
     def _file_failure(self, error: Exception) -> Failure:
-        return failure_of_files(error, self.engine.executor_id)
+        process = f"executor {self.engine.executor_id}"
+        if isinstance(error, TorchwaysError):
+            return failure_from(error, process=process)
+        reason = error if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+        return Failure(kind="CheckpointError", message=str(reason), process=process)
 
     async def GetStatus(self, request: pb.StatusRequest, context: grpc.aio.ServicerContext) -> pb.ExecutorStatus:
         """Says how this executor does."""

@@ -4057,7 +4057,7 @@ class ExecutorStatus(_message.Message):
 
     @_builtins.property
     def client_bytes(self) -> _containers.ScalarMap[_builtins.int, _builtins.int]:
-        """of named buffers, by owning client, a device; a client is told its own only"""
+        """of named buffers, by owning client, a device; to a client, its own"""
 
     @_builtins.property
     def num_entries(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
