@@ -57,7 +57,7 @@ def _sent(trace: dict[str, Any]) -> int:
     """Returns the bytes that the island which sends most sent to the other, by a trace; an island is one executor."""
     sent: Counter[int] = Counter()
     for event in trace["traceEvents"]:
-        sent[event["pid"]] += event["args"].get("sent_bytes", 0)
+        sent[event["pid"]] += event.get("args", {}).get("sent_bytes", 0)  # arrows have none
     return max(sent.values())
 
 
