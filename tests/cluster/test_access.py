@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import torchways as tw
+from tests.streams import Lost, TestStream
 from torchways.api import _current as current_session
 from torchways.config import ClusterConfig
 from torchways.launch.embedded import start_cluster
@@ -116,10 +117,22 @@ def test_status_tells_a_client_nothing_of_another(victim):
     attack(victim, action)
 
 
+async def connect(scheduler, metadata):
+    return await TestStream.opened(scheduler.Connect(pb.OpenStream(), metadata=metadata), pb.SchedulerMessage)
+
+
+async def open_reads(executor, metadata):
+    return await TestStream.opened(executor.ReadBuffers(pb.OpenStream(), metadata=metadata), pb.ReadAnswer)
+
+
 async def read(executor, metadata, buffer_id):
-    requests = pb.ReadRequests(reads=[pb.ReadRequest(read_id=1, buffer_id=buffer_id)])
-    messages = [message async for message in executor.ReadBuffers(iter([requests]), metadata=metadata)]
-    return [answer for message in messages for answer in message.answers]
+    stream = await open_reads(executor, metadata)
+    stream.send(pb.ReadRequest(read_id=1, buffer_id=buffer_id))
+    answers = [await stream.read()]
+    while not answers[-1].is_last:
+        answers.append(await stream.read())
+    stream.close()
+    return answers
 
 
 def test_buffers_of_another_are_not_read_nor_written(victim):
@@ -214,17 +227,12 @@ def test_programs_runs_buffers_and_slices_of_another_are_not_touched(victim):
     async def action(client_id, mine, manager, scheduler, executor):
         attacks = messages_of(victim, client_id)
 
-        async def outgoing():
-            yield pb.ClientMessages(messages=[pb.ClientMessage(hello=pb.ClientHello()), *(m for m, _ in attacks)])
-            await asyncio.sleep(60)
-
-        stream = scheduler.Connect(outgoing(), metadata=mine)
-        kinds = []
-        while len(kinds) < 3:
-            for answer in (await stream.read()).messages:
-                kinds.append(getattr(answer, answer.WhichOneof("message")).failure.kind)
+        stream = await connect(scheduler, mine)
+        stream.send(*(message for message, _ in attacks))
+        answers = [await stream.read() for _ in range(3)]
+        kinds = [getattr(answer, answer.WhichOneof("message")).failure.kind for answer in answers]
         assert kinds == ["AccessDenied"] * 3
-        stream.cancel()
+        stream.close()
         with refused():
             await manager.ReleaseSlice(pb.ReleaseSliceRequest(slice_id=victim.slice_id), metadata=mine)
         info = await manager.WaitSlice(pb.WaitSliceRequest(slice_id=victim.slice_id), metadata=mine)
@@ -239,7 +247,7 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
         for caller in (Caller(Role.CLIENT, victim.client_id), Caller(Role.NODE), Caller(Role.SCHEDULER)):
             forged = metadata(victim.token, caller, secret)
             with refused():
-                await scheduler.Connect(iter([]), metadata=forged).read()
+                await scheduler.Connect(pb.OpenStream(), metadata=forged)
             with refused():
                 await manager.ReserveSlice(pb.ReserveSliceRequest(shape=[1], axis_names=["x"]), metadata=forged)
         for known in (mine, metadata(victim.token)):
@@ -247,7 +255,10 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
                 # It says nothing: what gRPC raises for a message to a call that is refused meanwhile is chance.
                 await manager.JoinNode(iter([]), metadata=known).read()
             with refused():
-                await executor.Control(iter([]), metadata=known).read()
+                await executor.Control(pb.OpenStream(), metadata=known)
+            async with channel.open_channel(victim.manager) as opened:
+                with refused():
+                    await pb_grpc.RunOrderStub(opened).OrderRuns(pb.OrderRunsRequest(), metadata=known)
             with refused():
                 await scheduler.AddSlice(pb.AddSliceRequest(slice_id=99), metadata=known)
             with refused():
@@ -258,14 +269,40 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
     attack(victim, action)
 
 
+def test_streams_end_with_what_is_no_message_and_are_few(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        stream = await connect(scheduler, mine)
+        with refused(grpc.StatusCode.ALREADY_EXISTS):
+            await connect(scheduler, mine)
+        stream.send(b"\xff\xff")
+        with pytest.raises(Lost):
+            await stream.read()
+        # Reads: so many streams and no more; another client's are none of them.
+        streams = []
+        for _ in range(8):
+            streams.append(await open_reads(executor, mine))
+            streams[-1].send(pb.ReadRequest(read_id=1, buffer_id=(client_id << 40) + 1, only_ready=True))
+            assert (await streams[-1].read()).is_last
+        with pytest.raises(Lost):
+            await (await open_reads(executor, mine)).read()
+        streams[0].send(b"\xff\xff")
+        with pytest.raises(Lost):
+            await streams[0].read()
+        again = await open_reads(executor, mine)
+        again.send(pb.ReadRequest(read_id=1, buffer_id=(client_id << 40) + 1, only_ready=True))
+        assert (await again.read()).is_last
+        victim.is_well()
+        for opened in (*streams[1:], again):
+            opened.close()
+
+    attack(victim, action)
+
+
 def test_what_is_too_large_is_refused(victim):
     async def action(client_id, mine, manager, scheduler, executor):
         large = bytes(channel.MAX_MESSAGE_BYTES)
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
             await executor.PutBuffer(iter([pb.PutChunk(more=large)]), metadata=mine)
-        with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
-            message = pb.ClientMessage(register_program=pb.RegisterProgram(name=large.decode()))
-            await scheduler.Connect(iter([pb.ClientMessages(messages=[message])]), metadata=mine).read()
         with refused(grpc.StatusCode.RESOURCE_EXHAUSTED):
             await manager.Attach(pb.AttachRequest(name=large.decode()), metadata=metadata(victim.token)).read()
         # More than the value that was announced.
@@ -389,23 +426,16 @@ def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
         request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])
         slice_id = (await manager.ReserveSlice(request, metadata=mine)).reservation.slice_id
         await manager.WaitSlice(pb.WaitSliceRequest(slice_id=slice_id), metadata=mine)
-        sent: asyncio.Queue[pb.ClientMessage] = asyncio.Queue()
-        sent.put_nowait(pb.ClientMessage(hello=pb.ClientHello()))
-
-        async def outgoing():
-            while True:
-                yield pb.ClientMessages(messages=[await sent.get()])
-
-        stream = scheduler.Connect(outgoing(), metadata=mine)
+        stream = await connect(scheduler, mine)
         first = (client_id << 40) + 1
 
         async def answer():
-            [message] = (await stream.read()).messages
+            message = await stream.read()
             return getattr(message, message.WhichOneof("message"))
 
         for number, (what, part) in enumerate(malformed_parts(slice_id).items()):
             program = pb.RegisterProgram(program_id=first + number, name=what, slices=[part])
-            sent.put_nowait(pb.ClientMessage(register_program=program))
+            stream.send(pb.ClientMessage(register_program=program))
             assert (await answer()).failure.kind, what
         # A good program, and arguments that are none.
         good = pb.SliceProgram(
@@ -413,7 +443,7 @@ def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
             mesh_shape=[1],
             part=pb.Part(slots=[pb.TensorSpec(**SPEC)], num_args=1, results=[pb.ResultSlot(slot=0)]),
         )
-        sent.put_nowait(
+        stream.send(
             pb.ClientMessage(register_program=pb.RegisterProgram(program_id=first + 50, name="good", slices=[good]))
         )
         assert not (await answer()).HasField("failure")
@@ -430,10 +460,10 @@ def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
                 first_buffer_id=first + 200 + number,
                 slices=[pb.SliceArguments(slice_id=slice_id, arguments=arguments)],
             )
-            sent.put_nowait(pb.ClientMessage(run_program=run))
+            stream.send(pb.ClientMessage(run_program=run))
             assert (await answer()).failure.kind == "AccessDenied", what
             answers = await read(executor, mine, first + 200 + number)
             assert answers[0].failure.kind == "AccessDenied", what
-        stream.cancel()
+        stream.close()
 
     attack(victim, action)

@@ -12,6 +12,7 @@ import grpc
 import pytest
 
 from tests.cluster.test_access import attacker, victim  # noqa: F401 (a fixture)
+from tests.streams import Lost, TestStream
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -73,6 +74,21 @@ async def open_stream(method, messages, metadata, codes):
         call.cancel()
 
 
+async def say(method, messages, metadata, codes, request=None):
+    """Says something on a stream of ours, and sees whether there is an answer."""
+    try:
+        stream = await TestStream.opened(
+            method(request or pb.OpenStream(), metadata=metadata, timeout=5), pb.ReadAnswer
+        )
+    except grpc.aio.AioRpcError as error:
+        codes.append(error.code())
+        return
+    stream.send(*messages)
+    with contextlib.suppress(TimeoutError, Lost):
+        await asyncio.wait_for(stream.read(), 0.2)
+    stream.close()
+
+
 async def fuzz(victim, dice, num_messages):  # noqa: F811
     async with attacker(victim) as (client_id, mine, (manager, scheduler, executor)):
         request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])
@@ -105,19 +121,14 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
             except grpc.aio.AioRpcError as error:
                 codes.append(error.code())
 
-        async def connect():
-            def messages():
-                yield pb.ClientMessage(hello=pb.ClientHello())
-                for _ in range(20):
-                    yield random_message(dice, pb.ClientMessage(), numbers)
-
-            await open_stream(scheduler.Connect, [pb.ClientMessages(messages=list(messages()))], mine, codes)
+        def many(kind):
+            return [random_message(dice, kind(), numbers) for _ in range(20)]
 
         sent = 0
         while sent < num_messages:
-            await connect()
+            await say(scheduler.Connect, many(pb.ClientMessage), mine, codes)
+            await say(executor.ReadBuffers, many(pb.ReadRequest), mine, codes)
             await one_call(executor.PutBuffer, pb.PutChunk(), streams_in=True)
-            await one_call(executor.ReadBuffers, pb.ReadRequests(), streams_in=True, streams_out=True)
             await one_call(executor.CollectTrace, pb.TraceRequest(), streams_out=True)
             await one_call(executor.GetStatus, pb.StatusRequest())
             await one_call(manager.ReleaseSlice, pb.ReleaseSliceRequest())
@@ -128,7 +139,7 @@ async def fuzz(victim, dice, num_messages):  # noqa: F811
             await one_call(manager.WaitDataProcess, pb.WaitDataProcessRequest())
             await one_call(manager.EndDataProcess, pb.EndDataProcessRequest())
             await one_call(manager.AnswerTrace, pb.TraceAnswer(), streams_in=True)
-            sent += 32
+            sent += 51
         # Refused, answered with an error, or waiting for what never comes; the processes are there.
         assert grpc.StatusCode.UNAVAILABLE not in codes
 
@@ -139,10 +150,11 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
     numbers = [foreign + number for number in range(4)] + [900, 901]
     codes = []
     async with contextlib.AsyncExitStack() as stack:
-        manager, operator, scheduler, executor = [
+        manager, order, operator, scheduler, executor = [
             stub(await stack.enter_async_context(channel.open_channel(address)))
             for stub, address in (
                 (pb_grpc.ResourceManagerStub, victim.manager),
+                (pb_grpc.RunOrderStub, victim.manager),
                 (pb_grpc.OperatorStub, victim.manager),
                 (pb_grpc.SchedulerStub, victim.scheduler),
                 (pb_grpc.ExecutorStub, victim.executor),
@@ -175,16 +187,15 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
             # These it would rightly do: hold its computations back, and drop the victim.
             rightly = {"set_grants_needed", "drop_client"}
             commands = [item for item in commands if item.WhichOneof("command") not in rightly]
-            await open_stream(
-                executor.Control,
-                [pb.ExecutorCommands(commands=commands)],
-                victim.metadata_of(Role.SCHEDULER),
-                codes,
+            await say(executor.Control, commands, victim.metadata_of(Role.SCHEDULER), codes)
+            asked = [random_message(dice, pb.OrderEvent(), numbers) for _ in range(5)]
+            await say(
+                order.OrderRuns, asked, victim.metadata_of(Role.SCHEDULER), codes, pb.OrderRunsRequest(island_id=7)
             )
             events = [random_message(dice, pb.NodeEvent(), numbers) for _ in range(2)]
             events = [event for event in events if not event.HasField("joined")]
             await open_stream(manager.JoinNode, events, victim.metadata_of(Role.NODE), codes)
-            sent += 25
+            sent += 31
         assert grpc.StatusCode.UNAVAILABLE not in codes
 
 

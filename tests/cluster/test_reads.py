@@ -6,6 +6,7 @@ from collections import defaultdict
 import torch
 
 import torchways as tw
+from tests.streams import TestStream
 from torchways.api import _current as current_session
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
@@ -36,20 +37,17 @@ def test_reads_of_one_stream_have_one_answer_each_and_none_if_given_up():
         address = session.slice_address(mesh).executors[0].address
 
         async def read():
-            found, is_answered = defaultdict(list), asyncio.Event()
-
-            async def batches():
-                yield pb.ReadRequests(reads=requests)
-                await is_answered.wait()  # so the seventh waits by now
-                yield pb.ReadRequests(reads=late)
-
+            found = defaultdict(list)
             async with channel.open_channel(address) as opened:
-                stub = pb_grpc.ExecutorStub(opened)
-                async for message in stub.ReadBuffers(batches(), metadata=session.manager.metadata):
-                    for answer in message.answers:
-                        found[answer.read_id].append(answer)
-                        if answer.read_id == 5:
-                            is_answered.set()
+                call = pb_grpc.ExecutorStub(opened).ReadBuffers(pb.OpenStream(), metadata=session.manager.metadata)
+                stream = await TestStream.opened(call, pb.ReadAnswer)
+                stream.send(*requests)
+                while not {8, 1} <= {read_id for read_id, answers in found.items() if answers[-1].is_last}:
+                    answer = await stream.read()
+                    found[answer.read_id].append(answer)
+                    if answer.read_id == 5:  # so the seventh waits by now
+                        stream.send(*late)
+                stream.close()
             return found
 
         found = asyncio.run(asyncio.wait_for(read(), 60))

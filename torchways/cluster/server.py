@@ -24,6 +24,7 @@ from torchways.cluster.operator import OperatorServer
 from torchways.cluster.order_server import RunOrderServer
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
+from torchways.link.stream import StreamServer
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -480,7 +481,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         max_priority=arguments.max_priority,
     )
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
-    pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(), server)
+    pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(StreamServer(arguments.host)), server)
     pb_grpc.add_OperatorServicer_to_server(manager.operator, server)
     web_server = None
     if arguments.metrics_port is not None:

@@ -7,7 +7,6 @@ lost processes into typed errors at the next read. It knows nothing of graphs.
 from __future__ import annotations
 
 import asyncio
-import collections
 import concurrent.futures
 import contextvars
 import logging
@@ -69,9 +68,8 @@ run_seconds: contextvars.ContextVar[float | None] = contextvars.ContextVar("run_
 _CALL = timedelta(seconds=35)
 #: For all the arrays of a slice to be read.
 _MOVE_SECONDS = 600
-#: With more runs in flight the islands have enough to do: a message waits this long for company, which costs each less.
-_RUNS_AHEAD = 8
-_COMPANY_SECONDS = 0.001
+#: After so many more releases of a slice's buffers the loop is told again that there are some.
+_RELEASES = 64
 #: How long a failed read waits for word of why the executor is gone.
 _REASON_SECONDS = 3.0
 
@@ -157,9 +155,6 @@ class Session:
     _awaited: RunId | None = None
     #: Ids before which somebody waits for all runs.
     _awaited_before: list[int] = field(default_factory=list)
-    #: Messages that the loop has not sent yet, in order, and whether it was told of them.
-    _unsent: collections.deque[tuple[SchedulerClient, Any]] = field(default_factory=collections.deque)
-    _sending: bool = False
     _room: Waiting = field(default_factory=Waiting)
     _lost_executors: dict[str, str] = field(default_factory=dict)
     #: Islands that have not said yet that a program is compiled, and the failures of those that could not.
@@ -252,11 +247,14 @@ class Session:
         if self._slices.get(slice_id) is not entry:  # closed meanwhile
             return
         if address.island_id not in self._schedulers:
-            scheduler = SchedulerClient(address.scheduler_address, self.manager.metadata)
-            self._schedulers[address.island_id] = scheduler
-            scheduler.say_hello()
-            reading = scheduler.read(self._on_program_ready, self._on_run_finished, self._on_cluster_lost)
-            self._hold(reading, f"scheduler of island {address.island_id}")
+            scheduler = self._schedulers[address.island_id] = SchedulerClient(
+                address.scheduler_address,
+                self.manager.metadata,
+                self._on_program_ready,
+                self._on_run_finished,
+                self._on_cluster_lost,
+            )
+            self._hold(scheduler.connect(), f"scheduler of island {address.island_id}")
         for executor in address.executors:
             if executor.executor_id not in self._executors:
                 self._executors[executor.executor_id] = ExecutorClient(executor, self.manager.metadata)
@@ -567,8 +565,9 @@ class Session:
         with self._lock:
             batch = self._releases[slice_id]
             batch.append(buffer_id)
-            first = len(batch) == 1
-        if first:
+            # Again every so often: an interrupt may have kept the first from asking.
+            is_asked_for = len(batch) % _RELEASES == 1
+        if is_asked_for:
             try:
                 self.loop.call(self._flush_releases_soon)
             except RuntimeError:  # the loop is closed: the interpreter is shutting down
@@ -673,7 +672,7 @@ class Session:
         *,
         changes_state: bool,
     ) -> RunId:
-        """Sends a run: one message to each island that takes part; see `wait_for_room`.
+        """Sends a run: one message to each island that takes part; see `wait_for_room`. One step to signals, please.
 
         Args:
             program_id: what it runs.
@@ -694,7 +693,8 @@ class Session:
         for island, slices in by_island.items():
             first = BufferId(results.start)
             message = run_message(program_id, run_id, first, slices, checks_values=checks_values())
-            self._post(self._schedulers[island], message)
+            self._schedulers[island].send(message)
+            self._schedulers[island].flush()  # at once: the loop may have to wait for this thread's next pause
         if (seconds := run_seconds.get()) is not None:
             reason = f"its deadline of {seconds:g} s has passed"
             self.loop.call(lambda: self.loop.loop.call_later(seconds, self._cancel, [run_id], reason))
@@ -726,25 +726,9 @@ class Session:
             self._post(self._schedulers[island], cancel_message(cancelled, reason))
 
     def _post(self, scheduler: SchedulerClient, message: Any) -> None:
-        """Has the loop send a message, behind all that were posted before: runs, and the releases of what they read."""
-        self._unsent.append((scheduler, message))
-        if not self._sending:  # else what was called before takes this along
-            self._sending = True
-            self.loop.call(self._send_soon)
-
-    def _send_soon(self) -> None:
-        if len(self._runs) > _RUNS_AHEAD:
-            self.loop.loop.call_later(_COMPANY_SECONDS, self._send_all)
-        else:
-            self._send_all()
-
-    def _send_all(self) -> None:
-        self._sending = False
-        while self._unsent:
-            scheduler, message = self._unsent.popleft()
-            scheduler.send(message)
-        if self._releases:  # also those whose own flush an interrupt kept from being asked for
-            self._flush_releases()
+        """Has the loop send a message, behind all that were sent before: runs, and the releases of what they read."""
+        scheduler.send(message)
+        self.loop.call(scheduler.flush)
 
     def wait_for_room(self, name: str) -> None:
         """Waits while too many runs are in flight."""

@@ -48,11 +48,8 @@ OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
 
 _T = TypeVar("_T")
 
-#: With more runs in flight nobody waits for a single report: it may wait this long for company, which costs each less.
-_RUNS_AHEAD = 8
-_COMPANY_SECONDS = 0.001
 #: Events taken before launches, sends and reports of the commands so far go on.
-_BATCH = 128
+_BATCH = 16
 #: How often launches under way are looked at; it grows to the second figure while nothing happens.
 _POLL_SECONDS = (0.00005, 0.002)
 #: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
@@ -96,8 +93,9 @@ class Engine:
         self.executor_id = executor_id
         self.runtime = runtime
         self.core = ExecutorState(executor_id, budget_bytes=budget_bytes, client_bytes=client_bytes, gang=gang)
-        self._inbox: Inbox[events.Event | Callable[[], None]] = Inbox()
-        self.data_plane = DataPlane(executor_id, host, link_key, self._inbox, self._on_arrived, self._on_lost)
+        #: Where the thread waits.
+        self.inbox: Inbox[events.Event | Callable[[], None]] = Inbox()
+        self.data_plane = DataPlane(executor_id, host, link_key, self.inbox, self._on_arrived, self._on_lost)
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans = Spans()
@@ -109,7 +107,6 @@ class Engine:
         self._is_gang = bool(gang)
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
-        self._reported = 0.0
         #: Of the parts that the core knows: it says when one can go.
         self._codes: dict[PartId, PartCode] = {}
         self._local_sums = LocalSums()
@@ -125,11 +122,11 @@ class Engine:
 
     def post(self, event: events.Event) -> None:
         """Gives the core an event."""
-        self._inbox.put(event)
+        self.inbox.put(event)
 
     def call(self, work: Callable[[], None]) -> None:
         """Runs `work` on the engine's thread."""
-        self._inbox.put(work)
+        self.inbox.put(work)
 
     def load(self, message: pb.LoadProgram) -> None:
         """Loads a program: compiles it, and opens the links that it needs."""
@@ -160,7 +157,7 @@ class Engine:
             except Exception as error:
                 future.set_exception(error)
 
-        self._inbox.put(run)
+        self.inbox.put(run)
         return future
 
     def num_entries(self) -> dict[str, int]:
@@ -182,7 +179,7 @@ class Engine:
             elif cell is not None and cell.scheduled:
                 self.runtime.on_ready([cell.buffer], callback)
 
-        self._inbox.put(ask)
+        self.inbox.put(ask)
 
     # ---- the thread
 
@@ -192,12 +189,12 @@ class Engine:
             try:
                 busy = self.runtime.progress()
                 self._give_out()
-                timeout = _COMPANY_SECONDS if self._events else self._idle_seconds()
+                timeout = self._idle_seconds()
                 if busy:
                     now = time.monotonic()
                     idle_since = idle_since or now
                     timeout = 0 if now < idle_since + _YIELD_SECONDS else poll
-                if not self._inbox.wait(timeout):
+                if not self.inbox.wait(timeout):
                     if timeout == 0:
                         os.sched_yield()  # unlike time.sleep(0), which takes longer than most launches
                     else:
@@ -206,7 +203,7 @@ class Engine:
                     continue
                 poll, idle_since = _POLL_SECONDS[0], 0.0
                 for _ in range(_BATCH):
-                    item = self._inbox.take()
+                    item = self.inbox.take()
                     if item is None:
                         break
                     self._take(item)
@@ -246,8 +243,7 @@ class Engine:
         """Sends and reports what the commands so far came to."""
         self.data_plane.flush()
         now = time.monotonic()
-        if self._events and (len(self.core.runs) <= _RUNS_AHEAD or now > self._reported + _COMPANY_SECONDS):
-            self._reported = now
+        if self._events:
             reported, self._events = self._events, []
             self._report(reported)
         if now > self._stalls_checked + self._stall_seconds:
@@ -260,7 +256,7 @@ class Engine:
     def _soon(self, item: events.Event | Callable[[], None]) -> None:
         """Takes an item at once on the engine's thread, where no event is being handled; else queues it."""
         if self._handling or threading.get_ident() != self._thread.ident:
-            self._inbox.put(item)
+            self.inbox.put(item)
         else:
             self._take(item)
 
@@ -497,7 +493,7 @@ class Engine:
                 self.data_plane.send(peer, outgoing)
 
         if not peers:  # another host sends it
-            self._inbox.put(events.UnitFinished(task=task))
+            self.inbox.put(events.UnitFinished(task=task))
             return
         self._when_on_host(cell, send)
 
@@ -537,7 +533,7 @@ class Engine:
             self.data_plane.send(peer, outgoing)
             self.data_plane.flush()  # before the sum, and what follows it here: the others need it as soon
         else:
-            self._inbox.put(lambda: self.data_plane.send(peer, outgoing))
+            self.inbox.put(lambda: self.data_plane.send(peer, outgoing))
 
     def _when_on_host(self, cell: Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
         """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""
@@ -583,7 +579,7 @@ class Engine:
     def _on_lost(self, peer: str, reason: str) -> None:
         failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")
         self.reducer.lose(peer, failure)
-        self._inbox.put(events.PeerLost(peer=peer, failure=failure))
+        self.inbox.put(events.PeerLost(peer=peer, failure=failure))
 
     # ---- helpers
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import Counter
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import torch
@@ -13,17 +14,21 @@ import torch
 from torchways.errors import Failure, TorchwaysError, failure_from
 from torchways.executor.engine import Engine
 from torchways.ids import BufferId, ClientId, owner
+from torchways.link.handshake import HandshakeError
+from torchways.link.stream import LoopStream
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.identity import check_owner
-from torchways.rpc.streams import CHUNK_BYTES
+from torchways.rpc.streams import parsing
 
 logger = logging.getLogger(__name__)
 
-#: A message of answers has less than this and one more.
-_BATCH_BYTES = 1 << 20
-#: Answers that may wait to be sent to a client; whoever has more to say waits.
-_MAX_ANSWERS = 64
+#: A large value goes in chunks.
+_CHUNK_BYTES = 1 << 20
+#: What may wait to be sent to a client: nothing more of a value is added.
+_MAX_UNSENT_BYTES = 8 << 20
+#: Of one client.
+_MAX_STREAMS = 8
 #: Reads of one client that may wait for their values; more are taken when some have them.
 _MAX_READS = 100_000
 #: A read may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
@@ -40,6 +45,7 @@ class Reads:
     def __init__(self, engine: Callable[[], Engine]) -> None:
         self._engine = engine
         self.clients_with_held_runs: set[ClientId] = set()
+        self._num_streams: Counter[ClientId] = Counter()
 
     def start(
         self, buffer_id: BufferId, copy: Callable[[torch.Tensor], Any] = torch.clone
@@ -53,7 +59,7 @@ class Reads:
             try:
                 copied = copy(value) if isinstance(value, torch.Tensor) else value
             except TorchwaysError as error:
-                copied = self._failure(error)
+                copied = self.failure(error)
             loop.call_soon_threadsafe(_set_if_waiting, future, copied)
 
         return self._value(buffer_id, self._engine().fetch(buffer_id, fetched), future)
@@ -73,82 +79,29 @@ class Reads:
         finally:  # also if the client does not wait any longer
             engine.cancel_fetch(fetch_id)
 
-    async def serve(
-        self, client_id: ClientId, requests: AsyncIterator[pb.ReadRequests]
-    ) -> AsyncIterator[pb.ReadAnswers]:
-        """Answers a client's reads as their values come, several small ones in one message."""
-        answers: asyncio.Queue[pb.ReadAnswer] = asyncio.Queue(_MAX_ANSWERS)
-        reads: dict[int, asyncio.Task[None]] = {}
+    def open(self, client_id: ClientId) -> LoopStream:
+        """Returns a stream of a client's reads, which answers them as their values come.
 
-        async def take() -> None:
-            async for batch in requests:
-                for request in batch.reads:
-                    if request.read_id in reads:
-                        if request.give_up:
-                            reads[request.read_id].cancel()
-                        continue  # a client that gives two reads one number has the answer to the first
-                    if request.give_up:
-                        continue
-                    while len(reads) >= _MAX_READS:
-                        await asyncio.wait(reads.values(), return_when=asyncio.FIRST_COMPLETED)
-                    read = asyncio.create_task(self._answer(client_id, request, answers))
-                    reads[request.read_id] = read
-                    read.add_done_callback(functools.partial(_forget, reads, request.read_id))
-            if reads:
-                await asyncio.wait(reads.values())
+        Raises:
+            HandshakeError: the client has too many.
+        """
+        if self._num_streams[client_id] >= _MAX_STREAMS:
+            raise HandshakeError(f"client {client_id} has {_MAX_STREAMS} streams of reads")
+        self._num_streams[client_id] += 1
+        return _Client(self, client_id).stream
 
-        taking = asyncio.create_task(take(), name="reads")
-        getting = asyncio.ensure_future(answers.get())
-        try:
-            while True:
-                await asyncio.wait({getting, taking}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    taking.result()
-                    if answers.empty():
-                        return
-                    continue
-                batch = [getting.result()]
-                size = batch[0].ByteSize()
-                while size < _BATCH_BYTES and not answers.empty():
-                    batch.append(answers.get_nowait())
-                    size += batch[-1].ByteSize()
-                yield pb.ReadAnswers(answers=batch)
-                getting = asyncio.ensure_future(answers.get())
-        finally:
-            for task in (taking, getting, *reads.values()):
-                task.cancel()
+    def ended(self, client_id: ClientId) -> None:
+        """Forgets a stream."""
+        self._num_streams[client_id] -= 1
+        if not self._num_streams[client_id]:
+            del self._num_streams[client_id]
 
-    async def _answer(
-        self, client_id: ClientId, request: pb.ReadRequest, answers: asyncio.Queue[pb.ReadAnswer]
-    ) -> None:
-        read_id, buffer_id = request.read_id, BufferId(request.buffer_id)
-        try:
-            check_owner(client_id, ids=[buffer_id])
-            if request.only_ready:
-                ready = await self._is_computed(buffer_id)
-                await answers.put(pb.ReadAnswer(read_id=read_id, ready=ready, is_last=True))
-                return
-            value = await self.start(buffer_id)
-            if not isinstance(value, Failure):
-                spec = pb.TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
-                data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
-        except Exception as error:  # whatever happens, the client waits for an answer
-            value = self._failure(error)
-        if isinstance(value, Failure):
-            failure = convert.failure_to_proto(value)
-            await answers.put(pb.ReadAnswer(read_id=read_id, failure=failure, is_last=True))
-            return
-        for start in range(0, max(len(data), 1), CHUNK_BYTES):
-            end = start + CHUNK_BYTES
-            answer = pb.ReadAnswer(read_id=read_id, data=bytes(data[start:end]), is_last=end >= len(data))
-            if not start:
-                answer.spec.CopyFrom(spec)
-            await answers.put(answer)
-
-    def _failure(self, error: Exception) -> Failure:
+    def failure(self, error: Exception) -> Failure:
+        """Returns what a read fails with."""
         return failure_from(error, process=f"executor {self._engine().executor_id}")
 
-    async def _is_computed(self, buffer_id: BufferId) -> bool:
+    async def is_computed(self, buffer_id: BufferId) -> bool:
+        """Whether a buffer's value is there."""
         loop = asyncio.get_running_loop()
         future: asyncio.Future[bool] = loop.create_future()
 
@@ -160,8 +113,66 @@ class Reads:
         return bool(done)
 
 
-def _forget(reads: dict[int, asyncio.Task[None]], read_id: int, _: asyncio.Task[None]) -> None:
-    del reads[read_id]
+class _Client:
+    """A stream of a client's reads."""
+
+    def __init__(self, reads: Reads, client_id: ClientId) -> None:
+        self._reads = reads
+        self._client_id = client_id
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self.stream = LoopStream(parsing(pb.ReadRequest, self._take), self._lost, max_unsent=_MAX_UNSENT_BYTES)
+
+    def _take(self, request: pb.ReadRequest) -> None:
+        task = self._tasks.get(request.read_id)
+        if request.give_up:
+            if task is not None:
+                task.cancel()
+        elif task is None:  # else it gave two reads one number, and has the answer to the first
+            task = self._tasks[request.read_id] = asyncio.create_task(self._answer(request))
+            task.add_done_callback(functools.partial(self._done, request.read_id))
+            if len(self._tasks) == _MAX_READS:
+                self.stream.pause()
+
+    def _done(self, read_id: int, task: asyncio.Task[None]) -> None:
+        del self._tasks[read_id]
+        if len(self._tasks) == _MAX_READS - 1:
+            self.stream.resume()
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.stream.lose(f"a read failed: {error}")
+
+    def _lost(self, reason: str) -> None:
+        logger.info("the reads of client %d end: %s", self._client_id, reason)
+        for task in self._tasks.values():
+            task.cancel()
+        self._reads.ended(self._client_id)
+
+    async def _answer(self, request: pb.ReadRequest) -> None:
+        read_id, buffer_id = request.read_id, BufferId(request.buffer_id)
+        try:
+            check_owner(self._client_id, ids=[buffer_id])
+            if request.only_ready:
+                ready = await self._reads.is_computed(buffer_id)
+                self._send(pb.ReadAnswer(read_id=read_id, ready=ready, is_last=True))
+                return
+            value = await self._reads.start(buffer_id)
+            if not isinstance(value, Failure):
+                spec = pb.TensorSpec(dtype=str(value.dtype).removeprefix("torch."), shape=value.shape)
+                data = value.contiguous().reshape(-1).view(torch.uint8).numpy().data
+        except Exception as error:  # whatever happens, the client waits for an answer
+            value = self._reads.failure(error)
+        if isinstance(value, Failure):
+            self._send(pb.ReadAnswer(read_id=read_id, failure=convert.failure_to_proto(value), is_last=True))
+            return
+        for start in range(0, max(len(data), 1), _CHUNK_BYTES):
+            end = start + _CHUNK_BYTES
+            answer = pb.ReadAnswer(read_id=read_id, data=bytes(data[start:end]), is_last=end >= len(data))
+            if not start:
+                answer.spec.CopyFrom(spec)
+            await self.stream.room()
+            self._send(answer)
+
+    def _send(self, answer: pb.ReadAnswer) -> None:
+        self.stream.send(answer.SerializeToString())
 
 
 def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:

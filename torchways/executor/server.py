@@ -30,6 +30,7 @@ from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
 from torchways.executor.reads import Reads
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.link.stream import Stream, StreamServer
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -37,7 +38,7 @@ from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import ClusterKey, Role, check_owner, take_cluster_key
 from torchways.rpc.programs import arguments_from_bytes
 from torchways.rpc.spans import Span, shown_to, trace_responses
-from torchways.rpc.streams import Joiner, Outbox
+from torchways.rpc.streams import offer, parsing
 from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
@@ -49,80 +50,66 @@ _MAX_WAITING_FOR = 1_000
 class ExecutorServer(pb_grpc.ExecutorServicer):
     """See the module's docstring."""
 
-    def __init__(self, key: ClusterKey) -> None:
+    def __init__(self, key: ClusterKey, streams: StreamServer) -> None:
         self.key = key
+        self._streams = streams
         self.loop = asyncio.get_running_loop()
         self.engine: Engine
-        #: For the scheduler.
-        self._events = Outbox(pb.ExecutorEvent)
+        #: For events, on the engine's thread.
+        self._scheduler: Stream | None = None
         self._checkpoint_writer = CheckpointWriter()
         self._num_messages = 0
-        self._num_batches = 0
         self._reads = Reads(lambda: self.engine)
 
     def report(self, reported: list[pb.ExecutorEvent]) -> None:
-        """Queues events for the scheduler; on the engine's thread."""
-        self.loop.call_soon_threadsafe(self._queue_events, reported)
-
-    def _queue_events(self, reported: list[pb.ExecutorEvent]) -> None:
-        for event in reported:
-            self._events.put(event)
+        """Sends the scheduler events, which follow from its commands; on the engine's thread."""
+        if self._scheduler is not None:
+            for event in reported:
+                self._scheduler.send(event.SerializeToString())
+            self._scheduler.flush()
 
     # ---- service
 
-    async def Control(
-        self, request_iterator: AsyncIterator[pb.ExecutorCommands], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ExecutorEvents]:
+    async def Control(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
         """The scheduler's stream."""
-        reading = asyncio.create_task(self._read_commands(request_iterator), name="control")
-        batches = self._events.batches()
-        try:
-            while True:
-                getting = asyncio.ensure_future(anext(batches))
-                await asyncio.wait({getting, reading}, return_when=asyncio.FIRST_COMPLETED)
-                if not getting.done():
-                    getting.cancel()
-                    reading.result()
-                    return
-                yield pb.ExecutorEvents(events=getting.result())
-        finally:
-            reading.cancel()
+        return offer(self._streams, self.engine.inbox, self._controlled)
 
-    async def _read_commands(self, batches: AsyncIterator[pb.ExecutorCommands]) -> None:
+    def _controlled(self) -> Stream:
+        stream = Stream(self.engine.inbox, parsing(pb.ExecutorCommand, self._take_command), _note_end)
+        self._scheduler = self._scheduler or stream  # the first; others may give commands
+        return stream
+
+    def _take_command(self, command: pb.ExecutorCommand) -> None:
         engine = self.engine
-        joiner = Joiner(pb.ExecutorCommand)
-        async for batch in batches:
-            self._num_batches += 1
-            for command in filter(None, map(joiner.join, batch.commands)):
-                self._num_messages += 1
-                match command.WhichOneof("command"):
-                    case "enqueue":
-                        engine.post(_run_enqueued(command.enqueue))
-                    case "cancel_run":
-                        cancel = command.cancel_run
-                        run = RunPart(RunId(cancel.run_id), SliceId(cancel.slice_id))
-                        failure = convert.failure_from_proto(cancel.failure)
-                        engine.post(events.RunCancelled(run=run, failure=failure))
-                    case "held_runs":
-                        self._reads.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
-                    case "grant":
-                        run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
-                        held_for = command.grant.held_for
-                        engine.post(events.UnitGranted(run=run, unit=command.grant.unit, held_for=held_for))
-                    case "set_grants_needed":
-                        grants = command.set_grants_needed
-                        engine.post(events.GrantsNeeded(needed=grants.needed, epoch=grants.epoch))
-                    case "load_program":
-                        engine.load(command.load_program)
-                    case "drop_buffers":
-                        ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
-                        engine.post(events.BuffersDropped(buffer_ids=ids))
-                    case "drop_program":
-                        engine.post(events.ProgramDropped(program_id=ProgramId(command.drop_program.program_id)))
-                    case "drop_slice":
-                        engine.post(events.SliceDropped(slice_id=SliceId(command.drop_slice.slice_id)))
-                    case "drop_client":
-                        engine.drop_client(ClientId(command.drop_client.client_id))
+        self._num_messages += 1
+        match command.WhichOneof("command"):
+            case "enqueue":
+                engine.post(_run_enqueued(command.enqueue))
+            case "cancel_run":
+                cancel = command.cancel_run
+                run = RunPart(RunId(cancel.run_id), SliceId(cancel.slice_id))
+                failure = convert.failure_from_proto(cancel.failure)
+                engine.post(events.RunCancelled(run=run, failure=failure))
+            case "held_runs":
+                self._reads.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
+            case "grant":
+                run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
+                held_for = command.grant.held_for
+                engine.post(events.UnitGranted(run=run, unit=command.grant.unit, held_for=held_for))
+            case "set_grants_needed":
+                grants = command.set_grants_needed
+                engine.post(events.GrantsNeeded(needed=grants.needed, epoch=grants.epoch))
+            case "load_program":
+                engine.load(command.load_program)
+            case "drop_buffers":
+                ids = [BufferId(buffer_id) for buffer_id in command.drop_buffers.buffer_ids]
+                engine.post(events.BuffersDropped(buffer_ids=ids))
+            case "drop_program":
+                engine.post(events.ProgramDropped(program_id=ProgramId(command.drop_program.program_id)))
+            case "drop_slice":
+                engine.post(events.SliceDropped(slice_id=SliceId(command.drop_slice.slice_id)))
+            case "drop_client":
+                engine.drop_client(ClientId(command.drop_client.client_id))
 
     async def PutBuffer(
         self, request_iterator: AsyncIterator[pb.PutChunk], context: grpc.aio.ServicerContext
@@ -151,12 +138,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.engine.post(put_event(BufferId(first.buffer_id), SliceId(first.slice_id), value, spec))
         return pb.PutResponse()
 
-    async def ReadBuffers(
-        self, request_iterator: AsyncIterator[pb.ReadRequests], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.ReadAnswers]:
+    async def ReadBuffers(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
         """A client's stream of reads; see reads.py."""
-        async for message in self._reads.serve(channel.caller(context, self.key).client_id, request_iterator):
-            yield message
+        client_id = channel.caller(context, self.key).client_id
+        return offer(self._streams, self.loop, functools.partial(self._reads.open, client_id))
 
     async def SaveBuffers(
         self, request: pb.SaveRequest, context: grpc.aio.ServicerContext
@@ -237,7 +222,6 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             buffer_bytes=sum(buffer.numel() * buffer.element_size() for buffer in buffers),
             num_runs_in_flight=len(state.runs),
             num_messages=self._num_messages,
-            num_control_batches=self._num_batches,
             num_compiled=self.engine.compiler.num_compiled,
             compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
@@ -263,6 +247,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
         for response in trace_responses(request, spans):
             yield response
+
+
+def _note_end(reason: str) -> None:
+    logger.info("the scheduler's stream has ended: %s", reason)
 
 
 async def _result(task: asyncio.Task[Failure | None]) -> Failure | None:
@@ -293,7 +281,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     token = channel.cluster_token()
     key = take_cluster_key()
     server = channel.make_server(token, key)
-    executor = ExecutorServer(key)
+    executor = ExecutorServer(key, StreamServer(arguments.host))
     executor.engine = Engine(
         arguments.executor_id,
         runtime,

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
-
-import grpc
-import grpc.aio
+from collections.abc import Callable
 
 from torchways.ids import ClientId, IslandId, RunId
 from torchways.island.events import AskOrder
+from torchways.link.stream import LoopStream
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.rpc.streams import drained
+from torchways.rpc.streams import open_offered, parsing
 
 logger = logging.getLogger(__name__)
 
@@ -39,16 +36,17 @@ class OrderStream:
         island_id: IslandId,
         on_ordered: Callable[[RunId], None],
     ) -> None:
-        self._events: asyncio.Queue[pb.OrderEvent | None] = asyncio.Queue()
-        self._events.put_nowait(pb.OrderEvent(joined=island_id))
+        self._metadata = metadata
+        self._island_id = island_id
         self._on_ordered = on_ordered
-        stub = pb_grpc.RunOrderStub(channel.open_channel(address))
-        self._stream = stub.OrderRuns(self._outgoing(), metadata=metadata)
+        self._stub = pb_grpc.RunOrderStub(channel.open_channel(address))
+        self._stream = LoopStream(parsing(pb.OrderedRuns, self._take), self._lost)
 
-    async def join(self) -> asyncio.Task[None]:
-        """Waits until the resource manager knows the island; returns the task that reads the stream, to be held."""
-        await asyncio.wait_for(self._stream.read(), _JOIN_SECONDS)
-        return asyncio.create_task(self._read(), name="order of runs")
+    async def join(self) -> None:
+        """Waits until the resource manager knows the island."""
+        request = pb.OrderRunsRequest(island_id=self._island_id)
+        joining = self._stub.OrderRuns(request, metadata=self._metadata, timeout=_JOIN_SECONDS)
+        await open_offered(joining, self._stream)
 
     def ask(self, command: AskOrder) -> None:
         """Asks for a run's place."""
@@ -58,23 +56,16 @@ class OrderStream:
             islands=command.islands,
             is_withdrawn=command.is_withdrawn,
         )
-        self._events.put_nowait(pb.OrderEvent(ask=ask))
+        self._stream.send(pb.OrderEvent(ask=ask).SerializeToString())
 
     def client_gone(self, client_id: ClientId) -> None:
         """A client will ask for nothing here any more."""
-        self._events.put_nowait(pb.OrderEvent(client_gone=client_id))
+        self._stream.send(pb.OrderEvent(client_gone=client_id).SerializeToString())
 
-    async def _outgoing(self) -> AsyncIterator[pb.OrderEvents]:
-        async for events in drained(self._events):
-            yield pb.OrderEvents(events=events)
+    def _take(self, message: pb.OrderedRuns) -> None:
+        for run_id in message.run_ids:
+            self._on_ordered(RunId(run_id))
 
-    async def _read(self) -> None:
-        try:
-            while (batch := await self._stream.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
-                for run_id in batch.run_ids:
-                    self._on_ordered(RunId(run_id))
-            reason = "it closed the stream"
-        except grpc.aio.AioRpcError as error:
-            reason = f"{error.code().name}: {error.details()}"
+    def _lost(self, reason: str) -> None:
         # The cluster is ending: our node agent sees the same.
         logger.warning("the resource manager gives runs no places any more (%s)", reason)

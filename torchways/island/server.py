@@ -1,21 +1,22 @@
-"""The gang scheduler process of one island: the gRPC shell around state.py."""
+"""The gang scheduler process of one island: the shell around state.py, of calls and streams."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 import json
 import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import assert_never
 
 import grpc
 import grpc.aio
 
-from torchways.errors import AccessDenied, Failure, InternalError, failure_from
+from torchways.errors import AccessDenied, Failure, failure_from
 from torchways.ids import BufferId, ClientId, IslandId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.island import events as core
 from torchways.island.admission import Lane, Usage
@@ -24,13 +25,16 @@ from torchways.island.outline import outline_of
 from torchways.island.policy import PolicyFactory, Share, find_policy
 from torchways.island.spans import RunSpans
 from torchways.island.state import SchedulerState
+from torchways.link.handshake import HandshakeError
+from torchways.link.opening import LinkError
+from torchways.link.stream import LoopStream, StreamServer
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, ClusterKey, Role, check_owner, metadata, take_cluster_key
 from torchways.rpc.spans import Span, shown_to, trace_responses
-from torchways.rpc.streams import Joiner, Outbox
+from torchways.rpc.streams import offer, open_offered, parsing
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +44,8 @@ _MAX_UNREAD_BYTES = 16 << 20
 _MAX_HELD_BYTES = 64 << 20
 #: Programs that are listed for operators.
 _MAX_PROGRAMS = 500
+#: For an executor's stream to open.
+_OPEN_SECONDS = 30.0
 #: How often executors are told whose runs are held.
 _HELD_SECONDS = 5.0
 
@@ -50,46 +56,75 @@ class _ExecutorLink:
     def __init__(self, server: SchedulerServer, executor: pb.ExecutorInfo) -> None:
         self.executor_id = executor.executor_id
         self._server = server
-        self.outbox = Outbox(pb.ExecutorCommand)
+        self.stream = LoopStream(parsing(pb.ExecutorEvent, self._take), self._lost)
         self._channel = channel.open_channel(executor.address)
-        self._stream = pb_grpc.ExecutorStub(self._channel).Control(self._outgoing(), metadata=server.metadata)
-        self._task = asyncio.create_task(self._read(), name=f"executor {executor.executor_id}")
+        self._opening = asyncio.create_task(self._open(), name=f"executor {executor.executor_id}")
 
-    async def _outgoing(self) -> AsyncIterator[pb.ExecutorCommands]:
-        async for batch in self.outbox.batches():
-            yield pb.ExecutorCommands(commands=batch)
-
-    async def _read(self) -> None:
-        reason = "it closed its stream"
-        joiner = Joiner(pb.ExecutorEvent)
+    async def _open(self) -> None:
+        stub = pb_grpc.ExecutorStub(self._channel)
         try:
-            async for batch in self._stream:
-                for event in filter(None, map(joiner.join, batch.events)):
-                    self._server.on_executor_event(self.executor_id, event)
+            opening = stub.Control(pb.OpenStream(), metadata=self._server.metadata, timeout=_OPEN_SECONDS)
+            await open_offered(opening, self.stream)
         except grpc.aio.AioRpcError as error:
-            reason = f"its connection broke ({error.code().name})"
-        except InternalError as error:
-            logger.error("executor %s is given up: %s", self.executor_id, error)
-            reason = f"it did not keep to the protocol: {error}"
+            self._lost(f"it cannot be reached ({error.code().name})")
+        except LinkError as error:
+            self._lost(f"it cannot be reached ({error})")
+
+    def _take(self, event: pb.ExecutorEvent) -> None:
+        self._server.on_executor_event(self.executor_id, event)
+
+    def _lost(self, reason: str) -> None:
         logger.info("executor %s is gone: %s", self.executor_id, reason)
         self._server.handle(core.ExecutorRemoved(executor_id=self.executor_id, reason=reason))
 
     async def close(self) -> None:
         """Ends the stream."""
-        self.outbox.close()  # nobody waits for room in it any more
-        self._task.cancel()
+        self.stream.close()  # nobody waits for room in it any more
+        self._opening.cancel()
         await self._channel.close(None)
+
+
+class _ClientEnd:
+    """A client's stream."""
+
+    def __init__(self, server: SchedulerServer, client_id: ClientId) -> None:
+        self._server = server
+        self._client_id = client_id
+        self.stream = LoopStream(parsing(pb.ClientMessage, self._take), self._lost, max_unsent=_MAX_UNREAD_BYTES)
+        #: Set while nothing more is taken from the client.
+        self._waiting: asyncio.Task[None] | None = None
+
+    def _take(self, message: pb.ClientMessage) -> None:
+        self._server.take(self._client_id, message)
+        if self._waiting is None and self._server.must_wait(self._client_id, self.stream):
+            self.stream.pause()
+            self._waiting = asyncio.create_task(self._wait(), name=f"client {self._client_id} waits")
+
+    async def _wait(self) -> None:
+        # What a client queues without end, or never reads, holds up that client alone.
+        while self._server.must_wait(self._client_id, self.stream):
+            await self._server.room_for(self._client_id, self.stream)
+        self._waiting = None
+        self.stream.resume()
+
+    def _lost(self, reason: str) -> None:
+        if self._waiting is not None:
+            self._waiting.cancel()
+        self._server.client_gone(self._client_id, reason)
 
 
 class SchedulerServer(pb_grpc.SchedulerServicer):
     """See the module's docstring."""
 
-    def __init__(self, token: str, key: ClusterKey, policy: PolicyFactory, window: float) -> None:
+    def __init__(
+        self, token: str, key: ClusterKey, streams: StreamServer, policy: PolicyFactory, window: float
+    ) -> None:
         self.core = SchedulerState(policy, window)
         self.spans = RunSpans()
         #: Set before anything is served.
         self.order: OrderStream
         self._key = key
+        self._streams = streams
         self._loop = asyncio.get_running_loop()
         #: Wakes the core, if it wants to be.
         self._timer: asyncio.TimerHandle | None = None
@@ -98,7 +133,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         me = Caller(Role.SCHEDULER)
         self.metadata = metadata(token, me, key.secret_of(me))
         self._links: dict[str, _ExecutorLink] = {}
-        self._clients: dict[ClientId, Outbox[pb.SchedulerMessage]] = {}
+        self._clients: dict[ClientId, LoopStream] = {}
 
     def handle(self, event: core.Event) -> None:
         """Gives the core an event and carries out its commands."""
@@ -156,12 +191,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     def _send(self, executor_id: str, command: pb.ExecutorCommand) -> None:
         link = self._links.get(executor_id)
         if link is not None:
-            link.outbox.put(command)
+            link.stream.send(command.SerializeToString())
 
     def _tell(self, client_id: ClientId, message: pb.SchedulerMessage) -> None:
-        outbox = self._clients.get(client_id)
-        if outbox is not None:
-            outbox.put(message)
+        stream = self._clients.get(client_id)
+        if stream is not None:
+            stream.send(message.SerializeToString())
 
     def on_executor_event(self, executor_id: str, event: pb.ExecutorEvent) -> None:
         """Takes what an executor reports."""
@@ -189,67 +224,49 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 part = PartId(ProgramId(loaded.program_id), SliceId(loaded.slice_id))
                 self.handle(core.ProgramLoaded(executor_id=executor_id, part=part, failure=_failure(loaded)))
 
-    async def Connect(
-        self, request_iterator: AsyncIterator[pb.ClientMessages], context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.SchedulerMessages]:
+    async def Connect(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
         """A client's stream."""
-        first = await anext(aiter(request_iterator), None)
-        if first is None or not first.messages or not first.messages[0].HasField("hello"):
-            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the first message of a client is its hello")
-            return
         client_id = channel.caller(context, self._key).client_id
         if client_id in self._clients:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
-            return
-        outbox = self._clients[client_id] = Outbox(pb.SchedulerMessage, max_bytes=_MAX_UNREAD_BYTES)
-        reading = asyncio.create_task(
-            self._read_client(client_id, first.messages[1:], request_iterator, outbox), name=f"client {client_id}"
-        )
-        reading.add_done_callback(lambda _: outbox.close())
+        return offer(self._streams, self._loop, functools.partial(self._connected, client_id))
+
+    def _connected(self, client_id: ClientId) -> LoopStream:
+        if client_id in self._clients:
+            raise HandshakeError(f"client {client_id} is connected already")
+        stream = self._clients[client_id] = _ClientEnd(self, client_id).stream
         logger.info("client %d connected; waiting for its programs", client_id)
-        try:
-            async for batch in outbox.batches():
-                yield pb.SchedulerMessages(messages=batch)
-            reading.result()  # what was not foreseen breaks the stream
-        finally:
-            reading.cancel()
-            del self._clients[client_id]
-            self.handle(core.ClientGone(client_id=client_id))
-            self.order.client_gone(client_id)
-            logger.info("client %d is gone", client_id)
+        return stream
 
-    async def _read_client(
-        self,
-        client_id: ClientId,
-        first: Sequence[pb.ClientMessage],
-        batches: AsyncIterator[pb.ClientMessages],
-        outbox: Outbox[pb.SchedulerMessage],
-    ) -> None:
-        joiner = Joiner(pb.ClientMessage)
-        try:
-            self._take(client_id, first)
-            async for batch in batches:
-                self._take(client_id, filter(None, map(joiner.join, batch.messages)))
-                # What a client queues without end, or never reads, holds up that client alone.
-                await outbox.room()
-                await self._room_for(client_id)
-                for executor_id in self.core.executors_of(client_id):
-                    if executor_id in self._links:
-                        await self._links[executor_id].outbox.room()
-        except InternalError as error:
-            logger.error("client %d is given up: %s", client_id, error)
-            failure = convert.failure_to_proto(failure_from(error))
-            self._tell(client_id, pb.SchedulerMessage(client_failure=pb.ClientFailure(failure=failure)))
+    def client_gone(self, client_id: ClientId, reason: str) -> None:
+        """Forgets a client whose stream has ended."""
+        del self._clients[client_id]
+        self.handle(core.ClientGone(client_id=client_id))
+        self.order.client_gone(client_id)
+        logger.info("client %d is gone: %s", client_id, reason)
 
-    async def _room_for(self, client_id: ClientId) -> None:
-        """Waits until not too much is held for a client."""
-        if self.core.admission.held_bytes.get(client_id, 0) <= _MAX_HELD_BYTES:
-            return
-        room = self._held_room[client_id] = asyncio.Event()
-        try:
-            await room.wait()
-        finally:
-            del self._held_room[client_id]
+    def must_wait(self, client_id: ClientId, stream: LoopStream) -> bool:
+        """Whether nothing more is to be taken from a client for now."""
+        return self._holds_too_much(client_id) or any(item.is_full for item in self._ways_of(client_id, stream))
+
+    async def room_for(self, client_id: ClientId, stream: LoopStream) -> None:
+        """Waits until some of what a client must wait for is over."""
+        if self._holds_too_much(client_id):
+            room = self._held_room[client_id] = asyncio.Event()
+            try:
+                await room.wait()
+            finally:
+                del self._held_room[client_id]
+        for item in self._ways_of(client_id, stream):
+            await item.room()
+
+    def _holds_too_much(self, client_id: ClientId) -> bool:
+        return self.core.admission.held_bytes.get(client_id, 0) > _MAX_HELD_BYTES
+
+    def _ways_of(self, client_id: ClientId, stream: LoopStream) -> list[LoopStream]:
+        """Returns the streams that a client's messages and the answers to them go on."""
+        executors = self.core.executors_of(client_id)
+        return [stream, *(self._links[name].stream for name in executors if name in self._links)]
 
     async def tell_held(self) -> None:
         """Tells executors, for ever, whose runs are held."""
@@ -265,17 +282,17 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                     self._send(executor_id, pb.ExecutorCommand(held_runs=pb.HeldRuns(client_ids=clients)))
             told = held
 
-    def _take(self, client_id: ClientId, messages: Iterable[pb.ClientMessage]) -> None:
-        for message in messages:
-            try:
-                check_message(client_id, message, self.core.owners)
-            except AccessDenied as error:
-                logger.warning("client %d is refused: %s", client_id, error)
-                self._refuse(client_id, message, convert.failure_to_proto(failure_from(error)))
-                continue
-            event = _client_event(client_id, message)
-            if event is not None:
-                self.handle(event)
+    def take(self, client_id: ClientId, message: pb.ClientMessage) -> None:
+        """Takes what a client says."""
+        try:
+            check_message(client_id, message, self.core.owners)
+        except AccessDenied as error:
+            logger.warning("client %d is refused: %s", client_id, error)
+            self._refuse(client_id, message, convert.failure_to_proto(failure_from(error)))
+            return
+        event = _client_event(client_id, message)
+        if event is not None:
+            self.handle(event)
 
     def _refuse(self, client_id: ClientId, message: pb.ClientMessage, failure: pb.Failure) -> None:
         """Answers a message that names what is another client's, where it is of a kind that is answered."""
@@ -494,7 +511,9 @@ async def serve(arguments: argparse.Namespace) -> None:
     token = channel.cluster_token()
     key = take_cluster_key()
     server = channel.make_server(token, key)
-    scheduler = SchedulerServer(token, key, find_policy(arguments.policy), arguments.window)
+    scheduler = SchedulerServer(
+        token, key, StreamServer(arguments.host), find_policy(arguments.policy), arguments.window
+    )
     scheduler.order = OrderStream(
         arguments.manager,
         scheduler.metadata,
@@ -502,7 +521,8 @@ async def serve(arguments: argparse.Namespace) -> None:
         lambda run_id: scheduler.handle(core.RunOrdered(run_id=run_id)),
     )
     # Before there are slices: from here on, no run that spans islands is ordered without this one.
-    tasks = [await scheduler.order.join(), asyncio.create_task(scheduler.tell_held(), name="held runs")]
+    await scheduler.order.join()
+    tasks = [asyncio.create_task(scheduler.tell_held(), name="held runs")]
     pb_grpc.add_SchedulerServicer_to_server(scheduler, server)
     address = await channel.start_server(server, arguments.host)
     with os.fdopen(arguments.ready_fd, "w") as pipe:

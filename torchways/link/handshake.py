@@ -1,6 +1,6 @@
 """How two processes prove to each other that they know their link's secret. Pure: bytes in, bytes out.
 
-The end with the larger id connects. Then four messages go to and fro:
+Four messages go to and fro:
 
     connecting -> accepting    magic, channel, both ids, a nonce
     connecting <- accepting    a nonce, proof
@@ -43,13 +43,12 @@ class Handshake:
         is_done: the other end has proved who it is.
     """
 
-    def __init__(self, me: str, key: bytes, peer: str, channel: int, num_wanted: int) -> None:
+    def __init__(self, me: str, peer: str, channel: int, num_wanted: int) -> None:
         self.me = me
         self.peer = peer
         self.channel = channel
         self.num_wanted = num_wanted
         self.is_done = False
-        self._key = key
         self._secret = b""
         self._message = bytearray()
         self._hello = b""
@@ -89,7 +88,7 @@ class Connecting(Handshake):
     """The end that connects; send `first` to begin."""
 
     def __init__(self, me: str, peer: str, channel: int, key: bytes) -> None:
-        super().__init__(me, key, peer, channel, 0)
+        super().__init__(me, peer, channel, 0)
         self._secret = link_secret(key, me, peer)
         mine, theirs = me.encode(), peer.encode()
         self._hello = _FIXED.pack(_MAGIC, channel, len(mine), len(theirs)) + mine + theirs
@@ -111,10 +110,15 @@ class Connecting(Handshake):
 
 
 class Accepting(Handshake):
-    """The end that is connected to. Once it is done, its shell must send ADMITTED or REFUSED."""
+    """The end that is connected to. Once it is done, its shell must send ADMITTED or REFUSED.
 
-    def __init__(self, me: str, key: bytes) -> None:
-        super().__init__(me, key, "", 0, 0)
+    Args:
+        key_of: returns the key that it has in common with who names itself so; raises HandshakeError if it has none.
+    """
+
+    def __init__(self, me: str, key_of: Callable[[str], bytes]) -> None:
+        super().__init__(me, "", 0, 0)
+        self._key_of = key_of
         self._expect(_FIXED.size, self._greeted)
 
     def _greeted(self, message: bytes) -> bytes:
@@ -134,9 +138,7 @@ class Accepting(Handshake):
             self.peer = ids[:num_theirs].decode()
         except UnicodeDecodeError:
             raise HandshakeError("its id is not UTF-8") from None
-        if self.peer <= self.me:
-            raise HandshakeError(f"it calls itself {self.peer!r}, which does not connect to {self.me}")
-        self._secret = link_secret(self._key, self.me, self.peer)
+        self._secret = link_secret(self._key_of(self.peer), self.me, self.peer)
         nonce = secrets.token_bytes(_NONCE_BYTES)
         self._nonces += nonce
         self._expect(_PROOF_BYTES, self._proved)

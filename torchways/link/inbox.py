@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import collections
 import os
+import select
 import selectors
 import socket
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+#: epoll's timeouts are rounded up to this; those of select, which can wait for what epoll waits for, are not.
+_EPOLL_SECONDS = 0.001
 
 
 class Inbox(Generic[T]):
@@ -20,7 +24,7 @@ class Inbox(Generic[T]):
 
     def __init__(self) -> None:
         self._items: collections.deque[T] = collections.deque()
-        self._selector = selectors.DefaultSelector()
+        self._selector = selectors.EpollSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake, selectors.EVENT_READ)
         self._sleeping = False
@@ -60,6 +64,9 @@ class Inbox(Generic[T]):
         self._sleeping = True
         if self._items:
             self._sleeping = False
+            timeout = 0
+        if timeout is not None and 0 < timeout < _EPOLL_SECONDS:
+            select.select([self._selector.fileno()], [], [], timeout)
             timeout = 0
         found = self._selector.select(timeout)
         self._sleeping = False

@@ -1,17 +1,20 @@
 """How links come up: a listener for the ends that connect, and the search for a peer from this end.
 
-A link has two connections, its channels. Each is authenticated for itself (handshake.py). Whoever connects and does not
-prove who it is costs its own connection: others are in handshake at the same time, each has a deadline, and where there
-are too many, the oldest goes. A peer whose connection went so connects again.
+The end with the larger id connects. A link has two connections, its channels. Each is authenticated for itself
+(handshake.py). Whoever connects and does not prove who it is costs its own connection: others are in handshake at the
+same time, each has a deadline, and where there are too many, the oldest goes. A peer whose connection went so connects
+again.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import selectors
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
 
@@ -36,22 +39,20 @@ class LinkError(Exception):
     """No link to a peer could be opened; says why."""
 
 
-class Listener:
-    """Where a process's peers connect: one socket, bound to one address, and a thread that does the handshakes.
+class Acceptor:
+    """Where others connect: one socket, bound to one address, and a thread that does the handshakes.
 
     Args:
-        me: id of this process.
+        me: id of this end.
         host: address to listen on, and no other.
-        key: the cluster's link key.
         stranger_seconds: how long a connection may take to prove who it is.
 
     Attributes:
         address: host:port.
     """
 
-    def __init__(self, me: str, host: str, key: bytes, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
+    def __init__(self, me: str, host: str, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
         self.me = me
-        self.key = key
         self._stranger_seconds = stranger_seconds
         self._socket = socket.create_server((host, 0), backlog=128)
         self._socket.setblocking(False)
@@ -60,20 +61,19 @@ class Listener:
         self._selector.register(self._socket, selectors.EVENT_READ)
         #: Connections in handshake and their deadlines (monotonic), oldest first.
         self._strangers: dict[socket.socket, tuple[Accepting, float]] = {}
-        #: What was admitted; None: the link has it.
-        self._admitted: dict[tuple[str, int], socket.socket | None] = {}
-        self._changed = threading.Condition()
-        threading.Thread(target=self._run, name="accept links", daemon=True).start()
+        threading.Thread(target=self._run, name=f"accept {me}", daemon=True).start()
 
-    def take(self, peer: str, timeout: float) -> list[socket.socket] | None:
-        """Waits for a peer's connections; returns one for each channel, or None after `timeout` seconds."""
-        keys = [(peer, channel) for channel in _CHANNELS]
-        with self._changed:
-            if not self._changed.wait_for(lambda: all(key in self._admitted for key in keys), timeout):
-                return None
-            taken = [self._admitted[key] for key in keys]
-            self._admitted.update(dict.fromkeys(keys))
-        return [connection for connection in taken if connection is not None]
+    def key_of(self, peer: str) -> bytes:
+        """Returns the key that this end has in common with who names itself so.
+
+        Raises:
+            HandshakeError: it has none.
+        """
+        raise NotImplementedError
+
+    def admit(self, peer: str, channel: int) -> Callable[[socket.socket], None] | None:
+        """Returns what takes a connection whose other end has proved who it is; None: it is refused."""
+        raise NotImplementedError
 
     # ---- the thread
 
@@ -109,7 +109,7 @@ class Listener:
         connection.setblocking(False)
         if len(self._strangers) >= _MAX_STRANGERS:
             self._dismiss(next(iter(self._strangers)), "there are too many others")
-        self._strangers[connection] = (Accepting(self.me, self.key), time.monotonic() + self._stranger_seconds)
+        self._strangers[connection] = (Accepting(self.me, self.key_of), time.monotonic() + self._stranger_seconds)
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _go_on(self, connection: socket.socket) -> None:
@@ -130,23 +130,67 @@ class Listener:
             self._dismiss(connection, str(error))
 
     def _admit(self, connection: socket.socket, handshake: Accepting) -> None:
-        key = (handshake.peer, handshake.channel)
-        if handshake.channel not in _CHANNELS or key in self._admitted:
+        take = self.admit(handshake.peer, handshake.channel)
+        if take is None:
             connection.send(REFUSED)
             self._dismiss(connection, f"{handshake.peer} needs no other for channel {handshake.channel}")
             return
         connection.send(ADMITTED)
         self._selector.unregister(connection)
         del self._strangers[connection]
-        with self._changed:
-            self._admitted[key] = connection
-            self._changed.notify_all()
+        tune(connection)
+        take(connection)
 
     def _dismiss(self, connection: socket.socket, reason: str) -> None:
         logger.info("closing a connection to %s: %s", self.address, reason)
         self._selector.unregister(connection)
         del self._strangers[connection]
         connection.close()
+
+
+class Listener(Acceptor):
+    """Where a process's peers connect for links.
+
+    Args:
+        key: the cluster's link key.
+    """
+
+    def __init__(self, me: str, host: str, key: bytes, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
+        self.key = key
+        #: What was admitted; None: it is on its way here, or the link has it.
+        self._admitted: dict[tuple[str, int], socket.socket | None] = {}
+        self._changed = threading.Condition()
+        super().__init__(me, host, stranger_seconds=stranger_seconds)
+
+    def take(self, peer: str, timeout: float) -> list[socket.socket] | None:
+        """Waits for a peer's connections; returns one for each channel, or None after `timeout` seconds."""
+        keys = [(peer, channel) for channel in _CHANNELS]
+        with self._changed:
+            if not self._changed.wait_for(lambda: all(self._admitted.get(key) for key in keys), timeout):
+                return None
+            taken = [self._admitted[key] for key in keys]
+            self._admitted.update(dict.fromkeys(keys))
+        return [connection for connection in taken if connection is not None]
+
+    def key_of(self, peer: str) -> bytes:
+        """See `Acceptor`."""
+        if peer <= self.me:
+            raise HandshakeError(f"it calls itself {peer!r}, which does not connect to {self.me}")
+        return self.key
+
+    def admit(self, peer: str, channel: int) -> Callable[[socket.socket], None] | None:
+        """See `Acceptor`."""
+        key = peer, channel
+        if channel not in _CHANNELS or key in self._admitted:
+            return None
+        self._admitted[key] = None
+
+        def keep(connection: socket.socket) -> None:
+            with self._changed:
+                self._admitted[key] = connection
+                self._changed.notify_all()
+
+        return keep
 
 
 def open_channels(listener: Listener, peer: str, address: str) -> list[socket.socket]:
@@ -162,15 +206,21 @@ def open_channels(listener: Listener, peer: str, address: str) -> list[socket.so
     if listener.me < peer:
         opened = _await(listener, peer, address, deadline)
     else:
-        opened = [_connect(listener, peer, channel, address, deadline) for channel in _CHANNELS]
-    for connection in opened:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        # A machine that is gone closes nothing: this notices it in some ten seconds.
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
-            if hasattr(socket, option):
-                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
+        opened = [
+            connect(functools.partial(Connecting, listener.me, peer, channel, listener.key), address, deadline)
+            for channel in _CHANNELS
+        ]
     return opened
+
+
+def tune(connection: socket.socket) -> None:
+    """Has a connection send at once, and notice in some ten seconds that the other machine is gone."""
+    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # A machine that is gone closes nothing.
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 2), ("TCP_KEEPCNT", 3)):
+        if hasattr(socket, option):
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
 def _await(listener: Listener, peer: str, address: str, deadline: float) -> list[socket.socket]:
@@ -187,7 +237,18 @@ def _await(listener: Listener, peer: str, address: str, deadline: float) -> list
     raise LinkError(f"it did not connect in {_OPEN_SECONDS:g} s")
 
 
-def _connect(listener: Listener, peer: str, channel: int, address: str, deadline: float) -> socket.socket:
+def connect(handshake: Callable[[], Connecting], address: str, deadline: float) -> socket.socket:
+    """Returns an authenticated connection to where somebody listens, for as long as that somebody lives.
+
+    Args:
+        handshake: returns this end's part, for each try.
+        address: host:port.
+        deadline: of the last try, monotonic seconds.
+
+    Raises:
+        LinkError: there is none.
+    """
+    seconds = deadline - time.monotonic()
     pause = _RETRY_SECONDS[0]
     while (left := deadline - time.monotonic()) > 0:
         try:
@@ -198,17 +259,19 @@ def _connect(listener: Listener, peer: str, channel: int, address: str, deadline
             raise LinkError(_unreachable(error)) from error
         try:
             connection.settimeout(left)
-            _shake_hands(connection, Connecting(listener.me, peer, channel, listener.key))
-            return connection
+            _shake_hands(connection, handshake())
         except HandshakeError as error:
             connection.close()
             raise LinkError(str(error)) from error
         except OSError as error:  # it may have had to make room among strangers; if it is gone, dialling tells
             connection.close()
-            logger.info("connecting to %s again: %s", peer, error)
+            logger.info("connecting to %s again: %s", address, error)
             time.sleep(pause)
             pause = min(2 * pause, _RETRY_SECONDS[1])
-    raise LinkError(f"it did not answer in {_OPEN_SECONDS:g} s")
+        else:
+            tune(connection)
+            return connection
+    raise LinkError(f"it did not answer in {seconds:.0f} s")
 
 
 def _dial(address: str, timeout: float) -> socket.socket:

@@ -1,6 +1,6 @@
 """The controller's ends of the services: plain values in and out, protobuf inside.
 
-All methods run on the session's event loop.
+All methods run on the session's event loop, unless they say otherwise.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import grpc.aio
 
 from torchways.errors import DeadlineExceeded, Failure, TorchwaysError
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
+from torchways.link.opening import LinkError
+from torchways.link.stream import LoopWaiter, Stream
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
@@ -26,7 +28,7 @@ from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
 from torchways.rpc.reads import ReadStream, ReadValue
 from torchways.rpc.spans import Span, collect, trace_responses
-from torchways.rpc.streams import Joiner, Outbox
+from torchways.rpc.streams import open_offered, parsing
 
 logger = logging.getLogger(__name__)
 
@@ -97,7 +99,7 @@ class ExecutorStatus:
         rss_bytes: resident memory of its process.
         num_buffers, buffer_bytes: logical buffers that clients hold, and their size.
         num_runs_in_flight: runs that have not finished.
-        num_messages, num_control_batches: commands received, and messages that carried them.
+        num_messages: commands received.
         fallback_counters: operators that torch-xla ran on the host, with their counts.
         waiting_for: what each run of this session in flight waits for, as text.
         budget_bytes, used_bytes: memory budget of a device (0 means no limit), and how much of it is used.
@@ -118,7 +120,6 @@ class ExecutorStatus:
     budget_bytes: int
     used_bytes: int
     client_bytes: dict[int, int]
-    num_control_batches: int
     num_compiled: int
     compile_seconds: float
     num_entries: dict[str, int]
@@ -286,57 +287,65 @@ class ManagerClient:
 
 
 class SchedulerClient:
-    """One island's gang scheduler: an ordered stream of messages out, completions in."""
+    """One island's gang scheduler: an ordered stream of messages out, completions in.
 
-    def __init__(self, address: str, metadata: Metadata) -> None:
-        self._channel = channel.open_channel(address)
-        self._outbox = Outbox(pb.ClientMessage)
-        self._metadata = metadata
-        self._stub = pb_grpc.SchedulerStub(self._channel)
-        self._stream = self._stub.Connect(self._outgoing(), metadata=metadata)
-        self._address = address
-        #: Messages sent so far, by kind; what a test counts.
-        self.num_sent: dict[str, int] = {}
-        #: Batches that they went in.
-        self.num_batches = 0
+    Args:
+        address: of its calls.
+        metadata: who calls.
+        on_program_ready: called with a program that is compiled everywhere, or why it is not.
+        on_run_finished: called with a run that is over, and its failure.
+        on_lost: called once, with the reason, when the stream ends otherwise than by `close`.
+    """
 
-    def send(self, message: pb.ClientMessage) -> None:
-        """Queues a message; order is kept."""
-        kind = message.WhichOneof("message") or ""
-        self.num_sent[kind] = self.num_sent.get(kind, 0) + 1
-        self._outbox.put(message)
-
-    def say_hello(self) -> None:
-        """Must be the first message."""
-        self.send(pb.ClientMessage(hello=pb.ClientHello()))
-
-    async def _outgoing(self) -> AsyncIterator[pb.ClientMessages]:
-        async for batch in self._outbox.batches():
-            self.num_batches += 1
-            yield pb.ClientMessages(messages=batch)
-
-    async def read(
+    def __init__(
         self,
+        address: str,
+        metadata: Metadata,
         on_program_ready: Callable[[ProgramId, Failure | None], None],
         on_run_finished: Callable[[RunId, Failure | None], None],
         on_lost: Callable[[str], None],
     ) -> None:
-        """Reads the stream until it ends; it ends by `close`, or because the scheduler is gone."""
-        joiner = Joiner(pb.SchedulerMessage)
+        self._channel = channel.open_channel(address)
+        self._metadata = metadata
+        self._stub = pb_grpc.SchedulerStub(self._channel)
+        self._address = address
+        self._on_program_ready = on_program_ready
+        self._on_run_finished = on_run_finished
+        self._on_lost = on_lost
+        waiter = LoopWaiter(asyncio.get_running_loop())
+        self._stream = Stream(waiter, parsing(pb.SchedulerMessage, self._take), self._lost)
+        #: Messages sent so far, by kind; what a test counts.
+        self.num_sent: dict[str, int] = {}
+
+    def send(self, message: pb.ClientMessage) -> None:
+        """Queues a message, which goes out with `flush`; order is kept. May be called on any thread."""
+        kind = message.WhichOneof("message") or ""
+        self.num_sent[kind] = self.num_sent.get(kind, 0) + 1
+        self._stream.send(message.SerializeToString())
+
+    def flush(self) -> None:
+        """Sends what is queued. On the main thread it must not be interrupted by signals; see `Stream`."""
+        self._stream.flush()
+
+    async def connect(self) -> None:
+        """Opens the stream. What is sent before goes out then."""
         try:
-            async for batch in self._stream:
-                for message in filter(None, map(joiner.join, batch.messages)):
-                    match message.WhichOneof("message"):
-                        case "run_finished":
-                            on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
-                        case "program_ready":
-                            ready = message.program_ready
-                            on_program_ready(ProgramId(ready.program_id), _failure(ready))
-                        case "client_failure":
-                            on_lost(message.client_failure.failure.message)
-            on_lost("the scheduler closed the stream")
+            connecting = self._stub.Connect(pb.OpenStream(), metadata=self._metadata, timeout=_CALL_SECONDS)
+            await open_offered(connecting, self._stream)
         except grpc.aio.AioRpcError as error:
-            on_lost(f"the gang scheduler at {self._address} cannot be reached ({error.code().name}: {error.details()})")
+            self._lost(f"{error.code().name}: {error.details()}")
+        except LinkError as error:
+            self._lost(str(error))
+
+    def _lost(self, reason: str) -> None:
+        self._on_lost(f"the gang scheduler at {self._address} cannot be reached ({reason})")
+
+    def _take(self, message: pb.SchedulerMessage) -> None:
+        match message.WhichOneof("message"):
+            case "run_finished":
+                self._on_run_finished(RunId(message.run_finished.run_id), _failure(message.run_finished))
+            case "program_ready":
+                self._on_program_ready(ProgramId(message.program_ready.program_id), _failure(message.program_ready))
 
     async def trace(self, since_ns: int) -> list[Span]:
         """Returns the spans that ended after a time, by our clock."""
@@ -344,8 +353,7 @@ class SchedulerClient:
 
     async def close(self) -> None:
         """Ends the stream."""
-        self._outbox.close()
-        self._stream.cancel()
+        self._stream.close()
         await self._channel.close(None)
 
 
@@ -442,7 +450,6 @@ class ExecutorClient:
             budget_bytes=status.budget_bytes,
             used_bytes=status.used_bytes,
             client_bytes=dict(status.client_bytes),
-            num_control_batches=status.num_control_batches,
             num_compiled=status.num_compiled,
             compile_seconds=status.compile_seconds,
             num_entries=dict(status.num_entries),

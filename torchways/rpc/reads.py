@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +11,11 @@ import grpc
 import grpc.aio
 
 from torchways.ids import BufferId
+from torchways.link.opening import LinkError
+from torchways.link.stream import LoopStream
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
-from torchways.rpc.streams import drained
+from torchways.rpc.streams import open_offered, parsing
 
 
 @dataclass(eq=False, slots=True)
@@ -40,8 +41,8 @@ class ReadStream:
         self._metadata = metadata
         self._numbers = itertools.count(1)
         self._waiting: dict[int, tuple[ReadValue, asyncio.Future[ReadValue]]] = {}
-        self._requests: asyncio.Queue[pb.ReadRequest | None] = asyncio.Queue()
-        self._receiving: asyncio.Task[None] | None = None
+        self._stream: LoopStream | None = None
+        self._opening: asyncio.Task[None] | None = None
 
     async def read(self, buffer_id: BufferId, *, only_ready: bool = False) -> ReadValue:
         """Waits for a buffer's value; with `only_ready`, for whether it is computed.
@@ -50,50 +51,51 @@ class ReadStream:
             TorchwaysError: the failure that the buffer is poisoned with.
             grpc.aio.AioRpcError: the executor cannot be reached.
         """
-        if self._receiving is None:
-            self._open()
+        stream = self._stream
+        if stream is None:
+            stream = self._stream = LoopStream(parsing(pb.ReadAnswer, self._take), self._lost)
+            self._opening = asyncio.create_task(self._open(stream), name="reads")
         number = next(self._numbers)
         future: asyncio.Future[ReadValue] = asyncio.get_running_loop().create_future()
         self._waiting[number] = ReadValue(), future
-        self._requests.put_nowait(pb.ReadRequest(read_id=number, buffer_id=buffer_id, only_ready=only_ready))
+        stream.send(pb.ReadRequest(read_id=number, buffer_id=buffer_id, only_ready=only_ready).SerializeToString())
         try:
             return await future
         finally:
             if self._waiting.pop(number, None) is not None:  # who waits gave up
-                self._requests.put_nowait(pb.ReadRequest(read_id=number, give_up=True))
+                stream.send(pb.ReadRequest(read_id=number, give_up=True).SerializeToString())
 
     def close(self) -> None:
         """Ends the stream, and the reads that wait."""
-        if self._receiving is not None:
-            self._receiving.cancel()
+        if self._opening is not None:
+            self._opening.cancel()
+        if self._stream is not None:
+            self._stream.close()
+        self._end(None)
 
-    def _open(self) -> None:
-        self._requests = asyncio.Queue()
-        stream = self._stub.ReadBuffers(_batches(self._requests), metadata=self._metadata)
-        self._receiving = asyncio.create_task(self._receive(stream))
-
-    async def _receive(self, stream: Any) -> None:
-        error: grpc.aio.AioRpcError | None = None
+    async def _open(self, stream: LoopStream) -> None:
         try:
-            async for batch in stream:
-                for answer in batch.answers:
-                    self._take(answer)
-            none = grpc.aio.Metadata()
-            error = grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, "the executor ended the stream", None)
-        except grpc.aio.AioRpcError as caught:
-            error = caught
-        finally:
-            stream.cancel()
-            self._receiving = None
-            self._requests.put_nowait(None)
-            waiting, self._waiting = self._waiting, {}
-            for _, future in waiting.values():
-                if future.done():
-                    continue
-                if error is not None:
-                    future.set_exception(error)
-                else:
-                    future.cancel()
+            await open_offered(self._stub.ReadBuffers(pb.OpenStream(), metadata=self._metadata), stream)
+        except grpc.aio.AioRpcError as error:
+            self._end(error)
+        except LinkError as error:
+            self._lost(str(error))
+
+    def _lost(self, reason: str) -> None:
+        none = grpc.aio.Metadata()
+        self._end(grpc.aio.AioRpcError(grpc.StatusCode.UNAVAILABLE, none, none, reason, None))
+
+    def _end(self, error: grpc.aio.AioRpcError | None) -> None:
+        """Ends the reads that wait: with an error, or as cancelled."""
+        self._stream = None
+        waiting, self._waiting = self._waiting, {}
+        for _, future in waiting.values():
+            if future.done():
+                continue
+            if error is not None:
+                future.set_exception(error)
+            else:
+                future.cancel()
 
     def _take(self, answer: pb.ReadAnswer) -> None:
         found = self._waiting.get(answer.read_id)
@@ -114,8 +116,3 @@ class ReadStream:
         if not value.dtype:
             value.ready = answer.ready
         future.set_result(value)
-
-
-async def _batches(requests: asyncio.Queue[pb.ReadRequest | None]) -> AsyncIterator[pb.ReadRequests]:
-    async for batch in drained(requests):
-        yield pb.ReadRequests(reads=batch)

@@ -30,32 +30,52 @@ else:
 DESCRIPTOR: _descriptor.FileDescriptor
 
 @_typing.final
-class Chunk(_message.Message):
+class OpenStream(_message.Message):
     """---------------------------------------------------------------- streams
 
-    Part of a serialized message of the stream that it comes on: a large message goes in chunks, with nothing between them
-    (rpc/streams.py).
+    A call that is answered with an offer opens a stream: messages both ways, in order, over a connection of its own
+    (link/stream.py). The two kinds of messages stand where the call is defined.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
 
-    DATA_FIELD_NUMBER: _builtins.int
-    IS_LAST_FIELD_NUMBER: _builtins.int
-    data: _builtins.bytes
-    is_last: _builtins.bool
     def __init__(
         self,
-        *,
-        data: _builtins.bytes = ...,
-        is_last: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "is_last", b"is_last"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___Chunk: _TypeAlias = Chunk  # noqa: Y015
+Global___OpenStream: _TypeAlias = OpenStream  # noqa: Y015
+
+@_typing.final
+class StreamOffer(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    NAME_FIELD_NUMBER: _builtins.int
+    SECRET_FIELD_NUMBER: _builtins.int
+    address: _builtins.str
+    """host:port"""
+    name: _builtins.str
+    secret: _builtins.bytes
+    """what both ends of the connection prove that they know"""
+    def __init__(
+        self,
+        *,
+        address: _builtins.str = ...,
+        name: _builtins.str = ...,
+        secret: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "name", b"name", "secret", b"secret"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StreamOffer: _TypeAlias = StreamOffer  # noqa: Y015
 
 @_typing.final
 class TensorSpec(_message.Message):
@@ -231,34 +251,31 @@ class AttachRequest(_message.Message):
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
 
 @_typing.final
-class OrderEvents(_message.Message):
+class OrderRunsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    EVENTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___OrderEvent]: ...
+    ISLAND_ID_FIELD_NUMBER: _builtins.int
+    island_id: _builtins.int
+    """the scheduler's"""
     def __init__(
         self,
         *,
-        events: _abc.Iterable[Global___OrderEvent] | None = ...,
+        island_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["island_id", b"island_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___OrderEvents: _TypeAlias = OrderEvents  # noqa: Y015
+Global___OrderRunsRequest: _TypeAlias = OrderRunsRequest  # noqa: Y015
 
 @_typing.final
 class OrderEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    JOINED_FIELD_NUMBER: _builtins.int
     ASK_FIELD_NUMBER: _builtins.int
     CLIENT_GONE_FIELD_NUMBER: _builtins.int
-    joined: _builtins.int
-    """always the first: the scheduler's island"""
     client_gone: _builtins.int
     """a client's stream has ended"""
     @_builtins.property
@@ -266,15 +283,14 @@ class OrderEvent(_message.Message):
     def __init__(
         self,
         *,
-        joined: _builtins.int = ...,
         ask: Global___AskOrder | None = ...,
         client_gone: _builtins.int = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event", "joined", b"joined"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event", "joined", b"joined"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ask", b"ask", "client_gone", b"client_gone", "event", b"event"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["joined", "ask", "client_gone"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["ask", "client_gone"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -1919,41 +1935,15 @@ class ClientShare(_message.Message):
 Global___ClientShare: _TypeAlias = ClientShare  # noqa: Y015
 
 @_typing.final
-class ClientMessages(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MESSAGES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___ClientMessage]: ...
-    def __init__(
-        self,
-        *,
-        messages: _abc.Iterable[Global___ClientMessage] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ClientMessages: _TypeAlias = ClientMessages  # noqa: Y015
-
-@_typing.final
 class ClientMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    HELLO_FIELD_NUMBER: _builtins.int
     REGISTER_PROGRAM_FIELD_NUMBER: _builtins.int
     RUN_PROGRAM_FIELD_NUMBER: _builtins.int
     RELEASE_BUFFERS_FIELD_NUMBER: _builtins.int
     FORGET_PROGRAM_FIELD_NUMBER: _builtins.int
     CLOSE_SLICE_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
     CANCEL_RUNS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def hello(self) -> Global___ClientHello:
-        """always the first"""
-
     @_builtins.property
     def register_program(self) -> Global___RegisterProgram: ...
     @_builtins.property
@@ -1967,45 +1957,26 @@ class ClientMessage(_message.Message):
     @_builtins.property
     def close_slice(self) -> Global___CloseSlice: ...
     @_builtins.property
-    def chunk(self) -> Global___Chunk: ...
-    @_builtins.property
     def cancel_runs(self) -> Global___CancelRuns: ...
     def __init__(
         self,
         *,
-        hello: Global___ClientHello | None = ...,
         register_program: Global___RegisterProgram | None = ...,
         run_program: Global___RunProgram | None = ...,
         release_buffers: Global___ReleaseBuffers | None = ...,
         forget_program: Global___ForgetProgram | None = ...,
         close_slice: Global___CloseSlice | None = ...,
-        chunk: Global___Chunk | None = ...,
         cancel_runs: Global___CancelRuns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "close_slice", b"close_slice", "forget_program", b"forget_program", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "chunk", b"chunk", "close_slice", b"close_slice", "forget_program", b"forget_program", "hello", b"hello", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_runs", b"cancel_runs", "close_slice", b"close_slice", "forget_program", b"forget_program", "message", b"message", "register_program", b"register_program", "release_buffers", b"release_buffers", "run_program", b"run_program"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["hello", "register_program", "run_program", "release_buffers", "forget_program", "close_slice", "chunk", "cancel_runs"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["register_program", "run_program", "release_buffers", "forget_program", "close_slice", "cancel_runs"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
 Global___ClientMessage: _TypeAlias = ClientMessage  # noqa: Y015
-
-@_typing.final
-class ClientHello(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    def __init__(
-        self,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ClientHello: _TypeAlias = ClientHello  # noqa: Y015
 
 @_typing.final
 class RegisterProgram(_message.Message):
@@ -2728,33 +2699,11 @@ class CloseSlice(_message.Message):
 Global___CloseSlice: _TypeAlias = CloseSlice  # noqa: Y015
 
 @_typing.final
-class SchedulerMessages(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    MESSAGES_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def messages(self) -> _containers.RepeatedCompositeFieldContainer[Global___SchedulerMessage]: ...
-    def __init__(
-        self,
-        *,
-        messages: _abc.Iterable[Global___SchedulerMessage] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["messages", b"messages"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___SchedulerMessages: _TypeAlias = SchedulerMessages  # noqa: Y015
-
-@_typing.final
 class SchedulerMessage(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROGRAM_READY_FIELD_NUMBER: _builtins.int
     RUN_FINISHED_FIELD_NUMBER: _builtins.int
-    CLIENT_FAILURE_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_ready(self) -> Global___ProgramReady:
         """every executor of the island has compiled it"""
@@ -2763,25 +2712,17 @@ class SchedulerMessage(_message.Message):
     def run_finished(self) -> Global___RunFinished:
         """the island's part of the run is over, well or not"""
 
-    @_builtins.property
-    def client_failure(self) -> Global___ClientFailure:
-        """the client's stream is unusable from here"""
-
-    @_builtins.property
-    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
         program_ready: Global___ProgramReady | None = ...,
         run_finished: Global___RunFinished | None = ...,
-        client_failure: Global___ClientFailure | None = ...,
-        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "client_failure", b"client_failure", "message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["message", b"message", "program_ready", b"program_ready", "run_finished", b"run_finished"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["program_ready", "run_finished", "client_failure", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_message: _TypeAlias = _typing.Literal["program_ready", "run_finished"]  # noqa: Y015
     _WhichOneofArgType_message: _TypeAlias = _typing.Literal["message", b"message"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_message) -> _WhichOneofReturnType_message | None: ...
 
@@ -2836,26 +2777,6 @@ class RunFinished(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunFinished: _TypeAlias = RunFinished  # noqa: Y015
-
-@_typing.final
-class ClientFailure(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    FAILURE_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def failure(self) -> Global___Failure: ...
-    def __init__(
-        self,
-        *,
-        failure: Global___Failure | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ClientFailure: _TypeAlias = ClientFailure  # noqa: Y015
 
 @_typing.final
 class AddSliceRequest(_message.Message):
@@ -2986,26 +2907,6 @@ class RemoveExecutorResponse(_message.Message):
 Global___RemoveExecutorResponse: _TypeAlias = RemoveExecutorResponse  # noqa: Y015
 
 @_typing.final
-class ExecutorCommands(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    COMMANDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def commands(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorCommand]: ...
-    def __init__(
-        self,
-        *,
-        commands: _abc.Iterable[Global___ExecutorCommand] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["commands", b"commands"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExecutorCommands: _TypeAlias = ExecutorCommands  # noqa: Y015
-
-@_typing.final
 class ExecutorCommand(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -3017,7 +2918,6 @@ class ExecutorCommand(_message.Message):
     GRANT_FIELD_NUMBER: _builtins.int
     SET_GRANTS_NEEDED_FIELD_NUMBER: _builtins.int
     DROP_SLICE_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
     CANCEL_RUN_FIELD_NUMBER: _builtins.int
     HELD_RUNS_FIELD_NUMBER: _builtins.int
     @_builtins.property
@@ -3037,8 +2937,6 @@ class ExecutorCommand(_message.Message):
     @_builtins.property
     def drop_slice(self) -> Global___DropSlice: ...
     @_builtins.property
-    def chunk(self) -> Global___Chunk: ...
-    @_builtins.property
     def cancel_run(self) -> Global___CancelRun: ...
     @_builtins.property
     def held_runs(self) -> Global___HeldRuns: ...
@@ -3053,15 +2951,14 @@ class ExecutorCommand(_message.Message):
         grant: Global___Grant | None = ...,
         set_grants_needed: Global___SetGrantsNeeded | None = ...,
         drop_slice: Global___DropSlice | None = ...,
-        chunk: Global___Chunk | None = ...,
         cancel_run: Global___CancelRun | None = ...,
         held_runs: Global___HeldRuns | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "chunk", b"chunk", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "chunk", "cancel_run", "held_runs"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "cancel_run", "held_runs"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -3332,26 +3229,6 @@ class DropClient(_message.Message):
 Global___DropClient: _TypeAlias = DropClient  # noqa: Y015
 
 @_typing.final
-class ExecutorEvents(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    EVENTS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ExecutorEvent]: ...
-    def __init__(
-        self,
-        *,
-        events: _abc.Iterable[Global___ExecutorEvent] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ExecutorEvents: _TypeAlias = ExecutorEvents  # noqa: Y015
-
-@_typing.final
 class ExecutorEvent(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -3360,7 +3237,6 @@ class ExecutorEvent(_message.Message):
     UNIT_READY_FIELD_NUMBER: _builtins.int
     UNIT_PASSED_FIELD_NUMBER: _builtins.int
     IDLE_FIELD_NUMBER: _builtins.int
-    CHUNK_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def program_loaded(self) -> Global___ProgramLoaded: ...
     @_builtins.property
@@ -3371,8 +3247,6 @@ class ExecutorEvent(_message.Message):
     def unit_passed(self) -> Global___UnitPassed: ...
     @_builtins.property
     def idle(self) -> Global___Idle: ...
-    @_builtins.property
-    def chunk(self) -> Global___Chunk: ...
     def __init__(
         self,
         *,
@@ -3381,13 +3255,12 @@ class ExecutorEvent(_message.Message):
         unit_ready: Global___UnitReady | None = ...,
         unit_passed: Global___UnitPassed | None = ...,
         idle: Global___Idle | None = ...,
-        chunk: Global___Chunk | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["chunk", b"chunk", "event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["event", b"event", "idle", b"idle", "program_loaded", b"program_loaded", "run_ended", b"run_ended", "unit_passed", b"unit_passed", "unit_ready", b"unit_ready"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_passed", "idle", "chunk"]  # noqa: Y015
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["program_loaded", "run_ended", "unit_ready", "unit_passed", "idle"]  # noqa: Y015
     _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
 
@@ -3581,26 +3454,6 @@ class PutResponse(_message.Message):
 Global___PutResponse: _TypeAlias = PutResponse  # noqa: Y015
 
 @_typing.final
-class ReadRequests(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    READS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def reads(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadRequest]: ...
-    def __init__(
-        self,
-        *,
-        reads: _abc.Iterable[Global___ReadRequest] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["reads", b"reads"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadRequests: _TypeAlias = ReadRequests  # noqa: Y015
-
-@_typing.final
 class ReadRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -3630,26 +3483,6 @@ class ReadRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReadRequest: _TypeAlias = ReadRequest  # noqa: Y015
-
-@_typing.final
-class ReadAnswers(_message.Message):
-    DESCRIPTOR: _descriptor.Descriptor
-
-    ANSWERS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def answers(self) -> _containers.RepeatedCompositeFieldContainer[Global___ReadAnswer]: ...
-    def __init__(
-        self,
-        *,
-        answers: _abc.Iterable[Global___ReadAnswer] | None = ...,
-    ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
-    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answers", b"answers"]  # noqa: Y015
-    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
-
-Global___ReadAnswers: _TypeAlias = ReadAnswers  # noqa: Y015
 
 @_typing.final
 class ReadAnswer(_message.Message):
@@ -4024,7 +3857,6 @@ class ExecutorStatus(_message.Message):
     BUDGET_BYTES_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     CLIENT_BYTES_FIELD_NUMBER: _builtins.int
-    NUM_CONTROL_BATCHES_FIELD_NUMBER: _builtins.int
     NUM_COMPILED_FIELD_NUMBER: _builtins.int
     COMPILE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_ENTRIES_FIELD_NUMBER: _builtins.int
@@ -4041,8 +3873,6 @@ class ExecutorStatus(_message.Message):
     """of device memory, a device; 0: no limit"""
     used_bytes: _builtins.int
     """of it"""
-    num_control_batches: _builtins.int
-    """Control messages received; several commands may share one"""
     num_compiled: _builtins.int
     """compiled functions since the start"""
     compile_seconds: _builtins.float
@@ -4081,7 +3911,6 @@ class ExecutorStatus(_message.Message):
         budget_bytes: _builtins.int = ...,
         used_bytes: _builtins.int = ...,
         client_bytes: _abc.Mapping[_builtins.int, _builtins.int] | None = ...,
-        num_control_batches: _builtins.int = ...,
         num_compiled: _builtins.int = ...,
         compile_seconds: _builtins.float = ...,
         num_entries: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
@@ -4089,7 +3918,7 @@ class ExecutorStatus(_message.Message):
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_control_batches", b"num_control_batches", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "stalls", b"stalls", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "stalls", b"stalls", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -508,10 +508,10 @@ class RunOrderStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.OrderRuns = channel.stream_stream(
+        self.OrderRuns = channel.unary_unary(
                 '/torchways.v1.RunOrder/OrderRuns',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderEvents.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderRunsRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
                 _registered_method=True)
 
 
@@ -519,8 +519,9 @@ class RunOrderServicer:
     """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
     """
 
-    def OrderRuns(self, request_iterator, context):
-        """A scheduler's stream: it asks for places. The first answer is empty.
+    def OrderRuns(self, request, context):
+        """A scheduler's stream: it asks for places (OrderEvent, OrderedRuns). From its opening on no run that spans islands is
+        ordered without this one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -529,10 +530,10 @@ class RunOrderServicer:
 
 def add_RunOrderServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'OrderRuns': grpc.stream_stream_rpc_method_handler(
+            'OrderRuns': grpc.unary_unary_rpc_method_handler(
                     servicer.OrderRuns,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderEvents.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderRunsRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -547,7 +548,7 @@ class RunOrder:
     """
 
     @staticmethod
-    def OrderRuns(request_iterator,
+    def OrderRuns(request,
             target,
             options=(),
             channel_credentials=None,
@@ -557,12 +558,12 @@ class RunOrder:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/torchways.v1.RunOrder/OrderRuns',
-            torchways_dot_rpc_dot_torchways__pb2.OrderEvents.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.OrderedRuns.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.OrderRunsRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -755,10 +756,10 @@ class SchedulerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Connect = channel.stream_stream(
+        self.Connect = channel.unary_unary(
                 '/torchways.v1.Scheduler/Connect',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessages.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
                 _registered_method=True)
         self.AddSlice = channel.unary_unary(
                 '/torchways.v1.Scheduler/AddSlice',
@@ -797,9 +798,8 @@ class SchedulerServicer:
 
     """
 
-    def Connect(self, request_iterator, context):
-        """One stream for each client. Messages of one client keep their order.
-        A batch is what was to be said while the one before was on its way.
+    def Connect(self, request, context):
+        """One stream for each client (ClientMessage, SchedulerMessage).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -849,10 +849,10 @@ class SchedulerServicer:
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Connect': grpc.stream_stream_rpc_method_handler(
+            'Connect': grpc.unary_unary_rpc_method_handler(
                     servicer.Connect,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ClientMessages.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
             ),
             'AddSlice': grpc.unary_unary_rpc_method_handler(
                     servicer.AddSlice,
@@ -898,7 +898,7 @@ class Scheduler:
     """
 
     @staticmethod
-    def Connect(request_iterator,
+    def Connect(request,
             target,
             options=(),
             channel_credentials=None,
@@ -908,12 +908,12 @@ class Scheduler:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/torchways.v1.Scheduler/Connect',
-            torchways_dot_rpc_dot_torchways__pb2.ClientMessages.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.SchedulerMessages.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1098,20 +1098,20 @@ class ExecutorStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Control = channel.stream_stream(
+        self.Control = channel.unary_unary(
                 '/torchways.v1.Executor/Control',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
                 _registered_method=True)
         self.PutBuffer = channel.stream_unary(
                 '/torchways.v1.Executor/PutBuffer',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.FromString,
                 _registered_method=True)
-        self.ReadBuffers = channel.stream_stream(
+        self.ReadBuffers = channel.unary_unary(
                 '/torchways.v1.Executor/ReadBuffers',
-                request_serializer=torchways_dot_rpc_dot_torchways__pb2.ReadRequests.SerializeToString,
-                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.FromString,
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
                 _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/torchways.v1.Executor/GetStatus',
@@ -1140,8 +1140,8 @@ class ExecutorServicer:
 
     """
 
-    def Control(self, request_iterator, context):
-        """The island's scheduler holds one stream open; only it orders computations.
+    def Control(self, request, context):
+        """The island's scheduler holds one stream open (ExecutorCommand, ExecutorEvent); only it orders computations.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1154,8 +1154,9 @@ class ExecutorServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
-    def ReadBuffers(self, request_iterator, context):
-        """A client holds one stream of reads open. Each value comes when it is computed, so in any order, and in chunks.
+    def ReadBuffers(self, request, context):
+        """A client holds one stream of reads open (ReadRequest, ReadAnswer). Each value comes when it is computed, so in any
+        order, and in chunks.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -1191,20 +1192,20 @@ class ExecutorServicer:
 
 def add_ExecutorServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Control': grpc.stream_stream_rpc_method_handler(
+            'Control': grpc.unary_unary_rpc_method_handler(
                     servicer.Control,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
             ),
             'PutBuffer': grpc.stream_unary_rpc_method_handler(
                     servicer.PutBuffer,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.SerializeToString,
             ),
-            'ReadBuffers': grpc.stream_stream_rpc_method_handler(
+            'ReadBuffers': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadBuffers,
-                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.ReadRequests.FromString,
-                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.SerializeToString,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
             ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
@@ -1240,7 +1241,7 @@ class Executor:
     """
 
     @staticmethod
-    def Control(request_iterator,
+    def Control(request,
             target,
             options=(),
             channel_credentials=None,
@@ -1250,12 +1251,12 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/torchways.v1.Executor/Control',
-            torchways_dot_rpc_dot_torchways__pb2.ExecutorCommands.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.ExecutorEvents.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
             options,
             channel_credentials,
             insecure,
@@ -1294,7 +1295,7 @@ class Executor:
             _registered_method=True)
 
     @staticmethod
-    def ReadBuffers(request_iterator,
+    def ReadBuffers(request,
             target,
             options=(),
             channel_credentials=None,
@@ -1304,12 +1305,12 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.stream_stream(
-            request_iterator,
+        return grpc.experimental.unary_unary(
+            request,
             target,
             '/torchways.v1.Executor/ReadBuffers',
-            torchways_dot_rpc_dot_torchways__pb2.ReadRequests.SerializeToString,
-            torchways_dot_rpc_dot_torchways__pb2.ReadAnswers.FromString,
+            torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
             options,
             channel_credentials,
             insecure,

@@ -183,7 +183,7 @@ def test_a_listener_that_is_not_the_peer_is_found_out():
 
     def answer():
         connection, _ = impostor.accept()
-        end = Accepting("a", bytes(32))
+        end = Accepting("a", lambda _: bytes(32))
         while end.num_wanted != 32 or not end.peer:
             connection.sendall(end.receive(connection.recv(end.num_wanted)))
         connection.recv(100)
@@ -194,6 +194,14 @@ def test_a_listener_that_is_not_the_peer_is_found_out():
     b.send("a", 1, (0, 0, 0), b"secret")
     assert b.lost.get(timeout=TIMEOUT) == ("a", "it does not know the link's secret")
     assert b.sent.get(timeout=TIMEOUT) == "it does not know the link's secret"
+
+
+@pytest.mark.parametrize("name", ["a", "A"])
+def test_only_ends_with_larger_ids_connect(name):
+    a = End("a")
+    connection, end = dial(a), Connecting(name, "a", PROMPT, KEY)
+    connection.sendall(end.first)
+    assert is_closed(connection)
 
 
 def raw_peer(a, name="b"):
