@@ -113,7 +113,8 @@ class Stream:
 
     def send(self, message: bytes) -> None:
         """Queues a message, which goes out with `flush`. One step to signals; may be called on any thread."""
-        self._unsent.append(message)
+        if not self._has_ended:
+            self._unsent.append(message)
 
     def flush(self) -> None:
         """Sends what is queued, as far as the connection takes it; the rest follows. May be called on any thread.
