@@ -48,6 +48,10 @@ class ClusterConfig:
     client_memory: int | None = None
     """Bytes of them that one client's arrays and runs may occupy. A client that has reached this waits until it has
     given something back, and no other waits with it. If None, one client may have all."""
+    client_programs: int = 1 << 30
+    """Bytes of registered programs (graphs and plans, as they are sent) that one client may have on an executor. A
+    program above that is refused as one that cannot be compiled. Traces that are not used any more are given back
+    (`max_variants`)."""
     memory_wait: timedelta = timedelta(seconds=60)
     """How long a computation may wait for memory when nothing is running that could free any. Then it fails."""
     stall_warning: timedelta = timedelta(seconds=30)
@@ -87,6 +91,8 @@ class ClusterConfig:
             raise ConfigError(f"memory_budget must be at least 1 byte, not {self.memory_budget!r}")
         if self.client_memory is not None and self.client_memory < 1:
             raise ConfigError(f"client_memory must be at least 1 byte, not {self.client_memory!r}")
+        if self.client_programs < 1:
+            raise ConfigError(f"client_programs must be at least 1 byte, not {self.client_programs!r}")
         if self.platform not in PLATFORMS:
             raise ConfigError(f"platform must be one of {', '.join(PLATFORMS)}, not {self.platform!r}")
         if self.scheduling not in SCHEDULING:

@@ -1,5 +1,6 @@
 """Clients that want the same devices: shares, limits, cancelled runs, and nobody who is held up by another."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -11,7 +12,7 @@ import torch
 
 import torchways as tw
 from torchways.config import ClusterConfig
-from torchways.errors import ConfigError, ResourceExhausted, RunCancelled
+from torchways.errors import ConfigError, RemoteError, ResourceExhausted, RunCancelled
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.operator import OperatorAccess, ask
@@ -73,6 +74,29 @@ def environment():
 def session(environment):
     with tw.init():
         yield tw
+
+
+def test_a_clients_programs_have_a_limit(monkeypatch):
+    """What is above it is refused where it would be compiled; what waits for it elsewhere fails, and others go on."""
+    tw.shutdown()
+    cluster = start_cluster(ClusterConfig(islands=2, devices_per_island=1, client_programs=5_000))
+    monkeypatch.setenv("TORCHWAYS_ADDRESS", cluster.address)
+    monkeypatch.setenv(TOKEN_VARIABLE, cluster.token)
+    with contextlib.closing(cluster), tw.init():
+        one, two = (tw.init_device_mesh((1,), mesh_dim_names=("x",), island=island) for island in range(2))
+        small = tw.program(lambda x: x + 1, mesh=two)
+        x = tw.distribute_tensor(torch.ones(3), one)
+
+        def long(x):
+            for number in range(400):
+                x = x * number + 1
+            return tw.redistribute(x, two) + 1
+
+        failing = tw.program(long)(x)
+        with pytest.raises(RemoteError, match=r"this cluster allows one client 5,000 .*client_programs"):
+            failing.cpu()
+        assert small(torch.ones(3)).tolist() == [2.0] * 3
+        assert tw.program(lambda x: x * 2)(x).tolist() == [2.0] * 3
 
 
 def floods(environment, *weights):

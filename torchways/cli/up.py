@@ -56,6 +56,13 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     sharing.add_argument(
         "--client-memory", type=int, metavar="BYTES", help="of a device that one client may have (default: all)"
     )
+    sharing.add_argument(
+        "--client-programs",
+        type=int,
+        default=1 << 30,
+        metavar="BYTES",
+        help="of programs that one client may have on an executor (default: 1 GiB)",
+    )
     sharing.add_argument("--max-weight", type=float, default=16.0, help="largest weight of a client (default: 16)")
     sharing.add_argument("--max-priority", type=int, default=10, help="highest priority of a client (default: 10)")
     sharing.add_argument(
@@ -129,6 +136,7 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
         log_dir=os.path.abspath(log_dir) if log_dir else None,
         memory_budget=parsed.memory_budget,
         client_memory=parsed.client_memory,
+        client_programs=parsed.client_programs,
         policy=parsed.policy,
         window=timedelta(seconds=parsed.window),
         stall_warning=timedelta(seconds=parsed.stall_warning),

@@ -34,7 +34,7 @@ from torchways.executor.stalls import Stalls, action_text
 from torchways.executor.state import ExecutorState
 from torchways.executor.transfer import DataPlane, Outgoing
 from torchways.executor.value_checks import describe_bad, wait_computed
-from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
+from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId, owner
 from torchways.ir.part import ComputeInstruction
 from torchways.link.inbox import Inbox
 from torchways.rpc import convert
@@ -68,6 +68,7 @@ class Engine:
         link_key: the cluster's.
         budget_bytes: device memory, bytes a device; 0: no limit.
         client_bytes: of it, what one client may have; 0: no limit.
+        client_programs: bytes of programs, as they are sent, that one client may have.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
         gang: "", "leader" or "member"; see `ExecutorState`.
         stall_warning: seconds without progress after which a run is named in a warning.
@@ -85,6 +86,7 @@ class Engine:
         link_key: bytes,
         budget_bytes: int = 0,
         client_bytes: int = 0,
+        client_programs: int = 1 << 30,
         memory_wait: float = 60.0,
         gang: str = "",
         stall_warning: float = 30.0,
@@ -104,6 +106,7 @@ class Engine:
         self._stalls_checked = 0.0
         self.num_devices = num_devices
         self._memory_wait = memory_wait
+        self._client_programs = client_programs
         self._is_gang = bool(gang)
         self._report = report
         self._events: list[pb.ExecutorEvent] = []
@@ -281,7 +284,7 @@ class Engine:
                 case events.Deliver():
                     self._deliver(command)
                 case events.Compile():
-                    self.compiler.submit(functools.partial(self._compile, command.program))
+                    self._compile_soon(command.program)
                 case events.Unload():
                     del self._codes[command.part]
                 case events.ReportEnded():
@@ -335,6 +338,21 @@ class Engine:
             if peer != self.executor_id:
                 self.data_plane.connect(peer, address)
         self._handle(events.ProgramArrived(program=program))
+
+    def _compile_soon(self, program: LoadedProgram) -> None:
+        client_id = owner(program.part.program_id)
+        mine = sum(code.nbytes for part, code in self._codes.items() if owner(part.program_id) == client_id)
+        if mine <= self._client_programs:
+            self.compiler.submit(functools.partial(self._compile, program))
+            return
+        code = self._codes[program.part]
+        message = (
+            f"{program.name} has {code.nbytes:,} bytes of graphs and plans, with which its client has {mine:,} here; "
+            f"this cluster allows one client {self._client_programs:,} on an executor (client_programs). Call fewer "
+            "programs, or with fewer shapes; those that Python drops are given back"
+        )
+        code.drop_graphs()
+        self.post(events.ProgramCompiled(part=program.part, failure=self.failure("RemoteError", message)))
 
     def _compile(self, program: LoadedProgram) -> None:
         """Compiles a program; on the compiler's thread."""

@@ -29,6 +29,7 @@ class PartCode:
         calls: by number of the unit, the computations of each unit that computes; empty until they are compiled.
         compiled_ns: when they were; Unix time.
         schedules: by number of a pipeline's loop, the name of its schedule.
+        nbytes: of all of it, as it was sent.
     """
 
     functions: Sequence[Function]
@@ -37,6 +38,7 @@ class PartCode:
     calls: dict[int, list[Call]] = field(default_factory=dict)
     compiled_ns: int = 0
     schedules: Mapping[int, str] = field(default_factory=dict)
+    nbytes: int = 0
 
     def drop_graphs(self) -> None:
         """Forgets the graphs, which the runtime has read."""
@@ -86,4 +88,5 @@ def read_program(
         limit_bytes=budget_bytes // num_slices,
     )
     peers = [(peer.executor_id, peer.data_address) for peer in program.peers]
-    return loaded, PartCode(functions=part.functions, slots=slots, peers=peers, schedules=schedules)
+    nbytes = program.ByteSize()
+    return loaded, PartCode(functions=part.functions, slots=slots, peers=peers, schedules=schedules, nbytes=nbytes)

@@ -291,6 +291,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         link_key=executor.key.derive("links"),
         budget_bytes=arguments.budget_bytes,
         client_bytes=arguments.client_bytes,
+        client_programs=arguments.client_programs,
         memory_wait=arguments.memory_wait,
         gang=arguments.gang,
         stall_warning=arguments.stall_warning,
@@ -345,6 +346,7 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--budget-bytes", type=int, default=0)
     parser.add_argument("--client-bytes", type=int, default=0)
+    parser.add_argument("--client-programs", type=int, default=1 << 30)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--stall-warning", type=float, default=30.0)
     parser.add_argument("--gang", choices=["", "leader", "member"], default="")

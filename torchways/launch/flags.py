@@ -19,6 +19,7 @@ def flags(config: ClusterConfig) -> list[str]:
         *("--host", config.host),
         *("--budget-bytes", str(config.budget_bytes)),
         *("--client-bytes", str(config.client_memory or 0)),
+        *("--client-programs", str(config.client_programs)),
         *("--memory-wait", str(config.memory_wait.total_seconds())),
         *("--stall-warning", str(config.stall_warning.total_seconds())),
         *("--executor-idle", str(config.executor_idle.total_seconds())),
@@ -44,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--host", default="127.0.0.1")
     result.add_argument("--budget-bytes", type=int, default=0)
     result.add_argument("--client-bytes", type=int, default=0)
+    result.add_argument("--client-programs", type=int, default=1 << 30)
     result.add_argument("--memory-wait", type=float, default=60.0)
     result.add_argument("--stall-warning", type=float, default=30.0)
     result.add_argument("--executor-idle", type=float, default=60.0)

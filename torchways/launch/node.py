@@ -281,6 +281,7 @@ class NodeAgent:
             *("--platform", self._arguments.platform),
             *("--budget-bytes", str(self._arguments.budget_bytes)),
             *("--client-bytes", str(self._arguments.client_bytes)),
+            *("--client-programs", str(self._arguments.client_programs)),
             *("--memory-wait", str(self._arguments.memory_wait)),
             *("--stall-warning", str(self._arguments.stall_warning)),
         ]
