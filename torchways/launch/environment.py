@@ -26,11 +26,26 @@ _OFF = (
 _TPU_FIRST_PORT, _TPU_NUM_PORTS = 8476, 2048
 
 
+def _num_threads(num_devices: int, num_local_devices: int) -> int:
+    """Returns the size of an executor's pool of XLA threads, over which each kernel is spread.
+
+    More threads than cores cost time: a third of a step with 32 for four devices on two cores, and a sixth with two for
+    each of two executors of one device. One device has no collectives, so its part of the cores is enough. With more,
+    collectives of several executions in flight may take all threads of a smaller pool, wait for each other, and XLA
+    aborts the process after ten seconds: two threads a device ran all soaks.
+    """
+    num_cores = os.cpu_count() or 1
+    if num_devices == 1:
+        return max(1, num_cores // num_local_devices)
+    return max(2 * num_devices, num_cores)
+
+
 def executor_environment(
     platform: str,
     device_indices: Sequence[int],
     base: Mapping[str, str],
     *,
+    num_local_devices: int = 1,
     host_number: int = 0,
     addresses: Sequence[str] = (),
 ) -> dict[str, str]:
@@ -39,6 +54,7 @@ def executor_environment(
     Args:
         platform: "cpu", "tpu" or "simulated".
         device_indices: the island's devices that its PJRT client shall have.
+        num_local_devices: CPU devices of this machine, in all executors, which share its cores.
         host_number: which of its slice's hosts it is.
         addresses: "host:port" of each of the slice's hosts (`tpu_addresses`), for TPU slices of several; there, a host
             has as many devices as any other, and hosts stand in a line along the first dimension of the topology.
@@ -49,12 +65,7 @@ def executor_environment(
     environment.setdefault("OMP_NUM_THREADS", "1")
     # XLA's C++ log: errors only.
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    # Size of XLA's thread pool, over which each kernel is spread: more threads than cores cost time (a third of a step
-    # with 32 for four devices on two cores). One device has no collectives, and a thread a core is enough. With more,
-    # collectives of several executions in flight may take all threads of a smaller pool, wait for each other, and XLA
-    # aborts the process after ten seconds: two threads a device ran all soaks.
-    num_devices = len(device_indices)
-    environment.setdefault("NPROC", str(max(2 * num_devices if num_devices > 1 else 2, os.cpu_count() or 1)))
+    environment.setdefault("NPROC", str(_num_threads(len(device_indices), num_local_devices)))
     # Threads that launch computations; idle ones of a large pool wake each other and spin.
     environment.setdefault("XLA_THREAD_POOL_SIZE", "4")
     # torch-xla cannot be told to forget a compiled function: a smaller cache than its own, of 2,048, bounds the memory

@@ -295,6 +295,7 @@ class NodeAgent:
             self._arguments.platform,
             order.device_indices,
             {**os.environ, **simulator},
+            num_local_devices=self._arguments.islands * self._arguments.devices_per_island,
             host_number=list(order.gang).index(order.executor_id),
             addresses=tpu_addresses(self._arguments.host, order.set_number, len(order.gang)),
         )

@@ -15,8 +15,10 @@ def test_cpu_executors_have_as_many_virtual_devices_as_their_slice():
     assert environment["PATH"] == "/bin"
     assert environment["XLA_FLAGS"] == "--xla_cpu_enable_fast_min_max=false --xla_cpu_use_xnnpack=false"
     assert executor_environment("cpu", range(16), {})["NPROC"] == str(max(32, os.cpu_count()))  # two threads a device
-    # Without collectives, a thread a core is enough.
-    assert executor_environment("cpu", [0], {})["NPROC"] == str(max(2, os.cpu_count()))
+    # One device has no collectives: its part of the cores.
+    assert executor_environment("cpu", [0], {})["NPROC"] == str(os.cpu_count())
+    assert executor_environment("cpu", [0], {}, num_local_devices=os.cpu_count())["NPROC"] == "1"
+    assert executor_environment("cpu", [0], {}, num_local_devices=1000)["NPROC"] == "1"
 
 
 def test_tpu_executors_see_the_chips_of_their_slice():
