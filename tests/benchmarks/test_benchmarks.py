@@ -21,9 +21,14 @@ ROOT = Path(__file__).parents[2]
             "dispatch",
             ["--hosts", "1", "--systems", "torchways", "torch-xla", "--seconds", "0.05"],
             "rows",
-            marks=pytest.mark.slow,  # `smallest` starts both, too
+            marks=pytest.mark.slow,
         ),
-        ("smallest_torch-xla_compiled", ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"], "rows"),
+        pytest.param(
+            "smallest_torch-xla_compiled",
+            ["--hosts", "1", "--loops", "1,2", "--seconds", "0.05"],
+            "rows",
+            marks=pytest.mark.slow,
+        ),
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
         pytest.param("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
@@ -31,16 +36,27 @@ ROOT = Path(__file__).parents[2]
         pytest.param(
             "pipeline", ["--quick", "--parts", "training", "--seconds", "0.05"], "rows", marks=pytest.mark.slow
         ),
-        (
+        pytest.param(
             "pipeline",
             ["--parts", "simulated", "--slices", "2", "--pass-seconds", "0.002", "--calls", "1"],
             "simulated",
+            marks=pytest.mark.slow,
         ),
-        ("generation", ["--hidden", "64", "--layers", "1", "--batches", "1", "--chunks", "4", "--tokens", "5"], "rows"),
-        ("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows"),
+        pytest.param(
+            "generation",
+            ["--hidden", "64", "--layers", "1", "--batches", "1", "--chunks", "4", "--tokens", "5"],
+            "rows",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows", marks=pytest.mark.slow),
         ("conditions", ["--layers", "1"], "rows"),
         ("transfer", ["--sizes", "4096"], "latency"),
-        ("checkpoints", ["--sizes", "nano", "--batch", "2", "--length", "16", "--steps", "2"], "rows"),
+        pytest.param(
+            "checkpoints",
+            ["--sizes", "nano", "--batch", "2", "--length", "16", "--steps", "2"],
+            "rows",
+            marks=pytest.mark.slow,
+        ),
         ("tenancy", ["throughput", "--clients", "1,2", "--lengths", "0.3", "--seconds", "0.3"], "throughput"),
         pytest.param(
             "tenancy", ["shares", "latency", "start", "--share-seconds", "6"], "shares", marks=pytest.mark.slow

@@ -84,7 +84,7 @@ def clients(environment, count):
 
 
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("computations", [40, pytest.param(1000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("computations", [10, pytest.param(1000, marks=pytest.mark.slow)])
 def test_computations_of_three_clients_over_four_hosts_never_deadlock(tmp_path, computations):
     with island("gang", tmp_path) as environment, clients(environment, computations) as running:
         printed = [client.communicate(timeout=200 + computations) for client in running]

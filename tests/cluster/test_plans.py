@@ -81,7 +81,10 @@ def test_a_plan_agrees_with_eager(cluster, shape, name):
     mesh.close()
 
 
-@pytest.mark.parametrize("name", MAIN)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "GPT2LMHeadModel")) for name in MAIN],
+)
 @pytest.mark.parametrize(
     ("shape", "plan"),
     [

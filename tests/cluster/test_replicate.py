@@ -64,9 +64,7 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize(
-    "way", [pytest.param(way, marks=[pytest.mark.slow] * (way in ("split parameters", "microbatches"))) for way in WAYS]
-)
+@pytest.mark.parametrize("way", [pytest.param(way, marks=[pytest.mark.slow] * (way != "batch")) for way in WAYS])
 def test_losses_over_twenty_steps_are_those_of_the_module(cluster, way):
     make_meshes, split, plan, count = WAYS[way]
     torch.manual_seed(0)

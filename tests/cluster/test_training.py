@@ -135,6 +135,7 @@ def test_a_first_run_says_what_it_took(cluster, meshes, caplog):
     assert re.search(r"<lambda>: traced \d+\.\d s, compiled \d+\.\d s \(1 function\), first run \d+\.\d s", caplog.text)
 
 
+@pytest.mark.slow  # what is left behind, test_leaks.py counts
 def test_memory_is_flat(cluster, meshes):
     """Parameters and optimizer state are donated: step 80 needs no more memory than step 20."""
     model = split(GPT(TINY), meshes)
