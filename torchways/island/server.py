@@ -247,7 +247,10 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
 
     def must_wait(self, client_id: ClientId, stream: LoopStream) -> bool:
         """Whether nothing more is to be taken from a client for now."""
-        return self._holds_too_much(client_id) or any(item.is_full for item in self._ways_of(client_id, stream))
+        if stream.is_full or self._holds_too_much(client_id):
+            return True
+        full = {name for name, link in self._links.items() if link.stream.is_full}
+        return bool(full) and not full.isdisjoint(self.core.executors_of(client_id))
 
     async def room_for(self, client_id: ClientId, stream: LoopStream) -> None:
         """Waits until some of what a client must wait for is over."""
@@ -257,16 +260,13 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 await room.wait()
             finally:
                 del self._held_room[client_id]
-        for item in self._ways_of(client_id, stream):
-            await item.room()
+        await stream.room()
+        for name in self.core.executors_of(client_id):
+            if name in self._links:
+                await self._links[name].stream.room()
 
     def _holds_too_much(self, client_id: ClientId) -> bool:
         return self.core.admission.held_bytes.get(client_id, 0) > _MAX_HELD_BYTES
-
-    def _ways_of(self, client_id: ClientId, stream: LoopStream) -> list[LoopStream]:
-        """Returns the streams that a client's messages and the answers to them go on."""
-        executors = self.core.executors_of(client_id)
-        return [stream, *(self._links[name].stream for name in executors if name in self._links)]
 
     async def tell_held(self) -> None:
         """Tells executors, for ever, whose runs are held."""
