@@ -151,14 +151,18 @@ class Engine:
         self.call(lambda: self._cancel_fetch(fetch_id))
 
     def run(self, work: Callable[[], _T]) -> concurrent.futures.Future[_T]:
-        """Runs `work` on the engine's thread; returns its result."""
+        """Runs `work` on the engine's thread, unless what it returns is cancelled before."""
         future: concurrent.futures.Future[_T] = concurrent.futures.Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked waits no longer
             try:
-                future.set_result(work())
+                result = work()
             except Exception as error:
                 future.set_exception(error)
+            else:
+                future.set_result(result)
 
         self.inbox.put(run)
         return future
