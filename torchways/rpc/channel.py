@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 TOKEN_VARIABLE = "TORCHWAYS_TOKEN"
 
-#: A larger message is refused before it is parsed. What may be larger goes in chunks (streams.py, `PutBuffer`).
+#: A larger message is refused before it is parsed. What may be larger goes in chunks (`PutBuffer`) or on a stream.
 MAX_MESSAGE_BYTES = 8 << 20
 
 _OPTIONS: list[tuple[str, Any]] = [
