@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections import defaultdict
 from collections.abc import Sequence
 
 import grpc.aio
@@ -59,9 +58,6 @@ class RunOrderServer(pb_grpc.RunOrderServicer):
             self._tell(self._order.client_gone(island_id, ClientId(event.client_gone)))
 
     def _tell(self, ordered: Sequence[Ordered]) -> None:
-        by_island: dict[IslandId, list[RunId]] = defaultdict(list)
         for item in ordered:
-            by_island[item.island_id].append(item.run_id)
-        for island_id, run_ids in by_island.items():
-            if island_id in self._streams:
-                self._streams[island_id].send(pb.OrderedRuns(run_ids=run_ids).SerializeToString())
+            if item.island_id in self._streams:
+                self._streams[item.island_id].send(pb.OrderedRun(run_id=item.run_id).SerializeToString())

@@ -40,7 +40,7 @@ class OrderStream:
         self._island_id = island_id
         self._on_ordered = on_ordered
         self._stub = pb_grpc.RunOrderStub(channel.open_channel(address))
-        self._stream = LoopStream(parsing(pb.OrderedRuns, self._take), self._lost)
+        self._stream = LoopStream(parsing(pb.OrderedRun, self._take), self._lost)
 
     async def join(self) -> None:
         """Waits until the resource manager knows the island."""
@@ -62,9 +62,8 @@ class OrderStream:
         """A client will ask for nothing here any more."""
         self._stream.send(pb.OrderEvent(client_gone=client_id).SerializeToString())
 
-    def _take(self, message: pb.OrderedRuns) -> None:
-        for run_id in message.run_ids:
-            self._on_ordered(RunId(run_id))
+    def _take(self, message: pb.OrderedRun) -> None:
+        self._on_ordered(RunId(message.run_id))
 
     def _lost(self, reason: str) -> None:
         # The cluster is ending: our node agent sees the same.

@@ -329,24 +329,24 @@ class AskOrder(_message.Message):
 Global___AskOrder: _TypeAlias = AskOrder  # noqa: Y015
 
 @_typing.final
-class OrderedRuns(_message.Message):
+class OrderedRun(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
-    RUN_IDS_FIELD_NUMBER: _builtins.int
-    @_builtins.property
-    def run_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]: ...
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    """that is next"""
     def __init__(
         self,
         *,
-        run_ids: _abc.Iterable[_builtins.int] | None = ...,
+        run_id: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_ids", b"run_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
-Global___OrderedRuns: _TypeAlias = OrderedRuns  # noqa: Y015
+Global___OrderedRun: _TypeAlias = OrderedRun  # noqa: Y015
 
 @_typing.final
 class ClusterEvent(_message.Message):

@@ -520,7 +520,7 @@ class RunOrderServicer:
     """
 
     def OrderRuns(self, request, context):
-        """A scheduler's stream: it asks for places (OrderEvent, OrderedRuns). From its opening on no run that spans islands is
+        """A scheduler's stream: it asks for places (OrderEvent, OrderedRun). From its opening on no run that spans islands is
         ordered without this one.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
