@@ -53,14 +53,16 @@ tw.shutdown()
 @contextlib.contextmanager
 def cluster(policy: str = "proportional_share") -> Iterator[OperatorAccess]:
     """One island of one device, which computes on one thread, that clients join by the environment."""
-    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    # The flag alone does not do: XLA's own kernels for products are spread over NPROC threads.
+    os.environ.update(XLA_FLAGS="--xla_cpu_multi_thread_eigen=false", NPROC="1")
     started = start_cluster(ClusterConfig(islands=1, devices_per_island=1, policy=policy))
-    os.environ["TORCHWAYS_ADDRESS"], os.environ[TOKEN_VARIABLE] = started.address, started.token
+    os.environ.update({"TORCHWAYS_ADDRESS": started.address, TOKEN_VARIABLE: started.token})
     try:
         yield OperatorAccess(started.address, started.token)
     finally:
         started.close()
-        del os.environ["TORCHWAYS_ADDRESS"], os.environ[TOKEN_VARIABLE], os.environ["XLA_FLAGS"]
+        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE, "XLA_FLAGS", "NPROC"):
+            del os.environ[name]
 
 
 def start(specs: Sequence[SystemSpec]) -> list[System]:
