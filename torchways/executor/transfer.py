@@ -12,9 +12,10 @@ import torch
 
 from torchways.errors import Failure
 from torchways.ids import RunId
+from torchways.link.connection import Frame
 from torchways.link.frames import FrameError, Header, Limits
 from torchways.link.inbox import Inbox
-from torchways.link.link import SMALL_BYTES, Frame, Link
+from torchways.link.link import SMALL_BYTES, Link
 from torchways.link.opening import Listener
 
 _VALUE, _FAILURE = 0, 1

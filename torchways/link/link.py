@@ -1,35 +1,23 @@
 """A link: frames to and from one peer, over a connection for small frames and one for large ones.
 
-Small frames go from and to the thread that waits at the inbox; those that are ready at the same time go in one write.
-Large ones have a thread for each direction, which copies from and to where they lie without the GIL, and hold up no
-small ones. No send ever blocks, and both ends always drain both connections, so that no order of sends can deadlock.
-Frames of one connection keep their order.
+Small frames go from and to the thread that waits at the inbox (connection.py). Large ones have a thread for each
+direction, which copies from and to where they lie without the GIL, and hold up no small ones. Both ends always drain
+both connections, so that no order of sends can deadlock. Frames of one connection keep their order.
 
 Whatever is wrong with a link loses the link, with a reason, and nothing else.
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import logging
 import queue
-import selectors
 import socket
 import threading
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
-from torchways.link.frames import (
-    HEADER_BYTES,
-    FrameError,
-    FrameReader,
-    Header,
-    Label,
-    Limits,
-    decode_header,
-    encode_header,
-)
+from torchways.link.connection import Connection, Frame
+from torchways.link.frames import HEADER_BYTES, FrameError, Header, Limits, decode_header, encode_header
 from torchways.link.inbox import Inbox
 from torchways.link.opening import LinkError, Listener, open_channels
 
@@ -37,24 +25,8 @@ logger = logging.getLogger(__name__)
 
 #: A frame with a larger payload is a large one.
 SMALL_BYTES = 64 << 10
-_READ_BYTES = 256 << 10
 #: Once one connection has ended, how long what the peer sent before may be on its way on the other.
 _LAST_FRAMES_SECONDS = 2.0
-
-
-class Frame(NamedTuple):
-    """A frame to send.
-
-    Attributes:
-        kind, label: see `Header`.
-        payload: bytes that must not change until `on_sent`.
-        on_sent: called once, on some thread, with None or why it was not sent.
-    """
-
-    kind: int
-    label: Label
-    payload: memoryview
-    on_sent: Callable[[str | None], None] | None = None
 
 
 class Receiver(Protocol):
@@ -97,85 +69,55 @@ class Link:
         self._address = address
         self._inbox = inbox
         self._receiver = receiver
-        self._prompt: socket.socket | None = None
+        limits = {kind: min(limit, SMALL_BYTES) for kind, limit in receiver.limits.items()}
+        self._prompt = Connection(inbox, limits, self._on_small, self._lose, self._end)
         self._bulk: socket.socket | None = None
-        self._is_up = False
         #: Why the link is lost.
         self._broken: str | None = None
+        self._is_closed = False
         self._breaking = threading.Lock()
-        #: Why there is nothing more to read, of the connections of which there is not.
-        self._ended: dict[socket.socket, str] = {}
-        self._queued: collections.deque[Frame] = collections.deque()
-        self._unwritten = bytearray()
-        self._reader = FrameReader({kind: min(limit, SMALL_BYTES) for kind, limit in receiver.limits.items()})
-        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        #: Of its two connections, those on which nothing more comes.
+        self._num_ended = 0
         #: Large frames; None: there will be no more.
         self._large: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send_large, name=f"send to {peer}", daemon=True)
         threading.Thread(target=self._open, name=f"open link to {peer}", daemon=True).start()
 
     def send(self, frame: Frame) -> None:
-        """Queues a frame; it goes out with `flush` at the latest."""
-        self._queued.append(frame)
+        """Queues a frame; it goes out with `flush` at the latest, or fails then where the link is lost."""
+        if len(frame.payload) > SMALL_BYTES and not self._is_closed:
+            self._large.put(frame)
+        else:
+            self._prompt.add(frame)
 
     def flush(self) -> None:
-        """Sends what is queued, or fails it where the link is lost."""
-        if not self._queued or not (self._is_up or self._broken):
-            return
-        had_unwritten = bool(self._unwritten)
-        while self._queued:
-            frame = self._queued.popleft()
-            size = len(frame.payload)
-            if self._broken is None and size > SMALL_BYTES:
-                self._large.put(frame)
-                continue
-            if self._broken is None:
-                self._unwritten += encode_header(Header(frame.kind, frame.label, size))
-                self._unwritten += frame.payload
-            if frame.on_sent is not None:
-                frame.on_sent(self._broken)
-        if self._unwritten and not had_unwritten:
-            self._write()
+        """Sends what is queued."""
+        self._prompt.flush()
 
     # ---- opening and ending
 
     def _open(self) -> None:
         try:
-            self._prompt, self._bulk = open_channels(self._listener, self.peer, self._address)
+            prompt, self._bulk = open_channels(self._listener, self.peer, self._address)
         except LinkError as error:
             self._lose(str(error))
         except Exception as error:
             logger.exception("opening the link to %s failed", self.peer)
             self._lose(f"no link could be opened: {error}")
         else:
-            self._inbox.put(self._start)
-
-    def _start(self) -> None:
-        assert self._prompt is not None
-        assert self._bulk is not None
-        self._prompt.setblocking(False)
-        self._bulk.setblocking(True)
-        self._is_up = True
-        self._sender.start()
-        threading.Thread(target=self._receive_large, name=f"receive from {self.peer}", daemon=True).start()
-        self._watch()
-        self.flush()
-
-    def _watch(self) -> None:
-        if self._prompt is None or self._broken is not None:
+            self._bulk.setblocking(True)
+            self._sender.start()
+            threading.Thread(target=self._receive_large, name=f"receive from {self.peer}", daemon=True).start()
+            self._inbox.put(lambda: self._prompt.open(prompt))
             return
-        events = selectors.EVENT_WRITE if self._unwritten else 0
-        if self._prompt not in self._ended:
-            events |= selectors.EVENT_READ
-        if events:
-            self._inbox.watch(self._prompt, self._on_socket, events)
-        else:
-            self._inbox.unwatch(self._prompt)
+        self._sender.start()  # what is queued fails
 
-    def _end(self, connection: socket.socket, reason: str) -> None:
+    def _end(self, reason: str) -> None:
         """Notes that nothing more comes on a connection; what the peer sent before its end still counts."""
-        self._ended[connection] = reason
-        if len(self._ended) > 1:
+        with self._breaking:
+            self._num_ended += 1
+            is_over = self._num_ended > 1
+        if is_over:
             self._lose(reason)
             return
         timer = threading.Timer(_LAST_FRAMES_SECONDS, self._lose, [reason])
@@ -193,65 +135,24 @@ class Link:
         # No more than that: peers end with their slices too, and what waits for this one fails with the reason.
         logger.info("link to %s: %s", self.peer, reason)
         self._receiver.on_lost(self.peer, reason)
-        self._inbox.put(self._close)
+        self._inbox.put(lambda: self._close(reason))
 
-    def _close(self) -> None:
+    def _close(self, reason: str) -> None:
+        self._is_closed = True
         self._large.put(None)
-        if self._prompt is not None:
-            self._inbox.unwatch(self._prompt)
-            self._prompt.close()
-        self._unwritten.clear()
-        self.flush()
+        self._prompt.close(reason)
 
     # ---- small frames
 
-    def _on_socket(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._write()
-            self._watch()
-        if events & selectors.EVENT_READ and self._broken is None:
-            self._read()
-
-    def _write(self) -> None:
-        if self._prompt is None or self._broken is not None:
-            return
-        try:
-            written = self._prompt.send(self._unwritten)
-        except BlockingIOError:
-            written = 0
-        except OSError as error:
-            self._lose(f"sending failed: {error}")
-            return
-        del self._unwritten[:written]
-        if self._unwritten:
-            self._watch()
-
-    def _read(self) -> None:
-        assert self._prompt is not None
-        try:
-            size = self._prompt.recv_into(self._read_buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            size, reason = 0, f"the connection broke: {error}"
-        else:
-            reason = "the connection was closed"
-        if not size:
-            self._end(self._prompt, reason)
-            self._watch()
-            return
-        try:
-            for header, payload in self._reader.feed(self._read_buffer[:size]):
-                self._receiver.on_frame(self.peer, header, payload)
-        except FrameError as error:
-            self._lose(str(error))
+    def _on_small(self, header: Header, payload: bytearray) -> None:
+        self._receiver.on_frame(self.peer, header, payload)
 
     # ---- large frames
 
     def _send_large(self) -> None:
-        assert self._bulk is not None
         while (frame := self._large.get()) is not None:
             if self._broken is None:
+                assert self._bulk is not None
                 try:
                     header = Header(frame.kind, frame.label, len(frame.payload))
                     self._bulk.sendall(encode_header(header), socket.MSG_MORE)
@@ -275,9 +176,9 @@ class Link:
                     break
                 self._receiver.on_frame(self.peer, header, payload)
                 del payload, view
-            self._end(self._bulk, "the connection was closed")
+            self._end("the connection was closed")
         except OSError as error:
-            self._end(self._bulk, f"the connection broke: {error}")
+            self._end(f"the connection broke: {error}")
         except FrameError as error:
             self._lose(str(error))
         except Exception as error:  # no memory for it, or a bug of ours: nobody else would notice

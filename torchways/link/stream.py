@@ -10,18 +10,17 @@ The same stream serves a thread that waits at an `Inbox` and an asyncio loop (`L
 from __future__ import annotations
 
 import asyncio
-import collections
 import dataclasses
+import functools
 import logging
 import secrets
-import selectors
 import socket
-import threading
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
-from torchways.link.frames import FrameError, FrameReader, Header, encode_header
+from torchways.link.connection import Connection, Frame, LoopWaiter, Waiter
+from torchways.link.frames import FrameError, Header
 from torchways.link.handshake import Connecting, HandshakeError
 from torchways.link.opening import Acceptor, connect
 
@@ -32,9 +31,7 @@ _PART, _LAST = 0, 1
 PART_BYTES = 1 << 20
 #: The most that a message may come to: protobuf's own limit.
 MAX_MESSAGE_BYTES = (1 << 31) - 1
-#: Frames that are ready at the same time go out together, about so many bytes.
-_WRITE_BYTES = 256 << 10
-_READ_BYTES = 256 << 10
+_NOBODY = (0, 0, 0)
 
 #: What an accepting end calls itself.
 _ACCEPTING = "streams"
@@ -53,216 +50,49 @@ class Ticket(NamedTuple):
     secret: bytes
 
 
-class Waiter(Protocol):
-    """Where a thread waits for sockets and for work; as `Inbox`."""
-
-    def put(self, item: Callable[[], None], /) -> None:
-        """Has the waiting thread call something; may be called on any thread."""
-
-    def watch(self, watched: socket.socket, callback: Callable[[int], None], events: int) -> None:
-        """Calls back with the events that happen, of selectors.EVENT_READ and EVENT_WRITE, until `unwatch`."""
-
-    def unwatch(self, watched: socket.socket) -> None:
-        """Ends `watch`."""
-
-
-class Stream:
-    """One end of a stream. Methods are for the waiting thread unless they say otherwise.
-
-    What is sent before the stream is open goes out then.
+class Stream(Connection):
+    """One end of a stream: a connection whose messages may have any size.
 
     Args:
-        waiter: where that thread waits.
+        waiter: where the thread waits that its methods are for; see `Connection`.
         receive: takes each message that comes. It may raise FrameError: the message is wrong, which loses the stream.
         lost: called once, with the reason, when the stream ends otherwise than by `close`.
     """
 
     def __init__(self, waiter: Waiter, receive: Callable[[bytearray], None], lost: Callable[[str], None]) -> None:
-        self._waiter = waiter
-        self._receive = receive
-        self._lost = lost
-        self._socket: socket.socket | None = None
-        self._reader = FrameReader({_PART: PART_BYTES, _LAST: PART_BYTES})
-        self._read_buffer = memoryview(bytearray(_READ_BYTES))
+        super().__init__(waiter, {_PART: PART_BYTES, _LAST: PART_BYTES}, self._on_frame, lost)
+        self._take = receive
         #: The parts of the message that comes.
         self._joined = bytearray()
-        self._is_paused = False
-        #: What was sent; whoever takes from it holds the lock.
-        self._unsent: collections.deque[bytes] = collections.deque()
-        self._writing = threading.Lock()
-        #: Bytes of the first message that are in frames already, and frames that are not written.
-        self._num_begun = 0
-        self._unwritten = bytearray()
-        self._watches_room = False
-        self._has_ended = False
 
-    @property
-    def is_open(self) -> bool:
-        """Whether it has been opened, and has not ended."""
-        return self._socket is not None and not self._has_ended
+    def send(self, message: bytes, on_sent: Callable[[str | None], None] | None = None) -> None:
+        """Queues a message, which goes out with `flush`. One step to signals; may be called on any thread.
 
-    def open(self, connection: socket.socket) -> None:
-        """Takes its connection."""
-        if self._has_ended:  # before anybody came
-            connection.close()
-            return
-        connection.setblocking(False)
-        self._socket = connection
-        self._watch()
-        self.flush()
-
-    def send(self, message: bytes) -> None:
-        """Queues a message, which goes out with `flush`. One step to signals; may be called on any thread."""
-        if not self._has_ended:
-            self._unsent.append(message)
-
-    def flush(self) -> None:
-        """Sends what is queued, as far as the connection takes it; the rest follows. May be called on any thread.
-
-        On the main thread it must not be interrupted by signals.
+        Args:
+            message: the message.
+            on_sent: called once, on some thread, with None when all of it waits for the connection alone, or with why
+                it was not sent. Not called where the stream is closed already.
         """
-        if self._socket is None:
+        if self.is_closed:
             return
-        failed = ""
-        with self._writing:
-            if self._has_ended or self._watches_room:
+        size = len(message)
+        if size <= PART_BYTES:
+            self.add(Frame(_LAST, _NOBODY, message, on_sent))
+            return
+        view = memoryview(message)
+        frames = [Frame(_PART, _NOBODY, view[begin : begin + PART_BYTES]) for begin in range(0, size, PART_BYTES)]
+        frames[-1] = frames[-1]._replace(kind=_LAST, on_sent=on_sent)
+        self.add(*frames)
+
+    def _on_frame(self, header: Header, payload: bytearray) -> None:
+        if header.kind == _PART or self._joined:
+            if len(self._joined) + len(payload) > MAX_MESSAGE_BYTES:
+                raise FrameError(f"a message has more than {MAX_MESSAGE_BYTES:,} bytes")
+            self._joined += payload
+            if header.kind == _PART:
                 return
-            try:
-                self._write()
-            except OSError as error:
-                failed = f"its connection broke ({error})"
-            if self._unwritten and not failed:
-                self._watches_room = True
-                self._waiter.put(self._watch)
-        if failed:
-            self._waiter.put(lambda: self.lose(failed))
-
-    def pause(self) -> None:
-        """Takes nothing more from the other end until `resume`, but for what is here."""
-        self._is_paused = True
-        self._watch()
-
-    def resume(self) -> None:
-        """Ends `pause`."""
-        self._is_paused = False
-        self._watch()
-
-    def close(self) -> None:
-        """Ends the stream; what waits to be sent is not."""
-        with self._writing:
-            self._has_ended = True
-        if self._socket is not None:
-            self._waiter.unwatch(self._socket)
-            self._socket.close()
-        self._unsent.clear()
-        self._unwritten.clear()
-
-    def lose(self, reason: str) -> None:
-        """Ends the stream, and tells so."""
-        if not self._has_ended:
-            self.close()
-            self._lost(reason)
-
-    # ---- the connection
-
-    def _watch(self) -> None:
-        if self._socket is None or self._has_ended:
-            return
-        events = 0 if self._is_paused else selectors.EVENT_READ
-        if self._watches_room:
-            events |= selectors.EVENT_WRITE
-        if events:
-            self._waiter.watch(self._socket, self._on_socket, events)
-        else:
-            self._waiter.unwatch(self._socket)
-
-    def _on_socket(self, events: int) -> None:
-        if events & selectors.EVENT_WRITE:
-            self._watches_room = False
-            self.flush()
-            self._watch()
-        if events & selectors.EVENT_READ and self.is_open and not self._is_paused:
-            self._read()
-
-    def _read(self) -> None:
-        assert self._socket is not None
-        try:
-            size = self._socket.recv_into(self._read_buffer)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            self.lose(f"its connection broke ({error})")
-            return
-        if not size:
-            self.lose("it closed the connection")
-            return
-        try:
-            for header, payload in self._reader.feed(self._read_buffer[:size]):
-                if self._has_ended:
-                    return
-                if header.kind == _PART or self._joined:
-                    if len(self._joined) + len(payload) > MAX_MESSAGE_BYTES:
-                        raise FrameError(f"a message has more than {MAX_MESSAGE_BYTES:,} bytes")
-                    self._joined += payload
-                    if header.kind == _PART:
-                        continue
-                    payload, self._joined = self._joined, bytearray()
-                self._receive(payload)
-        except FrameError as error:
-            self.lose(f"it did not keep to the protocol: {error}")
-        except Exception as error:  # our bug: to go on would leave somebody waiting for ever
-            logger.exception("what came on a stream could not be taken")
-            self.lose(f"what it sent could not be taken: {error}")
-
-    def _write(self) -> None:
-        assert self._socket is not None
-        while self._unwritten or self._unsent:
-            while self._unsent and len(self._unwritten) < _WRITE_BYTES:
-                self._add_frame()
-            try:
-                written = self._socket.send(self._unwritten)
-            except BlockingIOError:
-                return
-            del self._unwritten[:written]
-
-    def _add_frame(self) -> None:
-        message, begun = self._unsent[0], self._num_begun
-        size = min(len(message) - begun, PART_BYTES)
-        is_last = begun + size == len(message)
-        self._unwritten += encode_header(Header(_LAST if is_last else _PART, (0, 0, 0), size))
-        self._unwritten += message if not begun and is_last else memoryview(message)[begun : begun + size]
-        self._num_begun = 0 if is_last else begun + size
-        if is_last:
-            self._unsent.popleft()
-            self._sent(len(message))
-
-    def _sent(self, size: int) -> None:
-        """A message of this size waits no more, but for the connection."""
-
-
-class LoopWaiter:
-    """An asyncio loop as a `Waiter`."""
-
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
-        self._loop = loop
-
-    def put(self, item: Callable[[], None], /) -> None:
-        self._loop.call_soon_threadsafe(item)
-
-    def watch(self, watched: socket.socket, callback: Callable[[int], None], events: int) -> None:
-        loop = self._loop
-        if events & selectors.EVENT_READ:
-            loop.add_reader(watched, callback, selectors.EVENT_READ)
-        else:
-            loop.remove_reader(watched)
-        if events & selectors.EVENT_WRITE:
-            loop.add_writer(watched, callback, selectors.EVENT_WRITE)
-        else:
-            loop.remove_writer(watched)
-
-    def unwatch(self, watched: socket.socket) -> None:
-        self._loop.remove_reader(watched)
-        self._loop.remove_writer(watched)
+            payload, self._joined = self._joined, bytearray()
+        self._take(payload)
 
 
 class LoopStream(Stream):
@@ -287,11 +117,11 @@ class LoopStream(Stream):
         self._has_room.set()
         self._is_flushing = False
 
-    def send(self, message: bytes) -> None:
+    def send(self, message: bytes) -> None:  # type: ignore[override]
         """Sends a message; on the loop. Those that are sent while it handles one event go out together."""
-        if self._has_ended:
+        if self.is_closed:
             return
-        super().send(message)
+        super().send(message, functools.partial(self._sent, len(message)))
         self.num_unsent += len(message)
         if self.num_unsent > self._max_unsent:
             self._has_room.clear()
@@ -309,17 +139,11 @@ class LoopStream(Stream):
         while self.is_full:  # others may wait for the same room
             await self._has_room.wait()
 
-    def close(self) -> None:
-        """See `Stream`."""
-        super().close()
-        self.num_unsent = 0
-        self._has_room.set()
-
     def _flush(self) -> None:
         self._is_flushing = False
         self.flush()
 
-    def _sent(self, size: int) -> None:
+    def _sent(self, size: int, _: str | None) -> None:
         self.num_unsent -= size
         if self.num_unsent <= self._max_unsent:
             self._has_room.set()

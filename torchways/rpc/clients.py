@@ -18,8 +18,9 @@ import grpc.aio
 
 from torchways.errors import DeadlineExceeded, Failure, TorchwaysError
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
+from torchways.link.connection import LoopWaiter
 from torchways.link.opening import LinkError
-from torchways.link.stream import LoopWaiter, Stream
+from torchways.link.stream import Stream
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb

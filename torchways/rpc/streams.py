@@ -8,8 +8,9 @@ from typing import TypeVar
 
 from google.protobuf.message import DecodeError, Message
 
+from torchways.link.connection import Waiter
 from torchways.link.frames import FrameError
-from torchways.link.stream import Stream, StreamServer, Ticket, Waiter, connect_stream
+from torchways.link.stream import Stream, StreamServer, Ticket, connect_stream
 from torchways.rpc import torchways_pb2 as pb
 
 _M = TypeVar("_M", bound=Message)

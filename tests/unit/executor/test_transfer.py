@@ -17,9 +17,10 @@ from tests.unit.link.inboxes import serve
 from torchways.errors import Failure
 from torchways.executor.transfer import DataPlane, Outgoing, decode_failure, encode_failure
 from torchways.ids import RunId
+from torchways.link.connection import Frame
 from torchways.link.frames import FrameError
 from torchways.link.inbox import Inbox
-from torchways.link.link import SMALL_BYTES, Frame
+from torchways.link.link import SMALL_BYTES
 
 KEY = bytes(range(32))
 
@@ -66,26 +67,6 @@ def test_values_and_failures_arrive_in_both_directions():
             assert torch.equal(arrived[run_id].view(value.dtype).reshape(value.shape), value)
         assert (arrived[99].kind, arrived[99].run_id) == ("RemoteError", 5)
         assert failure.message.startswith(arrived[99].message)
-
-
-def test_small_values_that_are_ready_together_share_a_write():
-    a, b = End("a"), End("b")
-    a.connect("b", b.plane.address)
-    b.connect("a", a.plane.address)
-    a.send("b", 0, torch.tensor(0))
-    assert a.sent.get(timeout=20) is None
-    link = a.plane._links["b"]
-    writes = []
-    link._write = lambda write=link._write: (writes.append(len(link._unwritten)), write())
-
-    def send_all():
-        for run_id in range(1, 1000):
-            a.plane.send("b", Outgoing(run_id=RunId(run_id), edge_id=0, phase=0, value=torch.tensor(run_id)))
-
-    a.inbox.put(send_all)
-    arrived = [b.arrived.get(timeout=20) for _ in range(1000)]
-    assert [int(value.view(torch.int64)) for *_, value in arrived] == list(range(1000))
-    assert len(writes) == 1
 
 
 def test_more_than_the_socket_takes_at_once():

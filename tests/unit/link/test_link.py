@@ -12,10 +12,11 @@ import psutil
 import pytest
 
 from tests.unit.link.inboxes import serve
+from torchways.link.connection import Frame
 from torchways.link.frames import FrameError, Header, encode_header
 from torchways.link.handshake import Accepting, Connecting, HandshakeError
 from torchways.link.inbox import Inbox
-from torchways.link.link import SMALL_BYTES, Frame, Link
+from torchways.link.link import SMALL_BYTES, Link
 from torchways.link.opening import BULK, PROMPT, LinkError, Listener, open_channels
 
 KEY = bytes(range(32))
