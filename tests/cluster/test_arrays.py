@@ -93,7 +93,7 @@ def test_a_placed_model_is_cast_on_its_slice(mesh, monkeypatch):
     torch.testing.assert_close(model(x).cpu(), plain(x).detach())
     for cast in (nn.Module.double, nn.Module.half, nn.Module.float, lambda module: module.to(torch.bfloat16)):
         with monkeypatch.context() as patch:
-            patch.setattr(type(_current()), "_fetch", None)  # whatever reads a value of a slice comes here
+            patch.setattr(type(_current()), "start_fetch", None)  # whatever reads a value of a slice comes here
             cast(model)
         cast(plain)
         assert (model[0].weight.mesh, model[0].weight.sharding) == (mesh, ("S(0)",))

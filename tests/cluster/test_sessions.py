@@ -69,3 +69,44 @@ def test_grpcs_support_of_forks_is_off_and_who_wanted_it_is_told(tmp_path):
     done, _ = run(script, tmp_path, GRPC_ENABLE_FORK_SUPPORT="1")
     assert done.stdout == "0\n"
     assert "torchways sets GRPC_ENABLE_FORK_SUPPORT=0" in done.stderr
+
+
+WAITING = """
+import threading, torch, torchways as tw
+def read(array):
+    try:
+        array.item()
+    except tw.errors.TorchwaysError as error:
+        print(type(error).__name__, flush=True)
+with tw.init(islands=1, devices_per_island=1):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+    slow = tw.function(lambda x: torch.linalg.matrix_power(x, 1 << 40).sum(), mesh=mesh)
+    known = tw.distribute_tensor(torch.ones(2), mesh)
+    known.cpu()
+    made = [slow(torch.eye(1500)) for _ in range(9)]
+    threads = [threading.Thread(target=read, args=(array,)) for array in made[-2:]]
+    for thread in threads:
+        thread.start()
+    known.cpu()  # behind their requests
+    END
+for thread in threads:
+    thread.join(60)
+    assert not thread.is_alive()
+"""
+
+
+def test_who_waits_in_another_thread_is_told_that_the_session_ends(tmp_path):
+    done, _ = run(WAITING.replace("END", "pass"), tmp_path)
+    assert (done.returncode, done.stdout) == (0, "SessionClosed\nSessionClosed\n"), done.stderr
+
+
+def test_who_waits_is_told_that_the_cluster_is_gone(tmp_path):
+    end = """
+    import os, signal
+    [pid] = [pid for name, pid in tw.cluster_info().processes if name.startswith("resource manager")]
+    os.kill(pid, signal.SIGKILL)
+    for thread in threads:
+        thread.join(60)"""
+    done, _ = run(WAITING.replace("    END", end), tmp_path)
+    assert "ClusterLost\n" in done.stdout, done.stderr
+    assert done.stdout in ("ClusterLost\n" * 2, "ClusterLost\nExecutorLost\n", "ExecutorLost\nClusterLost\n"), done

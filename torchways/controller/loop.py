@@ -24,6 +24,23 @@ _lock = threading.Lock()
 _shared: tuple[asyncio.AbstractEventLoop, int] | None = None
 
 
+def wait_for(future: concurrent.futures.Future[T], timeout: timedelta | None = None, what: str = "") -> T:
+    """Waits for a future's result; Ctrl-C ends the wait. In the end nothing is done for the future any more.
+
+    Raises:
+        DeadlineExceeded: `timeout` passed; the message names `what`.
+    """
+    try:
+        return result_of(future, None if timeout is None else timeout.total_seconds())
+    except concurrent.futures.TimeoutError as error:
+        if future.done() and not future.cancelled():
+            raise  # what it waits for raised it
+        raise DeadlineExceeded(f"waited {timeout} for {what or 'an answer'} in vain") from error
+    finally:
+        with uninterrupted():
+            future.cancel()
+
+
 class LoopThread:
     """A turn on the process's asyncio loop, which runs on a daemon thread of its own; one at a time."""
 
@@ -37,16 +54,7 @@ class LoopThread:
         Raises:
             DeadlineExceeded: `timeout` passed; the message names `what`.
         """
-        future = self.start(coroutine)
-        try:
-            return result_of(future, None if timeout is None else timeout.total_seconds())
-        except concurrent.futures.TimeoutError as error:
-            if future.done() and not future.cancelled():
-                raise  # the coroutine itself raised it
-            raise DeadlineExceeded(f"waited {timeout} for {what or 'an answer'} in vain") from error
-        finally:
-            with uninterrupted():
-                future.cancel()
+        return wait_for(self.start(coroutine), timeout, what)
 
     def start(self, coroutine: Coroutine[Any, Any, T]) -> concurrent.futures.Future[T]:
         """Runs a coroutine on the loop without waiting.

@@ -27,10 +27,18 @@ import torch
 
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
-from torchways.controller.loop import LoopThread
+from torchways.controller.loop import LoopThread, wait_for
 from torchways.controller.spans import ClientSpans
 from torchways.controller.value_checks import checks_values
-from torchways.errors import CaptureError, ClusterLost, ExecutorLost, Failure, PlacementError, TorchwaysError
+from torchways.errors import (
+    CaptureError,
+    ClusterLost,
+    ExecutorLost,
+    Failure,
+    PlacementError,
+    SessionClosed,
+    TorchwaysError,
+)
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId, client_range
 from torchways.ir.part import Arguments, SlicePart
 from torchways.ir.sizes import logical_bytes
@@ -55,6 +63,7 @@ from torchways.rpc.programs import (
     release_message,
     run_message,
 )
+from torchways.rpc.reads import ReadValue
 from torchways.rpc.spans import Span
 from torchways.signals import Waiting, if_interrupted, result_of
 
@@ -165,7 +174,6 @@ class Session:
     _waited_for: dict[ProgramId, _FirstRun] = field(default_factory=dict)
     #: Of compiled programs, from when they were sent until all executors had compiled them.
     _compile_seconds: dict[ProgramId, float] = field(default_factory=dict)
-    _lost_event: asyncio.Event | None = None
     _releases: dict[SliceId, list[BufferId]] = field(default_factory=lambda: defaultdict(list))
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
     _lock: threading.RLock = field(default_factory=threading.RLock)
@@ -181,7 +189,6 @@ class Session:
         self._next_id = first + 1
 
     async def _attach(self) -> None:
-        self._lost_event = asyncio.Event()
         name = f"{os.path.basename(sys.argv[0]) or 'python'} pid {os.getpid()}"
         reading = await self.manager.attach(
             name, self.share, self._on_executor_lost, self._on_cluster_lost, self.spans.since
@@ -211,6 +218,7 @@ class Session:
     async def _close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
+        self._end_reads(SessionClosed("the session was closed meanwhile"))
         closings = [client.close() for client in self._executors.values()]
         closings += [scheduler.close() for scheduler in self._schedulers.values()]
         closings.append(self.manager.close())
@@ -257,7 +265,9 @@ class Session:
             self._hold(scheduler.connect(), f"scheduler of island {address.island_id}")
         for executor in address.executors:
             if executor.executor_id not in self._executors:
-                self._executors[executor.executor_id] = ExecutorClient(executor, self.manager.metadata)
+                self._executors[executor.executor_id] = ExecutorClient(
+                    executor, self.manager.metadata, self._executor_error
+                )
         entry.executors = tuple(self._executors[executor.executor_id] for executor in address.executors)
         entry.address = address
 
@@ -341,6 +351,7 @@ class Session:
         in_use = {client.executor_id for item in self._slices.values() for client in item.executors}
         for client in entry.executors:
             if client.executor_id not in in_use and self._executors.pop(client.executor_id, None) is not None:
+                client.reads.close(PlacementError("the array's mesh was closed meanwhile: its buffers are gone"))
                 await client.close()
 
     def cluster_info(self) -> ClusterInfo:
@@ -411,12 +422,21 @@ class Session:
         check_open(self, "this array")
         reading = self.spans.waiting("read", "read an array", self.manager.client_id)
         with reading, if_interrupted(lambda: self.give_up(buffer)):
-            return self.loop.run(self._fetch(buffer), timeout, "an array's value")
+            return wait_for(self.start_fetch(buffer), timeout, "an array's value")
 
     def start_fetch(self, buffer: RemoteBuffer) -> concurrent.futures.Future[torch.Tensor]:
         """Starts waiting for a buffer's value."""
         check_open(self, "this array")
-        return self.loop.start(self._fetch(buffer))
+        entry = self._slices.get(buffer.mesh.slice_id)
+        if entry is None or not entry.executors:
+            raise PlacementError(f"the array's mesh {buffer.mesh} is closed: its buffers are gone")
+        if self.broken is not None:
+            raise self.broken
+        executor = entry.executors[0]
+        put = self._puts.get(buffer.buffer_id)
+        if put is not None:
+            return self.loop.start(self._fetch_put(put, executor, buffer.buffer_id))
+        return executor.reads.read(buffer.buffer_id, _tensor_of)
 
     def is_ready(self, buffer: RemoteBuffer) -> bool:
         """Whether a read would not wait for a computation."""
@@ -424,37 +444,23 @@ class Session:
         entry = self._slices.get(buffer.mesh.slice_id)
         if entry is None or not entry.executors or self.broken is not None:
             return True  # a read raises at once
+        asked = entry.executors[0].reads.read(buffer.buffer_id, lambda value: value.ready, only_ready=True)
         try:
-            return self.loop.run(entry.executors[0].is_ready(buffer.buffer_id), _CALL, "an executor")
-        except grpc.aio.AioRpcError:
+            return wait_for(asked, _CALL, "an executor")
+        except TorchwaysError:
             return True
 
-    async def _fetch(self, buffer: RemoteBuffer) -> torch.Tensor:
-        entry = self._slices.get(buffer.mesh.slice_id)
-        if entry is None or not entry.executors:
-            raise PlacementError(f"the array's mesh {buffer.mesh} is closed: its buffers are gone")
-        if self.broken is not None:
-            raise self.broken
-        put = self._puts.get(buffer.buffer_id)
+    async def _fetch_put(
+        self, put: concurrent.futures.Future[None], executor: ExecutorClient, buffer_id: BufferId
+    ) -> torch.Tensor:
+        """Waits for the value of a buffer that is on its way to its executor."""
         try:
-            if put is not None:
-                sent = asyncio.wrap_future(put)
-                sent.add_done_callback(_forget_result)
-                await asyncio.shield(sent)  # who gives up reading does not take the value back
-            fetching = asyncio.ensure_future(entry.executors[0].fetch(buffer.buffer_id))
-            lost = asyncio.ensure_future(self._wait_broken())
-            try:
-                done, _ = await asyncio.wait({fetching, lost}, return_when=asyncio.FIRST_COMPLETED)
-            finally:  # also where who reads gives up
-                for task in (fetching, lost):
-                    task.cancel()
-                    task.add_done_callback(_forget_result)
-            if fetching not in done:
-                raise self.broken or ClusterLost("the cluster is gone")
-            value = fetching.result()
+            sent = asyncio.wrap_future(put)
+            sent.add_done_callback(_forget_result)
+            await asyncio.shield(sent)  # who gives up reading does not take the value back
         except grpc.aio.AioRpcError as error:
-            raise await self._executor_error(entry.executors[0].executor_id, error) from error
-        return tensor_from_bytes(value.dtype, value.shape, value.data)
+            raise await self._executor_error(executor.executor_id, error) from error
+        return await asyncio.wrap_future(executor.reads.read(buffer_id, _tensor_of))
 
     def save_buffers(
         self, folder: str, buffers: Mapping[str, tuple[RemoteBuffer, pb.TensorSpec]]
@@ -536,10 +542,6 @@ class Session:
 
     def _executors_of(self, mesh: VirtualSlice) -> tuple[ExecutorClient, ...]:
         return self._slices[self.slice_address(mesh).slice_id].executors
-
-    async def _wait_broken(self) -> None:
-        assert self._lost_event is not None
-        await self._lost_event.wait()
 
     async def _executor_error(self, executor_id: str, error: grpc.aio.AioRpcError) -> TorchwaysError:
         """Returns the typed error for an executor that cannot be reached, with the reason if word of it comes."""
@@ -829,14 +831,23 @@ class Session:
         if not self.closed:
             self._lost_executors[executor_id] = reason
             logger.warning("executor %s is lost: %s", executor_id, reason)
+            if (client := self._executors.get(executor_id)) is not None:
+                client.reads.close(self._executor_lost(executor_id))
 
     def _on_cluster_lost(self, reason: str) -> None:
         if self.closed or self.broken is not None:
             return
         self.broken = ClusterLost(f"{reason}; the session's arrays are gone. Start again with tw.init()")
-        assert self._lost_event is not None
-        self._lost_event.set()
+        self._end_reads(self.broken)
         self._room.look_again()
+
+    def _end_reads(self, error: TorchwaysError) -> None:
+        for client in self._executors.values():
+            client.reads.close(error)
+
+
+def _tensor_of(value: ReadValue) -> torch.Tensor:
+    return tensor_from_bytes(value.dtype, value.shape, value.data)
 
 
 def _forget_result(task: asyncio.Future[Any]) -> None:

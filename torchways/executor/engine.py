@@ -16,7 +16,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -43,7 +43,7 @@ from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
-#: Called with the value on the host, or why there is none.
+#: Called with the value on the host, which may be a buffer's own memory, or why there is none.
 OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
 
 _T = TypeVar("_T")
@@ -52,8 +52,18 @@ _T = TypeVar("_T")
 _BATCH = 16
 #: How often launches under way are looked at; it grows to the second figure while nothing happens.
 _POLL_SECONDS = (0.00005, 0.002)
+#: A read may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
+_UNKNOWN_BUFFER_SECONDS = 60.0
 #: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
 _YIELD_SECONDS = 0.0001
+
+
+class _Fetch(NamedTuple):
+    """`since`: monotonic seconds."""
+
+    buffer_id: BufferId
+    on_fetched: OnFetched
+    since: float
 
 
 class Engine:
@@ -113,7 +123,10 @@ class Engine:
         #: Of the parts that the core knows: it says when one can go.
         self._codes: dict[PartId, PartCode] = {}
         self._local_sums = LocalSums()
-        self._fetches: dict[int, OnFetched] = {}
+        #: What waits for a buffer that no known run makes yet, oldest first.
+        self._fetches: dict[int, _Fetch] = {}
+        #: Those whose buffers may be named in reads long before the run that makes them is here.
+        self.clients_with_held_runs: set[ClientId] = set()
         self._fetch_ids = itertools.count()
         self._starved_since = 0.0
         #: An event is being handled: its commands come before what they lead to.
@@ -141,7 +154,12 @@ class Engine:
         self.post(events.ClientDropped(client_id=client_id))
 
     def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> int:
-        """Waits for a buffer and copies it to the host; returns what `cancel_fetch` takes."""
+        """Waits for a buffer, as it is after the runs that are here; returns what `cancel_fetch` takes.
+
+        Args:
+            buffer_id: the buffer.
+            on_fetched: called once on the engine's thread, unless the fetch is cancelled before.
+        """
         fetch_id = next(self._fetch_ids)
         self.call(lambda: self._fetch(fetch_id, buffer_id, on_fetched))
         return fetch_id
@@ -223,12 +241,30 @@ class Engine:
         """Returns when to look again though nothing came; None: whenever something comes."""
         if self.core.memory.starved:
             return min(1.0, self._stall_seconds)
-        return self._stall_seconds if self.core.runs or self.stalls.lines() else None
+        return self._stall_seconds if self.core.runs or self._fetches or self.stalls.lines() else None
 
     def _check_stalls(self, now: float) -> None:
         self._stalls_checked = now
         for line in self.stalls.check(self.core, now):
             logger.warning("%s", line)
+        self._check_fetches(now)
+
+    def _check_fetches(self, now: float) -> None:
+        """Ends fetches that have waited for long for what nothing makes."""
+        while self._fetches:
+            fetch_id, fetch = next(iter(self._fetches.items()))
+            if now < fetch.since + _UNKNOWN_BUFFER_SECONDS:
+                return
+            runs = self.core.waiting_for()
+            if runs or owner(fetch.buffer_id) in self.clients_with_held_runs:
+                logger.info("a read of buffer %d waits; runs: %s", fetch.buffer_id, runs[:4])
+                del self._fetches[fetch_id]
+                self._fetches[fetch_id] = fetch._replace(since=now)
+                continue
+            self._cancel_fetch(fetch_id)
+            waited = f"{_UNKNOWN_BUFFER_SECONDS:g} s"
+            message = f"buffer {fetch.buffer_id} was awaited for {waited} but no run makes it"
+            fetch.on_fetched(self.failure("DeadlineExceeded", message))
 
     def _called(self, task: Task) -> str:
         """Returns what a computation is called, with what it is of a schedule, and its user's line."""
@@ -573,7 +609,7 @@ class Engine:
         self.runtime.on_ready([cell.buffer], lambda: self._soon(copy))
 
     def _fetch(self, fetch_id: int, buffer_id: BufferId, on_fetched: OnFetched) -> None:
-        self._fetches[fetch_id] = on_fetched
+        self._fetches[fetch_id] = _Fetch(buffer_id, on_fetched, time.monotonic())
         self._handle(events.FetchRequested(fetch_id=fetch_id, buffer_id=buffer_id))
 
     def _cancel_fetch(self, fetch_id: int) -> None:
@@ -581,7 +617,7 @@ class Engine:
             self._handle(events.FetchCancelled(fetch_id=fetch_id))
 
     def _deliver(self, command: events.Deliver) -> None:
-        on_fetched, cell = self._fetches.pop(command.fetch_id), command.cell
+        on_fetched, cell = self._fetches.pop(command.fetch_id).on_fetched, command.cell
 
         def take(value: torch.Tensor | Failure) -> None:
             on_fetched(value)

@@ -15,7 +15,8 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -91,7 +92,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 failure = convert.failure_from_proto(cancel.failure)
                 engine.post(events.RunCancelled(run=run, failure=failure))
             case "held_runs":
-                self._reads.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
+                engine.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
             case "grant":
                 run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                 held_for = command.grant.held_for
@@ -141,13 +142,13 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
     async def ReadBuffers(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
         """A client's stream of reads; see reads.py."""
         client_id = channel.caller(context, self.key).client_id
-        return offer(self._streams, self.loop, functools.partial(self._reads.open, client_id))
+        return offer(self._streams, self.engine.inbox, functools.partial(self._reads.open, client_id))
 
     async def SaveBuffers(
         self, request: pb.SaveRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.SaveResponse]:
         """Writes buffers to a file; see the service's definition."""
-        tasks: dict[BufferId, asyncio.Task[Failure | None]] = {}
+        copies: dict[BufferId, asyncio.Future[Failure | None]] = {}
         try:
             buffers = {buffer.name: (BufferId(buffer.buffer_id), buffer.spec) for buffer in request.buffers}
             specs = dict(buffers.values())  # once for tied parameters
@@ -158,19 +159,18 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             self._checkpoint_writer.start()
             snapshot = self._checkpoint_writer.snapshot(specs)
             for buffer_id in specs:
-                fetch = self._reads.start(buffer_id, functools.partial(snapshot.keep, buffer_id))
-                tasks[buffer_id] = asyncio.create_task(fetch)
+                copies[buffer_id] = self._copy(buffer_id, functools.partial(snapshot.keep, buffer_id))
             # The fetches are in the engine's queue: who would donate these buffers comes behind, and waits for copies.
             yield pb.SaveResponse()
 
             def wait_for(name: str) -> None:
-                task = tasks[buffers[name][0]]
-                if task.done():  # as most are: asking the loop for each would hold up computations
-                    found = task.result()
+                copy = copies[buffers[name][0]]
+                if copy.done():  # as most are: asking the loop for each would hold up computations
+                    failure = copy.result()
                 else:
-                    found = asyncio.run_coroutine_threadsafe(_result(task), self.loop).result()
-                if isinstance(found, Failure):
-                    raise found.to_error()
+                    failure = asyncio.run_coroutine_threadsafe(_result(copy), self.loop).result()
+                if failure is not None:
+                    raise failure.to_error()
 
             written = await asyncio.to_thread(
                 self._checkpoint_writer.write, request.folder, request.prefix, buffers, snapshot, wait_for
@@ -181,8 +181,30 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         except (OSError, TorchwaysError) as error:
             yield pb.SaveResponse(failure=convert.failure_to_proto(self._file_failure(error)))
         finally:
-            for task in tasks.values():
-                task.cancel()
+            for copy in copies.values():
+                copy.cancel()
+
+    def _copy(self, buffer_id: BufferId, keep: Callable[[torch.Tensor], None]) -> asyncio.Future[Failure | None]:
+        """Has `keep` take a copy of a buffer's value, on the engine's thread: what comes next may donate the buffer."""
+        future: asyncio.Future[Failure | None] = self.loop.create_future()
+
+        def fetched(value: torch.Tensor | Failure) -> None:
+            failure = value if isinstance(value, Failure) else None
+            try:
+                if not isinstance(value, Failure):
+                    keep(value)
+            except TorchwaysError as error:
+                failure = self._file_failure(error)
+            self.loop.call_soon_threadsafe(_set_if_waiting, future, failure)
+
+        fetch_id = self.engine.fetch(buffer_id, fetched)
+
+        def ended(future: asyncio.Future[Failure | None]) -> None:
+            if future.cancelled():
+                self.engine.cancel_fetch(fetch_id)
+
+        future.add_done_callback(ended)
+        return future
 
     async def LoadBuffers(self, request: pb.LoadRequest, context: grpc.aio.ServicerContext) -> pb.LoadResponse:
         """Makes buffers of what is in files; see the service's definition."""
@@ -253,8 +275,13 @@ def _note_end(reason: str) -> None:
     logger.info("the scheduler's stream has ended: %s", reason)
 
 
-async def _result(task: asyncio.Task[Failure | None]) -> Failure | None:
-    return await task
+def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+async def _result(future: asyncio.Future[Failure | None]) -> Failure | None:
+    return await future
 
 
 def _run_enqueued(message: pb.Enqueue) -> events.RunEnqueued:

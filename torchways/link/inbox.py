@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import collections
+import heapq
+import itertools
 import os
 import select
 import selectors
 import socket
+import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
@@ -24,6 +27,9 @@ class Inbox(Generic[T]):
 
     def __init__(self) -> None:
         self._items: collections.deque[T] = collections.deque()
+        #: Items with the times from which they are due (monotonic), and numbers that tell equal ones apart.
+        self._later: list[tuple[float, int, T]] = []
+        self._numbers = itertools.count()
         self._selector = selectors.EpollSelector()
         self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._selector.register(self._wake, selectors.EVENT_READ)
@@ -35,6 +41,10 @@ class Inbox(Generic[T]):
         if self._sleeping:  # set before the sleeper looks at the items for the last time
             self._sleeping = False
             os.eventfd_write(self._wake, 1)
+
+    def later(self, seconds: float, item: T) -> None:
+        """Adds an item after a time."""
+        heapq.heappush(self._later, (time.monotonic() + seconds, next(self._numbers), item))
 
     def watch(self, watched: socket.socket, callback: Callable[[int], None], events: int) -> None:
         """Calls back with the events that happen, of selectors.EVENT_READ and EVENT_WRITE, until `unwatch`."""
@@ -61,6 +71,13 @@ class Inbox(Generic[T]):
         Args:
             timeout: seconds; 0 only looks; None waits for ever.
         """
+        if self._later:
+            now = time.monotonic()
+            while self._later and self._later[0][0] <= now:
+                self._items.append(heapq.heappop(self._later)[2])
+            if self._later:
+                left = self._later[0][0] - now
+                timeout = left if timeout is None else min(timeout, left)
         self._sleeping = True
         if self._items:
             self._sleeping = False

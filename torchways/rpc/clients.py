@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeAlias
@@ -27,7 +28,7 @@ from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import Caller, Role, metadata
 from torchways.rpc.programs import InlineValue, host_value
-from torchways.rpc.reads import ReadStream, ReadValue
+from torchways.rpc.reads import ReadStream
 from torchways.rpc.spans import Span, collect, trace_responses
 from torchways.rpc.streams import open_offered, parsing
 
@@ -38,6 +39,7 @@ _CALL_SECONDS = 30.0
 
 #: Of a call.
 Metadata: TypeAlias = tuple[tuple[str, str], ...]
+Explain: TypeAlias = Callable[[str, grpc.aio.AioRpcError], Awaitable[TorchwaysError]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -359,14 +361,21 @@ class SchedulerClient:
 
 
 class ExecutorClient:
-    """One executor: values in and out."""
+    """One executor: values in and out.
 
-    def __init__(self, executor: ExecutorAddress, metadata: Metadata) -> None:
+    Args:
+        executor: which one.
+        metadata: who asks.
+        explain: returns the error of reads whose executor, by its id, cannot be reached.
+    """
+
+    def __init__(self, executor: ExecutorAddress, metadata: Metadata, explain: Explain) -> None:
         self.executor_id = executor.executor_id
         self._channel = channel.open_channel(executor.address)
         self._stub = pb_grpc.ExecutorStub(self._channel)
         self._metadata = metadata
-        self._reads = ReadStream(self._stub, metadata)
+        #: For reads on any thread.
+        self.reads = ReadStream(self._stub, metadata, functools.partial(explain, self.executor_id))
 
     async def put(self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]) -> None:
         """Stores a host value as a named buffer of a slice, whose axes have the sizes `mesh`."""
@@ -383,15 +392,6 @@ class ExecutorClient:
         yield chunk
         for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
             yield pb.PutChunk(more=bytes(data[start : start + _CHUNK_BYTES]))
-
-    async def fetch(self, buffer_id: BufferId) -> ReadValue:
-        """Waits for a buffer and returns its value.
-
-        Raises:
-            TorchwaysError: the failure that the buffer is poisoned with.
-            grpc.aio.AioRpcError: the executor cannot be reached.
-        """
-        return await self._reads.read(buffer_id)
 
     async def save(
         self, folder: str, prefix: str, buffers: Sequence[pb.NamedBuffer], settled: Callable[[], None]
@@ -429,13 +429,6 @@ class ExecutorClient:
         if response.HasField("failure"):
             raise convert.failure_from_proto(response.failure).to_error()
 
-    async def is_ready(self, buffer_id: BufferId) -> bool:
-        """Whether a fetch would not wait for a computation; a poisoned buffer is ready."""
-        try:
-            return (await self._reads.read(buffer_id, only_ready=True)).ready
-        except TorchwaysError:
-            return True
-
     async def status(self) -> ExecutorStatus:
         """Returns what the executor says of itself."""
         status = await self._stub.GetStatus(pb.StatusRequest(), metadata=self._metadata, timeout=_CALL_SECONDS)
@@ -463,7 +456,7 @@ class ExecutorClient:
 
     async def close(self) -> None:
         """Closes the channel."""
-        self._reads.close()
+        self.reads.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
 

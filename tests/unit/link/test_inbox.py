@@ -46,3 +46,20 @@ def test_many_threads_lose_no_item():
         while (item := inbox.take()) is not None:
             found.append(item)
     assert sorted(found) == sorted([*range(1000)] * 4)
+
+
+@pytest.mark.parametrize("timeout", [0.0005, 60.0, None])
+def test_items_for_later_come_when_they_are_due_and_in_that_order(timeout):
+    inbox, found, started = Inbox(), [], time.monotonic()
+    inbox.later(0.06, "last")
+    inbox.later(0.03, "first")
+    inbox.later(0.03, "second")
+    inbox.put("now")
+    deadline = started + 30
+    while len(found) < 4:
+        assert time.monotonic() < deadline
+        inbox.wait(timeout)
+        while (item := inbox.take()) is not None:
+            found.append(item)
+            assert item != "last" or time.monotonic() >= started + 0.06
+    assert found == ["now", "first", "second", "last"]
