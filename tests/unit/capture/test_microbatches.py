@@ -107,6 +107,41 @@ def test_the_program_does_not_grow_with_the_number_of_microbatches():
     assert sizes[4] == sizes[16]
 
 
+class Positions(nn.Module):
+    """Its first stage makes a table that all stages read, and draws numbers; as a rotary embedding, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 6)
+        self.register_buffer("frequencies", torch.rand(3))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 17)
+
+    def forward(self, tokens):
+        angles = torch.arange(tokens.shape[-1])[:, None] * self.frequencies
+        low, high = torch.aminmax(angles.cos().repeat(1, 2) + angles.sin().repeat(1, 2), dim=-1, keepdim=True)
+        table, learned = low + high, self.scale.exp() + low
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x).tanh() * table + x * learned
+        return self.head(x)
+
+
+@pytest.mark.parametrize(("split", "where"), [(THREE, "abc"), (FOUR, "abba")])
+def test_what_is_the_same_in_each_microbatch_goes_to_other_stages_once(split, where):
+    torch.manual_seed(0)
+    model, session = Positions(), LocalSession()
+    meshes = {letter: session.mesh() for letter in where}
+    ours = pipelined(session, copy.deepcopy(model), split, [meshes[letter] for letter in where])
+    text = str(compare(model, ours, session, 4, "ZBVZeroBubble" if where == "abba" else "1F1B"))
+    before, loop = text.split("    each turn\n")
+    sent = [line for line in loop.splitlines() if "transfer" in line and "F:" in line]
+    assert sent
+    assert all("[2,5,6]" in line for line in sent)
+    assert before.count("transfer") == 2 * (len(meshes) - 1)  # the tables with and without a parameter
+
+
 class Statistics(nn.Module):
     """A batch norm on the first stage, and a count that the last one keeps."""
 

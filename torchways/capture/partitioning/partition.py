@@ -13,6 +13,7 @@ import torch
 
 from torchways.capture.partitioning.cutting import cut
 from torchways.capture.partitioning.emission import emit
+from torchways.capture.partitioning.invariants import take_out_invariants
 from torchways.capture.partitioning.loops import plan_loops
 from torchways.capture.partitioning.packing import pack_small_values
 from torchways.capture.partitioning.placed_graph import PlaceholderSpec
@@ -82,6 +83,7 @@ def partition(
         PlacementError: nothing says where the program runs, or a sum has two tensors on one slice.
     """
     placed = place(graph, inputs, name, written, default_mesh)
+    take_out_invariants(placed)
     groups, loops = cut(placed), plan_loops(placed, schedules)
     pack_small_values(placed, groups)
     add_seeds(placed, [*groups, *(group for loop in loops for body in loop.bodies for group in body)])
