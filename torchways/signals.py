@@ -6,6 +6,8 @@ exception that arrives just after such a lock is taken leaves it held for ever, 
 
 from __future__ import annotations
 
+# Python's `signal` looks each handler up in an enum, which takes ten times as long: a good part of a call.
+import _signal  # type: ignore[import-not-found]
 import concurrent.futures
 import queue
 import signal
@@ -47,14 +49,14 @@ def uninterrupted() -> Iterator[None]:
     handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
     try:
         for signal_number in _SIGNALS:
-            handler = signal.getsignal(signal_number)
+            handler = _signal.getsignal(signal_number)
             if callable(handler):
                 handlers[signal_number] = handler
-                signal.signal(signal_number, lambda *arrived: came.append(arrived))
+                _signal.signal(signal_number, lambda *arrived: came.append(arrived))
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            _signal.signal(number, handler)
         for arrived, frame in came:
             handlers[arrived](arrived, frame)
 
