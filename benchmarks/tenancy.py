@@ -5,33 +5,36 @@ How to read it: README.md beside this file. `python -m benchmarks.tenancy --help
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import itertools
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 
 from benchmarks.report import argument_parser, finish, machine, median, numbers, panel, print_table
 from benchmarks.systems import System, SystemSpec
 from torchways.config import ClusterConfig
+from torchways.launch import state_file
 from torchways.launch.embedded import start_cluster
-from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.channel import TOKEN_VARIABLE
-from torchways.rpc.operator import OperatorAccess, connected
+from torchways.rpc.operator import OperatorAccess, ask
 
 JAX = SystemSpec("jax", "jax_tenant.py", "jax")
 #: Device time of a computation, ms.
 LENGTHS = (0.33, 2.0, 10.0)
-#: A window of Figure 9, and how often device time is read for it.
-WINDOW_SECONDS, SAMPLE_SECONDS = 5.0, 0.5
+#: The lane of the trace that figures are drawn from.
+DEVICE = "island 0 device 0"
+#: A window of Figure 9, and the time from one to the next.
+WINDOW_SECONDS, STEP_SECONDS = 5.0, 0.5
 #: Processes that start at a time.
 _STARTING = 4
 WEIGHTS = ((1, 1, 1, 1), (1, 2, 4, 8))
@@ -55,12 +58,14 @@ def cluster(policy: str = "proportional_share") -> Iterator[OperatorAccess]:
     """One island of one device, which computes on one thread, that clients join by the environment."""
     # The flag alone does not do: XLA's own kernels for products are spread over NPROC threads.
     os.environ.update(XLA_FLAGS="--xla_cpu_multi_thread_eigen=false", NPROC="1")
-    started = start_cluster(ClusterConfig(islands=1, devices_per_island=1, policy=policy))
-    os.environ.update({"TORCHWAYS_ADDRESS": started.address, TOKEN_VARIABLE: started.token})
-    try:
-        yield OperatorAccess(started.address, started.token)
-    finally:
-        started.close()
+    with tempfile.TemporaryDirectory() as folder:
+        state = Path(folder) / "state.json"
+        started = start_cluster(ClusterConfig(islands=1, devices_per_island=1, policy=policy), state=state)
+        os.environ.update({"TORCHWAYS_ADDRESS": started.address, TOKEN_VARIABLE: started.token})
+        try:
+            yield OperatorAccess(started.address, started.token, state_file.read(state).operator_secret)
+        finally:
+            started.close()
         for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE, "XLA_FLAGS", "NPROC"):
             del os.environ[name]
 
@@ -95,37 +100,29 @@ def throughput(answers: Sequence[dict[str, Any]]) -> float:
     return sum(answer["computations"] for answer in answers) / seconds
 
 
-class Sampler:
-    """Reads the device time of each client while it lives: rows of time, device time by client, and in all."""
+class Computed(NamedTuple):
+    """A computation on the device, from the trace: Unix seconds, and whose it was."""
 
-    def __init__(self, access: OperatorAccess) -> None:
-        self.rows: list[tuple[float, dict[int, float], float]] = []
-        self._access = access
-        self._over = threading.Event()
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._sample()))
+    start: float
+    end: float
+    client: int
 
-    def __enter__(self) -> Sampler:
-        self._thread.start()
-        return self
 
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-        self._thread.join()
+def computed(access: OperatorAccess, since: float) -> list[Computed]:
+    """Returns what the device lane of the trace shows since a time."""
+    trace = ask(access, lambda operator: operator.trace(int(since * 1e9)))
+    spans = [
+        span for found in trace.spans.values() for span in found if span.track == DEVICE and span.kind == "compute"
+    ]
+    return sorted(Computed(span.start_ns / 1e9, span.end_ns / 1e9, span.client_id) for span in spans)
 
-    async def _sample(self) -> None:
-        async with connected(self._access) as operator:
-            while not self._over.is_set():
-                self._note(await operator.observe())
-                await asyncio.sleep(SAMPLE_SECONDS)
 
-    def _note(self, observed: pb.Observation) -> None:
-        sets = [item for island in observed.schedulers for item in island.status.device_sets]
-        by_client = {share.client_id: share.busy_seconds for item in sets for share in item.clients}
-        self.rows.append((observed.time_ns / 1e9, by_client, sum(item.busy_seconds for item in sets)))
-
-    def between(self, began: float, ended: float) -> list[tuple[float, dict[int, float], float]]:
-        """Returns the rows of a time."""
-        return [row for row in self.rows if began <= row[0] <= ended]
+def time_by_client(spans: Sequence[Computed], began: float, ended: float) -> dict[int, float]:
+    """Returns the device time of each client between two times, seconds."""
+    found: dict[int, float] = {}
+    for span in spans:
+        found[span.client] = found.get(span.client, 0.0) + max(0.0, min(span.end, ended) - max(span.start, began))
+    return {client: seconds for client, seconds in found.items() if seconds}
 
 
 def products_per_ms(system: System) -> float:
@@ -159,10 +156,9 @@ def figure_8_and_11(
             found: dict[tuple[str, int], list[float]] = {}
             busy: dict[int, list[float]] = {}
             for _, count in itertools.product(range(repeats), counts):
-                with Sampler(access) as sampler:
-                    answers = ask_all(ours[:count], {"do": "flood", "loops": loops, "seconds": seconds})
+                answers = ask_all(ours[:count], {"do": "flood", "loops": loops, "seconds": seconds})
                 found.setdefault(("ours", count), []).append(throughput(answers))
-                busy.setdefault(count, []).append(utilisation(sampler, answers))
+                busy.setdefault(count, []).append(utilisation(access, answers))
                 if theirs:
                     request = {"do": "flood", "loops": their_loops, "seconds": seconds}
                     found.setdefault(("jax", count), []).append(throughput(ask_all(theirs[:count], request)))
@@ -186,12 +182,10 @@ def _figure_8_row(
     return {**row, "device_busy": median(busy[count])}
 
 
-def utilisation(sampler: Sampler, answers: Sequence[dict[str, Any]]) -> float:
+def utilisation(access: OperatorAccess, answers: Sequence[dict[str, Any]]) -> float:
     """Returns the part of the time in which the device computed, while all clients flooded."""
-    rows = sampler.between(max(a["began"] for a in answers) + 0.3, min(a["ended"] for a in answers))
-    if len(rows) < 2:
-        return float("nan")
-    return (rows[-1][2] - rows[0][2]) / (rows[-1][0] - rows[0][0])
+    began, ended = max(a["began"] for a in answers), min(a["ended"] for a in answers)
+    return sum(time_by_client(computed(access, began), began, ended).values()) / (ended - began)
 
 
 def figure_9(seconds: float) -> list[dict[str, Any]]:
@@ -201,23 +195,21 @@ def figure_9(seconds: float) -> list[dict[str, Any]]:
         with cluster() as access, clients(weights) as ours:
             loops = products(2.0, products_per_ms(ours[0]))
             ask_all(ours, {"do": "prepare", "loops": loops})
-            with Sampler(access) as sampler:
-                answers = ask_all(ours, {"do": "flood", "loops": loops, "seconds": seconds})
-            found = sampler.between(max(a["began"] for a in answers) + 0.5, min(a["began"] for a in answers) + seconds)
-            rows.append({"weights": ":".join(map(str, weights)), **_worst(windows(found), weights)})
+            answers = ask_all(ours, {"do": "flood", "loops": loops, "seconds": seconds})
+            began, ended = max(a["began"] for a in answers) + 0.5, min(a["began"] for a in answers) + seconds
+            found = windows(computed(access, began), began, ended)
+            rows.append({"weights": ":".join(map(str, weights)), **_worst(found, weights)})
     return rows
 
 
-def windows(rows: Sequence[tuple[float, dict[int, float], float]]) -> list[dict[int, float]]:
-    """Returns each client's part of the device time in every window."""
+def windows(spans: Sequence[Computed], began: float, ended: float) -> list[dict[int, float]]:
+    """Returns each client's part of the device time in every window between two times."""
     found = []
-    for first in rows:
-        last = next((row for row in rows if row[0] >= first[0] + WINDOW_SECONDS), None)
-        if last is None:
-            break
-        used = {client: last[1][client] - first[1].get(client, 0.0) for client in last[1]}
+    while began + WINDOW_SECONDS <= ended:
+        used = time_by_client(spans, began, began + WINDOW_SECONDS)
         total = sum(used.values())
         found.append({client: seconds / total for client, seconds in used.items()})
+        began += STEP_SECONDS
     return found
 
 

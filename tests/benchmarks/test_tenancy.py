@@ -2,20 +2,19 @@
 
 import pytest
 
-from benchmarks.tenancy import WINDOW_SECONDS, quantile, throughput, windows
+from benchmarks.tenancy import Computed, quantile, throughput, time_by_client, windows
+
+TURNS = ((0.0, 0.25, 1), (0.25, 1.0, 2))
 
 
-def test_windows_are_differences_over_five_seconds():
-    rows = [(float(t), {1: 0.25 * t, 2: 0.75 * t}, float(t)) for t in range(8)]
-    found = windows(rows)
-    assert len(found) == 8 - WINDOW_SECONDS
+def test_windows_have_what_lies_in_them():
+    # Turns of 0.25 s and 0.75 s; windows of five seconds begin every half second.
+    spans = [Computed(t + start, t + end, client) for t in range(8) for start, end, client in TURNS]
+    found = windows(spans, 0.0, 8.0)
+    assert len(found) == 7
     for window in found:
         assert window == pytest.approx({1: 0.25, 2: 0.75})
-
-
-def test_a_client_that_comes_in_a_window_has_what_it_used():
-    rows = [(0.0, {1: 0.0}, 0.0), (5.0, {1: 3.0, 2: 1.0}, 4.0)]
-    assert windows(rows) == [pytest.approx({1: 0.75, 2: 0.25})]
+    assert time_by_client(spans, 1.1, 1.5) == pytest.approx({1: 0.15, 2: 0.25})
 
 
 def test_throughput_is_over_the_time_from_the_first_to_the_last():
