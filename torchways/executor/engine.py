@@ -480,17 +480,17 @@ class Engine:
         if not leaves:
             self.post(events.UnitFinished(task=task, failure=failure))
             return
-        left = len(leaves)
+        left, last = len(leaves), 0
 
-        def finished() -> None:
-            nonlocal left
-            left -= 1
+        def finished(ended: int) -> None:
+            nonlocal left, last
+            left, last = left - 1, max(last, ended)
             if left == 0:
-                self._note_computed(task, issued, time.time_ns())
+                self._note_computed(task, issued, last)
                 self._soon(events.UnitFinished(task=task, failure=failure))
 
-        for buffers in leaves:
-            self.runtime.on_ready(buffers, finished)
+        for buffers in leaves:  # on a thread of the runtime's
+            self.runtime.on_ready(buffers, lambda: self._soon(functools.partial(finished, time.time_ns())))
 
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
         name, first = self._name_of(task)

@@ -335,6 +335,8 @@ class ExecutorState:
 
     def _name(self, buffer_id: BufferId, cell: Cell) -> None:
         self.names.give(buffer_id, cell)
+        for fetch_id in cell.fetches:  # those that came earlier
+            self._fetching[fetch_id] = cell
         if cell.scheduled:  # an argument: nothing else will schedule it
             self._answer_fetches(cell)
 

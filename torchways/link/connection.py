@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import logging
 import selectors
 import socket
 import threading
@@ -16,8 +15,6 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from torchways.link.frames import FrameError, FrameReader, Header, Label, Limits, encode_header
-
-logger = logging.getLogger(__name__)
 
 #: Frames that are ready at the same time go out together, about so many bytes.
 _WRITE_BYTES = 256 << 10
@@ -238,9 +235,6 @@ class Connection:
                 self._receive(header, payload)
         except FrameError as error:
             self.lose(f"it did not keep to the protocol: {error}")
-        except Exception as error:  # our bug: to go on would leave somebody waiting for ever
-            logger.exception("what came on a connection could not be taken")
-            self.lose(f"what it sent could not be taken: {error}")
 
     def _write(self, told: list[Frame]) -> None:
         assert self._socket is not None

@@ -92,7 +92,13 @@ class Stream(Connection):
             if header.kind == _PART:
                 return
             payload, self._joined = self._joined, bytearray()
-        self._take(payload)
+        try:
+            self._take(payload)
+        except FrameError:
+            raise
+        except Exception as error:  # our bug: to go on would leave somebody waiting for ever
+            logger.exception("what came on a stream could not be taken")
+            self.lose(f"what it sent could not be taken: {error}")
 
 
 class LoopStream(Stream):

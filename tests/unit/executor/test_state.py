@@ -600,6 +600,10 @@ def _round(world, number, client_id, fails):
         world.post("scheduler of a", "a", events.RunEnqueued(arguments=Arguments([w, NO_BUFFER], [f"={step}"]), **run))
         world.post("scheduler of b", "b", events.RunEnqueued(arguments=Arguments([v]), **run))
         world.post(None, "a", events.FetchRequested(fetch_id=first, buffer_id=BufferId(first + world.pick((0, 1)))))
+        for given_up in range(first + 1, first + 4):
+            read = events.FetchRequested(fetch_id=given_up, buffer_id=BufferId(first + world.pick((0, 1))))
+            world.post(f"read {given_up}", "a", read)
+            world.post(f"read {given_up}", "a", events.FetchCancelled(fetch_id=given_up))
         world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[BufferId(first + 1)]))
         w, v = BufferId(first), BufferId(first + 2)
     world.post("scheduler of a", "a", events.BuffersDropped(buffer_ids=[w, unused]))
