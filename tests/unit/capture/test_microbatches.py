@@ -142,6 +142,17 @@ def test_what_is_the_same_in_each_microbatch_goes_to_other_stages_once(split, wh
     assert before.count("transfer") == 2 * (len(meshes) - 1)  # the tables with and without a parameter
 
 
+@pytest.mark.parametrize(("batch", "count"), [(3, 2), (7, 4)])
+def test_what_has_one_turn_stays_in_its_loop(batch, count):
+    """As a smaller last microbatch, in which everything is the same in each turn."""
+    torch.manual_seed(0)
+    model, session = Positions(), LocalSession()
+    meshes = [session.mesh(), session.mesh()]
+    ours = pipelined(session, copy.deepcopy(model), TWO, meshes)
+    _, loop = str(compare(model, ours, session, count, "1F1B", batch=batch)).split("    each turn\n", 1)
+    assert sum("0F: " in line and "compute" in line for line in loop.splitlines()) == 2
+
+
 class Statistics(nn.Module):
     """A batch norm on the first stage, and a count that the last one keeps."""
 

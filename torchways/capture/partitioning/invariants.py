@@ -38,11 +38,14 @@ def take_out_invariants(placed: PlacedGraph) -> None:
 
 
 def _invariant(placed: PlacedGraph) -> set[torch.fx.Node]:
-    """Returns the operators of loops that compute the same in each turn, but for what a loop gives back."""
+    """Returns the operators of loops that compute the same in each of several turns, but for what a loop gives back."""
+    bodies = {node.meta[LOOP_KEY] for node in placed.operators if LOOP_KEY in node.meta}
+    # A second body, of a smaller last microbatch, has one turn: nothing there depends on its number.
+    repeated = {(label, 0) for label, _ in bodies if label.num_turns - ((label, 1) in bodies) > 1}
     found: set[torch.fx.Node] = set()
     for node in placed.operators:
         if (
-            LOOP_KEY in node.meta
+            node.meta.get(LOOP_KEY) in repeated
             and node not in placed.apart
             and not is_random(node)
             and placed.apart.isdisjoint(node.users)
