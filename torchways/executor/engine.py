@@ -489,8 +489,9 @@ class Engine:
                 self._note_computed(task, issued, last)
                 self._soon(events.UnitFinished(task=task, failure=failure))
 
-        for buffers in leaves:  # on a thread of the runtime's
-            self.runtime.on_ready(buffers, lambda: self._soon(functools.partial(finished, time.time_ns())))
+        # Some call back on a thread of the runtime's, others at once: the inbox keeps the order of their ends.
+        for buffers in leaves:
+            self.runtime.on_ready(buffers, lambda: self.call(functools.partial(finished, time.time_ns())))
 
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
         name, first = self._name_of(task)

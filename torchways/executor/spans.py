@@ -63,8 +63,9 @@ class Spans:
         came late, and the devices had nothing to do meanwhile, there is a span of that wait, too; it could have begun
         at `awaited_since_ns` (0: its inputs were there).
         """
-        free, self._device_free_ns = self._device_free_ns, ended_ns
+        free = self._device_free_ns
         started = max(issued_ns, free)
+        ended_ns = self._device_free_ns = max(started, ended_ns)
         log = self.log
         if log.is_on:
             if awaited_since_ns and (since := max(awaited_since_ns, free)) < issued_ns:
