@@ -66,8 +66,8 @@ def cluster(policy: str = "proportional_share") -> Iterator[OperatorAccess]:
             yield OperatorAccess(started.address, started.token, state_file.read(state).operator_secret)
         finally:
             started.close()
-        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE, "XLA_FLAGS", "NPROC"):
-            del os.environ[name]
+            for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE, "XLA_FLAGS", "NPROC"):
+                del os.environ[name]
 
 
 def start(specs: Sequence[SystemSpec]) -> list[System]:

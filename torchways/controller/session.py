@@ -218,8 +218,8 @@ class Session:
     async def _close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
-        self._end_reads(SessionClosed("the session was closed meanwhile"))
-        closings = [client.close() for client in self._executors.values()]
+        over = SessionClosed("the session was closed meanwhile")
+        closings = [client.close(over) for client in self._executors.values()]
         closings += [scheduler.close() for scheduler in self._schedulers.values()]
         closings.append(self.manager.close())
         await asyncio.gather(*closings, return_exceptions=True)
@@ -351,8 +351,7 @@ class Session:
         in_use = {client.executor_id for item in self._slices.values() for client in item.executors}
         for client in entry.executors:
             if client.executor_id not in in_use and self._executors.pop(client.executor_id, None) is not None:
-                client.reads.close(PlacementError("the array's mesh was closed meanwhile: its buffers are gone"))
-                await client.close()
+                await client.close(PlacementError("the array's mesh was closed meanwhile: its buffers are gone"))
 
     def cluster_info(self) -> ClusterInfo:
         """Returns what the cluster consists of."""
@@ -838,12 +837,9 @@ class Session:
         if self.closed or self.broken is not None:
             return
         self.broken = ClusterLost(f"{reason}; the session's arrays are gone. Start again with tw.init()")
-        self._end_reads(self.broken)
-        self._room.look_again()
-
-    def _end_reads(self, error: TorchwaysError) -> None:
         for client in self._executors.values():
-            client.reads.close(error)
+            client.reads.close(self.broken)
+        self._room.look_again()
 
 
 def _tensor_of(value: ReadValue) -> torch.Tensor:

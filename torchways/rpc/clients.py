@@ -454,9 +454,9 @@ class ExecutorClient:
         """Returns the spans that ended after a time, by our clock."""
         return await _spans(self._stub, self._metadata, since_ns)
 
-    async def close(self) -> None:
-        """Closes the channel."""
-        self.reads.close()
+    async def close(self, error: TorchwaysError) -> None:
+        """Closes the channel; reads that wait raise an error."""
+        self.reads.close(error)
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
 

@@ -90,7 +90,7 @@ class ReadStream:
                 stream = self._stream
                 if stream is None:
                     waiter = LoopWaiter(self._loop)
-                    stream = Stream(waiter, parsing(pb.ReadAnswer, self._take), lambda reason: self._lost(reason))
+                    stream = Stream(waiter, parsing(pb.ReadAnswer, self._take), self._lost)
                     self._loop.call_soon_threadsafe(self._start, self._open, stream)
                     self._stream = stream
                 number = next(self._numbers)
@@ -101,10 +101,10 @@ class ReadStream:
             future.add_done_callback(functools.partial(self._given_up, stream, number))
         return future
 
-    def close(self, error: TorchwaysError | None = None) -> None:
+    def close(self, error: TorchwaysError) -> None:
         """Ends the reads that wait, and those to come, with an error; on the loop."""
         with self._changing:
-            self._closed = self._closed or error or SessionClosed("the slice was given back")
+            self._closed = self._closed or error
             stream, self._stream = self._stream, None
         if stream is not None:
             stream.close()

@@ -108,7 +108,7 @@ def test_the_program_does_not_grow_with_the_number_of_microbatches():
 
 
 class Positions(nn.Module):
-    """Its first stage makes a table that all stages read, and draws numbers; as a rotary embedding, with dropout."""
+    """Its first stage makes tables that all stages read, as a rotary embedding does."""
 
     def __init__(self):
         super().__init__()
