@@ -302,6 +302,23 @@ def test_streams_end_with_what_is_no_message_and_are_few(victim):
     attack(victim, action)
 
 
+def test_programs_without_end_cost_a_client_its_stream(victim):
+    async def action(client_id, mine, manager, scheduler, executor):
+        stream = await connect(scheduler, mine)
+        for number in range(16_384):
+            program = pb.RegisterProgram(program_id=(client_id << 40) + number, name="n" * 2_000)
+            stream.send(pb.ClientMessage(register_program=program))
+            assert (await stream.read()).program_ready.failure.kind == "InternalError"  # it has no parts
+        known = victim.metadata_of(Role.OPERATOR)
+        listed = await scheduler.DescribePrograms(pb.ProgramsRequest(), metadata=known)
+        assert {len(item.name) for item in listed.programs if item.program_id >> 40 == client_id} == {1_000}
+        stream.send(pb.ClientMessage(register_program=pb.RegisterProgram(program_id=(client_id << 40) + 20_000)))
+        with pytest.raises(Lost):
+            await stream.read()
+
+    attack(victim, action)
+
+
 def test_what_is_too_large_is_refused(victim):
     async def action(client_id, mine, manager, scheduler, executor):
         large = bytes(channel.MAX_MESSAGE_BYTES)

@@ -1,6 +1,7 @@
 """Clients that want the same devices: shares, limits, cancelled runs, and nobody who is held up by another."""
 
 import contextlib
+import gc
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import torchways as tw
+from torchways.api import _current as current_session
 from torchways.config import ClusterConfig
 from torchways.errors import ConfigError, RemoteError, ResourceExhausted, RunCancelled
 from torchways.launch.embedded import start_cluster
@@ -97,6 +99,20 @@ def test_a_clients_programs_have_a_limit(monkeypatch):
             failing.cpu()
         assert small(torch.ones(3)).tolist() == [2.0] * 3
         assert tw.program(lambda x: x * 2)(x).tolist() == [2.0] * 3
+
+
+def test_a_process_that_makes_programs_without_end_is_told_so(session, monkeypatch):
+    monkeypatch.setattr(current_session(), "max_programs", 3)
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    x = tw.distribute_tensor(torch.ones(3), mesh)
+    kept = [tw.program(lambda x, k=k: x * k) for k in range(4)]
+    for k in range(3):
+        assert kept[k](x).tolist() == [float(k)] * 3
+    with pytest.raises(ResourceExhausted, match=r"more than 3 programs.*outside of loops"):
+        kept[3](x)
+    del kept[1]  # what is given back makes room
+    gc.collect()
+    assert kept[2](x).tolist() == [3.0] * 3
 
 
 def floods(environment, *weights):

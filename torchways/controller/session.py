@@ -26,6 +26,7 @@ import grpc.aio
 import torch
 
 from torchways.capture.host_content import HostContent
+from torchways.capture.source import user_line
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread, wait_for
 from torchways.controller.spans import ClientSpans
@@ -36,6 +37,7 @@ from torchways.errors import (
     ExecutorLost,
     Failure,
     PlacementError,
+    ResourceExhausted,
     SessionClosed,
     TorchwaysError,
 )
@@ -141,6 +143,7 @@ class Session:
     #: Weight and priority, of its share of devices.
     share: tuple[float, int] = (1.0, 0)
     max_runs_in_flight: int = 64
+    max_programs: int = 10_000
     #: Waits for what must end before the session does.
     before_close: list[Callable[[], None]] = field(default_factory=list)
     closed: bool = False
@@ -623,7 +626,16 @@ class Session:
             parts: one per slice that takes part.
             meshes: the slices, by slice index.
             traced_seconds: the time that it took to trace the program, for the log.
+
+        Raises:
+            ResourceExhausted: this process keeps too many programs.
         """
+        if len(self._islands_of) >= self.max_programs:
+            raise ResourceExhausted(
+                f"{name} at {user_line()} would be one of more than {self.max_programs:,} programs that this process "
+                "keeps. Make a tw.program or tw.function once, outside of loops, and call it again and again; what "
+                "nothing refers to any more is given back"
+            )
         program_id = ProgramId(self.new_ids(1))
         addresses = [self.slice_address(mesh) for mesh in meshes]
         hosts = {

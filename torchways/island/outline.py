@@ -2,15 +2,55 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator
+from dataclasses import dataclass
 
+from torchways.ids import ClientId
 from torchways.rpc import torchways_pb2 as pb
 
 #: A program with more instructions on an island than can be looked at one by one is counted.
 MAX_INSTRUCTIONS = 2_000
 #: ... and so is one that would make a large message all the same.
 _MAX_BYTES = 2 << 20
+
+
+@dataclass(slots=True)
+class KeptOutline:
+    """An outline that is kept. `content`: the message as bytes; empty: it is kept no more."""
+
+    num_instructions: int
+    content: bytes
+
+
+class Outlines:
+    """The outlines that are kept: of each client, those of its newest programs.
+
+    Args:
+        max_bytes: that those of one client may have together.
+    """
+
+    def __init__(self, max_bytes: int = 8 << 20) -> None:
+        self._max_bytes = max_bytes
+        self._of_client: dict[ClientId, deque[KeptOutline]] = {}
+        self._bytes: Counter[ClientId] = Counter()
+
+    def keep(self, client_id: ClientId, outline: pb.ProgramOutline) -> KeptOutline:
+        """Keeps an outline, at the cost of the client's oldest."""
+        kept = KeptOutline(outline.num_instructions, outline.SerializeToString())
+        mine = self._of_client.setdefault(client_id, deque())
+        mine.append(kept)
+        self._bytes[client_id] += len(kept.content)
+        while self._bytes[client_id] > self._max_bytes:
+            oldest = mine.popleft()
+            self._bytes[client_id] -= len(oldest.content)
+            oldest.content = b""
+        return kept
+
+    def forget(self, client_id: ClientId) -> None:
+        """Forgets a client that is gone."""
+        self._of_client.pop(client_id, None)
+        self._bytes.pop(client_id, None)
 
 
 def outline_of(program: pb.RegisterProgram) -> pb.ProgramOutline:

@@ -21,10 +21,11 @@ from torchways.ids import BufferId, ClientId, IslandId, PartId, ProgramId, RunId
 from torchways.island import events as core
 from torchways.island.admission import Lane, Usage
 from torchways.island.order import OrderStream
-from torchways.island.outline import outline_of
+from torchways.island.outline import Outlines, outline_of
 from torchways.island.policy import PolicyFactory, Share, find_policy
 from torchways.island.spans import RunSpans
 from torchways.island.state import SchedulerState
+from torchways.link.frames import FrameError
 from torchways.link.handshake import HandshakeError
 from torchways.link.opening import LinkError
 from torchways.link.stream import LoopStream, StreamServer
@@ -44,6 +45,10 @@ _MAX_UNREAD_BYTES = 16 << 20
 _MAX_HELD_BYTES = 64 << 20
 #: Programs that are listed for operators.
 _MAX_PROGRAMS = 500
+#: Programs that a client may have on an island. Controllers keep below (`Session.max_programs`).
+_MAX_PROGRAMS_OF_CLIENT = 16_384
+#: Of a program's name, characters that are kept.
+_MAX_NAME = 1_000
 #: For an executor's stream to open.
 _OPEN_SECONDS = 30.0
 #: How often executors are told whose runs are held.
@@ -121,6 +126,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     ) -> None:
         self.core = SchedulerState(policy, window)
         self.spans = RunSpans()
+        self._outlines = Outlines()
         #: Set before anything is served.
         self.order: OrderStream
         self._key = key
@@ -243,6 +249,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         del self._clients[client_id]
         self.handle(core.ClientGone(client_id=client_id))
         self.order.client_gone(client_id)
+        self._outlines.forget(client_id)
         logger.info("client %d is gone: %s", client_id, reason)
 
     def must_wait(self, client_id: ClientId, stream: LoopStream) -> bool:
@@ -290,7 +297,11 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             logger.warning("client %d is refused: %s", client_id, error)
             self._refuse(client_id, message, convert.failure_to_proto(failure_from(error)))
             return
-        event = _client_event(client_id, message)
+        if message.HasField("register_program"):
+            if self.core.num_programs(client_id) >= _MAX_PROGRAMS_OF_CLIENT:
+                raise FrameError(f"it registers more than {_MAX_PROGRAMS_OF_CLIENT:,} programs")
+            message.register_program.name = message.register_program.name[:_MAX_NAME]
+        event = _client_event(client_id, message, self._outlines)
         if event is not None:
             self.handle(event)
 
@@ -366,12 +377,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         programs = self.core.programs
         if request.program_ids:
             asked = map(ProgramId, request.program_ids)
-            return pb.Programs(programs=[programs[key].outline for key in asked if key in programs])
-        shown = [program.outline for program in list(programs.values())[-_MAX_PROGRAMS:]]
+            kept = [programs[key].outline.content for key in asked if key in programs]
+            return pb.Programs(programs=[pb.ProgramOutline.FromString(content) for content in kept if content])
         return pb.Programs(
             programs=[
-                pb.ProgramOutline(program_id=item.program_id, name=item.name, num_instructions=item.num_instructions)
-                for item in shown
+                pb.ProgramOutline(program_id=key, name=item.name, num_instructions=item.outline.num_instructions)
+                for key, item in list(programs.items())[-_MAX_PROGRAMS:]
             ]
         )
 
@@ -434,7 +445,7 @@ def check_message(client_id: ClientId, message: pb.ClientMessage, owners: Mappin
     check_owner(client_id, ids=[ProgramId(identity) for identity in ids], slices=map(SliceId, slices), owners=owners)
 
 
-def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event | None:
+def _client_event(client_id: ClientId, message: pb.ClientMessage, outlines: Outlines) -> core.Event | None:
     match message.WhichOneof("message"):
         case "run_program":
             run = message.run_program
@@ -463,7 +474,7 @@ def _client_event(client_id: ClientId, message: pb.ClientMessage) -> core.Event 
                 name=program.name,
                 parts={SliceId(part.slice_id): part for part in program.slices},
                 islands=tuple(map(IslandId, program.islands)),
-                outline=outline_of(program),
+                outline=outlines.keep(client_id, outline_of(program)),
             )
         case "forget_program":
             return core.ProgramForgotten(program_id=ProgramId(message.forget_program.program_id))

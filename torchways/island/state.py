@@ -126,6 +126,7 @@ class SchedulerState:
         self._policy = policy
         #: Of clients that have slices.
         self._shares: dict[ClientId, Share] = {}
+        self._num_programs: Counter[ClientId] = Counter()
         #: Runs that are held or admitted, by client.
         self._num_runs: Counter[ClientId] = Counter()
         self._gone_slices: dict[SliceId, str] = {}
@@ -234,6 +235,7 @@ class SchedulerState:
             )
         failure = self._missing(event.parts)
         loading = [(e, s) for s in event.parts for e in self.slices.get(s, ())]
+        self._num_programs[event.client_id] += 1
         self.programs[event.program_id] = _Program(
             event.client_id, event.name, tuple(event.parts), event.islands, set(loading), failure, event.outline
         )
@@ -380,6 +382,9 @@ class SchedulerState:
         if program.num_held:
             return []  # it goes with the last of them
         del self.programs[program_id]
+        self._num_programs[program.client_id] -= 1
+        if not self._num_programs[program.client_id]:
+            del self._num_programs[program.client_id]
         executors = dict.fromkeys(e for s in program.slices for e in self.slices.get(s, ()))
         return [SendDrop(executor_id=executor_id, program_id=program_id) for executor_id in executors]
 
@@ -444,9 +449,14 @@ class SchedulerState:
             self._count_ended(client_id)
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
+        self._num_programs.pop(client_id, None)
         # Its runs end by themselves, and have devices until then.
         executors = dict.fromkeys(executor_id for devices in self.turns.devices for executor_id in devices)
         return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
+
+    def num_programs(self, client_id: ClientId) -> int:
+        """Returns how many programs a client has."""
+        return self._num_programs[client_id]
 
     def executors_of(self, client_id: ClientId) -> set[str]:
         """Returns the executors that a client has slices of."""

@@ -13,7 +13,7 @@ from torchways.cluster.web.drawing import draw
 from torchways.cluster.web.layout import layout
 from torchways.cluster.web.sessions import SESSION_SECONDS, Sessions, Viewer
 from torchways.cluster.web.watch import point
-from torchways.island.outline import MAX_INSTRUCTIONS, outline_of
+from torchways.island.outline import MAX_INSTRUCTIONS, Outlines, outline_of
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.activity import activity_between
 from torchways.rpc.identity import Caller, ClusterKey, Role
@@ -90,6 +90,19 @@ def test_an_outline_has_no_graphs():
     assert b"x" * 1000 not in outline.SerializeToString()
     assert [function.name for function in outline.slices[0].part.functions] == ["step/a<b>&"]
     assert outline.num_instructions == 6
+
+
+def test_outlines_are_kept_of_a_clients_newest_programs():
+    outline = outline_of(two_slices())
+    content = outline.SerializeToString()
+    outlines = Outlines(max_bytes=3 * len(content))
+    other = outlines.keep(2, outline)
+    mine = [outlines.keep(1, outline) for _ in range(5)]
+    assert [kept.content for kept in mine] == [b"", b"", content, content, content]
+    assert other.content == content
+    assert {kept.num_instructions for kept in mine} == {6}
+    outlines.forget(1)
+    assert outlines.keep(1, outline).content == content
 
 
 def test_a_graph_has_a_column_a_slice_and_what_is_received_is_below_what_is_sent():

@@ -396,6 +396,19 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
     assert after[-1] == after[2]
 
 
+def test_a_clients_programs_are_counted_until_they_are_forgotten():
+    scheduler = make_scheduler(("a",))
+    for program_id, client_id in ((5, 1), (6, 1), (7, 2)):
+        register(scheduler, program_id, 1, client=client_id, compiled=True)
+    assert [scheduler.num_programs(client_id) for client_id in (1, 2, 3)] == [2, 1, 0]
+    run(scheduler, 1, 1)
+    scheduler.handle(core.ProgramForgotten(program_id=5))
+    scheduler.handle(core.ProgramForgotten(program_id=6))
+    assert [scheduler.num_programs(client_id) for client_id in (1, 2)] == [0, 1]
+    scheduler.handle(core.ClientGone(client_id=2))
+    assert scheduler.num_programs(2) == 0
+
+
 def test_runs_without_end_are_refused_and_hold_up_nobody_else():
     scheduler = make_scheduler(("a",))
     scheduler.max_runs_of_client = 2

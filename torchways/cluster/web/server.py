@@ -246,7 +246,7 @@ class WebServer:
         program_id = int(request.match_info["program_id"])
         outlines = await self._describe([ProgramId(program_id)]) if program_id < 1 << 64 else []
         if not outlines:
-            return _text(f"there is no program {program_id}; it may be gone\n", 404)
+            return _text(f"there is no program {program_id}; it may be gone, or too old to be shown\n", 404)
         title = f"{outlines[0].name}, program {program_id} of client {owner(program_id)}"
         image = await asyncio.to_thread(lambda: draw(title, layout(outlines)))
         return web.Response(text=image, content_type="image/svg+xml")
