@@ -24,6 +24,7 @@ from torchways.capture.host_content import HostContent
 from torchways.errors import DeadlineExceeded, SessionClosed, UserError
 from torchways.ids import BufferId, SliceId
 from torchways.mesh import Placements, VirtualSlice
+from torchways.rpc.local_values import INLINE_BYTES, ValueFile
 from torchways.rpc.programs import InlineValue
 from torchways.signals import if_interrupted, result_of, uninterrupted
 
@@ -111,9 +112,16 @@ class HostBuffer:
 
     def inline(self, placements: Placements) -> InlineValue:
         """Returns the value as part of a message."""
+        return self._sent(placements, tensor_bytes)
+
+    def copied(self, placements: Placements) -> InlineValue:
+        """Returns a copy of the value that can be put on a slice."""
+        return self._sent(placements, _in_a_file)
+
+    def _sent(self, placements: Placements, copy: Callable[[torch.Tensor], bytes | ValueFile]) -> InlineValue:
         dtype = str(self.value.dtype).removeprefix("torch.")
         content = self.value.content
-        data = tensor_bytes(content) if isinstance(content, torch.Tensor) else content
+        data = copy(content) if isinstance(content, torch.Tensor) else content
         return InlineValue(dtype=dtype, shape=self.value.shape, placements=placements, data=data)
 
 
@@ -212,8 +220,16 @@ def _replacing(
 
 def tensor_bytes(tensor: torch.Tensor) -> bytes:
     """Returns a CPU tensor's elements, row-major."""
+    return _elements(tensor).tobytes()
+
+
+def _in_a_file(tensor: torch.Tensor) -> bytes | ValueFile:
+    return tensor_bytes(tensor) if tensor.nbytes <= INLINE_BYTES else ValueFile(_elements(tensor))
+
+
+def _elements(tensor: torch.Tensor) -> memoryview:
     # Contiguous tensors may have any stride where a dimension has one element, in which bytes cannot be viewed.
-    return tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data
 
 
 def tensor_from_bytes(dtype: str, shape: tuple[int, ...], data: bytearray) -> torch.Tensor:

@@ -52,6 +52,8 @@ from torchways.rpc.programs import InlineValue
 from torchways.signals import uninterrupted
 from torchways.storage import ViewStorage
 
+#: A larger host tensor does not pass through schedulers, which have other clients, too.
+_INLINE_BYTES = 64 << 10
 #: Makes copies of arrays on a slice: (slice, arrays, placements of each).
 CopiesOn: TypeAlias = Callable[[VirtualSlice, Sequence[Array], Sequence[Placements]], list[RemoteBuffer]]
 
@@ -81,6 +83,8 @@ class _Run:
             self._outputs[index] = self._value_of(value)
         self._written: dict[WrittenValue, Array] = {}
         self._made: dict[ValueIndex, RemoteBuffer] = {}
+        #: Buffers of host tensors that go to a slice beside the run, by tensor.
+        self._sent: dict[tuple[int, VirtualSlice, Placements], RemoteBuffer] = {}
         #: New values of copies, and the binding of what they are copies of.
         self._new_copies: list[tuple[Binding, RemoteBuffer]] = []
 
@@ -127,6 +131,7 @@ class _Run:
                 arguments,
                 changes_state=bool(consumed) or not piece.only_returns(self._variant.captured.num_returned),
             )
+            self._sent.clear()  # they are given back, behind the run
             for buffer in consumed:
                 buffer.consumed = True
             buffers = [
@@ -338,9 +343,16 @@ class _Run:
                 values.append(InlineValue(dtype=dtype, shape=(), placements=item.placements, data=data))
                 return NO_BUFFER
         if not isinstance(tensor, Array):
-            content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach())
-            values.append(HostBuffer(content).inline(item.placements))
-            return NO_BUFFER
+            host = HostBuffer(HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach()))
+            if tensor.nbytes <= _INLINE_BYTES:
+                values.append(host.inline(item.placements))
+                return NO_BUFFER
+            key = id(tensor), mesh, item.placements
+            if (sent := self._sent.get(key)) is None or item.donated:
+                sent = self._sent[key] = session.put_for_run(host, mesh, item.placements)
+            if item.donated:
+                consumed.append(sent)
+            return sent.buffer_id
         buffer = tensor._buffer
         if isinstance(buffer, HostBuffer):
             if item.donated and not isinstance(buffer.value.content, torch.Tensor):

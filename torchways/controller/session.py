@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import Counter, defaultdict
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -29,6 +29,7 @@ from torchways.capture.host_content import HostContent
 from torchways.capture.source import user_line
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, check_open, tensor_from_bytes
 from torchways.controller.loop import LoopThread, wait_for
+from torchways.controller.puts import Puts
 from torchways.controller.spans import ClientSpans
 from torchways.controller.value_checks import checks_values
 from torchways.errors import (
@@ -129,6 +130,9 @@ class _Run:
     #: Of a program's first run.
     first: _FirstRun | None
     changes_state: bool
+    #: Of values that were put for it, and ids of its arguments that were on their way when it was sent.
+    put_bytes: int
+    awaits: Collection[BufferId]
 
 
 @dataclass(slots=True)
@@ -181,9 +185,12 @@ class Session:
     #: Re-entrant: the garbage collector may call `release` while this thread holds it.
     _lock: threading.RLock = field(default_factory=threading.RLock)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
-    _puts: dict[BufferId, concurrent.futures.Future[None]] = field(default_factory=dict)
+    _puts: Puts = field(init=False)
 
     # ---- life
+
+    def __post_init__(self) -> None:
+        self._puts = Puts(self.loop.start, self._wait, self._room.look_again, self._on_not_arrived)
 
     def start(self) -> None:
         """Attaches to the resource manager."""
@@ -408,16 +415,47 @@ class Session:
 
     def put(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
         """Starts copying a host value to a slice."""
+        return self._put(value, mesh, placements, for_run=False)
+
+    def put_for_run(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
+        """Starts copying a host value to a slice for the next run; waits while too much is on its way for others."""
+        content = value.value.content
+        self._puts.make_room_for_run(content.nbytes if isinstance(content, torch.Tensor) else 0)
+        self.check()
+        return self._put(value, mesh, placements, for_run=True)
+
+    def _put(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements, *, for_run: bool) -> RemoteBuffer:
         address = self.slice_address(mesh)
         clients = self._slices[address.slice_id].executors
-        buffer = RemoteBuffer(self, mesh.root, placements, BufferId(self.new_ids(1)))
+        self._puts.make_room()
+        self.check()
+        buffer_id = BufferId(self.new_ids(1))
+        buffer = RemoteBuffer(self, mesh.root, placements, buffer_id)
         buffer.origin = weakref.ref(value)
-        inline = value.inline(placements)
-        future = self.loop.start(_put_to_all(clients, buffer.buffer_id, inline, address.slice_id, mesh.root.shape))
-        self._puts[buffer.buffer_id] = future
-        buffer_id = buffer.buffer_id
-        future.add_done_callback(lambda _: self._puts.pop(buffer_id, None))
+        copy = value.copied(placements)
+
+        async def put_to_all() -> None:
+            shape = mesh.root.shape
+            puts = [client.put(buffer_id, copy, address.slice_id, shape, for_run=for_run) for client in clients]
+            try:
+                await asyncio.gather(*puts)
+            except grpc.aio.AioRpcError as error:
+                raise await self._executor_error(clients[0].executor_id, error) from error
+
+        self._puts.add(buffer_id, put_to_all())
         return buffer
+
+    def _on_not_arrived(self, buffer_id: BufferId) -> None:
+        for run_id, run in list(self._runs.items()):
+            if buffer_id in run.awaits:
+                self._cancel_unless_arrived(run_id, run.awaits)
+        if buffer_id not in self.buffers:
+            self._puts.forget(buffer_id)
+
+    def _cancel_unless_arrived(self, run_id: RunId, awaits: Collection[BufferId]) -> None:
+        failed = next(filter(None, map(self._puts.error, awaits)), None)
+        if failed is not None and self.is_usable():
+            self._cancel([run_id], f"a value that it reads did not arrive: {failed}")
 
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
@@ -435,9 +473,10 @@ class Session:
         if self.broken is not None:
             raise self.broken
         executor = entry.executors[0]
-        put = self._puts.get(buffer.buffer_id)
+        put = self._puts.under_way(buffer.buffer_id)
         if put is not None:
             return self.loop.start(self._fetch_put(put, executor, buffer.buffer_id))
+        self._puts.check(buffer.buffer_id)
         return executor.reads.read(buffer.buffer_id, _tensor_of)
 
     def is_ready(self, buffer: RemoteBuffer) -> bool:
@@ -456,12 +495,9 @@ class Session:
         self, put: concurrent.futures.Future[None], executor: ExecutorClient, buffer_id: BufferId
     ) -> torch.Tensor:
         """Waits for the value of a buffer that is on its way to its executor."""
-        try:
-            sent = asyncio.wrap_future(put)
-            sent.add_done_callback(_forget_result)
-            await asyncio.shield(sent)  # who gives up reading does not take the value back
-        except grpc.aio.AioRpcError as error:
-            raise await self._executor_error(executor.executor_id, error) from error
+        sent = asyncio.wrap_future(put)
+        sent.add_done_callback(_forget_result)
+        await asyncio.shield(sent)  # who gives up reading does not take the value back
         return await asyncio.wrap_future(executor.reads.read(buffer_id, _tensor_of))
 
     def save_buffers(
@@ -566,6 +602,7 @@ class Session:
         """Gives one buffer back, batched with others. Called by the garbage collector: any thread, no waiting."""
         if not self.is_usable():
             return
+        self._puts.forget(buffer_id)
         with self._lock:
             batch = self._releases[slice_id]
             batch.append(buffer_id)
@@ -600,7 +637,7 @@ class Session:
             entry = self._slices.get(slice_id)
             if entry is None or entry.address is None:
                 continue
-            waiting = [self._puts[b] for b in buffer_ids if b in self._puts]
+            waiting = list(filter(None, map(self._puts.under_way, buffer_ids)))
             if waiting:  # a Put still under way would arrive after its release
                 self._hold(self._release_after(waiting, slice_id, buffer_ids), "release of values under way")
             else:
@@ -697,17 +734,22 @@ class Session:
         started_ns = time.time_ns()
         if any(slice_id not in self._slices for slice_id in arguments):
             raise PlacementError(f"{name} runs on a mesh that is closed: its devices and arrays were given back")
+        awaits = self._puts.awaited(buffer_id for bound in arguments.values() for buffer_id in bound.buffer_ids)
+        put_bytes = self._puts.run_sent()
         run_id = RunId(self.new_ids(1))
         by_island: dict[IslandId, list[tuple[SliceId, Arguments[InlineValue]]]] = defaultdict(list)
         for slice_id, bound in arguments.items():
             by_island[self._slices[slice_id].island].append((slice_id, bound))
         first_run = self._first_runs.pop(program_id, None)
-        self._runs[run_id] = _Run(name, tuple(by_island), len(by_island), started_ns, results, first_run, changes_state)
+        self._runs[run_id] = _Run(
+            name, tuple(by_island), len(by_island), started_ns, results, first_run, changes_state, put_bytes, awaits
+        )
         for island, slices in by_island.items():
             first = BufferId(results.start)
             message = run_message(program_id, run_id, first, slices, checks_values=checks_values())
             self._schedulers[island].send(message)
             self._schedulers[island].flush()  # at once: the loop may have to wait for this thread's next pause
+        self._cancel_unless_arrived(run_id, awaits)  # one may have failed before the run was known
         if (seconds := run_seconds.get()) is not None:
             reason = f"its deadline of {seconds:g} s has passed"
             self.loop.call(lambda: self.loop.loop.call_later(seconds, self._cancel, [run_id], reason))
@@ -829,6 +871,7 @@ class Session:
         run.islands_left -= 1
         if run.islands_left == 0:
             del self._runs[run_id]
+            self._puts.run_ended(run.put_bytes)
             if run.first is not None and failure is None:
                 logger.info("%s", run.first)
             # Who waits is not woken for every single run.
@@ -862,9 +905,3 @@ def _forget_result(task: asyncio.Future[Any]) -> None:
     """Takes note of how a task ended that nobody waits for."""
     if not task.cancelled():
         task.exception()
-
-
-async def _put_to_all(
-    clients: Sequence[ExecutorClient], buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]
-) -> None:
-    await asyncio.gather(*(client.put(buffer_id, value, slice_id, mesh) for client in clients))

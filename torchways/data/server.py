@@ -26,7 +26,6 @@ import grpc.aio
 import torch
 
 from torchways.data.batches import Batches, failed
-from torchways.data.local import LocalExecutors, shareable
 from torchways.data.spec import MAX_TENSORS, LoaderSpec, Position, Rule
 from torchways.data.trees import flatten
 from torchways.errors import ConfigError, DataError, Failure, TorchwaysError, failure_from
@@ -37,6 +36,7 @@ from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
 from torchways.rpc.identity import CLIENT_SECRET_VARIABLE, Caller, OneIdentity, Role
+from torchways.rpc.local_values import LocalExecutors, shareable
 
 logger = logging.getLogger(__name__)
 

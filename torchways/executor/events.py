@@ -80,7 +80,10 @@ class GrantsNeeded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BufferPut:
-    """The controller's value for a named buffer has come, for `spec`'s place on the devices."""
+    """The controller's value for a named buffer has come, for `spec`'s place on the devices.
+
+    `for_run`: a run takes it, and it has no place before that run.
+    """
 
     buffer_id: BufferId
     data: Any
@@ -88,6 +91,7 @@ class BufferPut:
     nbytes: int
     slice_id: SliceId
     form: str = ""
+    for_run: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

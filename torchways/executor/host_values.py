@@ -52,10 +52,23 @@ def checked_spec(message: pb.TensorSpec, mesh: Sequence[int], num_devices: int) 
     return spec
 
 
-def put_event(buffer_id: BufferId, slice_id: SliceId, data: pb.HostValue | torch.Tensor, spec: BufferSpec) -> BufferPut:
+def put_event(
+    buffer_id: BufferId,
+    slice_id: SliceId,
+    data: pb.HostValue | torch.Tensor,
+    spec: BufferSpec,
+    *,
+    for_run: bool = False,
+) -> BufferPut:
     """Returns the event of a value that has come from outside a program."""
     return BufferPut(
-        buffer_id=buffer_id, data=data, spec=spec, nbytes=spec.device_nbytes, slice_id=slice_id, form=spec.form
+        buffer_id=buffer_id,
+        data=data,
+        spec=spec,
+        nbytes=spec.device_nbytes,
+        slice_id=slice_id,
+        form=spec.form,
+        for_run=for_run,
     )
 
 

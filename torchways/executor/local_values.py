@@ -1,4 +1,4 @@
-"""Values that processes of this host bring: data processes, which read batches for a slice (torchways/data).
+"""Values that processes of this host bring: controllers, and data processes, which read batches (torchways/data).
 
 A value comes as an open file and a place in it, over a Unix socket in a folder that only this user can enter. Each
 message proves whose it is, as a call does, and names only buffers of its own. The file is read, never mapped: whatever
@@ -114,7 +114,7 @@ class LocalValues:
             return failure_from(error)
         except (OSError, RuntimeError) as error:  # the file is none of those that can be read, or there is no memory
             return Failure(kind="UserError", message=f"a local value cannot be read: {error}")
-        self._post(put_event(BufferId(put.buffer_id), SliceId(put.slice_id), value, spec))
+        self._post(put_event(BufferId(put.buffer_id), SliceId(put.slice_id), value, spec, for_run=put.for_run))
         return None
 
 

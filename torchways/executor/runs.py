@@ -32,6 +32,7 @@ class Cell:
         is_charged: its bytes count as used.
         form: dtype and shape as text; "" if they are not known.
         awaits_put: the controller's Put fills it, not a run, if it has not come yet.
+        kept: a value that has come for a run, until that run does.
         slice_id: the slice that it is on; 0 while that is not known.
         client_id: whose it is; 0 while that is not known.
         payer: the run that its bytes count for, while that run is in flight.
@@ -48,6 +49,7 @@ class Cell:
     is_charged: bool = False
     form: str = ""
     awaits_put: bool = False
+    kept: Placing | None = None
     slice_id: SliceId = SliceId(0)
     client_id: ClientId = ClientId(0)
     payer: RunPart | None = None

@@ -136,7 +136,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             raise AssertionError from error
         if len(parts) > 1:
             value.data = b"".join(parts)
-        self.engine.post(put_event(BufferId(first.buffer_id), SliceId(first.slice_id), value, spec))
+        buffer_id, slice_id = BufferId(first.buffer_id), SliceId(first.slice_id)
+        self.engine.post(put_event(buffer_id, slice_id, value, spec, for_run=first.for_run))
         return pb.PutResponse()
 
     async def ReadBuffers(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:

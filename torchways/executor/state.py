@@ -67,6 +67,9 @@ from torchways.ir.part import NO_BUFFER, ComputeInstruction, ReceiveInstruction,
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
+_TAKEN = "was an argument of one call"
+#: What may be kept of a client's values that came before the runs that they are for; what is above has a place at once.
+_MAX_KEPT_BYTES = 1 << 30
 
 
 class ExecutorState:
@@ -102,6 +105,8 @@ class ExecutorState:
         self._in_flight = 0
         self._commands: list[Command] = []
         self._ready: list[Taker] = []
+        #: Bytes of values that wait for the runs that they are for, by client.
+        self._kept_bytes: dict[ClientId, int] = {}
         #: The cells that fetches wait for.
         self._fetching: dict[int, Cell] = {}
 
@@ -231,6 +236,7 @@ class ExecutorState:
                     sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
                 )
         inline: list[Placing] = []
+        taken: list[BufferId] = []
         values = iter(arguments.values)
         for slot, buffer_id in enumerate(arguments.buffer_ids):
             if buffer_id != NO_BUFFER:
@@ -239,6 +245,10 @@ class ExecutorState:
                 if not cell.is_charged and not cell.scheduled and cell.payer is None:  # a Put that has no place yet
                     cell.payer = part
                     reserved += sizes[slot]
+                    if cell.kept is not None:
+                        inline.append(cell.kept)
+                        self._forget_kept(cell)
+                        taken.append(buffer_id)
             else:
                 cell = Cell(
                     sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
@@ -277,6 +287,8 @@ class ExecutorState:
         for slot in (*range(program.num_args), *known.numbers):
             if slot not in reads_left:
                 self._leave(run, slot)
+        for buffer_id in taken:
+            self._drop(buffer_id, _TAKEN)
         if event.cancelled is None:
             self._drop_donated(known, arguments.buffer_ids)
         if not program.units:
@@ -609,6 +621,8 @@ class ExecutorState:
 
     def _let_go(self, cell: Cell) -> None:
         cell.holders -= 1
+        if cell.holders == 0 and cell.kept is not None:
+            self._forget_kept(cell)
         if cell.holders == 0 and cell.is_charged:
             self.memory.release(cell)
             self._memory_freed()
@@ -698,7 +712,21 @@ class ExecutorState:
         cell.nbytes = event.nbytes
         cell.slice_id = event.slice_id
         cell.client_id = owner(event.buffer_id)
-        self._try_place(Placing(cell, Place(cell=cell, data=event.data, spec=event.spec)))
+        placing = Placing(cell, Place(cell=cell, data=event.data, spec=event.spec))
+        kept_bytes = self._kept_bytes.get(cell.client_id, 0) + cell.nbytes
+        if event.for_run and cell.payer is not None:  # its run is here, and all that has it
+            self._drop(event.buffer_id, _TAKEN)
+        elif event.for_run and not cell.scheduled and kept_bytes <= _MAX_KEPT_BYTES:
+            cell.kept = placing  # before its run it has no place: it would take what earlier runs need
+            self._kept_bytes[cell.client_id] = kept_bytes
+            return
+        self._try_place(placing)
+
+    def _forget_kept(self, cell: Cell) -> None:
+        cell.kept = None
+        self._kept_bytes[cell.client_id] -= cell.nbytes
+        if not self._kept_bytes[cell.client_id]:
+            del self._kept_bytes[cell.client_id]
 
     # ---- programs, transfers, fetches, drops
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import grpc
 import grpc.aio
 
-from torchways.errors import DeadlineExceeded, Failure, TorchwaysError
+from torchways.errors import DeadlineExceeded, Failure, InfraError, TorchwaysError
 from torchways.ids import BufferId, ClientId, IslandId, ProgramId, RunId, SliceId
 from torchways.link.connection import LoopWaiter
 from torchways.link.opening import LinkError
@@ -26,7 +26,8 @@ from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
-from torchways.rpc.identity import Caller, Role, metadata
+from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, Role, metadata
+from torchways.rpc.local_values import LocalExecutor, ValueFile
 from torchways.rpc.programs import InlineValue, host_value
 from torchways.rpc.reads import ReadStream
 from torchways.rpc.spans import Span, collect, trace_responses
@@ -374,24 +375,39 @@ class ExecutorClient:
         self._channel = channel.open_channel(executor.address)
         self._stub = pb_grpc.ExecutorStub(self._channel)
         self._metadata = metadata
+        known = dict(metadata)
+        self._local = LocalExecutor(executor.local_address, known[TOKEN_KEY], known[IDENTITY_KEY])
         #: For reads on any thread.
         self.reads = ReadStream(self._stub, metadata, functools.partial(explain, self.executor_id))
 
-    async def put(self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int]) -> None:
-        """Stores a host value as a named buffer of a slice, whose axes have the sizes `mesh`."""
-        first = pb.PutChunk(buffer_id=buffer_id, slice_id=slice_id, mesh_shape=mesh)
-        await self._stub.PutBuffer(self._put_chunks(first, value), metadata=self._metadata)
+    async def put(
+        self, buffer_id: BufferId, value: InlineValue, slice_id: SliceId, mesh: Sequence[int], *, for_run: bool
+    ) -> None:
+        """Stores a host value as a named buffer of a slice.
 
-    @staticmethod
-    async def _put_chunks(chunk: pb.PutChunk, value: InlineValue) -> AsyncIterator[pb.PutChunk]:
-        first = host_value(value)
-        data = memoryview(first.data) if isinstance(value.data, bytes) else memoryview(b"")
-        if len(data) > _CHUNK_BYTES:
-            first.data = bytes(data[:_CHUNK_BYTES])
-        chunk.value.CopyFrom(first)
-        yield chunk
-        for start in range(_CHUNK_BYTES, len(data), _CHUNK_BYTES):
-            yield pb.PutChunk(more=bytes(data[start : start + _CHUNK_BYTES]))
+        Args:
+            buffer_id: of the buffer.
+            value: what it holds.
+            slice_id: of its slice.
+            mesh: the sizes of the slice's axes.
+            for_run: one run takes it, and it needs no place on the devices before.
+
+        Raises:
+            TorchwaysError: the executor refuses it.
+            grpc.aio.AioRpcError: the executor cannot be reached.
+        """
+        first = pb.PutChunk(
+            buffer_id=buffer_id, slice_id=slice_id, mesh_shape=mesh, for_run=for_run, value=host_value(value)
+        )
+        file = value.data if isinstance(value.data, ValueFile) else None
+        if self._local.is_here and not isinstance(value.data, float):
+            try:
+                await asyncio.to_thread(self._local.put, first, file)
+                return
+            except InfraError as error:  # what keeps us from it, gRPC says; or it is no executor of ours at all
+                logger.info("%s: values for it go by gRPC", error)
+                self._local.is_here = False
+        await self._stub.PutBuffer(_put_chunks(first, file), metadata=self._metadata)
 
     async def save(
         self, folder: str, prefix: str, buffers: Sequence[pb.NamedBuffer], settled: Callable[[], None]
@@ -457,8 +473,17 @@ class ExecutorClient:
     async def close(self, error: TorchwaysError) -> None:
         """Closes the channel; reads that wait raise an error."""
         self.reads.close(error)
+        self._local.close()
         with contextlib.suppress(asyncio.CancelledError):
             await self._channel.close(None)
+
+
+async def _put_chunks(first: pb.PutChunk, file: ValueFile | None) -> AsyncIterator[pb.PutChunk]:
+    if file is not None:
+        first.value.data = file.read(0, _CHUNK_BYTES)
+    yield first
+    for start in range(_CHUNK_BYTES, file.nbytes if file is not None else 0, _CHUNK_BYTES):
+        yield pb.PutChunk(more=file.read(start, _CHUNK_BYTES))  # type: ignore[union-attr]
 
 
 class TakenBatch(NamedTuple):

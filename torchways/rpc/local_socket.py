@@ -1,4 +1,4 @@
-"""What both ends of an executor's local socket share: data/local.py connects, executor/local_values.py listens."""
+"""What both ends of an executor's local socket share: local_values.py here, and executor/local_values.py."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId
 from torchways.ir.part import NO_BUFFER, Arguments, SliceIndex, SlicePart, peers
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.convert import part_to_proto
+from torchways.rpc.local_values import ValueFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,13 +21,13 @@ class InlineValue:
 
     Attributes:
         dtype, shape, placements: as in `Value`.
-        data: row-major elements, or one number for all of them.
+        data: row-major elements, or one number for all of them. Where they do not go with a message, a file has them.
     """
 
     dtype: str
     shape: tuple[int, ...]
     placements: tuple[str, ...]
-    data: bytes | float
+    data: bytes | float | ValueFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,6 +115,8 @@ def host_value(value: InlineValue) -> pb.HostValue:
     spec = pb.TensorSpec(dtype=value.dtype, shape=value.shape, placements=value.placements)
     if isinstance(value.data, bytes):
         return pb.HostValue(spec=spec, data=value.data)
+    if isinstance(value.data, ValueFile):
+        return pb.HostValue(spec=spec)
     return pb.HostValue(spec=spec, fill=value.data)
 
 

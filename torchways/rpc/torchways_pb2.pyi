@@ -3407,12 +3407,15 @@ class PutChunk(_message.Message):
     MORE_FIELD_NUMBER: _builtins.int
     SLICE_ID_FIELD_NUMBER: _builtins.int
     MESH_SHAPE_FIELD_NUMBER: _builtins.int
+    FOR_RUN_FIELD_NUMBER: _builtins.int
     buffer_id: _builtins.int
     """first chunk only"""
     more: _builtins.bytes
     """later chunks"""
     slice_id: _builtins.int
     """first chunk only"""
+    for_run: _builtins.bool
+    """first chunk only: a run takes it, and it has no place before that run"""
     @_builtins.property
     def value(self) -> Global___HostValue:
         """first chunk: the spec, and the content or its first part"""
@@ -3429,10 +3432,11 @@ class PutChunk(_message.Message):
         more: _builtins.bytes = ...,
         slice_id: _builtins.int = ...,
         mesh_shape: _abc.Iterable[_builtins.int] | None = ...,
+        for_run: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["value", b"value"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "mesh_shape", b"mesh_shape", "more", b"more", "slice_id", b"slice_id", "value", b"value"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["buffer_id", b"buffer_id", "for_run", b"for_run", "mesh_shape", b"mesh_shape", "more", b"more", "slice_id", b"slice_id", "value", b"value"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

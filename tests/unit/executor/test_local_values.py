@@ -7,12 +7,12 @@ import tempfile
 import pytest
 import torch
 
-from torchways.data.local import LocalExecutors, shareable
 from torchways.errors import AccessDenied, InfraError, UserError
 from torchways.executor.local_values import LocalValues
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.identity import Caller, ClusterKey, OneIdentity, Role
 from torchways.rpc.local_socket import HEADER
+from torchways.rpc.local_values import LocalExecutors, shareable
 
 KEY = ClusterKey(bytes(32))
 FIRST = 1 << 40

@@ -86,15 +86,16 @@ def load(part, hosts, limit):
     return name, loaded
 
 
-def run_program(dice, program, num_runs, spare):
+def run_program(dice, program, num_runs, spare, *, for_run=False):
     lowered = lower(program)
     check_order(lowered.parts)
     hosts = {index: [HostAddress(executor_id="ab"[index], data_address="")] for index in SLICES}
     sizes = {part.slice_index: peak_memory(part, program.slices[0]).nbytes for part in lowered.parts}
     budgets = {}
     for part in lowered.parts:
-        # The budget is what pre-flight says, beside the arguments and results of the other runs.
-        kept = [*range(part.num_args), *(slot for slot, _ in part.results)]
+        # The budget is what pre-flight says, beside the results of the other runs, and their arguments, if these have
+        # places before and after.
+        kept = [*(() if for_run else range(part.num_args)), *(slot for slot, _ in part.results)]
         beside = (num_runs - 1) * sum(logical_bytes(part.slots[slot].dtype, part.slots[slot].shape) for slot in kept)
         budgets["ab"[part.slice_index]] = sizes[part.slice_index] + beside + spare
     world = Executors(dice.choice, budgets)
@@ -112,6 +113,7 @@ def run_program(dice, program, num_runs, spare):
                     spec=None,
                     slice_id=item.part.slice_id,
                     nbytes=item.slot_bytes[slot],
+                    for_run=for_run,
                 )
                 world.post(None, name, put)
             run = events.RunEnqueued(
@@ -127,14 +129,17 @@ def run_program(dice, program, num_runs, spare):
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 4), st.sampled_from([0, 0, 40, 10_000]))
-def test_what_passes_preflight_keeps_its_order_and_is_never_starved_nor_stuck(seed, num_nodes, num_runs, spare):
+@given(st.integers(0, 2**32), st.integers(1, 12), st.integers(1, 4), st.sampled_from([0, 0, 40, 10_000]), st.booleans())
+def test_what_passes_preflight_keeps_its_order_and_is_never_starved_nor_stuck(
+    seed, num_nodes, num_runs, spare, for_run
+):
     dice = random.Random(seed)
-    world, loaded, budgets = run_program(dice, random_program(dice, num_nodes), num_runs, spare)
+    world, loaded, budgets = run_program(dice, random_program(dice, num_nodes), num_runs, spare, for_run=for_run)
     for name, item in loaded.items():
         state = world.states[name]
         assert state.memory.starved == []
         assert state.runs == {}
+        assert state.num_entries()["kept_bytes"] == 0
         assert len(world.ended[name]) == num_runs
         assert [failure for _, failure in world.ended[name]] == [None] * num_runs
         assert world.peak <= max(budgets.values())

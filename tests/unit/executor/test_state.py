@@ -522,6 +522,55 @@ def test_a_released_array_lets_the_next_computation_go():
     assert [type(command) for command in commands] == [events.Execute]
 
 
+def test_a_value_for_a_run_has_a_place_when_the_run_has_come():
+    state, _ = _starving(200, [50, 10])
+    used = state.memory.used_bytes
+    value = BufferId(BASE + 20)
+    put = events.BufferPut(buffer_id=value, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=50, for_run=True)
+    assert state.handle(put) == []
+    assert state.memory.used_bytes == used
+    run = events.RunEnqueued(
+        part=PART,
+        run_id=RunId(BASE + 21),
+        sequence=2,
+        first_buffer_id=BufferId(BASE + 22),
+        arguments=Arguments([value]),
+    )
+    placed, executed = state.handle(run)
+    assert (type(placed), type(executed)) == (events.Place, events.Execute)
+    assert state.memory.used_bytes == used + 60
+    state.handle(events.UnitFinished(task=executed.task))
+    assert state.memory.used_bytes == used + 10  # it needs no word from its client
+    state.handle(events.BuffersDropped(buffer_ids=[value]))
+    # The same with a run that comes first.
+    value = BufferId(BASE + 30)
+    run = replace(
+        run, run_id=RunId(BASE + 31), first_buffer_id=BufferId(BASE + 32), sequence=3, arguments=Arguments([value])
+    )
+    assert state.handle(run) == []
+    placed, executed = state.handle(replace(put, buffer_id=value))
+    state.handle(events.UnitFinished(task=executed.task))
+    assert state.memory.used_bytes == used + 20
+
+
+def test_a_value_whose_run_never_comes_goes_with_its_name_and_what_is_kept_has_a_limit(monkeypatch):
+    monkeypatch.setattr("torchways.executor.state._MAX_KEPT_BYTES", 100)
+    state = ExecutorState("a", budget_bytes=1000)
+    puts = [
+        events.BufferPut(
+            buffer_id=BufferId(BASE + number), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=60, for_run=True
+        )
+        for number in range(3)
+    ]
+    assert state.handle(puts[0]) == []
+    assert [type(command) for command in state.handle(puts[1])] == [events.Place]  # it would be more than is kept
+    state.handle(events.BuffersDropped(buffer_ids=[puts[0].buffer_id, puts[1].buffer_id]))
+    assert state.memory.used_bytes == 0
+    assert state.handle(puts[2]) == []
+    state.handle(events.ClientDropped(client_id=CLIENT))
+    assert state.num_entries()["kept_bytes"] == 0
+
+
 # ---- gangs
 
 
