@@ -61,6 +61,8 @@ ADDRESS_VARIABLE = "TORCHWAYS_ADDRESS"
 EAGER_VARIABLE = "TORCHWAYS_EAGER"
 
 _session: Session | None = None
+#: The process that had the last session.
+_session_pid: int | None = None
 #: Eager mode: the cluster that was asked for, between init and shutdown.
 _eager_config: ClusterConfig | None = None
 
@@ -126,9 +128,14 @@ def init(
         ConfigError: a setting is out of range, the cluster allows no such weight or priority, there is no token for
             `address`, or others may read its file.
         ClusterLost: the cluster cannot be reached.
-        UserError: this process already has a session.
+        UserError: this process already has a session, or was forked from one that had.
     """
-    global _session, _eager_config
+    global _session, _session_pid, _eager_config
+    if _session_pid not in (None, os.getpid()) and not is_eager():  # gRPC's threads and state do not follow into a fork
+        raise UserError(
+            f"this process was forked from process {_session_pid}, which had a session, and cannot have one: start it "
+            'anew, as multiprocessing.get_context("spawn") does'
+        )
     if _session is not None and not _session.closed:
         raise UserError("tw.init() was called already; call tw.shutdown() first")
     settings = {"start_timeout": start_timeout, "memory_wait": memory_wait, "stall_warning": stall_warning}
@@ -169,7 +176,7 @@ def init(
     except BaseException:
         session.close()
         raise
-    _session = session
+    _session, _session_pid = session, os.getpid()
     atexit.register(session.close)
     return _Scope()
 

@@ -299,6 +299,16 @@ class Array(torch.Tensor):
     def __reduce_ex__(self, protocol: Any) -> Any:
         return host_copy(self).__reduce_ex__(protocol)
 
+    def register_hook(self, hook: Any) -> Any:
+        """As of a plain tensor; the next call of a program that uses this array traces it anew."""
+        _note_change()
+        return super().register_hook(hook)
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        """As of a plain tensor; the next call of a program that uses this array traces it anew."""
+        _note_change()
+        return super().register_post_accumulate_grad_hook(hook)
+
     def __deepcopy__(self, memo: Any) -> Any:
         if id(self) in memo:
             return memo[id(self)]

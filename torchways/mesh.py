@@ -100,9 +100,11 @@ class VirtualSlice:
 
         Raises:
             ResourceExhausted: there are not enough devices.
-            PlacementError: there is no such island.
+            PlacementError: there is no such island, or the slice is closed.
         """
         owner = self.root.owner
+        if owner is None and self.root.slice_id >= 0:
+            raise PlacementError(f"mesh {self} is closed: make a new one with init_device_mesh")
         if owner is not None:
             owner.move_slice(self.root, island)
 

@@ -8,10 +8,14 @@ import shutil
 import uuid
 from pathlib import Path
 
+from torchways.errors import CheckpointError
+
 #: What torch.distributed.checkpoint writes last.
 METADATA = ".metadata"
 
 _STEP = re.compile(r"step_(\d+)")
+#: Files of values, by any process that wrote a part.
+_DATA = re.compile(r"__.+\.distcp")
 _PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
 
 
@@ -39,6 +43,28 @@ def step_folder(folder: Path, step: int | None) -> Path:
     return folder if step is None else folder / f"step_{step:08d}"
 
 
+def check_replaceable(final: Path) -> None:
+    """Checks that a checkpoint may take a place: nothing is there, or an empty folder, or a checkpoint and no more.
+
+    Raises:
+        CheckpointError: something else is there, which would be lost.
+    """
+    if not final.exists() and not final.is_symlink():
+        return
+    what = f"a checkpoint cannot be saved as {final}"
+    if not final.is_dir() or final.is_symlink():
+        raise CheckpointError(
+            f"{what}: that is no folder. Give a folder of its own, or one for all checkpoints and `step=`"
+        )
+    others = sorted(path.name for path in final.iterdir() if path.name != METADATA and not _DATA.fullmatch(path.name))
+    if others:
+        named = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
+        raise CheckpointError(
+            f"{what}: it would replace that folder, which has other things ({named}). Give a folder of its "
+            "own, or `step=`: each checkpoint is then a folder within it"
+        )
+
+
 def begin(final: Path) -> Path:
     """Makes the folder in which a checkpoint is written, and removes what others that never ended have left.
 
@@ -59,7 +85,9 @@ def commit(partial: Path, final: Path) -> None:
 
     Raises:
         OSError: it cannot be renamed.
+        CheckpointError: something else has that name by now.
     """
+    check_replaceable(final)
     old = None
     if final.exists():
         old = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")

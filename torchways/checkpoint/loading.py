@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import pickle
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.distributed.checkpoint._nested_dict import flatten_state_dict, unflatten_state_dict
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
@@ -18,6 +20,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
+from torch.distributed.checkpoint.storage import StorageReader
 
 from torchways.array import Array
 from torchways.checkpoint import folders
@@ -72,14 +75,25 @@ def load(folder: str | os.PathLike[str], state: Any, *, strict: bool = True, ran
     is_ours = folders.is_checkpoint(path)
     reader = FileSystemReader(path) if is_ours else HuggingFaceStorageReader(str(path))
     try:
-        metadata = reader.read_metadata()
+        metadata = _metadata(reader, path)
         loading = _Loading(path, metadata, state, strict)
         loading.read(reader)
         if random_state and isinstance(state, Mapping) and RANDOM_STATE in metadata.state_dict_metadata:
             set_random_state(unpack(_read_bytes(reader, metadata, RANDOM_STATE)))
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error}") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: a file in it is damaged") from error
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
+        raise CheckpointError(f"checkpoint {path} cannot be read: {error or type(error).__name__}") from error
     return loading.finish()
+
+
+def _metadata(reader: StorageReader, path: Path) -> Metadata:
+    try:
+        return reader.read_metadata()
+    except Exception as error:  # a damaged pickle raises anything
+        where = path / folders.METADATA if folders.is_checkpoint(path) else path
+        reason = error if isinstance(error, (OSError, SafetensorError)) else f"it is damaged ({type(error).__name__})"
+        raise CheckpointError(f"checkpoint {path} cannot be read: {where}: {reason}") from error
 
 
 def _find(folder: Path) -> Path:

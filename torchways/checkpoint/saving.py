@@ -99,7 +99,7 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
 
     Args:
         folder: where the checkpoint goes, or with `step` the folder that holds all of them. The executors must see it:
-            on several machines, a shared file system.
+            on several machines, a shared file system. A checkpoint that is there is replaced, and nothing else is.
         state: a module, or a dictionary of what to keep: modules, optimizers, arrays, tensors, dictionaries, plain
             values, and whatever has `state_dict` and `load_state_dict` (learning rate schedules, data loaders, ...).
             The states of the random generators of PyTorch, Python and NumPy come with it.
@@ -110,7 +110,7 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
         The checkpoint under way: `result()` waits for it.
 
     Raises:
-        CheckpointError: `state` cannot be saved.
+        CheckpointError: `state` cannot be saved, or something other than a checkpoint is where it would be.
         ConfigError: `step` or `keep` is out of range.
     """
     global _current
@@ -119,6 +119,7 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
     if keep is not None and (keep < 1 or step is None):
         raise ConfigError(f"keep is {keep}: it must be at least 1, and goes with step, which numbers checkpoints")
     final = folders.step_folder(Path(folder).absolute(), step)
+    folders.check_replaceable(final)
     with _lock:
         previous = _current
         if previous is not None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import signal
 
-from torchways.cli.target import add_state_flags, command_parser, state_path
+from torchways.cli.target import UsageError, add_state_flags, command_parser, state_path
 from torchways.errors import ClusterLost, ConfigError
 
 _EXAMPLES = """\
@@ -36,6 +37,8 @@ def run(parsed: argparse.Namespace) -> int:
 
     from torchways.launch import state_file
 
+    if not 0 <= parsed.timeout < math.inf:
+        raise UsageError(f"--timeout must be a number of seconds that is not negative, not {parsed.timeout:g}")
     path = state_path(parsed)
     if not state_file.lives(path):
         if path.exists():

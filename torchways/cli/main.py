@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from torchways.cli import down, stacks, status, top, trace, up
+from torchways.cli.target import UsageError
 from torchways.errors import TorchwaysError
 
 #: Exit codes: it failed; the command line is wrong.
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.stdout.flush()
     except TorchwaysError as error:
         print(f"torchways {parsed.command}: {error}", file=sys.stderr)
-        code = FAILED
+        code = USAGE if isinstance(error, UsageError) else FAILED
     except KeyboardInterrupt:
         code = _INTERRUPTED
     except BrokenPipeError:  # whoever read our output has had enough, as `head` has

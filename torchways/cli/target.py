@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 _ADDRESS_VARIABLE = "TORCHWAYS_ADDRESS"
 
 
+class UsageError(ConfigError):
+    """The command line is wrong."""
+
+
 def command_parser(
     commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, summary: str, examples: str
 ) -> argparse.ArgumentParser:
@@ -54,7 +58,12 @@ def state_path(parsed: argparse.Namespace) -> Path:
     """Returns the state file that the flags name."""
     from torchways.launch.state_file import default_path
 
-    return Path(parsed.state).absolute() if parsed.state else default_path(parsed.name or "default")
+    if parsed.state:
+        return Path(parsed.state).absolute()
+    try:
+        return default_path("default" if parsed.name is None else parsed.name)
+    except ConfigError as error:
+        raise UsageError(str(error)) from None
 
 
 def state_flag(parsed: argparse.Namespace) -> str:

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from torchways.cli.target import access, add_target_flags, command_parser
-from torchways.errors import ConfigError, DeadlineExceeded
+from torchways.cli.target import UsageError, access, add_target_flags, command_parser
+from torchways.errors import DeadlineExceeded
 
 if TYPE_CHECKING:
     import asyncio
@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Watches until `q`."""
     if not _MIN_INTERVAL <= parsed.interval <= _MAX_INTERVAL:
         limits = f"between {_MIN_INTERVAL:g} and {_MAX_INTERVAL:g}"
-        raise ConfigError(f"--interval must be {limits} seconds, not {parsed.interval:g}")
+        raise UsageError(f"--interval must be {limits} seconds, not {parsed.interval:g}")
     target = access(parsed)
     if parsed.once or parsed.json or not sys.stdout.isatty():
         _print_frame(target, parsed)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchways.cli.target import access, add_target_flags, command_parser
+from torchways.cli.target import UsageError, access, add_target_flags, command_parser
 from torchways.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 def run(parsed: argparse.Namespace) -> int:
     """Watches, collects and writes."""
     if parsed.source is not None and parsed.png is None:
-        raise ConfigError("--from needs --png PATH, the picture to draw")
+        raise UsageError("--from needs --png PATH, the picture to draw")
     if parsed.source is not None:
         from torchways.observability.trace import read_chrome_trace
 
@@ -66,7 +66,7 @@ def _collected(parsed: argparse.Namespace) -> dict[str, Any]:
     from torchways.rpc.operator import ask
 
     if not 0 < parsed.seconds <= _MAX_SECONDS:
-        raise ConfigError(f"--seconds must be above 0 and at most {_MAX_SECONDS:g}, not {parsed.seconds:g}")
+        raise UsageError(f"--seconds must be above 0 and at most {_MAX_SECONDS:g}, not {parsed.seconds:g}")
     path = Path(parsed.output)
     names: dict[int, str] = {}
 

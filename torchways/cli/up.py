@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -27,6 +26,8 @@ _EXAMPLES = """\
   torchways up --state /srv/tw.json --token-file /srv/tw.token --log-format json --log-dir /srv/logs --detach
 """
 _USAGE = 2
+#: The longest time that a flag may say, 30 years.
+_MAX_SECONDS = 1e9
 _POLL_SECONDS = 0.05
 
 
@@ -122,7 +123,7 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
     if parsed.log_level not in LOG_LEVELS:
         raise ConfigError(f"--log-level must be one of {', '.join(LOG_LEVELS)}, not {parsed.log_level!r}")
     for flag in ("window", "stall_warning"):
-        if not math.isfinite(value := getattr(parsed, flag)):
+        if not abs(value := getattr(parsed, flag)) <= _MAX_SECONDS:
             raise ConfigError(f"--{flag.replace('_', '-')} must be a number of seconds, not {value}")
     log_dir = parsed.log_dir or (str(path.with_suffix("")) + "-logs" if parsed.detach else None)
     return ClusterConfig(
@@ -196,12 +197,19 @@ def _wait_schedulers(cluster: EmbeddedCluster, config: ClusterConfig) -> None:
     from torchways.rpc.operator import OperatorAccess, ask
 
     deadline = time.monotonic() + config.start_timeout.total_seconds()
+    logs = f"see the logs in {config.log_dir}" if config.log_dir else "its processes say why"
+    ended = f"the cluster ended while its schedulers started: {logs}"
     while True:
-        found = ask(OperatorAccess(cluster.address, cluster.token), lambda client: client.observe())
+        try:
+            found = ask(OperatorAccess(cluster.address, cluster.token), lambda client: client.observe())
+        except ClusterLost as error:
+            raise ClusterLost(ended) from error
         if sum(bool(island.scheduler_address) for island in found.cluster.islands) == config.islands:
             return
+        if not cluster.lives():
+            raise ClusterLost(ended)
         if time.monotonic() > deadline:
-            raise DeadlineExceeded(f"not all schedulers were ready in {config.start_timeout}; see the cluster's log")
+            raise DeadlineExceeded(f"not all schedulers were ready in {config.start_timeout}: {logs}")
         time.sleep(_POLL_SECONDS)
 
 

@@ -36,6 +36,8 @@ logger = logging.getLogger(__name__)
 _CALL_SECONDS = 30.0
 #: How long streams may take to end once their clients were told that the cluster is closing.
 _CLOSING_SECONDS = 0.5
+#: After that time a cluster that cannot go on ends: its clients know why.
+_END_SECONDS = 1.0
 
 
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
@@ -61,6 +63,8 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self._settled: dict[SliceId, asyncio.Event] = defaultdict(asyncio.Event)
         self._data_settled: dict[int, asyncio.Event] = defaultdict(asyncio.Event)
         self._tasks: set[asyncio.Task[None]] = set()
+        #: Set when the cluster is to end.
+        self.ending = asyncio.Event()
         #: For who runs the cluster.
         self._client_spans = ClientSpans(self._tell)
         self.operator = OperatorServer(
@@ -107,6 +111,9 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                     self._tell(command.client_id, pb.ClusterEvent(executor_lost=lost))
                 case core.TellClosing():
                     self.tell_closing(command.reason)
+                    if not self.ending.is_set():
+                        logger.error("the cluster cannot go on and ends: %s", command.reason)
+                        asyncio.get_running_loop().call_later(_END_SECONDS, self.ending.set)
                 case _:
                     assert_never(command)
 
@@ -499,8 +506,7 @@ async def serve(arguments: argparse.Namespace) -> None:
                 pipe.write(json.dumps({"error": reason}) + "\n")
             return
         operator.metrics_address = web_server.address
-    ending = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ending.set)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, manager.ending.set)
     address = await channel.start_server(server, arguments.host)
     if web_server is not None:
         web_server.cluster_address = address
@@ -508,7 +514,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         ready = {"address": address, "metrics_address": manager.operator.metrics_address}
         pipe.write(json.dumps(ready) + "\n")
     logger.info("ready at %s; waiting for nodes", address)
-    await ending.wait()
+    await manager.ending.wait()
     manager.close("it was told to end")
     if web_server is not None:
         web_server.stop_listening()

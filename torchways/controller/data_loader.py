@@ -139,18 +139,24 @@ class ArrayLoader:
             position = Position(epoch=position.epoch + 1)
         if isinstance(position.state, dict) and NO_STATE in position.state:
             raise DataError(f"the position in dataset {self._spec.dataset!r} is not known: {position.state[NO_STATE]}")
-        return {**self._spec.identity(), "epoch": position.epoch, "batch": position.batch, "state": position.state}
+        place = {"epoch": position.epoch, "batch": position.batch, "state": position.state}
+        return {**self._spec.identity(), "num_workers": self._spec.num_workers, **place}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Makes the next `iter()` go on where `state_dict` was called: its first batch is the one that came next then.
 
         Raises:
-            ConfigError: it is the position of another loader: of another dataset, seed or batch size.
+            ConfigError: it is the position of another loader: of another dataset, seed or batch size, or in an iterable
+                dataset of another number of workers.
         """
         mine = self._spec.identity()
+        if not isinstance(state_dict, Mapping):
+            raise ConfigError(f"this is no data loader's state_dict: {state_dict!r}")
         missing = {*mine, "epoch", "batch", "state"} - set(state_dict)
         if missing:
             raise ConfigError(f"this is no data loader's state_dict: it has no {', '.join(sorted(missing))}")
+        if state_dict.get("state") is not None and "num_workers" in state_dict:
+            mine = {**mine, "num_workers": self._spec.num_workers}
         for name, value in mine.items():
             if state_dict[name] != value:
                 raise ConfigError(

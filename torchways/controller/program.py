@@ -73,6 +73,8 @@ class ProgramFunction:
         self._reports = _Reports()
         self._times_traced = 0
         self._symbolic: set[Any] = set()
+        #: Of these, those that a trace cannot do with a stand-in for.
+        self._constant: set[Any] = set()
         self._unread = unread_parameters(function)
         #: Make copies of arrays for replicas, by slice and placements.
         self._copiers: dict[Any, ProgramFunction] = {}
@@ -126,7 +128,7 @@ class ProgramFunction:
         }
 
     def _check(self, variant: Variant, signature: Signature, session: Session) -> None:
-        symbolic = frozenset(self._symbolic)
+        symbolic = frozenset(self._symbolic - self._constant)
         new = capture_again(self._function, self._name, signature, self.mesh, session, symbolic)
         if new.reschedule is not None:
             new = new.reschedule({loop.number: schedule_of(loop) for loop in automatic_loops(variant.captured)})
@@ -206,14 +208,19 @@ class ProgramFunction:
 
     def _make_variant(self, signature: Signature, session: Session) -> Variant:
         self._log_trace(signature, session)
+        if symbolic := self._numbers_that_change(signature):
+            try:
+                return self._traced(signature, session, symbolic)
+            except Exception as error:
+                # What stands in for a number may lack what the number itself can do. If it is not that, the trace with
+                # the number says it.
+                logger.info("%s: a number that changes is no input (%s); one trace for each", self._name, error)
+            self._constant |= symbolic
+        return self._traced(signature, session, frozenset())
+
+    def _traced(self, signature: Signature, session: Session, symbolic: frozenset[Any]) -> Variant:
         return trace_variant(
-            self._function,
-            self._name,
-            signature,
-            self.mesh,
-            session,
-            self._dispatch,
-            symbolic=self._numbers_that_change(signature),
+            self._function, self._name, signature, self.mesh, session, self._dispatch, symbolic=symbolic
         )
 
     def _copies_on(
@@ -236,7 +243,7 @@ class ProgramFunction:
         """Returns places whose number was seen to change: it is an input from then on."""
         for variant in self._variants.of_key(signature.key):
             self._symbolic |= variant.state.changed_numbers(signature)
-        return frozenset(self._symbolic)
+        return frozenset(self._symbolic - self._constant)
 
     def _log_trace(self, signature: Signature, session: Session) -> None:
         """Says why the function is traced, if it is not the first time."""

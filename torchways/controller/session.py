@@ -392,7 +392,7 @@ class Session:
         return spans
 
     def _ask_executors(self, ask: Callable[[ExecutorClient], Coroutine[Any, Any, _T]]) -> list[tuple[str, _T]]:
-        """Returns each executor's answer, with its id; one whose last slice is given back meanwhile has none."""
+        """Returns each executor's answer, with its id; one that is lost or given back meanwhile has none."""
         self.check()
         for entry in list(self._slices.values()):
             self._wait_slice(entry)
@@ -403,6 +403,11 @@ class Session:
             except (grpc.aio.UsageError, concurrent.futures.CancelledError):
                 if self._executors.get(client.executor_id) is client:
                     raise
+            except grpc.aio.AioRpcError as error:
+                explaining = self._executor_error(client.executor_id, error)
+                explained = self.loop.run(explaining, _CALL, "word of an executor")
+                if client.executor_id not in self._lost_executors:
+                    raise explained from error
         return answers
 
     # ---- buffers

@@ -29,7 +29,7 @@ from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import is_users_error, line_of_error, user_line
 from torchways.capture.tracing.objects import may_open, open_objects
 from torchways.capture.tracing.optimizers import StateTracker
-from torchways.capture.tracing.pure_graph import tidy
+from torchways.capture.tracing.pure_graph import separate_results, tidy
 from torchways.capture.tracing.trace import NumberInput, Trace
 from torchways.capture.tracing.tracer import trace
 from torchways.controller.bindings import Binding, Seed, binding_of, binding_of_copy
@@ -196,6 +196,7 @@ class _Tracing:
         self._check_written(traced)
         specs = _placeholder_specs(traced, self._signature.tensors)
         graph = tidy(traced.graph)
+        separate_results(graph)
         written = list(traced.written)
         copies = separate_replicas(graph, specs, written, traced.replicas)
         meshes = meshes_of(graph, specs, self._mesh)

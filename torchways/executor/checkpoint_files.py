@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.planner import (
     WriteItemType,
 )
 
-from torchways.errors import CheckpointError
+from torchways.errors import CheckpointError, TorchwaysError
 from torchways.rpc import torchways_pb2 as pb
 from torchways.runtime.base import BufferSpec
 
@@ -108,7 +108,7 @@ def read(spec: BufferSpec, pieces: Sequence[pb.Piece]) -> torch.Tensor:
 
     Raises:
         OSError: a file cannot be read.
-        CheckpointError: the pieces do not cover the tensor, or one of them lies outside it.
+        CheckpointError: the pieces do not cover the tensor, one of them lies outside it, or a file is damaged.
     """
     if sum(torch.Size(piece.sizes).numel() for piece in pieces) != torch.Size(spec.shape).numel():
         raise CheckpointError(f"the pieces in the checkpoint do not make up {spec.form}")
@@ -125,7 +125,15 @@ def read(spec: BufferSpec, pieces: Sequence[pb.Piece]) -> torch.Tensor:
             for index, piece in zip(indices, mine, strict=True)
         }
         items = [_read_item(index, piece) for index, piece in zip(indices, mine, strict=True)]
-        reader.read_data(LoadPlan(items), _Target(value)).wait()
+        try:
+            reader.read_data(LoadPlan(items), _Target(value)).wait()
+        except (OSError, TorchwaysError):
+            raise
+        except Exception as error:  # a damaged file raises anything
+            files = ", ".join(sorted({piece.file for piece in mine}))
+            raise CheckpointError(
+                f"{spec.form} cannot be read from {files}: damaged, or cut off ({type(error).__name__})"
+            ) from error
     return value
 
 

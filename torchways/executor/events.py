@@ -82,7 +82,7 @@ class GrantsNeeded:
 class BufferPut:
     """The controller's value for a named buffer has come, for `spec`'s place on the devices.
 
-    `for_run`: a run takes it, and it has no place before that run.
+    `for_run`: a run takes it, and it has no place before that run. `time_ns`: when it came.
     """
 
     buffer_id: BufferId
@@ -92,6 +92,7 @@ class BufferPut:
     slice_id: SliceId
     form: str = ""
     for_run: bool = False
+    time_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -69,6 +70,7 @@ def put_event(
         slice_id=slice_id,
         form=spec.form,
         for_run=for_run,
+        time_ns=time.time_ns(),
     )
 
 

@@ -63,7 +63,7 @@ class Names:
                 return Cell(scheduled=True, failure=self._failure("UserError", reason))
             if owner(buffer_id) in self._gone_clients:
                 return Cell(scheduled=True, failure=self.client_gone())
-            cell = self.cells[buffer_id] = Cell(holders=1, awaits_put=True, client_id=owner(buffer_id))
+            cell = self.cells[buffer_id] = Cell(holders=1, names=1, awaits_put=True, client_id=owner(buffer_id))
         return cell
 
     def give(self, buffer_id: BufferId, cell: Cell) -> None:
@@ -74,6 +74,7 @@ class Names:
             cell.readers += early.readers
             cell.holders += early.holders - 1
         cell.holders += 1
+        cell.names += 1
         self.cells[buffer_id] = cell
 
     def find_for_put(self, buffer_id: BufferId, slice_id: SliceId) -> Cell | None:
@@ -89,6 +90,8 @@ class Names:
     def drop(self, buffer_id: BufferId, reason: str) -> Cell | None:
         """Takes a name away; returns the cell that had it."""
         cell = self.cells.pop(buffer_id, None)
+        if cell is not None:
+            cell.names -= 1
         if cell is not None and cell.awaits_put and (cell.readers or cell.waiters):
             self._expected[buffer_id] = cell
         _remember(self._gone, buffer_id, reason, self._max_remembered)

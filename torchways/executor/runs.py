@@ -29,6 +29,7 @@ class Cell:
         failure: the reason why there is no buffer; set by the shell or the core.
         readers: units that will read it and host copies under way; a donation waits until its own unit is the last.
         holders: names, runs and copies that keep its memory.
+        names: how many of these are names.
         is_charged: its bytes count as used.
         form: dtype and shape as text; "" if they are not known.
         awaits_put: the controller's Put fills it, not a run, if it has not come yet.
@@ -46,6 +47,7 @@ class Cell:
     failure: Failure | None = None
     readers: int = 0
     holders: int = 0
+    names: int = 0
     is_charged: bool = False
     form: str = ""
     awaits_put: bool = False
@@ -184,11 +186,12 @@ class Task:
 
 @dataclass(eq=False, slots=True)
 class Placing:
-    """A host value on its way to the devices."""
+    """A host value on its way to the devices. `came_ns`: when it came; 0: with its run."""
 
     cell: Cell
     command: Place
     issued: bool = False
+    came_ns: int = 0
 
     @property
     def need_bytes(self) -> int:

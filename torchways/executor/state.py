@@ -67,6 +67,8 @@ from torchways.ir.part import NO_BUFFER, ComputeInstruction, ReceiveInstruction,
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
+#: Values of a client that may wait for memory on the devices, and their bytes.
+_MAX_WAITING, _MAX_WAITING_BYTES = 10_000, 1 << 30
 _TAKEN = "was an argument of one call"
 #: What may be kept of a client's values that came before the runs that they are for; what is above has a place at once.
 _MAX_KEPT_BYTES = 1 << 30
@@ -424,6 +426,9 @@ class ExecutorState:
             # Of several computations, those that can run do: the shell sees to it.
             if failures and (len(unit.instructions) == 1 or len(failures) == len(known)):
                 failure = lowest(failures)
+        if failure is None and any(cells[slot].names for slot in unit.donated):  # type: ignore[union-attr]
+            # What has that name would be lost, and whoever reads it would wait for ever.
+            failure = self._failure("InternalError", f"{task} gives up a value that has another name")
         if failure is not None:
             task.issued = True
             self._fail_task(task, failure)
@@ -663,16 +668,20 @@ class ExecutorState:
         starved = [item for item in memory.starved if not memory.is_at_limit(item)]
         if not starved or self._in_flight:
             return
-        item = min(starved, key=memory.priority)
-        memory.starved.remove(item)
+        # All values of no run that have waited so long: to refuse one makes no room for another.
+        values = [item for item in starved if isinstance(item, Placing) and memory.run_of(item) is None]
+        long = [item for item in values if now_ns - item.came_ns >= seconds * 1e9]
         owned = sorted(self.names.client_bytes().items())
         held = ", ".join(f"client {client}: {size:,} bytes" for client, size in owned)
-        self._refuse(
-            item,
-            f"it waited {seconds:g} s for {item.need_bytes:,} bytes a device while {memory.used_bytes:,} were in use "
-            f"(arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is "
-            f"{memory.budget_bytes:,} bytes",
-        )
+        refused: Sequence[Taker] = long or [min(starved, key=memory.priority)]
+        for item in refused:
+            memory.starved.remove(item)
+            self._refuse(
+                item,
+                f"it waited {seconds:g} s for {item.need_bytes:,} bytes a device while {memory.used_bytes:,} were in "
+                f"use (arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is "
+                f"{memory.budget_bytes:,} bytes",
+            )
 
     def _refuse_at_limit(self, item: Taker, seconds: float, now_ns: int) -> None:
         """Refuses what waits for its own client to give something back, if that has long not happened."""
@@ -712,7 +721,7 @@ class ExecutorState:
         cell.nbytes = event.nbytes
         cell.slice_id = event.slice_id
         cell.client_id = owner(event.buffer_id)
-        placing = Placing(cell, Place(cell=cell, data=event.data, spec=event.spec))
+        placing = Placing(cell, Place(cell=cell, data=event.data, spec=event.spec), came_ns=event.time_ns)
         kept_bytes = self._kept_bytes.get(cell.client_id, 0) + cell.nbytes
         if event.for_run and cell.payer is not None:  # its run is here, and all that has it
             self._drop(event.buffer_id, _TAKEN)
@@ -720,7 +729,18 @@ class ExecutorState:
             cell.kept = placing  # before its run it has no place: it would take what earlier runs need
             self._kept_bytes[cell.client_id] = kept_bytes
             return
+        if cell.payer is None and self._waits_too_much(placing):
+            self._refuse(placing, f"its client has {_MAX_WAITING_BYTES:,} bytes of values that wait for memory already")
+            return
         self._try_place(placing)
+
+    def _waits_too_much(self, item: Placing) -> bool:
+        """Whether a value must wait, and its client has too much that waits: it is in host memory meanwhile."""
+        if self.memory.has_room(item):
+            return False
+        waiting = [other for other in self.memory.starved if isinstance(other, Placing)]
+        sizes = [other.need_bytes for other in waiting if other.cell.client_id == item.cell.client_id]
+        return len(sizes) >= _MAX_WAITING or sum(sizes) + item.need_bytes > _MAX_WAITING_BYTES
 
     def _forget_kept(self, cell: Cell) -> None:
         cell.kept = None

@@ -46,6 +46,10 @@ class EmbeddedCluster:
         """Pid of the node agent, the parent of all other processes of the cluster."""
         return self._agent.pid
 
+    def lives(self) -> bool:
+        """Whether it has not ended."""
+        return self._agent.poll() is None
+
     def wait(self) -> int:
         """Waits until the cluster has ended by itself, or by `torchways down`; returns 0 if it was told to."""
         return self._agent.wait()
@@ -79,6 +83,7 @@ def start_cluster(config: ClusterConfig, *, state: Path | None = None, stays: bo
     Raises:
         DeadlineExceeded: it was not ready in `config.start_timeout`.
         ClusterLost: it ended while starting.
+        ConfigError: nothing can be logged in `config.log_dir`.
     """
     token = os.environ.get(TOKEN_VARIABLE) or secrets.token_hex(16)
     environment = {**os.environ, TOKEN_VARIABLE: token, LOG_LEVEL_VARIABLE: config.log_level}
@@ -94,7 +99,7 @@ def start_cluster(config: ClusterConfig, *, state: Path | None = None, stays: bo
     ]
     # A session of its own: Ctrl-C reaches the controller alone, which then ends the cluster in good order.
     try:
-        with _output(config.log_dir if stays else None) as output:
+        with _output(config.log_dir, has_log=stays) as output:
             agent = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL if stays else subprocess.PIPE,
@@ -124,17 +129,20 @@ def start_cluster(config: ClusterConfig, *, state: Path | None = None, stays: bo
 
 
 @contextmanager
-def _output(log_dir: str | None) -> Iterator[IO[bytes] | None]:
-    """Gives the node agent's log in a folder; None: it has our output."""
+def _output(log_dir: str | None, *, has_log: bool) -> Iterator[IO[bytes] | None]:
+    """Makes the folder for logs; gives the node agent's log there if it has one; None: it has our output."""
     if log_dir is None:
         yield None
         return
     folder = Path(log_dir)
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        file = (folder / "node_agent.log").open("ab")
+        file = (folder / "node_agent.log").open("ab") if has_log else None
     except OSError as error:
         raise ConfigError(f"cannot log to the folder {log_dir}: {error.strerror}; choose another log_dir") from error
+    if file is None:
+        yield None
+        return
     with file:
         yield file
 

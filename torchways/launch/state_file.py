@@ -75,7 +75,7 @@ def hold(path: Path) -> HeldStateFile:
     """Makes a cluster's state file, or takes over that of a dead one, with mode 600.
 
     Raises:
-        ConfigError: a cluster that lives has it, or it cannot be made.
+        ConfigError: a cluster that lives has it, it cannot be made, or the file is something else.
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -84,8 +84,9 @@ def hold(path: Path) -> HeldStateFile:
             try:
                 _check_owner(path, os.fstat(fd))
                 _lock(fd)
-                os.fchmod(fd, 0o600)
                 if _is_at(path, fd):  # else another has removed it since we opened it
+                    _check_content(path, os.pread(fd, _MAX_BYTES, 0).decode("utf-8", "replace"))
+                    os.fchmod(fd, 0o600)
                     os.ftruncate(fd, 0)
                     return HeldStateFile(path, fd)
             except BaseException:
@@ -154,9 +155,32 @@ def lives(path: Path) -> bool:
 
 
 def remove_stale(path: Path) -> None:
-    """Removes the state file of a dead cluster."""
+    """Removes the state file of a dead cluster; one that lives by now has its own.
+
+    Raises:
+        ConfigError: it is another kind of file, which stays.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        _check_content(path, path.read_text(errors="replace"))
     with contextlib.suppress(ConfigError):
         hold(path).remove()
+
+
+def _check_content(path: Path, text: str) -> None:
+    """Checks that a file is empty, or a state file: nothing else is overwritten or removed.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        found = json.loads(text) if text.strip() else {"pid": 0, "token": ""}
+        is_one = isinstance(found, dict) and {"pid", "token"} <= found.keys()
+    except ValueError:
+        is_one = False
+    if not is_one:
+        raise ConfigError(
+            f"{path} is no state file of a torchways cluster, and is left as it is: name another by --state"
+        )
 
 
 def default_path(name: str = "default") -> Path:
@@ -259,9 +283,11 @@ def write_token(path: Path, token: str) -> None:
     """
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with os.fdopen(fd, "w") as file:
             _check_owner(path, os.fstat(fd))
+            if len(os.pread(fd, _MAX_BYTES, 0).split()) > 1:
+                raise ConfigError(f"{path} holds something other than a token, and is left as it is: name another file")
             os.fchmod(fd, 0o600)  # before the token is in it
             file.truncate()
             file.write(token + "\n")

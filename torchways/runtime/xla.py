@@ -18,14 +18,14 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
 from torchways.errors import CaptureError, InternalError
-from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph
+from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph, serialize_graph
 from torchways.operators import ALIGNMENTS, ALIGNMENTS_BACKWARD, BARRIER, CONSTRAIN, MANUAL_SEED, NEVER, QR, SVD
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 from torchways.runtime.left_out import left_out
@@ -128,9 +128,11 @@ class _Executable:
     Attributes:
         source: what it is compiled of, should it leave torch-xla's cache.
         graph_hash: its key in torch-xla's cache; None where nothing is computed.
-        inputs: what the cached graph takes, in its order: positions of our inputs, or constants.
+        inputs: what the cached graph takes, in its order: positions of our inputs, or constants. The position behind
+            the last is that of the seed that `seeding` computes.
         outputs: for each of our outputs, its position in the cached graph's, or ~position of the input that it is.
         donated: positions of our inputs whose memory it may reuse.
+        seeding: what computes the seed of its random operators, and of which of our inputs.
     """
 
     source: _Source
@@ -138,6 +140,7 @@ class _Executable:
     inputs: tuple[int | torch.Tensor, ...]
     outputs: tuple[int, ...]
     donated: tuple[int, ...]
+    seeding: tuple[_Executable, tuple[int, ...]] | None = None
 
 
 @dataclass(slots=True)
@@ -268,7 +271,11 @@ class XlaRuntime:
     def _compile(self, source: _Source, on_device: OnDevice) -> _Executable:
         graph = deserialize_graph(source.graph)
         _move_to_device(graph, self._device)
-        seed = _take_seed(graph)
+        seed, seeding = _take_seed(graph), None
+        if isinstance(seed, _SeedGraph):  # torch-xla takes a seed from outside, as a value that is there
+            inputs = [source.inputs[position] for position in seed.positions]
+            seeding = self.compile(seed.graph, inputs, inputs[:1], (), on_device), seed.positions
+            seed = len(source.inputs)
         if xr.device_type() == "CPU":
             turn_products(graph)
         constrain = functools.partial(self._constrain, mesh=source.outputs[0].mesh if source.outputs else ())
@@ -276,6 +283,7 @@ class XlaRuntime:
             for node in graph.find_nodes(op="call_function", target=operator):
                 node.target = ours
         executable, pending = on_device(lambda: self._trace(graph, seed, source))
+        executable = replace(executable, seeding=seeding)
         if pending:
             try:
                 # Compiles the pending graph into torch-xla's cache; no public call does so without running it.
@@ -378,9 +386,13 @@ class XlaRuntime:
         """Starts a computation; see `Runtime.execute`."""
         if executable.graph_hash is None:
             return [inputs[~source] for source in executable.outputs], ()
+        given = inputs
+        if executable.seeding is not None:
+            seeding, positions = executable.seeding
+            given = [*inputs, *self.execute(seeding, [inputs[position] for position in positions])[0]]
         self._wait_for_room()
         self._pass_device_lock()
-        arguments = [inputs[item] if isinstance(item, int) else item for item in executable.inputs]
+        arguments = [given[item] if isinstance(item, int) else item for item in executable.inputs]
         try:
             # The call that torch-xla's torch.compile backend makes; nothing public runs a cached graph.
             results = _XLAC._run_cached_graph(executable.graph_hash, arguments)
@@ -662,13 +674,40 @@ def _is_shared(tensor: torch.Tensor) -> bool:
     return tensor._use_count() > 1  # no public call tells whether C++ holds a tensor
 
 
-def _take_seed(graph: torch.fx.Graph) -> int | None:
-    """Returns the position of the argument that seeds a graph's random operators, if it has any, and forgets it."""
+@dataclass(frozen=True, slots=True)
+class _SeedGraph:
+    """A graph of one int64[], a seed, and the positions of the arguments that it takes, which are such, too."""
+
+    graph: bytes
+    positions: tuple[int, ...]
+
+
+def _take_seed(graph: torch.fx.Graph) -> int | _SeedGraph | None:
+    """Returns what seeds a graph's random operators, if it has any, and forgets it.
+
+    Returns:
+        The position of an argument, or what computes the seed of some.
+    """
     placeholders = graph.find_nodes(op="placeholder")
     for node in graph.find_nodes(op="call_function", target=MANUAL_SEED):
-        seed = placeholders.index(node.args[0])
+        seed = node.args[0]
+        assert isinstance(seed, torch.fx.Node)
         graph.erase_node(node)
-        return seed
+        if seed.op == "placeholder":
+            return placeholders.index(seed)
+        needed = {seed}
+        for before in reversed(graph.nodes):
+            if before in needed:
+                needed.update(before.all_input_nodes)
+        alone = torch.fx.Graph()
+        copies: dict[torch.fx.Node, torch.fx.Node] = {}
+        for before in graph.nodes:
+            if before in needed:
+                copies[before] = alone.node_copy(before, copies.__getitem__)
+        alone.output((copies[seed],))
+        graph.eliminate_dead_code()
+        taken = tuple(position for position, item in enumerate(placeholders) if item in needed)
+        return _SeedGraph(serialize_graph(alone), taken)
     return None
 
 

@@ -261,7 +261,7 @@ def _changed_numbers(place: Place, token: Token, call: Call) -> Iterator[Any]:
         if type(value) is type(token.value) and not same_number(value, token.value):
             yield place.key
     elif isinstance(token, Contents) and type(value) is token.type and keys_of(value) == token.keys:
-        for key, item in zip(token.keys, token.items, strict=True):
+        for key, item in zip(token.keys, token.items, strict=False):  # the items of a set are its keys
             yield from _changed_numbers(Entry(place, key_of(key)), item, call)
 
 

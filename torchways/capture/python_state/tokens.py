@@ -30,6 +30,7 @@ class TensorSource:
         places: all places where it was found; they must have the same tensor at later calls.
         tensor: what is there, as of the last call.
         home: mesh and placements that the trace's program wants it at, if it is used there.
+        hooks: what is called with its gradient.
     """
 
     places: list[Place]
@@ -39,6 +40,7 @@ class TensorSource:
     requires_grad: bool
     is_array: bool
     home: Any = None
+    hooks: tuple[Any, ...] = ()
 
     @property
     def name(self) -> str:
@@ -47,7 +49,18 @@ class TensorSource:
 
 def source_of(tensor: torch.Tensor) -> TensorSource:
     """Returns a source of a tensor of which no place is known yet."""
-    return TensorSource([], tensor, tuple(tensor.shape), tensor.dtype, tensor.requires_grad, isinstance(tensor, Array))
+    shape, hooks = tuple(tensor.shape), _hooks_of(tensor)
+    return TensorSource([], tensor, shape, tensor.dtype, tensor.requires_grad, isinstance(tensor, Array), hooks=hooks)
+
+
+def _hook_dicts(tensor: torch.Tensor) -> list[dict[Any, Any]]:
+    with torch._C.DisableTorchFunctionSubclass():
+        found: list[Any] = [tensor._backward_hooks, getattr(tensor, "_post_accumulate_grad_hooks", None)]
+    return [hooks for hooks in found if hooks is not None]
+
+
+def _hooks_of(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tuple(hook for hooks in _hook_dicts(tensor) for hook in hooks.values())
 
 
 class Token:
@@ -129,7 +142,13 @@ class OneOf(Token):
                 return place, f"has {what} {text[0]}, had {text[1]}"
         if isinstance(now, Array) != source.is_array:
             return place, "is on a slice, was on the host" if isinstance(now, Array) else "is on the host, was an array"
+        if (hooks := _hooks_of(now)) != source.hooks:
+            return place, f"has {len(hooks)} hooks of its gradient, had {len(source.hooks)}, or others"
         return None
+
+    def dicts(self, value: Any) -> Iterator[dict[Any, Any]]:
+        if isinstance(value, torch.Tensor):
+            yield from _hook_dicts(value)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -147,7 +166,8 @@ class Contents(Token):
         keys = keys_of(value)
         if keys != self.keys and (self.is_ordered or set(keys) != set(self.keys)):
             return place, _keys_change(keys, self.keys, value)
-        for key, item, token in zip(self.keys, self._items_of(value), self.items, strict=True):
+        # The items of a set are its keys.
+        for key, item, token in zip(self.keys, self._items_of(value), self.items, strict=False):
             found = token.change(Entry(place, key_of(key)), item, call)
             if found is not None:
                 return found

@@ -9,6 +9,7 @@ how they were made. Then all is put back, and each run makes the writes again.
 from __future__ import annotations
 
 import functools
+import sys
 import threading
 import types
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ from torchways.capture.python_state.tokens import (
     keys_of,
     source_of,
 )
+from torchways.errors import CaptureError
 
 #: Attributes of an optimizer: of groups, numbers are inputs; state that its own step reads is noted after the trace.
 _OF_OPTIMIZERS = {"param_groups", "state", "defaults"}
@@ -146,7 +148,7 @@ class Watcher:
             return OneOf(source), value
         if isinstance(value, (int, float)) and not isinstance(value, bool) and is_plain(value):
             is_item_of_tuple = isinstance(place, Entry) and isinstance(place.parent.get(self.call), tuple)
-            if (free_numbers or place.key in self.symbolic) and not is_item_of_tuple:
+            if (free_numbers or place.key in self.symbolic) and not is_item_of_tuple and self._is_its_own(place):
                 return self._number(place, value)
             return Exactly(value), value
         if is_plain(value):
@@ -166,6 +168,14 @@ class Watcher:
         self.note_object(place, value)
         is_path = not self._owners.get(id(value), place).is_fixed
         return (OfType(type(value)) if is_path else Same(value)), value
+
+    def _is_its_own(self, place: Place) -> bool:
+        """Whether a value is kept at the place itself: not in the class of the object whose attribute it is."""
+        if not isinstance(place, Attribute):
+            return True
+        owner = place.parent.get(self.call)
+        cls: Any = type(owner)
+        return place.name in getattr(owner, "__dict__", {}) or _kind_of_attribute(cls, place.name) is not None
 
     def _number(self, place: Place, value: Any) -> tuple[Token, Any]:
         number = self.numbers.at_place(place, value)
@@ -228,7 +238,13 @@ class Watcher:
 
     def note_attribute(self, owner: Any, name: str, value: Any) -> Any:
         """Notes that an attribute of an object was read; returns the value to go on with."""
-        if (id(owner), name) in self._attributes or id(owner) not in self._owners or name in _UNNOTED:
+        if (id(owner), name) in self._attributes or id(owner) not in self._owners:
+            return value
+        if name in _UNNOTED:
+            # Python's and PyTorch's own code looks something up there, which is seen; a user's reads all of it.
+            if name == "__dict__" and is_user_code(sys._getframe(2).f_code.co_filename):
+                self._attributes.add((id(owner), name))
+                self.note_container(Attribute(self._owners[id(owner)], name))
             return value
         if isinstance(owner, torch.optim.Optimizer) and name in _OF_OPTIMIZERS:
             if name == "param_groups" and not self.in_optimizer:
@@ -277,6 +293,9 @@ class Watcher:
         reads = reads_of(function.__code__)
         if is_users:
             self._codes.append(reads)
+            names = function.__code__.co_names
+            if self.symbolic and "type" in names and ("int" in names or "float" in names):
+                raise CaptureError(f"{function.__qualname__} may ask for a number's own type, which no stand-in has")
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=False):
             place = Cell(cell, name)
             value = place.get(self.call)
@@ -358,6 +377,8 @@ class Watcher:
             return any(value is stand_in for stand_in in self._stand_ins)
         node = node_of(value)
         step = node.numbers.steps[node.step] if node is not None else None
+        if isinstance(place, Entry) and isinstance(place.parent, Attribute) and place.parent.name == "__dict__":
+            place = Attribute(place.parent.parent, place.item)
         return step is not None and step.place is not None and step.place.key == place.key
 
     def put_back(self) -> None:

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
 from torchways.capture.lowering.decompositions import decomposition_table
-from torchways.capture.regions import CARRY_KEY, LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY
+from torchways.capture.regions import CARRY_KEY, LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY, Region
 from torchways.capture.tracing.recorder import Recorder
 from torchways.graphs import SOURCE_KEY
 from torchways.operators import BARRIER, is_random
@@ -44,6 +44,30 @@ def tidy(graph: torch.fx.Graph, decompositions: Mapping[Any, Any] | None = None)
     _remove_dead_nodes(graph)
     _keep_recomputation(graph)
     return graph
+
+
+def separate_results(graph: torch.fx.Graph) -> None:
+    """Gives each result a value of its own: none is an input, and none another result.
+
+    Else one buffer would have two names, and a run that gives up one of them, as it replaces state, would take along
+    the other. Of a value that is several results, the last one keeps it: state, where there is some among them.
+    """
+    output = graph.output_node()
+    results: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    seen: set[torch.fx.Node] = set()
+    for index in reversed(range(len(results))):
+        value = results[index]
+        if not isinstance(value, torch.fx.Node):
+            continue
+        if value.op == "placeholder" or value in seen:
+            with graph.inserting_before(output):
+                copy = results[index] = graph.call_function(BARRIER, (value,))
+            copy.meta = {key: value.meta[key] for key in ("val", SOURCE_KEY) if key in value.meta}
+            region: Region | None = value.meta.get(REGION_KEY)
+            if region is not None:
+                copy.meta[REGION_KEY] = Region(region.mesh, -1, "")
+        seen.add(value)
+    output.args = (tuple(results),)
 
 
 class _AsBefore(Recorder):
