@@ -199,6 +199,25 @@ def test_a_forked_process_is_told_that_arrays_are_not_its_own(mesh):
     assert double(array).tolist() == [4.0, 4.0]
 
 
+def _begin(answers):
+    tw.shutdown()
+    try:
+        tw.init(islands=1, devices_per_island=1)
+    except UserError as error:
+        answers.put(str(error))
+
+
+def test_a_forked_process_has_no_session_of_its_own(mesh):
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=_begin, args=(answers,))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+    assert f"forked from process {os.getpid()}" in answers.get()
+    assert tw.program(lambda x: x * 2, mesh=mesh)(torch.ones(2)).tolist() == [2.0, 2.0]
+
+
 def test_a_session_does_not_show_its_token(mesh):
     session = _current()
     token, identity = (value for _, value in session.manager.metadata)

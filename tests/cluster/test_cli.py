@@ -19,8 +19,11 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 
+import torchways as tw
 from tests.cluster.test_launch import assert_gone, family, wait_for
+from torchways.errors import ClusterLost
 from torchways.launch import state_file
 
 SCRIPT = """
@@ -429,6 +432,38 @@ def test_a_cluster_that_loses_its_resource_manager_ends(environment):
     assert (lines[-1]["process"], lines[-1]["pid"], lines[-1]["level"]) == ("node agent", facts["pid"], "error")
 
 
+def test_a_cluster_that_loses_a_scheduler_ends(environment, monkeypatch):
+    """It could give nobody a slice: its clients hear why, and it is gone."""
+    facts = up("--name", "short")
+    processes = family(facts["pid"])
+    monkeypatch.setenv("TORCHWAYS_TOKEN_FILE", facts["state"])
+    with tw.init(facts["address"]):
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+        assert tw.program(lambda x: x + 1, mesh=mesh)(torch.ones(2)).tolist() == [2.0, 2.0]
+        status = json.loads(torchways("status", "--name", "short", "--json"))
+        [scheduler] = [process for process in status["processes"] if process["name"] == "scheduler i0"]
+        os.kill(scheduler["pid"], signal.SIGKILL)
+
+        def heard():
+            try:
+                tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+            except ClusterLost as error:
+                return "scheduler i0 ended" in str(error)
+            return False
+
+        wait_for(heard, "word of the scheduler's end")
+    assert_gone(processes)
+    wait_for(lambda: not os.path.exists(facts["state"]), "the end of the state file")
+
+
+def test_a_file_that_is_no_state_file_is_left_as_it_is(environment, tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("important")
+    for arguments in (("down",), ("up", "--detach")):
+        assert "is left as it is" in torchways(*arguments, "--state", str(path), code=1)
+    assert path.read_text() == "important"
+
+
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
@@ -436,6 +471,15 @@ def test_a_cluster_that_loses_its_resource_manager_ends(environment):
         (("up", "--policy", "fairest"), "policy must be one of proportional_share, first_come_first_served, priority"),
         (("up", "--window", "0"), "window must be longer than 0 s"),
         (("up", "--log-level", "loud"), "--log-level must be one of debug, info, warning, error, not 'loud'"),
+        (("up", "--window", "1e300"), "--window must be a number of seconds, not 1e+300"),
+        (("up", "--stall-warning", "nan"), "--stall-warning must be a number of seconds, not nan"),
+        (("up", "--name", ""), "a cluster cannot be named ''"),
+        (("down", "--timeout", "-1"), "--timeout must be a number of seconds that is not negative, not -1"),
+        (("down", "--timeout", "nan"), "--timeout must be a number of seconds that is not negative, not nan"),
+        (("status", "--name", "a/b"), "a cluster cannot be named 'a/b'"),
+        (("top", "--interval", "0"), "--interval must be between 0.1 and 60 seconds, not 0"),
+        (("trace", "--seconds", "-1"), "--seconds must be above 0"),
+        (("trace", "--from", "t.json"), "--from needs --png"),
         (("frobnicate",), "invalid choice: 'frobnicate'"),
         ((), "the following arguments are required: COMMAND"),
     ],

@@ -47,6 +47,7 @@ def test_executor_killed_mid_step_is_named_and_the_other_island_goes_on():
         assert alone.tolist() == [4, 4]
         with pytest.raises((ExecutorLost, PlacementError), match=r"lost|closed"):
             first(torch.rand(1024, 1024)).cpu()
+        assert [status.executor_id[:2] for status in tw.executor_status()] == ["i1"]
         # A new slice of the same island works.
         again = tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=0)
         assert tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).tolist() == [1, 1]

@@ -83,7 +83,7 @@ def load(folder: str | os.PathLike[str], state: Any, *, strict: bool = True, ran
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"checkpoint {path} cannot be read: a file in it is damaged") from error
     except (OSError, EOFError, RuntimeError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"checkpoint {path} cannot be read: {error or type(error).__name__}") from error
+        raise CheckpointError(f"checkpoint {path} cannot be read: {str(error) or type(error).__name__}") from error
     return loading.finish()
 
 

@@ -1,8 +1,13 @@
 """Folders of checkpoints: what counts as complete, what is kept, and what is left after a crash."""
 
-import pytest
+import shutil
 
+import pytest
+import torch
+
+from torchways import checkpoint
 from torchways.checkpoint import folders, latest
+from torchways.errors import CheckpointError
 
 
 def complete(folder, step):
@@ -66,3 +71,49 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileExistsError):
         folders.begin(folders.step_folder(tmp_path / "file", 1))
+
+
+def test_nothing_but_a_checkpoint_is_replaced(tmp_path):
+    """A checkpoint without a step is a folder of the user's choice: what else is there must not go."""
+    project = tmp_path / "project"
+    (project / "src").mkdir(parents=True)
+    (project / "weights.txt").write_text("mine")
+    (tmp_path / "script.py").write_text("mine")
+    (tmp_path / "link").symlink_to(project)
+    steps = tmp_path / "runs"
+    complete(steps, 3)
+    mixed = complete(tmp_path / "mixed", None)
+    (mixed / "notes.txt").write_text("mine")
+    for target in (project, tmp_path / "script.py", tmp_path / "link", steps, mixed):
+        with pytest.raises(CheckpointError, match="a checkpoint cannot be saved as"):
+            checkpoint.save(target, {"x": torch.ones(2)})
+        partial = folders.begin(tmp_path / "other")
+        with pytest.raises(CheckpointError):
+            folders.commit(partial, target)
+        shutil.rmtree(partial)
+    assert (project / "weights.txt").read_text() == (tmp_path / "script.py").read_text() == "mine"
+    assert list(folders.steps(steps)) == [3]
+    (tmp_path / "empty").mkdir()
+    for target in (tmp_path / "empty", tmp_path / "new"):
+        for value in (1.0, 2.0):
+            checkpoint.save(target, {"x": torch.full((2,), value)}).result()
+        found = {"x": torch.zeros(2)}
+        checkpoint.load(target, found)
+        assert found["x"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:20], lambda data: bytes(len(data)), lambda data: b""])
+@pytest.mark.parametrize("name", [folders.METADATA, "__0_0.distcp"])
+def test_a_damaged_checkpoint_is_named(tmp_path, name, damage):
+    checkpoint.save(tmp_path / "saved", {"x": torch.ones(100), "step": 3}).result()
+    path = tmp_path / "saved" / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(CheckpointError, match=r"checkpoint .*saved cannot be read: .*\w"):
+        checkpoint.load(tmp_path / "saved", {"x": torch.zeros(100), "step": 0})
+
+
+@pytest.mark.parametrize("size", [0, 4, 40])
+def test_damaged_safetensors_are_named(tmp_path, size):
+    (tmp_path / "model.safetensors").write_bytes(bytes(range(size)))
+    with pytest.raises(CheckpointError, match=r"checkpoint .* cannot be read"):
+        checkpoint.load(tmp_path, torch.nn.Linear(2, 2))

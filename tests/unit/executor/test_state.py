@@ -571,6 +571,38 @@ def test_a_value_whose_run_never_comes_goes_with_its_name_and_what_is_kept_has_a
     assert state.num_entries()["kept_bytes"] == 0
 
 
+def _put(number, nbytes, came_ns=0):
+    return events.BufferPut(
+        buffer_id=BufferId(BASE + number), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=nbytes, time_ns=came_ns
+    )
+
+
+def test_values_that_wait_for_memory_fail_together():
+    """None of them makes room for another; one that came late has its time."""
+    state = ExecutorState("a", budget_bytes=100)
+    state.handle(_put(1, 90))
+    for number in range(2, 12):
+        assert state.handle(_put(number, 20)) == []
+    state.handle(_put(12, 20, came_ns=9_000_000_000))
+    state.handle(events.MemoryStalled(seconds=3, time_ns=10_000_000_000))
+    failures = [state.names.find(BufferId(BASE + number)).failure for number in range(1, 13)]
+    assert [failure is not None for failure in failures] == [False, *[True] * 10, False]
+    assert {failure.kind for failure in failures if failure is not None} == {"ResourceExhausted"}
+    state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 1)]))
+    assert state.memory.used_bytes == 20
+
+
+def test_a_client_cannot_fill_the_hosts_memory_with_values_that_wait(monkeypatch):
+    monkeypatch.setattr("torchways.executor.state._MAX_WAITING_BYTES", 100)
+    state = ExecutorState("a", budget_bytes=100)
+    state.handle(_put(1, 90))
+    for number in range(2, 20):
+        state.handle(_put(number, 30))
+    refused = [state.names.find(BufferId(BASE + number)).failure is not None for number in range(2, 20)]
+    assert refused == [False] * 3 + [True] * 15
+    assert len(state.memory.starved) == 3
+
+
 # ---- gangs
 
 

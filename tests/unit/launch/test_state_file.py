@@ -70,6 +70,30 @@ def test_the_file_of_a_dead_cluster_is_taken_over(folder):
     held.remove()
 
 
+@pytest.mark.parametrize("text", ["important\n", "{}", '{"pid": 3}', "[1, 2]", '{"lr": 0.1, "pid": 1}'])
+def test_what_is_no_state_file_is_left_as_it_is(folder, text):
+    path = folder / "notes.txt"
+    path.parent.mkdir()
+    path.write_text(text)
+    path.chmod(0o644)
+    assert "is no state file of a torchways cluster, and is left as it is" in refused(path)
+    with pytest.raises(ConfigError, match="is left as it is"):
+        state_file.remove_stale(path)
+    assert (path.read_text(), stat.S_IMODE(path.stat().st_mode)) == (text, 0o644)
+    assert not state_file.lives(path)
+
+
+def test_a_token_takes_the_place_of_a_token_only(folder):
+    path = folder / "token"
+    state_file.write_token(path, "one")
+    state_file.write_token(path, "two")
+    assert state_file.read_token(path) == "two"
+    path.write_text("several words\n")
+    with pytest.raises(ConfigError, match="is left as it is"):
+        state_file.write_token(path, "three")
+    assert path.read_text() == "several words\n"
+
+
 def test_a_file_that_others_may_read_is_refused(folder):
     path = folder / "token"
     state_file.write_token(path, "secret")
