@@ -228,3 +228,38 @@ def test_a_number_attribute_is_read_in_microbatches(meshes):
     for value, n in ((2.0, 2), (3.0, 4), (4.0, 8)):
         model.weight_of_loss = value
         assert step(torch.ones(8, 8), n).tolist() == pytest.approx([value * first] * n, rel=1e-5)
+
+
+MIXED = {
+    "clamp": lambda x, y: x.clamp(1.5),
+    "clamp both": lambda x, y: x.clamp(min=0.5, max=1.5),
+    "clamp tensor": lambda x, y: torch.clamp(x, min=torch.tensor(1.5)),
+    "maximum": lambda x, y: torch.maximum(x, y),
+    "minimum": lambda x, y: torch.minimum(x, torch.tensor(1.5)),
+    "fmod": lambda x, y: torch.fmod(x, 1.5) + torch.fmod(y, torch.tensor(1.5)),
+    "remainder": lambda x, y: torch.remainder(x, 1.5),
+    "where": lambda x, y: torch.where(x > 1, x, y),
+    "where scalar": lambda x, y: torch.where(x > 1, x, 1.5),
+    "division": lambda x, y: x / 3,
+    "product": lambda x, y: x * 0.5 + y,
+    "root": lambda x, y: (x + 1).sqrt(),
+    "power": lambda x, y: y ** x.to(y.dtype),
+    "new": lambda x, y: torch.full((3,), 0.1) + torch.ones(3) + torch.linspace(0, 1, 3) + torch.arange(0.0, 3.0) * x,
+}
+
+
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", MIXED)
+def test_dtypes_are_those_of_pytorch(meshes, name, default):
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        for one in (torch.uint8, torch.int64, torch.float16, torch.float32, torch.float64):
+            for other in (torch.int32, torch.float16, torch.float64):
+                x, y = torch.arange(3).to(one), torch.tensor([2, 1, 2]).to(other)
+                expected = MIXED[name](x, y)
+                found = tw.program(MIXED[name], mesh=meshes[0])(x, y)
+                assert (found.dtype, found.cpu().dtype) == (expected.dtype, expected.dtype), (one, other)
+                assert torch.allclose(found.cpu().double(), expected.double(), rtol=1e-6), (one, other)
+    finally:
+        torch.set_default_dtype(before)

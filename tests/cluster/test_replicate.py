@@ -1,6 +1,7 @@
 """Replicas on real executors: two islands train as one."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
+from torchways.errors import CaptureError
 
 CONFIG = GPTConfig(vocab_size=64, seq_len=16, d_model=32, n_layers=2, n_heads=4)
 HALVES = {"layers.1": tw.SplitPoint.BEGINNING}
@@ -85,3 +87,88 @@ def test_gradients_travel_as_bfloat16_and_weights_stay_alike(cluster):
     for parameter in ours.parameters():
         [copied] = parameter._buffer.copies.values()
         assert torch.equal(copied.read(), parameter.detach().cpu())
+
+
+@dataclasses.dataclass
+class Batch:
+    """Rows and what is known of them."""
+
+    rows: torch.Tensor
+    name: str = "batch"
+
+
+@dataclasses.dataclass
+class Output:
+    """What a model makes of a batch."""
+
+    logits: torch.Tensor
+    name: str
+
+
+class Objects(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 2)
+        self.register_buffer("calls", torch.zeros(()))
+        self.longest = 0
+
+    def forward(self, batch):
+        self.longest = 4  # the same for each part of a batch
+        return Output(self.linear(batch.rows), batch.name)
+
+
+@pytest.mark.parametrize("microbatches", [0, 4])
+def test_objects_are_split_and_put_together(cluster, microbatches):
+    torch.manual_seed(0)
+    plain = Objects()
+    model = tw.replicate(copy.deepcopy(plain), meshes=one_device_of_each_island())
+    batch = Batch(torch.randn(8, 4))
+
+    def forward_backward(batch):
+        out = model(batch)
+        out.logits.square().sum().backward()
+        return out
+
+    @tw.program
+    def step(batch):
+        out = tw.microbatch(forward_backward, batch, n_microbatches=4) if microbatches else forward_backward(batch)
+        return out, model.linear.weight.grad
+
+    if microbatches:
+        plain.longest = model.longest = 4  # what a microbatch assigns must be there before
+    out, grad = step(batch)
+    expected = plain(batch)
+    expected.logits.square().sum().backward()
+    assert (type(out), out.name) == (Output, "batch")
+    assert torch.allclose(out.logits.detach().cpu(), expected.logits, atol=1e-6)
+    assert torch.allclose(grad.cpu(), plain.linear.weight.grad, atol=1e-4)
+    assert model.longest == 4
+
+
+@pytest.mark.parametrize(
+    "assign",
+    [
+        lambda model, out: setattr(model, "aux", out.sum()),
+        lambda model, out: setattr(model, "count", model.count + 1),
+        lambda model, out: model.seen.append(out.shape[0]),
+    ],
+    ids=["tensor", "counter", "list"],
+)
+def test_a_model_that_assigns_to_itself_is_refused(cluster, assign):
+    class Assigning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.count, self.seen, self.aux = nn.Linear(4, 2), 0, [], None
+
+        def forward(self, x):
+            out = self.linear(x)
+            assign(self, out)
+            return out
+
+    model = tw.replicate(Assigning(), meshes=one_device_of_each_island())
+    program = tw.program(lambda x: model(x).sum())
+    with pytest.raises(
+        CaptureError, match=r"a replicated Assigning assigns to .*(aux|count|seen) when it is called at"
+    ):
+        program(torch.ones(8, 4))
+    assert (model.count, model.seen, model.aux) == (0, [], None)

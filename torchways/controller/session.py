@@ -37,6 +37,7 @@ from torchways.errors import (
     ClusterLost,
     ExecutorLost,
     Failure,
+    InfraError,
     PlacementError,
     ResourceExhausted,
     SessionClosed,
@@ -802,12 +803,15 @@ class Session:
 
         Raises:
             CaptureError: it cannot be compiled.
+            InfraError: what should compile it is gone.
         """
         if program_id in self._compiling:
             with progress(f"{name}: compiling"):
                 self._wait(lambda: program_id not in self._compiling, f"{name}, whose program is compiled,")
         self.check()
         failure = self._not_compiled.get(program_id)
+        if failure is not None and isinstance(lost := failure.to_error(), InfraError):
+            raise lost
         if failure is not None:
             raise CaptureError(
                 f"{name} cannot be compiled: {failure.message}\n"

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
+from torchways.capture.tracing.objects import open_objects
 from torchways.errors import ShapeError, UserError
 from torchways.parallel.parts import is_split, merged
 from torchways.parallel.replicate import each_replica_apart, replicas_of
@@ -47,14 +48,14 @@ def run_microbatches(
     function: Callable[..., Any], args: Any, kwargs: Any, n_microbatches: int, schedule: str | Schedule
 ) -> Any:
     """See `tw.microbatch`."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
     chunks = _chunks_of(leaves, n_microbatches)
     check_schedule(schedule)
     trace = current_trace()
 
     def call(select: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if is_split(leaf) else leaf for leaf in leaves], spec)
-        return function(*mine, **mine_kwargs)
+        return open_objects(function(*mine, **mine_kwargs))
 
     rows = [slice(number * chunks.size, (number + 1) * chunks.size) for number in range(chunks.num_chunks)]
     if trace is None:
@@ -85,7 +86,7 @@ def run_microbatches(
             def whole(turn: torch.Tensor, number: int, leaf: torch.Tensor) -> torch.Tensor:
                 with trace.unplaced():
                     row = _row(leaf, chunks, turn if count == 1 else turn * count + number)
-                selected.append((row, row._version))
+                selected.append((row, _version_of(row)))
                 return row
 
             def rest(number: int, leaf: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,7 @@ def run_microbatches(
                     return leaf[rows[number - count]]
 
             loop.body(lambda turn: turn_of(functools.partial(whole, turn)), is_remainder=False)
-            if any(row._version != version for row, version in selected):
+            if any(_version_of(row) != version for row, version in selected):
                 raise UserError(
                     f"the function of tw.microbatch at {user_line()} writes to its microbatch in place, and so to the "
                     "batch: clone it first"
@@ -122,6 +123,10 @@ def _chunks_of(leaves: list[Any], n_microbatches: int) -> _Chunks:
         )
     size = -(-sizes[0] // n_microbatches)
     return _Chunks(size, sizes[0] // size, sizes[0] % size)
+
+
+def _version_of(row: torch.Tensor) -> int:
+    return 0 if row.is_inference() else row._version  # PyTorch counts no writes in inference mode
 
 
 def _row(leaf: torch.Tensor, chunks: _Chunks, turn: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,10 @@ import torch.utils._pytree as pytree
 
 from torchways.capture.current_trace import CurrentTrace, current_trace
 from torchways.capture.python_state.gradients import GRAD, gradient_of
+from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.replica_trace import Leaf
 from torchways.capture.source import user_line
+from torchways.capture.tracing.objects import open_objects
 from torchways.errors import CaptureError, PlacementError, ShapeError, UserError
 from torchways.mesh import VirtualSlice
 from torchways.operators import REPLICA, SUM_REPLICAS
@@ -102,10 +104,39 @@ def replica_call(
             return run(replicas.number % len(stages), args, kwargs)
         with mode.unplaced():
             parts = _parts(args, kwargs, len(stages))
-            results = [run(number, *part) for number, part in enumerate(parts)]
+            written, results = [_writes()], []
+            for number, part in enumerate(parts):
+                results.append(open_objects(run(number, *part)))
+                written.append(_writes())
+            _check_writes(module, written[0], written[1], written[-1])
             return merged(results, _merged_leaf, f"replicas return different structures at {user_line()}")
 
     return call
+
+
+def _writes() -> dict[Any, tuple[Any, Any]]:
+    """Returns what the trace has written to Python's state so far."""
+    watcher = active_watcher()
+    writes = watcher.writes() if watcher is not None else []
+    return {(write.kind, write.place.key): (write.place, write.value) for write in writes}
+
+
+def _check_writes(
+    module: torch.nn.Module,
+    before: dict[Any, tuple[Any, Any]],
+    first: dict[Any, tuple[Any, Any]],
+    last: dict[Any, tuple[Any, Any]],
+) -> None:
+    """Refuses what a call of the plain module would leave otherwise in Python's state than its replicas do."""
+    for key, (place, value) in last.items():
+        if key in before and before[key][1] is value:
+            continue
+        is_plain = not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(open_objects(value)))
+        if not is_plain or key not in first or repr(first[key][1]) != repr(value):
+            raise CaptureError(
+                f"a replicated {type(module).__name__} assigns to {place} when it is called at {user_line()}: each "
+                "replica does, for its own part of the batch. Let it return the value"
+            )
 
 
 def _state_of(
@@ -247,7 +278,7 @@ class _Copies(torch.autograd.Function):
 
 def _parts(args: Any, kwargs: Any, count: int) -> list[tuple[Any, Any]]:
     """Splits arguments into those of each replica, along dimension 0 of their tensors."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
     sizes = sorted({int(leaf.shape[0]) for leaf in leaves if is_split(leaf)})
     if len(sizes) != 1 or sizes[0] < count:
         raise ShapeError(

@@ -174,6 +174,8 @@ class Entry:
     def __str__(self) -> str:
         if isinstance(self.parent, Attribute) and self.parent.name in _MODULE_DICTS:
             return f"{self.parent.parent}.{self.item}"
+        if isinstance(self.parent, Attribute) and self.parent.name == "__dict__":
+            return f"{self.parent.parent}.{self.item}"
         item = f"<{type(self.item).__name__}>" if isinstance(self.item, torch.Tensor) else repr(self.item)
         return f"{self.parent}[{item}]"
 

@@ -20,6 +20,14 @@ from torchways.operators import BARRIER, is_random
 
 aten = torch.ops.aten
 
+#: What PyTorch computes in the dtype of the result, whatever those of the arguments are.
+_PROMOTING = {
+    *(aten.clamp.default, aten.clamp.Tensor, aten.clamp_min.default, aten.clamp_min.Tensor),
+    *(aten.clamp_max.default, aten.clamp_max.Tensor, aten.maximum.default, aten.minimum.default),
+    *(aten.fmax.default, aten.fmin.default, aten.fmod.Scalar, aten.fmod.Tensor),
+    *(aten.remainder.Scalar, aten.remainder.Tensor, aten.hypot.default, aten.where.self),
+}
+
 _KEYS = (SOURCE_KEY, *LABEL_KEYS)
 
 #: Reductions that go over all dimensions if they name none.
@@ -40,6 +48,7 @@ def tidy(graph: torch.fx.Graph, decompositions: Mapping[Any, Any] | None = None)
     _remove_dead_nodes(graph)
     _spell_out_full_reductions(graph)
     _clamp_slices(graph)
+    _spell_out_dtypes(graph)
     _fill_empty(graph)
     _remove_dead_nodes(graph)
     _keep_recomputation(graph)
@@ -162,6 +171,43 @@ def _clamp_slices(graph: torch.fx.Graph) -> None:
         if node.target is aten.slice.Tensor and len(node.args) > 2 and node.args[2] is not None:
             value, dim, start, *rest = node.args
             node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
+
+
+def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
+    """Writes out what an executor would find out for itself, otherwise than PyTorch does.
+
+    torch-xla computes some operators in the dtype of their first argument, and an executor has another default dtype
+    than the user may have set: where integers become floats, and where a new tensor's dtype is not said.
+    """
+    for node in list(graph.nodes):
+        value = node.meta.get("val")
+        if node.op != "call_function" or not isinstance(value, torch.Tensor) or node.target is aten._to_copy.default:
+            continue
+        schema = getattr(node.target, "_schema", None)
+        inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        if schema is not None and not inputs and node.kwargs.get("dtype") is None:
+            if any(argument.name == "dtype" for argument in schema.arguments):
+                node.update_kwarg("dtype", value.dtype)
+            continue
+        is_promoting = node.target in _PROMOTING
+        if not is_promoting and not (
+            value.is_floating_point() and torch.Tag.pointwise in getattr(node.target, "tags", ())
+        ):
+            continue
+        for item in inputs:
+            dtype = item.meta["val"].dtype
+            is_mask = dtype is torch.bool and value.dtype is not torch.bool and not is_promoting
+            becomes_float = not dtype.is_floating_point and not dtype.is_complex and not is_mask
+            if dtype is value.dtype or not (is_promoting or becomes_float) or _is_condition(node, item):
+                continue
+            with graph.inserting_before(node):
+                cast = graph.call_function(aten._to_copy.default, (item,), {"dtype": value.dtype})
+            cast.meta = {**node.meta, "val": item.meta["val"].to(value.dtype)}
+            node.replace_input_with(item, cast)
+
+
+def _is_condition(node: torch.fx.Node, item: torch.fx.Node) -> bool:
+    return node.target is aten.where.self and node.args[0] is item
 
 
 def _fill_empty(graph: torch.fx.Graph) -> None:
