@@ -360,6 +360,11 @@ def test_of_two_that_start_at_once_with_one_state_file_one_does(environment):
     assert "is down" in torchways("down")
 
 
+def test_an_address_that_is_not_ours_is_named(environment):
+    text = torchways("up", "--host", "192.0.2.1", "--name", "short", "--detach", code=1)  # an address for examples
+    assert "Cannot assign requested address" in text
+
+
 def test_a_port_that_is_taken_is_named(environment):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

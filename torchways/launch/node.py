@@ -83,6 +83,8 @@ class NodeAgent:
         self._template: Template | None = None
         #: Libraries make folders for temporary files when they are imported, and leave them where a process is killed.
         self._folder = tempfile.mkdtemp(prefix="torchways-")
+        #: What a child wrote last that ended while it was starting.
+        self._last_words = ""
 
     async def run(self) -> None:
         """Runs until the owner is gone or the cluster cannot go on; then ends all children."""
@@ -207,7 +209,7 @@ class NodeAgent:
             flags += ["--metrics-port", str(self._arguments.metrics_port)]
         ready = await self._spawn(_MANAGER, "torchways.cluster", flags, dict(os.environ))
         if ready is None:
-            raise ClusterLost("the resource manager ended while it was starting")
+            raise ClusterLost(f"the resource manager ended while it was starting: {self._last_words}")
         if "error" in ready:
             raise ClusterLost(str(ready["error"]))
         self._metrics_address = str(ready["metrics_address"])
@@ -374,7 +376,11 @@ class NodeAgent:
         self._starting.discard(name)
         logger.info("waiting for %s (pid %d)", name, child.pid)
         try:
-            return await child.wait_ready(_READY_SECONDS)
+            ready = await child.wait_ready(_READY_SECONDS)
+            if ready is None:
+                lines = child.log_tail().strip().splitlines()
+                self._last_words = lines[-1] if lines else "it wrote nothing"
+            return ready
         except TimeoutError as error:
             logger.error("%s; ending it", error)
             await child.end(asked=False)
