@@ -13,7 +13,6 @@ import psutil
 import pytest
 
 from torchways.config import ClusterConfig
-from torchways.errors import ClusterLost
 from torchways.launch import embedded
 from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb
@@ -206,7 +205,7 @@ def test_a_cluster_that_cannot_start_says_why(tmp_path):
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
     config = ClusterConfig(islands=1, devices_per_island=1, log_dir=str(blocked))
-    with pytest.raises(ClusterLost, match=r"could not start: .*FileExistsError"):
+    with pytest.raises(ConfigError, match=r"cannot log to the folder .*file: .*; choose another log_dir"):
         embedded.start_cluster(config)
 
 

@@ -309,6 +309,27 @@ def test_a_slice_that_is_closed_behind_many_runs_lets_them_end(session):
     assert result.item() == 1
 
 
+def test_executors_stay_until_what_was_sent_before_their_slice_was_closed_has_ended(monkeypatch):
+    """However short they may be without a slice."""
+    tw.shutdown()
+    cluster = start_cluster(ClusterConfig(islands=2, devices_per_island=1, executor_idle=timedelta(seconds=0.2)))
+    monkeypatch.setenv("TORCHWAYS_ADDRESS", cluster.address)
+    monkeypatch.setenv(TOKEN_VARIABLE, cluster.token)
+    with contextlib.closing(cluster), tw.init():
+        mesh, other = (tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in range(2))
+        slow = slow_program(mesh)
+        ones = tw.distribute_tensor(torch.ones(512, 512), mesh)
+        assert slow(ones).max().item() == 1
+        results = [slow(ones) for _ in range(4)]
+        result = tw.function(lambda x: x.max(), mesh=other)(results[-1])
+        mesh.close()
+        assert result.item() == 1
+        deadline = time.monotonic() + 30
+        while any(name == "executor i0.e1" for name, _ in tw.cluster_info().processes):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
 def test_a_client_has_no_more_of_a_device_than_the_cluster_allows_one(session):
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
     half, third = (CLIENT_MEMORY // 4 // part for part in (2, 3))

@@ -106,7 +106,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
         islands = [island for island in self._core.islands.values() if island.scheduler_address]
         executors = list(self._executors())
         answers = await asyncio.gather(
-            *(self._scheduler_status(island.scheduler_address) for island in islands),
+            *(self.scheduler_status(island.scheduler_address) for island in islands),
             *(self._executor_status(info.address) for _, info in executors),
         )
         for island, status in zip(islands, answers, strict=False):
@@ -146,7 +146,8 @@ class OperatorServer(pb_grpc.OperatorServicer):
     def _as(self, caller: Caller) -> tuple[tuple[str, str], ...]:
         return metadata(self._token, caller, self._key.secret_of(caller))
 
-    async def _scheduler_status(self, address: str) -> pb.SchedulerStatus | None:
+    async def scheduler_status(self, address: str) -> pb.SchedulerStatus | None:
+        """Returns what a scheduler says of itself; None: it does not answer."""
         stub = pb_grpc.SchedulerStub(self._channel(address))
         return await self._ask(stub.GetStatus, pb.SchedulerStatusRequest(), address)
 

@@ -95,7 +95,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                 case core.DisconnectExecutor():
                     self._start(self._disconnect_executor(command), f"disconnect executor {command.executor_id}")
                 case core.WaitIdle():
-                    self._start(self._wait_idle(command.name), f"idle {command.name}")
+                    self._start(self._wait_idle(command.name, command.period), f"idle {command.name}")
                 case core.SettleSlice():
                     self._settled[command.slice_id].set()
                     if command.slice_id not in self.core.slices:
@@ -193,9 +193,15 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             # If it died, its node reports that; if the cluster is ending, this is how it should be.
             logger.info("a scheduler cannot be reached: %s", error.code())
 
-    async def _wait_idle(self, name: str) -> None:
+    async def _wait_idle(self, name: str, period: int) -> None:
         await asyncio.sleep(self._executor_idle)
-        self.handle(core.IdleOver(name=name))
+        while (found := self.core.device_sets.get(name)) is not None and found.num_idle == period and not found.slices:
+            # What its last slice's client sent before it was closed runs to its end; the scheduler has the set till then.
+            status = await self.operator.scheduler_status(self.core.islands[found.island_id].scheduler_address)
+            if status is None or all(set(item.executor_ids) != set(found.devices_of) for item in status.device_sets):
+                break
+            await asyncio.sleep(min(1.0, self._executor_idle))
+        self.handle(core.IdleOver(name=name, period=period))
 
     # ---- clients
 

@@ -101,9 +101,10 @@ class SliceReleased:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdleOver:
-    """A device set that had no slice when its time began has waited long enough."""
+    """A device set that had no slice when its time began has waited long enough. `period`: that of `WaitIdle`."""
 
     name: str
+    period: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -192,9 +193,10 @@ class DisconnectExecutor:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitIdle:
-    """A device set has no slice: answer with IdleOver after a while."""
+    """A device set has no slice: answer with IdleOver after a while. `period`: which time without one it is."""
 
     name: str
+    period: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,6 +291,7 @@ class DeviceSet:
         devices_of: the devices of each host that has some, by executor id; the first leads the gang.
         executors: what is known of those that are ready, by id.
         slices: that have these devices.
+        num_idle: how many times it has had none.
     """
 
     name: str
@@ -298,6 +301,7 @@ class DeviceSet:
     devices_of: dict[str, tuple[int, ...]]
     executors: dict[str, Any] = field(default_factory=dict)
     slices: set[SliceId] = field(default_factory=set)
+    num_idle: int = 0
 
     @property
     def is_ready(self) -> bool:
@@ -612,7 +616,9 @@ class ClusterState:
                 return self._release(event.slice_id, "it was released", event.scheduler_knows)
             case IdleOver():
                 idle = self.device_sets.get(event.name)
-                return self._end_set(idle, "it was idle") if idle is not None and not idle.slices else []
+                if idle is None or idle.slices or idle.num_idle != event.period:
+                    return []
+                return self._end_set(idle, "it was idle")
             case ClientGone():
                 self.clients.pop(event.client_id, None)
                 mine = [item.slice_id for item in self.slices.values() if item.client_id == event.client_id]
@@ -698,7 +704,8 @@ class ClusterState:
         if item.is_connecting and item.state != "failed" and not scheduler_knows:
             commands.append(DisconnectSlice(slice=item, scheduler_address=island.scheduler_address, reason=reason))
         if not used.slices and used.name in self.device_sets:
-            commands.append(WaitIdle(name=used.name))
+            used.num_idle += 1
+            commands.append(WaitIdle(name=used.name, period=used.num_idle))
         return commands
 
 

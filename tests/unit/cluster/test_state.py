@@ -72,13 +72,14 @@ def test_executors_stay_for_a_while_when_no_slice_is_left():
     first = reserve(cluster, 2)
     make_ready(cluster, first)
     released = core.SliceReleased(slice_id=first.slice_id, scheduler_knows=True)
-    assert cluster.handle(released) == [core.SettleSlice(slice_id=1), core.WaitIdle(name="i0.e1")]
+    assert cluster.handle(released) == [core.SettleSlice(slice_id=1), core.WaitIdle(name="i0.e1", period=1)]
     second = reserve(cluster, 2)
     assert second.device_set is first.device_set
-    assert cluster.handle(core.IdleOver(name="i0.e1")) == []
+    assert cluster.handle(core.IdleOver(name="i0.e1", period=1)) == []
     make_ready(cluster, second)
     cluster.handle(core.SliceReleased(slice_id=second.slice_id))
-    assert cluster.handle(core.IdleOver(name="i0.e1")) == [
+    assert cluster.handle(core.IdleOver(name="i0.e1", period=1)) == []  # of an earlier time without a slice
+    assert cluster.handle(core.IdleOver(name="i0.e1", period=2)) == [
         core.DisconnectExecutor(executor_id="i0.e1", scheduler_address="address 0", reason="it was idle"),
         core.EndProcess(node_id=0, name="executor i0.e1"),
     ]
@@ -264,7 +265,7 @@ def test_after_many_clients_every_collection_is_as_large_as_after_a_few(data):
                     cluster.handle(core.ProcessExited(name=process_of(item), reason="signal 9"))
         cluster.handle(core.ClientGone(client_id=client))
         for name in list(cluster.device_sets):
-            cluster.handle(core.IdleOver(name=name))
+            cluster.handle(core.IdleOver(name=name, period=cluster.device_sets[name].num_idle))
         assert not cluster.device_sets
         for item in mine:  # what comes late
             assert cluster.handle(core.ExecutorReady(executor_id=item.executor_ids[0], info="info")) == []
