@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchways as tw
+from torchways.errors import CaptureError, RemoteError
 
 
 @pytest.fixture(scope="module")
@@ -263,3 +264,13 @@ def test_dtypes_are_those_of_pytorch(meshes, name, default):
                 assert torch.allclose(found.cpu().double(), expected.double(), rtol=1e-6), (one, other)
     finally:
         torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize(
+    "function", [lambda x: x.cumsum(0), lambda x: x.cumprod(0), torch.linalg.inv, lambda x: torch.trapezoid(x)]
+)
+def test_what_would_lose_a_part_of_complex_numbers_is_refused(meshes, function):
+    x = torch.complex(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
+    with pytest.raises((CaptureError, RemoteError), match=r"complex|test_kinds_of_state\.py:\d+"):
+        tw.program(function, mesh=meshes[0])(x).cpu()
+    assert torch.allclose(tw.program(lambda x: x @ x + x.abs(), mesh=meshes[0])(x).cpu(), x @ x + x.abs())

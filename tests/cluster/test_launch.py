@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from torchways.config import ClusterConfig
+from torchways.errors import ConfigError
 from torchways.launch import embedded
 from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb

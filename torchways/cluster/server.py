@@ -196,7 +196,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
     async def _wait_idle(self, name: str, period: int) -> None:
         await asyncio.sleep(self._executor_idle)
         while (found := self.core.device_sets.get(name)) is not None and found.num_idle == period and not found.slices:
-            # What its last slice's client sent before it was closed runs to its end; the scheduler has the set till then.
+            # What was sent before its last slice was closed runs to its end; the scheduler has the set till then.
             status = await self.operator.scheduler_status(self.core.islands[found.island_id].scheduler_address)
             if status is None or all(set(item.executor_ids) != set(found.devices_of) for item in status.device_sets):
                 break

@@ -5,6 +5,7 @@ XLA on CPU has no LU decomposition. It is written out column by column, so only 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -226,14 +227,33 @@ def linear_algebra_decompositions() -> dict[Any, Any]:
         aten.cholesky_solve.default: _cholesky_solve,
         aten.cholesky_inverse.default: _cholesky_inverse,
         aten.linalg_qr.default: _qr,
-        aten.linalg_inv_ex.default: _inverse_ex,
-        aten._linalg_svd.default: _svd,
-        aten.linalg_pinv.atol_rtol_tensor: _pinv,
-        aten.linalg_lu_factor_ex.default: _lu_factor_ex,
-        aten.lu_unpack.default: _lu_unpack,
-        aten.linalg_lu.default: _lu,
-        aten.linalg_lu_solve.default: _lu_solve,
-        aten._linalg_solve_ex.default: _solve_ex,
-        aten._linalg_det.default: _det,
-        aten._linalg_slogdet.default: _slogdet,
+        **{operator: _of_real_numbers(operator, function) for operator, function in _OF_REAL_NUMBERS.items()},
     }
+
+
+def _of_real_numbers(operator: Any, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a decomposition that refuses complex matrices, of which it would compute something else."""
+
+    def checked(value: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if value.is_complex():
+            raise CaptureError(
+                f"{operator} of complex matrices has no lowering to XLA, at {user_line()}: compute it outside the "
+                "program"
+            )
+        return function(value, *args, **kwargs)
+
+    return checked
+
+
+_OF_REAL_NUMBERS: dict[Any, Callable[..., Any]] = {
+    aten.linalg_inv_ex.default: _inverse_ex,
+    aten._linalg_svd.default: _svd,
+    aten.linalg_pinv.atol_rtol_tensor: _pinv,
+    aten.linalg_lu_factor_ex.default: _lu_factor_ex,
+    aten.lu_unpack.default: _lu_unpack,
+    aten.linalg_lu.default: _lu,
+    aten.linalg_lu_solve.default: _lu_solve,
+    aten._linalg_solve_ex.default: _solve_ex,
+    aten._linalg_det.default: _det,
+    aten._linalg_slogdet.default: _slogdet,
+}
