@@ -13,8 +13,6 @@ from torchways.graphs import SOURCE_KEY
 from torchways.mesh import VirtualSlice
 
 _NO_TYPES_OF_XLA = {torch.complex32}
-#: What torch-xla computes with integers, of the real parts.
-_WRONG_OF_COMPLEX = {torch.ops.aten.cumsum.default, torch.ops.aten.cumprod.default}
 
 
 def not_lowered(
@@ -43,11 +41,6 @@ def check_lowered(graph: torch.fx.Graph, session: Session, meshes: list[VirtualS
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.dtype in _NO_TYPES_OF_XLA:
             raise CaptureError(f"{value.dtype} is no type of XLA's; used at {node.meta.get(SOURCE_KEY, '')}")
-        if node.target in _WRONG_OF_COMPLEX and isinstance(value, torch.Tensor) and value.is_complex():
-            name, line = operator_name(node.target), node.meta.get(SOURCE_KEY, "")
-            raise CaptureError(
-                f"{name} of complex numbers has no lowering to XLA; used at {line}: use two real tensors"
-            )
     if missing := not_lowered(graph, session, meshes):
         listing = "\n".join(f"  {operator_name(target)} at {', '.join(lines)}" for target, lines in missing.items())
         raise CaptureError(

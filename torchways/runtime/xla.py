@@ -531,41 +531,27 @@ class _ExactTypes(torch.fx.Interpreter):
     """Runs a graph; where torch-xla makes another type than what it declares, it converts the value.
 
     Positions declared as int64 may have 32 bits, and numbers declared as float32 64. Otherwise later operators fail,
-    and buffers have other sizes than computations that take them expect. What should be complex and is not has lost a
-    part, and is refused.
+    and buffers have other sizes than computations that take them expect.
     """
 
     def __init__(self, graph: torch.fx.Graph) -> None:
         super().__init__(torch.nn.Module(), graph=graph)
 
     def run_node(self, n: torch.fx.Node) -> Any:
-        result, declared = super().run_node(n), n.meta.get("val")
+        result = super().run_node(n)
         if isinstance(result, (tuple, list)):
-            if n.op != "call_function":
-                return result
-            known = (
-                declared
-                if isinstance(declared, (tuple, list)) and len(declared) == len(result)
-                else [None] * len(result)
-            )
-            return [self._exact(n, *pair) for pair in zip(result, known, strict=True)]
-        return self._exact(n, result, declared)
+            return [self._exact(item) for item in result] if n.op == "call_function" else result
+        return self._exact(result)
 
-    def _exact(self, node: torch.fx.Node, value: Any, declared: Any) -> Any:
+    def _exact(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.device.type != "xla":
             return value
-        wanted = declared.dtype if isinstance(declared, torch.Tensor) else value.dtype
         actual = _XLAC._get_xla_tensor_shape_type(value)  # nothing public tells XLA's own type
-        if {wanted.is_complex, value.is_complex(), actual.startswith("c")} == {True, False}:
-            raise CaptureError(
-                f"{node.target} would compute {actual} instead of {wanted}, at "
-                f"{node.meta.get(SOURCE_KEY, 'an unknown line')}: write it with other operators"
-            )
-        if wanted == torch.int64 and actual in ("s32", "u32"):
+        if value.dtype == torch.int64 and actual in ("s32", "u32"):
             return value + torch.zeros((), dtype=torch.int64, device=value.device)  # `.to` finds nothing to do
-        if wanted == torch.float32 and actual == "f64":
+        if value.dtype == torch.float32 and actual == "f64":
             return value.to(torch.float64).to(torch.float32)
-        return value.to(wanted)
+        return value
 
 
 def _partition_spec(placements: Sequence[str], ndim: int) -> tuple[Any, ...]:

@@ -65,7 +65,7 @@ def _addmm(added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta
 
 def _cumsum(value: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
     """torch-xla adds small integers and booleans up in their own type."""
-    if value.dtype.is_floating_point or value.dtype == torch.int64:
+    if value.dtype.is_floating_point or value.is_complex() or value.dtype == torch.int64:
         return NotImplemented
     return value.to(dtype or torch.int64).cumsum(dim)
 
@@ -86,7 +86,7 @@ def _multinomial(
 def _addbmm(
     added: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: Any = 1, alpha: Any = 1
 ) -> torch.Tensor:
-    if not added.is_floating_point():
+    if not added.is_floating_point() and not added.is_complex():
         beta, alpha = int(beta), int(alpha)
     product = alpha * (left @ right).sum(0)
     return product if beta == 0 else beta * added + product

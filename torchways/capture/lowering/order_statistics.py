@@ -175,7 +175,7 @@ def _logcumsumexp(value: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _cumprod(value: torch.Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Any:
     """torch-xla has it for numbers with a fraction only."""
-    dtype = dtype or (value.dtype if value.is_floating_point() else torch.int64)
+    dtype = dtype or (value.dtype if value.is_floating_point() or value.is_complex() else torch.int64)
     if dtype.is_floating_point or dtype.is_complex or not value.dim():
         return NotImplemented if value.dtype == dtype else value.to(dtype).cumprod(dim)
     [result] = _scan((value.to(dtype),), dim, lambda earlier, later: (earlier[0] * later[0],))

@@ -14,7 +14,8 @@ def _of_numbers(operator: Any) -> Any:
     """torch-xla does not convert integers for it."""
 
     def convert(value: torch.Tensor) -> Any:
-        return NotImplemented if value.is_floating_point() else operator(value.to(torch.get_default_dtype()))
+        is_number = value.is_floating_point() or value.is_complex()
+        return NotImplemented if is_number else operator(value.to(torch.get_default_dtype()))
 
     return convert
 
