@@ -183,6 +183,8 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, torch.Tensor) or node.target is aten._to_copy.default:
             continue
+        if node.target is aten.div.Scalar and value.is_complex():
+            node.target = aten.div.Tensor  # the other keeps the real part
         schema = getattr(node.target, "_schema", None)
         inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         if schema is not None and not inputs and node.kwargs.get("dtype") is None:
