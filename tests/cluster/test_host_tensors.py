@@ -10,8 +10,10 @@ import torch
 
 import torchways as tw
 from torchways.api import _current as current_session
+from torchways.capture.host_content import HostContent
 from torchways.config import ClusterConfig
 from torchways.controller import puts
+from torchways.controller.buffers import HostBuffer
 from torchways.errors import ExecutorLost, RunCancelled
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
@@ -90,6 +92,12 @@ def test_a_controller_does_not_send_ahead_without_end(meshes, monkeypatch):
     assert program(large).item() == 2 * MEGABYTE
     session.wait_for_runs(timedelta(seconds=60))
     assert session._puts._run_bytes == 0
+
+
+@pytest.mark.parametrize("number", [0, 3, True, 1.5])
+def test_one_number_everywhere_may_be_of_any_type(meshes, number):
+    value = HostBuffer(HostContent((3,), torch.float32, number))
+    assert current_session().put(value, meshes[0], ("R",)).read().tolist() == [float(number)] * 3
 
 
 def test_more_values_at_once_than_files_are_open(meshes, monkeypatch):

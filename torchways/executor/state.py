@@ -725,7 +725,7 @@ class ExecutorState:
         kept_bytes = self._kept_bytes.get(cell.client_id, 0) + cell.nbytes
         if event.for_run and cell.payer is not None:  # its run is here, and all that has it
             self._drop(event.buffer_id, _TAKEN)
-        elif event.for_run and not cell.scheduled and kept_bytes <= _MAX_KEPT_BYTES:
+        elif event.for_run and not cell.scheduled and cell.kept is None and kept_bytes <= _MAX_KEPT_BYTES:
             cell.kept = placing  # before its run it has no place: it would take what earlier runs need
             self._kept_bytes[cell.client_id] = kept_bytes
             return

@@ -400,7 +400,7 @@ class ExecutorClient:
             buffer_id=buffer_id, slice_id=slice_id, mesh_shape=mesh, for_run=for_run, value=host_value(value)
         )
         file = value.data if isinstance(value.data, ValueFile) else None
-        if self._local.is_here and not isinstance(value.data, float):
+        if self._local.is_here and isinstance(value.data, (bytes, ValueFile)):
             try:
                 await asyncio.to_thread(self._local.put, first, file)
                 return
