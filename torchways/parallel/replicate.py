@@ -104,11 +104,11 @@ def replica_call(
             return run(replicas.number % len(stages), args, kwargs)
         with mode.unplaced():
             parts = _parts(args, kwargs, len(stages))
-            written, results = [_writes()], []
-            for number, part in enumerate(parts):
-                results.append(open_objects(run(number, *part)))
-                written.append(_writes())
-            _check_writes(module, written[0], written[1], written[-1])
+            before = _writes()
+            results = [open_objects(run(0, *parts[0]))]
+            after_first = _writes()
+            results += [open_objects(run(number, *part)) for number, part in enumerate(parts[1:], start=1)]
+            _check_writes(module, before, after_first, _writes())
             return merged(results, _merged_leaf, f"replicas return different structures at {user_line()}")
 
     return call

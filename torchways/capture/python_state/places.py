@@ -172,9 +172,7 @@ class Entry:
             dict_class(container).__setitem__(container, self.item, value)
 
     def __str__(self) -> str:
-        if isinstance(self.parent, Attribute) and self.parent.name in _MODULE_DICTS:
-            return f"{self.parent.parent}.{self.item}"
-        if isinstance(self.parent, Attribute) and self.parent.name == "__dict__":
+        if isinstance(self.parent, Attribute) and self.parent.name in (*_MODULE_DICTS, "__dict__"):
             return f"{self.parent.parent}.{self.item}"
         item = f"<{type(self.item).__name__}>" if isinstance(self.item, torch.Tensor) else repr(self.item)
         return f"{self.parent}[{item}]"
