@@ -56,11 +56,12 @@ class LocalSession:
             budget_bytes: device memory; 0: no limit.
             time_of: what an action of a loop seems to take, in microseconds, in place of what it takes.
         """
+        self.slices = self.programs = self.runs = self.values = self
         self.lock = threading.RLock()
         self.buffers = {}
         self.pid = os.getpid()
-        self.values = defaultdict(dict)  # slice id -> buffer id -> tensor
-        self.programs = {}
+        self.contents = defaultdict(dict)  # slice id -> buffer id -> tensor
+        self.registered = {}
         self.num_runs = 0
         self.num_transfers = 0
         self.released = []
@@ -76,7 +77,7 @@ class LocalSession:
     def mesh(self, *shape, names=("dp",)):
         return VirtualSlice(shape=shape or (1,), mesh_dim_names=names, slice_id=SliceId(self.new_ids(1)))
 
-    def slice_address(self, mesh):
+    def address(self, mesh):
         executor = ExecutorAddress(
             executor_id=f"s{mesh.slice_id}",
             address="",
@@ -94,11 +95,11 @@ class LocalSession:
     def put(self, buffer, mesh, placements):
         remote = RemoteBuffer(self, mesh, placements, self.new_ids(1))
         remote.origin = weakref.ref(buffer)
-        self.values[mesh.slice_id][remote.buffer_id] = buffer.read()
+        self.contents[mesh.slice_id][remote.buffer_id] = buffer.read()
         return remote
 
     def fetch(self, buffer, timeout=None):
-        found = self.values[buffer.mesh.slice_id].get(buffer.buffer_id)
+        found = self.contents[buffer.mesh.slice_id].get(buffer.buffer_id)
         if found is None:
             raise UserError(f"buffer {buffer.buffer_id} was donated")
         return found.clone()
@@ -113,40 +114,40 @@ class LocalSession:
 
     def release(self, slice_id, buffer_id):
         self.released.append(buffer_id)
-        del self.values[slice_id][buffer_id]
+        del self.contents[slice_id][buffer_id]
 
-    def register_program(self, name, parts, meshes, traced_seconds=0.0):
+    def register(self, name, parts, meshes, traced_seconds=0.0):
         program_id = self.new_ids(1)
         parts = [unrolled(part) for part in parts]
         graphs = [[deserialize_graph(function.graph) for function in part.functions] for part in parts]
-        self.programs[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
+        self.registered[program_id] = (parts, [mesh.slice_id for mesh in meshes], graphs)
         return program_id
 
     def num_operators(self, name):
         """Returns how many operators of this name (without "aten" and overload) the registered programs have."""
-        graphs = [graph for _, _, parts in self.programs.values() for part in parts for graph in part]
+        graphs = [graph for _, _, parts in self.registered.values() for part in parts for graph in part]
         targets = [str(node.target).split(".") for graph in graphs for node in graph.nodes]
         return sum(target[1:2] == [name] for target in targets)
 
-    def forget_program(self, program_id):
-        del self.programs[program_id]
+    def forget(self, program_id):
+        del self.registered[program_id]
 
     def wait_for_room(self, name):
         pass
 
-    def wait_for_program(self, program_id, name):
+    def wait(self, program_id, name):
         pass
 
-    def wait_for_run(self, run_id):
+    def wait_for(self, run_id):
         pass
 
     def compile_seconds(self, program_id):
         return None
 
-    def run_program(self, program_id, name, results, arguments, *, changes_state):
+    def send(self, program_id, name, results, arguments, *, changes_state):
         self.num_runs += 1
         run_id = self.new_ids(1)
-        parts, slice_ids, graphs = self.programs[program_id]
+        parts, slice_ids, graphs = self.registered[program_id]
         wires, runners = {}, []
         for part, part_graphs in zip(parts, graphs, strict=True):
             slice_id = slice_ids[part.slice_index]
@@ -154,7 +155,7 @@ class LocalSession:
             values = iter(arguments[slice_id].values)
             for slot, buffer_id in enumerate(arguments[slice_id].buffer_ids):
                 is_value = buffer_id == NO_BUFFER
-                slots[slot] = _tensor(next(values)) if is_value else self.values[slice_id][buffer_id]
+                slots[slot] = _tensor(next(values)) if is_value else self.contents[slice_id][buffer_id]
             runners.append(
                 self._run_part(part, part_graphs, slots, arguments[slice_id].buffer_ids, slice_id, wires, run_id)
             )
@@ -165,7 +166,7 @@ class LocalSession:
         for part in parts:
             slice_id = slice_ids[part.slice_index]
             for slot, number in part.results:
-                self.values[slice_id][results.start + number] = self._finished[part.slice_index][slot]
+                self.contents[slice_id][results.start + number] = self._finished[part.slice_index][slot]
         return run_id
 
     def collect_spans(self, since_ns):
@@ -198,7 +199,7 @@ class LocalSession:
                     for slot in donated_slots(instruction):
                         del slots[slot]
                         if slot < len(buffer_ids) and buffer_ids[slot] != NO_BUFFER:
-                            del self.values[slice_id][buffer_ids[slot]]
+                            del self.contents[slice_id][buffer_ids[slot]]
                 case SendInstruction():
                     wires[instruction.edge_id] = slots[instruction.slot]
                     self.num_transfers += 1

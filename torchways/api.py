@@ -31,13 +31,13 @@ from torchways.controller.data_loader import ArrayLoader, make_loader
 from torchways.controller.function import make_function, make_parallel, make_pipeline, make_replicated
 from torchways.controller.generation import run_generate
 from torchways.controller.generation_options import merged, num_new_tokens, repeated, token_choice
-from torchways.controller.loop import LoopThread
 from torchways.controller.parity.report import ParityReport
 from torchways.controller.parity.report import parity as parity_mode
 from torchways.controller.program import ProgramFunction, eager_program
 from torchways.controller.redistribute import distribute
 from torchways.controller.scan import loop_in_python, loop_length, run_scan
 from torchways.controller.session import Session, run_seconds
+from torchways.controller.session.loop import LoopThread
 from torchways.controller.value_checks import check_values as checked_values
 from torchways.controller.variant import Dispatch
 from torchways.controller.variants import MAX_VARIANTS, VariantOptions
@@ -883,7 +883,7 @@ def cancel(*arrays: Any) -> None:
         return
     found = [item for item in pytree.tree_leaves(arrays) if isinstance(item, Array)]
     buffers = [item._buffer for item in found]
-    _current().cancel([buffer for buffer in buffers if isinstance(buffer, RemoteBuffer)])
+    _current().runs.cancel_makers(buffer.buffer_id for buffer in buffers if isinstance(buffer, RemoteBuffer))
 
 
 @contextlib.contextmanager
@@ -919,8 +919,8 @@ def profile(path: str | os.PathLike[str]) -> Iterator[None]:
         yield
         return
     session = _current()
-    session.wait_for_runs(timedelta(minutes=10))
+    session.runs.wait_for_all(timedelta(minutes=10))
     started_ns = time.time_ns()
     yield
-    session.wait_for_runs(timedelta(minutes=10))
+    session.runs.wait_for_all(timedelta(minutes=10))
     write_chrome_trace(Path(path), session.collect_spans(started_ns))

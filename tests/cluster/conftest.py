@@ -42,7 +42,7 @@ def _is_alive(pid):
 
 def status_of(mesh):
     """Returns what the (first) executor of a slice's devices says of itself; other slices of them are part of it."""
-    [executor, *_] = tw.api._current().slice_address(mesh).executors
+    [executor, *_] = tw.api._current().slices.address(mesh).executors
     [status] = [item for item in tw.executor_status() if item.executor_id == executor.executor_id]
     return status
 

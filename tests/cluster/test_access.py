@@ -54,11 +54,11 @@ def victim():
 class Victim:
     def __init__(self, cluster, key, mesh, buffer_id, is_well):
         session = current_session()
-        address = session.slice_address(mesh)
+        address = session.slices.address(mesh)
         self.manager, self.token = cluster.address, cluster.token
         self.scheduler, self.executor = address.scheduler_address, address.executors[0].address
-        self.client_id, self.slice_id, self.buffer_id = session.manager.client_id, mesh.slice_id, buffer_id
-        self.program_ids = list(session._islands_of)
+        self.client_id, self.slice_id, self.buffer_id = session.connections.manager.client_id, mesh.slice_id, buffer_id
+        self.program_ids = list(session.programs._programs)
         self.executor_id = address.executors[0].executor_id
         self.is_well, self.key = is_well, key
         operator_secret = key.secret_of(Caller(Role.OPERATOR))

@@ -93,7 +93,7 @@ def test_a_placed_model_is_cast_on_its_slice(mesh, monkeypatch):
     torch.testing.assert_close(model(x).cpu(), plain(x).detach())
     for cast in (nn.Module.double, nn.Module.half, nn.Module.float, lambda module: module.to(torch.bfloat16)):
         with monkeypatch.context() as patch:
-            patch.setattr(type(_current()), "start_fetch", None)  # whatever reads a value of a slice comes here
+            patch.setattr(type(_current().values), "start_fetch", None)  # whatever reads a value of a slice comes here
             cast(model)
         cast(plain)
         assert (model[0].weight.mesh, model[0].weight.sharding) == (mesh, ("S(0)",))
@@ -107,7 +107,7 @@ def test_an_array_whose_buffer_does_not_fit_fails_its_run_and_no_more(mesh):
     assert double().tolist() == [2.0] * 4
     wrong = host_array(torch.ones(3, dtype=torch.float64))
     session = _current()
-    array._buffer = session.put(wrong._buffer, mesh, ("R",))
+    array._buffer = session.values.put(wrong._buffer, mesh, ("R",))
     with pytest.raises(UserError, match=r"is an array of float64\[3\], and the program was traced for float32\[4\]"):
         double().cpu()
     array._buffer = HostBuffer(host_array(torch.ones(4))._buffer.value)
@@ -220,7 +220,7 @@ def test_a_forked_process_has_no_session_of_its_own(mesh):
 
 def test_a_session_does_not_show_its_token(mesh):
     session = _current()
-    token, identity = (value for _, value in session.manager.metadata)
+    token, identity = (value for _, value in session.connections.manager.metadata)
     secret = identity.rpartition(":")[2]
     assert token
     assert secret

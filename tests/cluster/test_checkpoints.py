@@ -266,7 +266,7 @@ def test_a_value_that_is_gone_is_not_saved(meshes, tmp_path):
     values = {"values": tw.distribute_tensor(torch.ones(4), meshes[0], None)}
     tw.checkpoint.save(tmp_path, values, step=1).result()
     buffer, count = values["values"]._buffer, status_of(meshes[0]).num_buffers
-    buffer.session.release(meshes[0].slice_id, buffer.buffer_id)
+    buffer.session.values.release(meshes[0].slice_id, buffer.buffer_id)
     deadline = time.monotonic() + 30
     while status_of(meshes[0]).num_buffers >= count and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -441,7 +441,7 @@ def test_the_controller_does_not_run_far_ahead_of_the_slice(meshes, monkeypatch)
         slow(next(iterator)["x"]).item()
         in_flight, sums = [], []
         for batch in iterator:
-            in_flight.append(len(session._runs))
+            in_flight.append(len(session.runs._runs))
             sums.append(slow(batch["x"]))
         assert len(sums) == 9
         assert 1 <= max(in_flight) <= 2

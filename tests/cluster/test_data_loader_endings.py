@@ -78,14 +78,14 @@ def test_another_client_has_no_part_in_a_data_process(monkeypatch):
             iterator = iter(batches)
             assert next(iterator)["label"].tolist() == [0, 1]
             session = current_session()
-            address = session.slice_address(mesh)
-            info = session.manager.wait_data_process(1, timedelta(seconds=30))
+            address = session.slices.address(mesh)
+            info = session.connections.manager.wait_data_process(1, timedelta(seconds=30))
             victim = SimpleNamespace(
                 manager=cluster.address,
                 scheduler=address.scheduler_address,
                 executor=address.executors[0].address,
                 token=cluster.token,
-                data=session.loop.run(info),
+                data=session.connections.loop.run(info),
                 slice_id=mesh.slice_id,
             )
             asyncio.run(asyncio.wait_for(_attack(victim), 60))

@@ -12,7 +12,7 @@ import torchways as tw
 from torchways.api import _current as current_session
 from torchways.capture.host_content import HostContent
 from torchways.config import ClusterConfig
-from torchways.controller import puts
+from torchways.controller.session import puts
 from torchways.controller.buffers import HostBuffer
 from torchways.errors import ExecutorLost, RunCancelled
 from torchways.launch.embedded import start_cluster
@@ -58,7 +58,7 @@ def test_values_are_those_of_the_call(meshes, monkeypatch, is_local):
             given.zero_()  # too late to be seen
             assert torch.equal(first.cpu(), expected)
             assert torch.equal(second.cpu(), expected)
-    assert current_session()._puts._under_way == {}
+    assert current_session().values.puts._under_way == {}
 
 
 def test_several_slices_and_a_changed_argument(meshes):
@@ -85,19 +85,19 @@ def test_a_controller_does_not_send_ahead_without_end(meshes, monkeypatch):
     results = []
     for number in range(20):
         results.append(program(torch.full((MEGABYTE // 4,), float(number))))
-        seen.append(session._puts._run_bytes)
+        seen.append(session.values.puts._run_bytes)
     assert [item.item() for item in results] == [number * MEGABYTE / 4 for number in range(20)]
     assert 0 < max(seen) <= 4 * MEGABYTE
     large = torch.ones(2 * MEGABYTE)  # more than all: it goes alone
     assert program(large).item() == 2 * MEGABYTE
-    session.wait_for_runs(timedelta(seconds=60))
-    assert session._puts._run_bytes == 0
+    session.runs.wait_for_all(timedelta(seconds=60))
+    assert session.values.puts._run_bytes == 0
 
 
 @pytest.mark.parametrize("number", [0, 3, True, 1.5])
 def test_one_number_everywhere_may_be_of_any_type(meshes, number):
     value = HostBuffer(HostContent((3,), torch.float32, number))
-    assert current_session().put(value, meshes[0], ("R",)).read().tolist() == [float(number)] * 3
+    assert current_session().values.put(value, meshes[0], ("R",)).read().tolist() == [float(number)] * 3
 
 
 def test_more_values_at_once_than_files_are_open(meshes, monkeypatch):

@@ -34,12 +34,14 @@ def test_reads_of_one_stream_have_one_answer_each_and_none_if_given_up():
             pb.ReadRequest(read_id=7, buffer_id=nothing),
         ]
         late = [pb.ReadRequest(read_id=7, give_up=True), pb.ReadRequest(read_id=8, buffer_id=little)]
-        address = session.slice_address(mesh).executors[0].address
+        address = session.slices.address(mesh).executors[0].address
 
         async def read():
             found = defaultdict(list)
             async with channel.open_channel(address) as opened:
-                call = pb_grpc.ExecutorStub(opened).ReadBuffers(pb.OpenStream(), metadata=session.manager.metadata)
+                call = pb_grpc.ExecutorStub(opened).ReadBuffers(
+                    pb.OpenStream(), metadata=session.connections.manager.metadata
+                )
                 stream = await TestStream.opened(call, pb.ReadAnswer)
                 stream.send(*requests)
                 while not {8, 1} <= {read_id for read_id, answers in found.items() if answers[-1].is_last}:

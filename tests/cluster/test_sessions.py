@@ -41,7 +41,7 @@ with tw.init(islands=1, devices_per_island=1):
     slow = tw.function(lambda x: torch.linalg.matrix_power(x, 4000).sum(), mesh=mesh)
     arrays = [slow(torch.eye(600)) for _ in range(4)]
     values = [tw.distribute_tensor(torch.ones(1000), mesh) for _ in range(20)]
-    reads = [array._buffer.session.start_fetch(array._buffer) for array in arrays + values]
+    reads = [array._buffer.session.values.start_fetch(array._buffer) for array in arrays + values]
     for read in reads[:10]:
         read.cancel()
     [pid] = [pid for name, pid in tw.cluster_info().processes if name.startswith("executor")]

@@ -35,7 +35,7 @@ def work(m):
     return m.max()
 
 assert work(ones).item() == 1
-print(current_session().manager.client_id, flush=True)
+print(current_session().connections.manager.client_id, flush=True)
 sys.stdin.readline()
 over = threading.Event()
 threading.Thread(target=lambda: (sys.stdin.readline(), over.set()), daemon=True).start()
@@ -102,7 +102,7 @@ def test_a_clients_programs_have_a_limit(monkeypatch):
 
 
 def test_a_process_that_makes_programs_without_end_is_told_so(session, monkeypatch):
-    monkeypatch.setattr(current_session(), "max_programs", 3)
+    monkeypatch.setattr(current_session().programs, "limit", 3)
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
     x = tw.distribute_tensor(torch.ones(3), mesh)
     kept = [tw.program(lambda x, k=k: x * k) for k in range(4)]

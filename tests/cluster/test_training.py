@@ -214,7 +214,7 @@ def test_functions_that_nobody_keeps_are_forgotten(cluster, meshes):
 def test_a_program_is_registered_before_its_first_run_though_the_loop_is_late(cluster, meshes):
     add_one = tw.function(lambda x: x + 1, mesh=meshes[0])
     y = add_one(torch.zeros(2))
-    api._current().loop.call(time.sleep, 1.0)  # as when tracing keeps the loop's thread from running
+    api._current().connections.loop.call(time.sleep, 1.0)  # as when tracing keeps the loop's thread from running
     y = add_one(y)
     y = tw.function(lambda x: x * 3, mesh=meshes[0])(y)
     assert y.cpu(timeout=timedelta(seconds=60)).tolist() == [6, 6]

@@ -209,8 +209,8 @@ def test_views_read_their_base_once():
     model = place(build(), session)
     model(torch.ones(2, 3))
     reads = []
-    fetch = session.fetch
-    session.fetch = lambda *args: reads.append(1) or fetch(*args)
+    fetch = session.values.fetch
+    session.values.fetch = lambda *args: reads.append(1) or fetch(*args)
     weight = model.inner.weight.detach()
     assert sum(float(row.sum()) for row in weight) == pytest.approx(float(weight.cpu().sum()))
     assert len(reads) == 2
@@ -219,10 +219,10 @@ def test_views_read_their_base_once():
 def test_a_view_never_waits_until_it_is_read_and_keeps_nothing_alive():
     model = placed_and_used()
     buffer = model.inner.weight._buffer
-    buffer.session.fetch = None  # a read would fail
+    buffer.session.values.fetch = None  # a read would fail
     view = model.inner.weight.detach().view(-1)[2:4]
     assert (tuple(view.shape), view.mesh, repr(view)) == ((2,), None, "tw.Array(fp32[2], not placed yet)")
-    del buffer.session.fetch
+    del buffer.session.values.fetch
     value = weakref.ref(view._storage)
     view.cpu()
     del view

@@ -264,7 +264,7 @@ class _Loading:
             if session is None:
                 raise CheckpointError(f"mesh {mesh}, where arrays of the state go, is closed")
             arrays = [array for array, _ in items.values()]
-            loads.append((arrays, session.load_buffers(mesh, [loaded for _, loaded in items.values()])))
+            loads.append((arrays, session.values.load(mesh, [loaded for _, loaded in items.values()])))
         return loads
 
     def finish(self) -> Any:

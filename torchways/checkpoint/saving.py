@@ -218,7 +218,7 @@ class _Job:
             session: Any = next(iter(buffers.values()))[0].session
             if wait_for_saves not in session.before_close:
                 session.before_close.append(wait_for_saves)
-            self._written += session.save_buffers(str(self._partial), buffers)
+            self._written += session.values.save(str(self._partial), buffers)
 
     def write(self) -> None:
         """Waits for the executors, writes what is the controller's, and makes the checkpoint complete."""

@@ -20,7 +20,7 @@ from torchways.rpc.spans import Span, collect
 
 #: How long a client may take for all that it is asked in one trace, and for one answer.
 ANSWER_SECONDS = 5.0
-#: The most that one answer may have. A client keeps 20,000 spans (controller/spans.py).
+#: The most that one answer may have. A client keeps 20,000 spans (controller/session/spans.py).
 _MAX_BYTES = 8 << 20
 _MAX_SPANS = 20_000
 _MAX_NAME = 200

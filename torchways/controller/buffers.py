@@ -29,16 +29,8 @@ from torchways.rpc.programs import InlineValue
 from torchways.signals import if_interrupted, result_of, uninterrupted
 
 
-class BufferHome(Protocol):
-    """What a remote buffer needs of the session that it belongs to."""
-
-    closed: bool
-    #: The process that it belongs to.
-    pid: int
-    #: Held while a call is bound, sent and its results are put in place.
-    lock: threading.RLock
-    #: The buffers that are referred to, by their ids.
-    buffers: dict[BufferId, weakref.ref[RemoteBuffer]]
+class BufferReads(Protocol):
+    """How remote buffers are read and given back."""
 
     def fetch(self, buffer: RemoteBuffer, timeout: timedelta | None) -> torch.Tensor:
         """Waits for a buffer's value."""
@@ -54,6 +46,31 @@ class BufferHome(Protocol):
 
     def release(self, slice_id: SliceId, buffer_id: BufferId) -> None:
         """Gives a buffer back."""
+
+
+class ProcessLife(Protocol):
+    """What lives in one process, until it is closed."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it is over."""
+
+    @property
+    def pid(self) -> int:
+        """The process."""
+
+
+class BufferHome(ProcessLife, Protocol):
+    """What a remote buffer needs of the session that it belongs to."""
+
+    #: Held while a call is bound, sent and its results are put in place.
+    lock: threading.RLock
+    #: The buffers that are referred to, by their ids.
+    buffers: dict[BufferId, weakref.ref[RemoteBuffer]]
+
+    @property
+    def values(self) -> BufferReads:
+        """What is on its slices."""
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -169,15 +186,15 @@ class RemoteBuffer:
 
     def read(self, timeout: timedelta | None = None) -> torch.Tensor:
         """Waits for the value; see `Array.cpu`."""
-        return self.session.fetch(self, timeout)
+        return self.session.values.fetch(self, timeout)
 
     def done(self) -> bool:
         """Asks the executor whether the value is there."""
-        return self.session.is_ready(self)
+        return self.session.values.is_ready(self)
 
     def read_async(self) -> Generator[Any, None, torch.Tensor]:
         """Awaits the value on the caller's loop."""
-        return asyncio.wrap_future(self.session.start_fetch(self)).__await__()
+        return asyncio.wrap_future(self.session.values.start_fetch(self)).__await__()
 
     def own(self) -> None:
         """Nothing: it is on its slice."""
@@ -202,7 +219,7 @@ class RemoteBuffer:
     def __del__(self) -> None:
         self.session.buffers.pop(self.buffer_id, None)
         if not self.consumed:
-            self.session.release(self.mesh.slice_id, self.buffer_id)
+            self.session.values.release(self.mesh.slice_id, self.buffer_id)
 
 
 def _replacing(
@@ -286,11 +303,11 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
         for session in {id(buffer.session): buffer.session for buffer in buffers.values()}.values():
             locks.enter_context(session.lock)
         buffers = _remote_buffers(leaves)  # of one moment
-    reads = {position: buffer.session.start_fetch(buffer) for position, buffer in buffers.items()}
+    reads = {position: buffer.session.values.start_fetch(buffer) for position, buffer in buffers.items()}
 
     def give_up() -> None:
         for buffer in buffers.values():
-            buffer.session.give_up(buffer)
+            buffer.session.values.give_up(buffer)
 
     try:
         with if_interrupted(give_up):
@@ -312,7 +329,7 @@ def _read_all(leaves: list[Any], timeout: timedelta | None, deadline: float | No
     return found
 
 
-def check_open(session: BufferHome, what: str) -> None:
+def check_open(session: ProcessLife, what: str) -> None:
     """Raises SessionClosed if the session is over, UserError if this process is not its own."""
     if os.getpid() != session.pid:
         raise UserError(

@@ -19,7 +19,7 @@ def not_lowered(
     graph: torch.fx.Graph, session: Session, meshes: list[VirtualSlice]
 ) -> dict[torch._ops.OpOverload, list[str]]:
     """Returns the operators that the executors would run on the host, with the user's lines."""
-    supported = [executor.lowered_ops for mesh in meshes for executor in session.slice_address(mesh).executors]
+    supported = [executor.lowered_ops for mesh in meshes for executor in session.slices.address(mesh).executors]
     targets = {node.target for node in graph.nodes if isinstance(node.target, torch._ops.OpOverload)} - {ALL_REDUCE}
     lacking = {item for item in targets if not all(_is_lowered(item, operators) for operators in supported)}
     missing: dict[torch._ops.OpOverload, list[str]] = {}

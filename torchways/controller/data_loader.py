@@ -340,10 +340,10 @@ class _Part:
 
     async def start(self) -> int | None:
         """Starts the process and makes the dataset; returns the number of batches, if it is known."""
-        session, manager = self._session, self._session.manager
+        session, manager = self._session, self._session.connections.manager
         self._slice_id = self.mesh.slice_id
         self._process_id = await manager.start_data_process(self._slice_id)
-        address = await manager.wait_data_process(self._process_id, session.start_timeout)
+        address = await manager.wait_data_process(self._process_id, session.slices.start_timeout)
         self._client = DataProcessClient(address, manager.metadata)
         try:
             return await self._client.open(self.spec.to_json())
@@ -354,7 +354,7 @@ class _Part:
         """Starts a pass."""
         assert self._client is not None
         assert self._slice_id is not None
-        address = self._session.slice_address_now(self.mesh)
+        address = self._session.slices.address_now(self.mesh)
         paths = [executor.local_address for executor in address.executors]
         self._pass_number += 1
         try:
@@ -390,11 +390,11 @@ class _Part:
     def _release(self, slice_id: SliceId, first: int) -> None:
         """Gives back the buffers of a batch of which some may be on the slice."""
         for buffer_id in range(first, first + MAX_TENSORS):
-            self._session.release(slice_id, BufferId(buffer_id))
+            self._session.values.release(slice_id, BufferId(buffer_id))
 
     def take_later(self, number: int) -> concurrent.futures.Future[_OnSlice | None]:
         """Starts waiting for a batch of the pass under way."""
-        return self._session.loop.start(self.take(self._pass_number, number))
+        return self._session.connections.loop.start(self.take(self._pass_number, number))
 
     async def _lost(self, error: Exception) -> TorchwaysError:
         """Returns the error for a process or executor that cannot be reached, with the reason if word of it comes."""
@@ -403,9 +403,9 @@ class _Part:
         process_id = self._process_id or 0  # 0: its loader was closed
         reason: TorchwaysError | None = None
         while True:
-            if session.broken is not None:
-                return session.broken
-            if (lost := session.lost_executor_error(self.mesh)) is not None:
+            if session.connections.broken is not None:
+                return session.connections.broken
+            if (lost := session.slices.lost_executor_error(self.mesh)) is not None:
                 return lost
             if isinstance(reason, DataProcessLost):  # of an executor's end, which ends it too, we had heard by now
                 return DataProcessLost(
@@ -413,7 +413,7 @@ class _Part:
                     "load its position"
                 )
             try:
-                await session.manager.wait_data_process(process_id, timedelta(seconds=_REASON_SECONDS))
+                await session.connections.manager.wait_data_process(process_id, timedelta(seconds=_REASON_SECONDS))
             except TorchwaysError as found:
                 reason = found
             if isinstance(reason, DataProcessLost):
@@ -432,12 +432,12 @@ class _Part:
             await client.close()
         if process_id is not None:
             with contextlib.suppress(TorchwaysError):  # with the cluster, it is gone
-                await self._session.manager.end_data_process(process_id)
+                await self._session.connections.manager.end_data_process(process_id)
 
     def __del__(self) -> None:
         if self._process_id is not None and self._session.is_usable():
             with contextlib.suppress(RuntimeError):  # the loop is closed: the interpreter is shutting down
-                self._session.loop.start(_end(self._session, self._process_id, self._client))
+                self._session.connections.loop.start(_end(self._session, self._process_id, self._client))
 
 
 async def _end(session: Session, process_id: int, client: DataProcessClient | None) -> None:
@@ -445,7 +445,7 @@ async def _end(session: Session, process_id: int, client: DataProcessClient | No
     if client is not None:
         await client.close()
     with contextlib.suppress(TorchwaysError):
-        await session.manager.end_data_process(process_id)
+        await session.connections.manager.end_data_process(process_id)
 
 
 class ClusterSource:
@@ -496,7 +496,7 @@ class ClusterSource:
                     raise result
             return results
 
-        return self._session.loop.start(run())
+        return self._session.connections.loop.start(run())
 
     def _wait(self, future: concurrent.futures.Future[Any], what: str) -> Any:
         """Waits for what a data process answers; it ends if the process does, or the session."""
@@ -517,7 +517,7 @@ class ClusterSource:
         self._ahead.clear()
         self._position = position
         for part in self._parts:
-            self._session.slice_address(part.mesh)  # its executors are ready
+            self._session.slices.address(part.mesh)  # its executors are ready
         if any(part.is_moved for part in self._parts):
             self._wait(self._on_all(_Part.end), "the end")
             self._start()
@@ -536,13 +536,13 @@ class ClusterSource:
         session = self._session
         session.check()
         for part in self._parts:
-            session.slice_address(part.mesh)  # raises where it is closed
+            session.slices.address(part.mesh)  # raises where it is closed
             if part.is_moved:
                 self.begin(self._position)
                 break
         while len(self._marks) > self._max_in_use:
             # Runs that were sent before the second-oldest batch was taken may read the oldest; none younger does.
-            session.wait_for_runs_before(self._marks[1])
+            session.runs.wait_for_those_before(self._marks[1])
             self._marks.popleft()
         self._ask(1 + self._prefetch)
         futures = self._ahead[0]

@@ -32,7 +32,7 @@ def spans_of(variant: Variant, calls: Sequence[CallRuns]) -> dict[str, list[Span
         return {}
     for call in calls:
         for run_id in call.run_ids:
-            variant.session.wait_for_run(run_id)
+            variant.session.runs.wait_for(run_id)
     return variant.session.collect_spans(min(call.started_ns for call in calls))
 
 

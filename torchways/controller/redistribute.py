@@ -33,7 +33,7 @@ def distribute(
 
         return ProgramFunction(redistribute, mesh, get_session)(tensor)
     content = HostContent(tuple(tensor.shape), tensor.dtype, tensor.detach().clone())
-    return Array(get_session().put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
+    return Array(get_session().values.put(HostBuffer(content), mesh, texts), content.shape, content.dtype)
 
 
 def cast_on_slice(array: Array, dtype: torch.dtype) -> Array | None:

@@ -100,7 +100,7 @@ class _Run:
                 is_last = number == len(variant.pieces) - 1
                 run_ids.append(self._run_piece(piece, len(piece.results), is_last=is_last)[0])
                 if not is_last:
-                    variant.session.wait_for_run(run_ids[-1])
+                    variant.session.runs.wait_for(run_ids[-1])
             variant.note_call(run_ids, started_ns)
         result, changed = pytree.tree_unflatten(self._outputs, variant.captured.out_spec)
         for number, item in changed.items():
@@ -120,11 +120,11 @@ class _Run:
             arguments[mesh.slice_id] = Arguments(buffer_ids, values)
         name = self._variant.captured.program.name
         if consumed:
-            session.wait_for_program(piece.program_id, name)
-        session.wait_for_room(name)
+            session.programs.wait(piece.program_id, name)
+        session.runs.wait_for_room(name)
         with uninterrupted():
             first = BufferId(session.new_ids(max(1, len(piece.results))))
-            run_id = session.run_program(
+            run_id = session.runs.send(
                 piece.program_id,
                 name,
                 range(first, first + len(piece.results)),
@@ -266,9 +266,9 @@ class _Run:
                 if item.donated and not isinstance(host.value.content, torch.Tensor):
                     continue  # a constant that this run replaces, on either slice
                 home, placements = self._home_of(piece, original) or (mesh, item.placements)
-                array._buffer = buffer = variant.session.put(host, home, placements)
+                array._buffer = buffer = variant.session.values.put(host, home, placements)
                 if home is not mesh:
-                    buffer.copies[mesh] = variant.session.put(host, mesh, item.placements)
+                    buffer.copies[mesh] = variant.session.values.put(host, mesh, item.placements)
                 continue
             assert isinstance(host, RemoteBuffer)
             if mesh not in host.copies and host.mesh is not mesh:
@@ -349,7 +349,7 @@ class _Run:
                 return NO_BUFFER
             key = id(tensor), mesh, item.placements
             if (sent := self._sent.get(key)) is None or item.donated:
-                sent = self._sent[key] = session.put_for_run(host, mesh, item.placements)
+                sent = self._sent[key] = session.values.put_for_run(host, mesh, item.placements)
             if item.donated:
                 consumed.append(sent)
             return sent.buffer_id
@@ -358,7 +358,7 @@ class _Run:
             if item.donated and not isinstance(buffer.value.content, torch.Tensor):
                 values.append(buffer.inline(item.placements))  # a constant that this run replaces: no buffer of its own
                 return NO_BUFFER
-            buffer = tensor._buffer = session.put(buffer, mesh, item.placements)
+            buffer = tensor._buffer = session.values.put(buffer, mesh, item.placements)
         assert isinstance(buffer, RemoteBuffer)
         if buffer.session is not session:
             raise PlacementError("an array of a closed session is used; make its module or value anew")

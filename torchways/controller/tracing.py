@@ -202,7 +202,7 @@ class _Tracing:
         meshes = meshes_of(graph, specs, self._mesh)
         started = time.monotonic()
         for mesh in meshes:
-            self._session.slice_address(mesh)  # a new slice is made ready while a program is traced
+            self._session.slices.address(mesh)  # a new slice is made ready while a program is traced
         self._waited_seconds = time.monotonic() - started
         if missing := not_lowered(graph, self._session, meshes):
             graph = tidy(graph, decompositions_of(missing))

@@ -229,7 +229,7 @@ class Variant:
 
     def compile_seconds(self) -> float | None:
         """Returns what it took to send its pieces and compile them everywhere; None: that is not known."""
-        seconds = [self.session.compile_seconds(piece.program_id) for piece in self.pieces]
+        seconds = [self.session.programs.compile_seconds(piece.program_id) for piece in self.pieces]
         return max((item for item in seconds if item is not None), default=None)
 
     def __del__(self) -> None:
@@ -238,7 +238,7 @@ class Variant:
     def _forget(self, pieces: list[BoundPiece]) -> None:
         for piece in pieces:
             if piece.bound_to:
-                self.session.forget_program(piece.program_id)
+                self.session.programs.forget(piece.program_id)
 
     def replace(self, captured: Captured, pieces: list[BoundPiece]) -> None:
         """Goes on with another form of the same program; waits until it is compiled.
@@ -250,7 +250,7 @@ class Variant:
         try:
             self.bind(pieces)
             for piece in pieces:
-                self.session.wait_for_program(piece.program_id, captured.program.name)
+                self.session.programs.wait(piece.program_id, captured.program.name)
         except BaseException:
             self._forget(pieces)
             raise
@@ -277,8 +277,8 @@ class Variant:
             if piece.bound_to != here:
                 self._check_memory(piece)
                 if piece.bound_to:
-                    self.session.forget_program(piece.program_id)
-                piece.program_id = self.session.register_program(
+                    self.session.programs.forget(piece.program_id)
+                piece.program_id = self.session.programs.register(
                     self.captured.program.name, piece.lowered.parts, self.meshes, self.traced_seconds
                 )
                 piece.bound_to = here
@@ -333,7 +333,7 @@ def _text(value: Any) -> str:
 
 def budgets_of(meshes: list[VirtualSlice], session: Session) -> tuple[dict[int, int], dict[int, str]]:
     """Returns each slice's memory, bytes per device, 0 for no limit; and the first executor of its devices."""
-    found = {index: session.slice_address(mesh).executors for index, mesh in enumerate(meshes)}
+    found = {index: session.slices.address(mesh).executors for index, mesh in enumerate(meshes)}
     budgets = {index: min(item.budget_bytes for item in executors) for index, executors in found.items()}
     return budgets, {index: executors[0].executor_id for index, executors in found.items()}
 

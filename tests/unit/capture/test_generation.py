@@ -91,7 +91,7 @@ def test_prompts_of_about_one_length_share_what_is_compiled(session, llama, plac
         options = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
         theirs = llama.generate(ids, attention_mask=torch.ones_like(ids), **options, eos_token_id=None)
         assert torch.equal(run_generate(placed, ids, None, 5, choice(), None, None, 4, lambda: session), theirs)
-        return len(session.programs)
+        return len(session.registered)
 
     first = run(9)
     assert [run(length) for length in (3, 12, 16)] == [first] * 3

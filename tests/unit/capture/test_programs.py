@@ -71,7 +71,7 @@ def test_nothing_leaks_and_old_state_is_donated():
     for _ in range(4):
         x = torch.randint(0, 17, (4, 5))
         step(x, x)
-        counts.append(sum(map(len, session.values.values())))
+        counts.append(sum(map(len, session.contents.values())))
     assert counts[1:] == [counts[0]] * 3
     assert counts[0] == 4 * len(list(model.parameters()))
     assert "donate" in str(step)

@@ -345,7 +345,7 @@ def test_updates_are_one_computation_on_each_slice_and_bit_for_bit_the_same(sess
     compare(session, model, ours, make_step)
     for parameter in ours.parameters():
         [copied] = parameter._buffer.copies.values()
-        assert torch.equal(session.fetch(copied), parameter.detach().cpu())
+        assert torch.equal(session.values.fetch(copied), parameter.detach().cpu())
 
 
 # ---- microbatches

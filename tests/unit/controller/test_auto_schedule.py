@@ -115,7 +115,7 @@ def test_losses_are_the_same_over_the_switch():
     losses = losses_of(step, BEFORE + 4)
     torch.testing.assert_close(losses, losses_of(make_step(model, 8), BEFORE + 4), rtol=1e-4, atol=1e-6)
     assert step.report().loops[0].is_settled
-    assert len(session.programs) == 1  # what it ran by before is forgotten
+    assert len(session.registered) == 1  # what it ran by before is forgotten
 
 
 @pytest.mark.parametrize("num_lost", [1, 3])

@@ -21,9 +21,9 @@ class WrongSession(LocalSession):
         super().__init__()
         self._name, self._error, self._only_fused = name, error, only_fused
 
-    def register_program(self, name, parts, meshes, *seconds):
-        program_id = super().register_program(name, parts, meshes, *seconds)
-        for graph in [graph for graphs in self.programs[program_id][2] for graph in graphs]:
+    def register(self, name, parts, meshes, *seconds):
+        program_id = super().register(name, parts, meshes, *seconds)
+        for graph in [graph for graphs in self.registered[program_id][2] for graph in graphs]:
             if self._only_fused and len(graph.output_node().args[0]) > 1:
                 continue
             for node in graph.nodes:

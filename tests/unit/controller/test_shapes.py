@@ -165,13 +165,13 @@ def test_the_least_recently_used_trace_goes_first(session):
     for size in (1, 2, 1, 3, 1):  # 2 goes for 3
         assert torch.equal(run(torch.ones(size)).cpu(), torch.full((size,), 2.0))
         assert run.num_traces <= 2
-        assert len(session.programs) <= 2
-    first = set(session.programs)
+        assert len(session.registered) <= 2
+    first = set(session.registered)
     run(torch.ones(1))
-    assert set(session.programs) == first  # 1 was never forgotten
+    assert set(session.registered) == first  # 1 was never forgotten
     run(torch.ones(2))
-    assert set(session.programs) != first
-    assert len(session.programs) == 2
+    assert set(session.registered) != first
+    assert len(session.registered) == 2
 
 
 def test_variants_of_one_key_count_as_well(session):

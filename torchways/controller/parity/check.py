@@ -100,7 +100,7 @@ class ParityCheck:
         return self._report
 
     def _read(self, values: Sequence[ValueIndex]) -> None:
-        reads = [(value, self.session.start_fetch(self.buffers[value])) for value in values]
+        reads = [(value, self.session.values.start_fetch(self.buffers[value])) for value in values]
         for value, read in reads:
             self._values[value] = read.result()  # raises where its executor is lost
             del self.buffers[value]
@@ -262,20 +262,22 @@ class ParityCheck:
             )
         )
         placed = [
-            session.put(HostBuffer(HostContent(tuple(value.shape), value.dtype, value)), mesh, values[index].placements)
+            session.values.put(
+                HostBuffer(HostContent(tuple(value.shape), value.dtype, value)), mesh, values[index].placements
+            )
             for index, value in enumerate(inputs)
         ]
-        program_id = session.register_program(name, lowered.parts, [mesh])
+        program_id = session.programs.register(name, lowered.parts, [mesh])
         first = session.new_ids(len(made))
         arguments: Arguments[InlineValue] = Arguments([item.buffer_id for item in placed])
         ids = range(first, first + len(made))
-        session.run_program(program_id, name, ids, {mesh.slice_id: arguments}, changes_state=False)
+        session.runs.send(program_id, name, ids, {mesh.slice_id: arguments}, changes_state=False)
         buffers = [
             RemoteBuffer(session, mesh, values[index].placements, BufferId(first + number))
             for number, index in enumerate(made)
         ]
-        results = [read.result() for read in [session.start_fetch(buffer) for buffer in buffers]]
-        session.forget_program(program_id)
+        results = [read.result() for read in [session.values.start_fetch(buffer) for buffer in buffers]]
+        session.programs.forget(program_id)
         own = len(node.outputs)
         placeholders = graph.find_nodes(op="placeholder")
         return results[:own], dict(zip((*placeholders, *exposed), (*inputs, *results[own:]), strict=True))

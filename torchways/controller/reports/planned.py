@@ -85,7 +85,7 @@ def plan_of(variant: Variant) -> Plan:
     plan = Plan()
     whole = variant.captured.program
     for index, mesh in enumerate(variant.meshes):
-        for executor in variant.session.slice_address(mesh).executors:
+        for executor in variant.session.slices.address(mesh).executors:
             process = f"executor {executor.executor_id}"
             plan.slices_of[process] = (*plan.slices_of.get(process, ()), index)
     for piece in variant.pieces:

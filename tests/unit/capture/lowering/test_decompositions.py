@@ -65,7 +65,7 @@ def test_image_operators_are_taken_apart():
         torch.testing.assert_close(step(x).cpu(), expected(x).detach())
     for name, value in eager.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-5)
-    graphs = [graph for _, _, parts in session.programs.values() for part in parts for graph in part]
+    graphs = [graph for _, _, parts in session.registered.values() for part in parts for graph in part]
     targets = {str(node.target) for graph in graphs for node in graph.nodes}
     for target in targets:
         assert not any(name in target for name in ("batch_norm", "_adaptive_avg_pool2d", "_weight_norm"))
