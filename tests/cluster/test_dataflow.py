@@ -92,6 +92,11 @@ def test_a_slice_moves_with_its_arrays_and_programs_are_not_traced_again(cluster
     assert losses == sorted(losses, reverse=True)
     assert step.num_traces == traces
     assert str(step) == text
+    for island in (0, 1, 0):  # again and again, with what was moved before
+        weight = layer.weight.cpu()
+        moving.remap(island=island)
+        assert torch.equal(layer.weight.cpu(), weight)
+    assert step(x).item() < losses[0]
     moving.close()
 
 

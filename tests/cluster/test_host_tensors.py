@@ -1,5 +1,6 @@
 """Tensors of the host among a program's arguments: large ones go to executors beside the runs that take them."""
 
+import gc
 import os
 import signal
 import threading
@@ -12,8 +13,8 @@ import torchways as tw
 from torchways.api import _current as current_session
 from torchways.capture.host_content import HostContent
 from torchways.config import ClusterConfig
-from torchways.controller.session import puts
 from torchways.controller.buffers import HostBuffer
+from torchways.controller.session import puts
 from torchways.errors import ExecutorLost, RunCancelled
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
@@ -125,6 +126,10 @@ def test_one_that_does_not_arrive_fails_what_reads_it(meshes, monkeypatch):
                 array.cpu(timedelta(seconds=30))
         with pytest.raises(ExecutorLost, match="no way to it"):
             program(array).cpu(timedelta(seconds=30))
+        del array
+    current_session().runs.wait_for_all(timedelta(seconds=60))
+    gc.collect()
+    assert current_session().values.puts._errors == {}  # nobody has what did not arrive
     assert program(torch.ones(100_000)).item() == 100_000
 
 

@@ -16,7 +16,7 @@ METADATA = ".metadata"
 _STEP = re.compile(r"step_(\d+)")
 #: Files of values, by any process that wrote a part.
 _DATA = re.compile(r"__.+\.distcp")
-_PARTIAL = re.compile(r"\..+\.partial-[0-9a-f]{8}")
+_PARTIAL = r"\.partial-[0-9a-f]{8}"
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -66,14 +66,18 @@ def check_replaceable(final: Path) -> None:
 
 
 def begin(final: Path) -> Path:
-    """Makes the folder in which a checkpoint is written, and removes what others that never ended have left.
+    """Makes the folder in which a checkpoint is written, and removes what those before it that never ended have left.
+
+    Those before it are the ones of its own name and, of a step's, of other steps: another job may write beside it.
 
     Raises:
         OSError: it cannot be made.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
+    names = _STEP.pattern if _STEP.fullmatch(final.name) else re.escape(final.name)
+    left = re.compile(rf"\.{names}{_PARTIAL}")
     for path in final.parent.iterdir():
-        if _PARTIAL.fullmatch(path.name):
+        if left.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
     partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
     partial.mkdir()

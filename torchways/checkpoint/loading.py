@@ -38,7 +38,7 @@ from torchways.checkpoint.state import (
     spec_of,
     unpack,
 )
-from torchways.controller.modules import send_home, unread_state
+from torchways.controller.modules import is_extra_state, send_home, unread_state
 from torchways.errors import CheckpointError
 from torchways.mesh import VirtualSlice
 from torchways.rpc import torchways_pb2 as pb
@@ -160,15 +160,39 @@ class _Loading:
 
     def _module(self, module: nn.Module, path: tuple[str, ...]) -> dict[str, Any]:
         state = unread_state(module)
-        others = [name for name, value in state.items() if not isinstance(value, torch.Tensor)]
-        if others:
+        extra = [name for name in state if is_extra_state(name)]
+        for name in extra:  # of whatever form the checkpoint has it in
+            saved = {key: self._new_value(key) for key in self._saved_below((*path, name))}
+            if saved:
+                state[name] = self._nested(saved, (*path, name))
+        if extra:
 
             def finish(flat: Mapping[str, Any]) -> None:
-                found = {name: flat[".".join((*path, name))] for name in others if ".".join((*path, name)) in flat}
+                found: dict[str, Any] = {}
+                for name in extra:
+                    saved = {key: flat[key] for key in self._saved_below((*path, name)) if key in flat}
+                    if saved:
+                        found[name] = self._nested(saved, (*path, name))
                 module.load_state_dict(found, strict=False)
 
             self._finish.append(finish)
         return state
+
+    def _saved_below(self, path: tuple[str, ...]) -> list[str]:
+        """Returns the names in the checkpoint of the parts of a nested value."""
+        paths: Mapping[str, tuple[Any, ...]] = self._metadata.planner_data or {}
+        return [name for name, known in paths.items() if known[: len(path)] == path and name in self._known]
+
+    def _nested(self, values: Mapping[str, Any], path: tuple[str, ...]) -> Any:
+        """Returns the nested value at a path, of its parts by their names in the checkpoint."""
+        below = {name: ("value", *self._metadata.planner_data[name][len(path) :]) for name in values}
+        return unflatten_state_dict(dict(values), below)["value"]
+
+    def _new_value(self, name: str) -> torch.Tensor | None:
+        found = self._known[name]
+        if isinstance(found, TensorStorageMetadata):
+            return torch.empty(found.size, dtype=found.properties.dtype)
+        return None
 
     def _optimizer(self, optimizer: torch.optim.Optimizer, path: tuple[str, ...]) -> dict[str, Any]:
         """An optimizer has no state before its first step: the checkpoint says what it must have."""

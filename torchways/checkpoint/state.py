@@ -19,7 +19,7 @@ from torch import nn
 
 from torchways.array import Array
 from torchways.controller.buffers import HostBuffer, RemoteBuffer, empty_array
-from torchways.controller.modules import replaced_by, unread_state
+from torchways.controller.modules import is_extra_state, replaced_by, unread_state
 from torchways.errors import CheckpointError
 from torchways.mesh import Placements, VirtualSlice
 from torchways.rpc import torchways_pb2 as pb
@@ -43,7 +43,7 @@ def collect(state: Any) -> dict[str, Any]:
 def _collect(value: Any, names: Mapping[int, str], path: str) -> Any:
     match value:
         case nn.Module():
-            return unread_state(value)
+            return _module_state(value, path)
         case torch.optim.Optimizer():
             return _optimizer_state(value, names)
         case Mapping():
@@ -55,9 +55,16 @@ def _collect(value: Any, names: Mapping[int, str], path: str) -> Any:
             return value
 
 
+def _module_state(module: nn.Module, path: str) -> dict[str, Any]:
+    state = unread_state(module)
+    for name in filter(is_extra_state, state):
+        _collect(state[name], {}, f"{path}.{name}")  # for its keys
+    return state
+
+
 def _items(state: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(state, nn.Module):
-        yield from unread_state(state).items()
+        yield from _module_state(state, "the module").items()
         return
     if not isinstance(state, Mapping):
         raise CheckpointError(

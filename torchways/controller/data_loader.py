@@ -42,7 +42,7 @@ from torchways.ids import BufferId, SliceId
 from torchways.ir.sizes import logical_bytes
 from torchways.mesh import VirtualSlice, normalize_placements
 from torchways.rpc.clients import DataProcessClient
-from torchways.signals import result_of
+from torchways.signals import result_of, uninterrupted
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,10 @@ class ArrayLoader:
     def __iter__(self) -> Iterator[Any]:
         if self._closed:
             raise UserError("this data loader is closed; make a new one with tw.data_loader")
-        position, self._resumed = self._resumed or Position(epoch=self._next_epoch), None
+        position = self._resumed or Position(epoch=self._next_epoch)
         self._pass_number += 1
         self._begin(position)
+        self._resumed = None
         return _PassIterator(self, self._pass_number, is_resumed=position.batch > 0)
 
     def _begin(self, position: Position) -> None:
@@ -547,7 +548,6 @@ class ClusterSource:
         self._ask(1 + self._prefetch)
         futures = self._ahead[0]
         found = [self._wait(future, f"batch {self._position.batch}") for future in futures]
-        self._ahead.popleft()
         if any(batch is None for batch in found):
             self._ahead.clear()
             return None
@@ -555,7 +555,10 @@ class ClusterSource:
         least, most = _BATCHES_IN_USE
         self._max_in_use = max(least, min(most, _BYTES_IN_USE // largest))
         self._marks.append(session.new_ids(1))
-        self._position = Position(epoch=self._position.epoch, batch=self._position.batch + 1, state=found[0].state)
+        position = Position(epoch=self._position.epoch, batch=self._position.batch + 1, state=found[0].state)
+        with uninterrupted():
+            self._ahead.popleft()
+            self._position = position
         arrays = [batch.arrays() for batch in found]
         return arrays if self._is_list else arrays[0], self._position
 

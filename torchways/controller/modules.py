@@ -23,6 +23,8 @@ from torchways.mesh import Placements, VirtualSlice
 
 #: Attribute of a placed module: runs one call of it outside any program.
 ENTRY = "_torchways_entry"
+#: In a module's state: what its `get_extra_state` returned.
+_EXTRA_STATE = "_extra_state"
 #: What torchways keeps in a module's `__dict__` begins so; copies do not have it.
 _OURS = "_torchways_"
 #: Where a placed module keeps that.
@@ -46,6 +48,11 @@ def unread_state(module: torch.nn.Module) -> dict[str, Any]:
         return dict(module.state_dict())
     finally:
         _is_unread.reset(before)
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether an entry of a module's state is what `get_extra_state` returned."""
+    return name.rpartition(".")[2] == _EXTRA_STATE
 
 
 def replaced_by(tensor: torch.Tensor) -> Array | None:
@@ -248,8 +255,13 @@ def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> An
             if name.rsplit(".", 1)[-1] not in module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
         },
     }
-    missing = [name for name in own if name not in state]
-    unexpected = [name for name in state if name not in own]
+    extra = {
+        f"{name}.{_EXTRA_STATE}" if name else _EXTRA_STATE: submodule
+        for name, submodule in module.named_modules(remove_duplicate=False)
+        if type(submodule).set_extra_state is not torch.nn.Module.set_extra_state
+    }
+    missing = [name for name in (*own, *extra) if name not in state]
+    unexpected = [name for name in state if name not in own and name not in extra]
     if strict and (missing or unexpected):
         raise UserError(
             f"load_state_dict of {type(module).__name__}: missing keys {missing}, unexpected keys {unexpected}; "
@@ -269,6 +281,9 @@ def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> An
             continue
         with array._storage.undisturbed():
             array._storage.put_back(value.detach().to(array.dtype, copy=True).contiguous())
+    for name, submodule in extra.items():
+        if name in state:
+            submodule.set_extra_state(state[name])
     return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
 
 

@@ -83,6 +83,8 @@ class _Run:
             self._outputs[index] = self._value_of(value)
         self._written: dict[WrittenValue, Array] = {}
         self._made: dict[ValueIndex, RemoteBuffer] = {}
+        #: Of several pieces: what arrays had when the call began. Later pieces read that, though earlier ones write.
+        self._before: dict[int, Any] = {}
         #: Buffers of host tensors that go to a slice beside the run, by tensor.
         self._sent: dict[tuple[int, VirtualSlice, Placements], RemoteBuffer] = {}
         #: New values of copies, and the binding of what they are copies of.
@@ -95,6 +97,10 @@ class _Run:
             self._run_observed(report)
         else:
             variant.bind(variant.pieces)
+            self._make_copies(variant.pieces)
+            if len(variant.pieces) > 1:
+                tensors = map(self._tensor_of, variant.captured.bindings)
+                self._before = {id(tensor): tensor._buffer for tensor in tensors if isinstance(tensor, Array)}
             started_ns, run_ids = time.time_ns(), []
             for number, piece in enumerate(variant.pieces):
                 is_last = number == len(variant.pieces) - 1
@@ -110,7 +116,6 @@ class _Run:
     def _run_piece(self, piece: BoundPiece, num_results: int, *, is_last: bool) -> tuple[RunId, list[RemoteBuffer]]:
         """Sends a run of a piece, and puts the first of its results where they go: one step to signals."""
         session = self._variant.session
-        self._make_copies(piece)
         consumed: list[RemoteBuffer] = []
         arguments: dict[SliceId, Arguments[InlineValue]] = {}
         for slice_index, items in piece.arguments.items():
@@ -176,6 +181,7 @@ class _Run:
         variant = self._variant
         piece = variant.observed()
         sent = self._host_values(piece)
+        self._make_copies([piece])
         _, buffers = self._run_piece(piece, 0, is_last=False)
         own = len(variant.captured.targets)
         made = {
@@ -251,11 +257,11 @@ class _Run:
             array._buffer.copies[buffer.mesh] = buffer
         self._new_copies.clear()
 
-    def _make_copies(self, piece: BoundPiece) -> None:
-        """Makes the copies that a piece reads and that are not there: of new state, and of what else has changed."""
+    def _make_copies(self, pieces: Sequence[BoundPiece]) -> None:
+        """Makes the copies that pieces read and that are not there: of new state, and of what else has changed."""
         variant = self._variant
         missing: dict[VirtualSlice, list[tuple[Array, Placements]]] = {}
-        for slice_index, item in piece.copies:
+        for slice_index, item in [pair for piece in pieces for pair in piece.copies]:
             mesh = variant.meshes[slice_index]
             assert isinstance(item.binding, CopyOf)
             original = item.binding.original
@@ -265,7 +271,7 @@ class _Run:
             if isinstance(host, HostBuffer):
                 if item.donated and not isinstance(host.value.content, torch.Tensor):
                     continue  # a constant that this run replaces, on either slice
-                home, placements = self._home_of(piece, original) or (mesh, item.placements)
+                home, placements = self._home_of(pieces, original) or (mesh, item.placements)
                 array._buffer = buffer = variant.session.values.put(host, home, placements)
                 if home is not mesh:
                     buffer.copies[mesh] = variant.session.values.put(host, mesh, item.placements)
@@ -279,9 +285,9 @@ class _Run:
                 assert isinstance(array._buffer, RemoteBuffer)
                 array._buffer.copies[mesh] = copy
 
-    def _home_of(self, piece: BoundPiece, binding: Binding) -> tuple[VirtualSlice, Placements] | None:
-        """Returns the slice of the argument of a piece that is bound so, and how it is sharded there."""
-        for slice_index, items in piece.arguments.items():
+    def _home_of(self, pieces: Sequence[BoundPiece], binding: Binding) -> tuple[VirtualSlice, Placements] | None:
+        """Returns the slice of the argument of pieces that is bound so, and how it is sharded there."""
+        for slice_index, items in [pair for piece in pieces for pair in piece.arguments.items()]:
             for item in items:
                 if item.binding == binding:
                     return self._variant.meshes[slice_index], item.placements
@@ -353,12 +359,16 @@ class _Run:
             if item.donated:
                 consumed.append(sent)
             return sent.buffer_id
-        buffer = tensor._buffer
+        buffer = self._before.get(id(tensor), tensor._buffer)
         if isinstance(buffer, HostBuffer):
             if item.donated and not isinstance(buffer.value.content, torch.Tensor):
                 values.append(buffer.inline(item.placements))  # a constant that this run replaces: no buffer of its own
                 return NO_BUFFER
-            buffer = tensor._buffer = session.values.put(buffer, mesh, item.placements)
+            host, buffer = buffer, session.values.put(buffer, mesh, item.placements)
+            if tensor._buffer is host:
+                tensor._buffer = buffer
+            if self._before:
+                self._before[id(tensor)] = buffer
         assert isinstance(buffer, RemoteBuffer)
         if buffer.session is not session:
             raise PlacementError("an array of a closed session is used; make its module or value anew")
@@ -375,7 +385,7 @@ class _Run:
         assert isinstance(item.binding, CopyOf)
         array = self._tensor_of(item.binding.original)
         assert isinstance(array, Array)
-        original = array._buffer
+        original = self._before.get(id(array), array._buffer)
         if isinstance(original, HostBuffer):
             values.append(original.inline(item.placements))
             return NO_BUFFER

@@ -17,7 +17,7 @@ import torch.utils._pytree as pytree
 from torchways.array import Array
 from torchways.capture.python_state.ambient import ambient_modes, modes_changed
 from torchways.capture.python_state.functions import is_tracked_class
-from torchways.capture.python_state.tokens import is_container, is_plain
+from torchways.capture.python_state.tokens import is_container, is_plain, memory_of
 from torchways.capture.tracing.objects import holds_program, holds_tensors, may_open, open_objects
 from torchways.mesh import tensor_text
 
@@ -38,7 +38,7 @@ class Signature:
         key: equal for calls that one trace may serve: structure, an entry a leaf, the modes that hold. The entry of an
             array is shape, dtype, identity of its mesh and sharding; that of a host tensor shape and dtype; that of a
             number or an object its type, since a trace has conditions on those; that of another constant its type and
-            value.
+            value. Of tensors that share their memory, which do.
         function: that is called: it names the arguments.
     """
 
@@ -65,6 +65,21 @@ class Signature:
     def is_by_path(self, position: int) -> bool:
         """Whether a leaf is an object that another call may have another of."""
         return isinstance(self.key[1][position], _Kind)
+
+    def shared(self) -> tuple[int, ...]:
+        """Returns for each tensor that may change the first one of its memory, as positions; () where all differ.
+
+        Arrays may be written to, and tensors that need gradients get them.
+        """
+        may_change = [
+            position
+            for position in self.tensor_positions
+            if isinstance(leaf := self.leaves[position], Array) or leaf.requires_grad
+        ]
+        memory = [memory_of(self.leaves[position]) for position in may_change]
+        if len(set(memory)) == len(memory):
+            return ()
+        return tuple(may_change[memory.index(key)] for key in memory)
 
     @property
     def tensors(self) -> list[torch.Tensor]:
@@ -97,7 +112,7 @@ def signature_of(args: Any, kwargs: Any, function: Callable[..., Any] | None = N
             key.append((tuple(leaf.shape), leaf.dtype, *_gradient_key(leaf)))
         else:
             key.append(_constant_key(leaf))
-    signature.key = (spec, tuple(key), ambient_modes())
+    signature.key = (spec, tuple(key), ambient_modes(), signature.shared())
     return signature
 
 
@@ -167,7 +182,7 @@ def difference(function: Callable[..., Any], signature: Signature, known: Iterab
 
 
 def _differences(function: Callable[..., Any], signature: Signature, key: Any) -> list[str]:
-    spec, entries, modes = key
+    spec, entries, modes, shared = key
     found = []
     if spec != signature.spec:
         found.append(f"the call has {_count(signature.key[1])}, or another nesting, was {_count(entries)}")
@@ -177,6 +192,8 @@ def _differences(function: Callable[..., Any], signature: Signature, key: Any) -
             if now != was:
                 names = names or [name for name, _ in named_leaves(function, signature.arguments)]
                 found.append(f"{names[position]} is {_describe(now, was)}")
+        if not found and signature.key[3] != shared:
+            found.append("other arguments than before are the same tensor, or share its memory")
     return [*found, *modes_changed(signature.key[2], modes)]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ from torchways.capture.python_state.gradients import Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.kept_state import Write
 from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
-from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain
+from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain, memory_of
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import is_users_error, line_of_error, user_line
 from torchways.capture.tracing.objects import may_open, open_objects
@@ -114,11 +115,19 @@ def _traced(
     *,
     may_read: bool = True,
 ) -> _Tracing:
-    def attempt(*, reads_positions: bool) -> _Tracing:
+    def attempt(*, reads_positions: bool, shared: frozenset[int] | None = None) -> _Tracing:
         take_new_state()
-        tracing = _Tracing(function, name, signature, mesh, session, symbolic)
-        with _one_trace:
-            tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
+        tracing = _Tracing(function, name, signature, mesh, session, symbolic, shared or _shared_arrays(signature))
+        error: Exception | None = None
+        try:
+            with _one_trace:
+                tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
+        except Exception as failure:
+            error = failure
+        if found := tracing.arguments_found():  # Python's state holds an argument, too: once more, as one tensor
+            return attempt(reads_positions=reads_positions, shared=tracing.shared | found)
+        if error is not None:
+            raise error
         return tracing
 
     try:
@@ -132,8 +141,22 @@ def _traced(
             raise error from None
 
 
+def _shared_arrays(signature: Signature) -> frozenset[int]:
+    """Returns the positions of arguments that are arrays of one memory."""
+    counts = Counter(shared := signature.shared())
+    first = {position for position in shared if counts[position] > 1}
+    memory = {memory_of(signature.leaves[position]) for position in first}
+    arrays = [position for position in signature.tensor_positions if isinstance(signature.leaves[position], Array)]
+    return frozenset(position for position in arrays if memory_of(signature.leaves[position]) in memory)
+
+
 class _Tracing:
-    """One attempt to trace a call."""
+    """One attempt to trace a call.
+
+    Args:
+        shared: positions of arguments that are arrays and that the function has by other names, too: they are taken for
+            a part of Python's state that is found in the call.
+    """
 
     captured: Captured
     _traced: Trace
@@ -149,7 +172,9 @@ class _Tracing:
         mesh: VirtualSlice | None,
         session: Session,
         symbolic: frozenset[Any],
+        shared: frozenset[int],
     ) -> None:
+        self.shared = shared
         self._function = function
         self._name = name
         self._signature = signature
@@ -190,6 +215,15 @@ class _Tracing:
             if isinstance(error, (TorchwaysError, KeyboardInterrupt)) or is_users_error(error):
                 raise
             raise _capture_error(self._name, error) from error
+
+    def arguments_found(self) -> frozenset[int]:
+        """Returns the positions of arrays that the function found in Python's state, and not among `shared`."""
+        memory = {memory_of(source.tensor) for source in self._watcher.sources.values()}
+        return frozenset(
+            position
+            for position in self._signature.tensor_positions
+            if isinstance(leaf := self._signature.leaves[position], Array) and memory_of(leaf) in memory
+        ).difference(self.shared)
 
     def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
         self._gradients_read = list(self._gradients.reads())
@@ -264,12 +298,23 @@ class _Tracing:
         traced = self._traced
         self._watcher.free_containers_that_are_only_added_to(self._writes)
         self._tracker.commit()
+        sources = [item.source for item in traced.inputs if isinstance(item.source, TensorSource)]
+        memory, known = {memory_of(source.tensor) for source in sources}, set(map(id, sources))
+        for source in self._watcher.sources.values():  # others of the same memory: no inputs of their own
+            if id(source) not in known and source.places and memory_of(source.tensor) in memory:
+                sources.append(source)
+        arrays = [position for position, leaf in enumerate(self._signature.leaves) if isinstance(leaf, Array)]
         state = Conditions(
             [*self._watcher.reads.values(), *self._gradients_read],
-            [item.source for item in traced.inputs if isinstance(item.source, TensorSource)],
+            sources,
             self._signature,
             _adopted,
             [effect.place for effect in self._effects],
+            [
+                Argument(position, self._signature.name_of(position))
+                for position in arrays
+                if position not in self.shared
+            ],
         )
         seconds = time.monotonic() - started - self._waited_seconds
         variant = variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch, seconds)
@@ -289,8 +334,16 @@ class _Tracing:
         assert mode is not None
         self._watcher.note_object_or_function(Fixed(self._function, self._name), self._function)
         leaves = list(signature.leaves)
+        known: dict[int, torch.Tensor] = {}
         for position, fake in zip(signature.tensor_positions, fakes, strict=True):
-            leaves[position] = self._argument(position, fake)
+            tensor = signature.leaves[position]
+            if position in self.shared:
+                place = Argument(position, signature.name_of(position))
+                leaves[position] = self._watcher.note(place, tensor)
+            elif id(tensor) in known and tensor.requires_grad:  # the host's, twice
+                leaves[position] = known[id(tensor)]
+            else:
+                leaves[position] = known[id(tensor)] = self._argument(position, fake)
         for position, leaf in enumerate(signature.leaves):
             if not isinstance(leaf, torch.Tensor):
                 leaves[position] = self._note_argument(position, leaf)

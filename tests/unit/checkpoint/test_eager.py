@@ -205,3 +205,24 @@ def test_what_cannot_be_written_leaves_what_was(tmp_path, caplog):
     assert "Training goes on" in caplog.text
     checkpoint.load(good, model)
     assert not list((tmp_path / "run").glob(".*partial*"))
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [7, b"bytes", [1, [2]], {"seen": 3, "names": ["a"]}, torch.arange(5), {"mean": torch.ones(2), "n": 1}],
+)
+def test_extra_state_of_any_form(tmp_path, extra):
+    """It need not be like the one of the module that is loaded."""
+    model = nn.Sequential(Net(), nn.Linear(4, 4))
+    model[0].extra = extra
+    checkpoint.save(tmp_path, {"model": model}, step=1).result()
+    for before in ("nothing", {"seen": 0, "others": 1}, torch.zeros(2)):
+        fresh = nn.Sequential(Net(), nn.Linear(4, 4))
+        fresh[0].extra = before
+        checkpoint.load(tmp_path, {"model": fresh})
+        assert type(fresh[0].extra) is type(extra)
+        assert str(fresh[0].extra) == str(extra)
+    dcp.load({"model": model.state_dict()}, checkpoint_id=tmp_path / "step_00000001")  # it is plain PyTorch's form
+    model[0].extra = {"by_number": {5: 1}}
+    with pytest.raises(CheckpointError, match=r"model\.0\._extra_state\.by_number has 5"):
+        checkpoint.save(tmp_path, {"model": model}, step=2)

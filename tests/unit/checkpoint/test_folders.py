@@ -45,6 +45,11 @@ def test_what_never_ended_is_removed_by_the_next(tmp_path):
     assert not crashed.exists()
     assert partial.is_dir()
     assert (tmp_path / ".mine").is_dir()
+    assert folders.begin(tmp_path / "mine") != partial
+    beside = folders.begin(tmp_path / "step_of_mine")
+    assert folders.begin(tmp_path / "other").is_dir()
+    assert partial.is_dir()  # another job's, beside it
+    assert beside.is_dir()
     assert latest(tmp_path) is None
 
 

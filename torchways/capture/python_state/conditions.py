@@ -9,7 +9,7 @@ there, places in attributes are compared at each call.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import is_not
 from typing import Any
@@ -31,7 +31,7 @@ from torchways.capture.python_state.places import (
     attribute_writes_are_counted,
     dicts_behind,
 )
-from torchways.capture.python_state.tokens import Contents, Exactly, TensorSource, Token, key_of, keys_of
+from torchways.capture.python_state.tokens import Contents, Exactly, TensorSource, Token, key_of, keys_of, memory_of
 
 _guards = torch._C._dynamo.guards
 #: What fixed places are asked with: they do not look at it.
@@ -53,10 +53,12 @@ class Conditions:
 
     Args:
         reads: what it read.
-        sources: the tensors that it reads: they are found again at their places.
+        sources: the tensors that it reads: they are found again at their places. Those that shared their memory must
+            share it still, and no others.
         call: the call that was traced.
         adopt: makes an array of a host tensor that took the place of one, or returns None.
         written: places that each run writes to: they are compared at each call.
+        apart: arguments of the call that are arrays, and none of `sources`: they share memory with none of these.
     """
 
     def __init__(
@@ -66,8 +68,15 @@ class Conditions:
         call: Call,
         adopt: Callable[[TensorSource, Any], Any],
         written: list[Place],
+        apart: Sequence[Place] = (),
     ) -> None:
         self._sources = sources
+        first_of: dict[int, TensorSource] = {}
+        #: The first of the sources that shared their memory when they were traced, of each.
+        self._first_of = {id(source): first_of.setdefault(memory_of(source.tensor), source) for source in sources}
+        self._apart = apart
+        #: The memory of all sources, where it was asked for since it last changed.
+        self._memory: set[int] | None = None
         self._adopt = adopt
         self._variables: list[tuple[Place, Token]] = []
         self._cells: list[Any] = []
@@ -92,6 +101,14 @@ class Conditions:
 
     def hold(self, call: Call) -> bool:
         """Whether all hold for a call; the tensors of `sources` are then those that are at their places."""
+        return self._holds(call) and (not self._apart or self._are_apart(call))
+
+    def _are_apart(self, call: Call) -> bool:
+        if self._memory is None:
+            self._memory = {memory_of(source.tensor) for source in self._sources}
+        return not any(memory_of(place.get(call)) in self._memory for place in self._apart)
+
+    def _holds(self, call: Call) -> bool:
         is_same = self._guard.check(self._all_dicts) and Array.num_changes == self._num_changes
         if is_same and not any(self._empty) and not self._lists_changed() and not self._variables_changed():
             if not self._direct and not self._path_sources:
@@ -112,6 +129,8 @@ class Conditions:
                 found.append(
                     (source.places[0], "is not the one tensor of all its places any more, or of another place")
                 )
+        if not found and not self._are_apart(call):
+            found.append((self._apart[0], "or another argument is one of the arrays that the program finds elsewhere"))
         return found
 
     def changed_numbers(self, call: Call) -> set[Any]:
@@ -181,19 +200,26 @@ class Conditions:
         for source in sources:
             if source.places:
                 source.tensor = source.places[0].get(call)
+                self._memory = None
         return True
 
     def _unbound(self, sources: list[TensorSource], call: Call) -> TensorSource | None:
-        """Returns a source whose places have not one tensor, or that of another source."""
+        """Returns a source whose places have not one tensor, or that shares its memory with others than it did."""
         asked = set(map(id, sources))
-        owner_of = {id(source.tensor): source for source in self._sources if id(source) not in asked}
+        owner_of: dict[int, TensorSource] = {}
+        memory: dict[int, int] = {}
+        for source in self._sources:
+            if id(source) not in asked:
+                first = self._first_of[id(source)]
+                memory[id(first)] = key = memory_of(source.tensor)
+                owner_of[key] = first
         for source in sources:
             tensors = [place.get(call) for place in source.places] or [source.tensor]
-            if any(tensor is not tensors[0] for tensor in tensors):
+            if any(tensor is not tensors[0] for tensor in tensors) or not _fits(source, tensors[0]):
                 return source
-            if id(tensors[0]) in owner_of or not _fits(source, tensors[0]):
+            first, key = self._first_of[id(source)], memory_of(tensors[0])
+            if owner_of.setdefault(key, first) is not first or memory.setdefault(id(first), key) != key:
                 return source
-            owner_of[id(tensors[0])] = source
         return None
 
     # ---- set-up

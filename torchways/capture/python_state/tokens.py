@@ -47,6 +47,11 @@ class TensorSource:
         return str(self.places[0]) if self.places else f"a tensor of shape {list(self.shape)}"
 
 
+def memory_of(tensor: torch.Tensor) -> int:
+    """Returns what tensors that share their memory have in common; of the host's only the tensor itself does."""
+    return id(getattr(tensor, "_storage", tensor) if isinstance(tensor, Array) else tensor)
+
+
 def source_of(tensor: torch.Tensor) -> TensorSource:
     """Returns a source of a tensor of which no place is known yet."""
     shape, hooks = tuple(tensor.shape), _hooks_of(tensor)

@@ -34,7 +34,7 @@ from torchways.capture.lowering.decompositions import decomposition_table, taken
 from torchways.capture.python_state.gradients import Bound, Gradients
 from torchways.capture.python_state.host_numbers import Node
 from torchways.capture.python_state.places import Gradient
-from torchways.capture.python_state.tokens import TensorSource
+from torchways.capture.python_state.tokens import TensorSource, memory_of
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.regions import LOOP_KEY, LoopLabel
 from torchways.capture.rows.loops import RowLoops
@@ -100,8 +100,8 @@ class _TraceMode(LabellingRecorder):
         self._scalars: dict[NumberInput, torch.Tensor] = {}
         #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
         self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
-        self._by_identity: dict[int, GraphInput] = {}
-        #: Keeps lifted tensors alive, so that an id in `_by_identity` is never reused.
+        self._by_memory: dict[int, GraphInput] = {}
+        #: Keeps lifted tensors alive, so that an id in `_by_memory` is never reused.
         self._alive: list[torch.Tensor] = []
         self.value_reads = ValueReads(
             self.inputs, lambda tensor: self.node_of(self._as_traced(tensor)), host_arguments, reads_positions
@@ -232,7 +232,7 @@ class _TraceMode(LabellingRecorder):
         """Returns the fake tensor that stands for `tensor` in this trace."""
         if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
             return tensor
-        known = self._by_identity.get(_identity(tensor))
+        known = self._by_memory.get(memory_of(tensor))
         return known.fake if known is not None else self._lift(tensor)
 
     def _lift(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -246,7 +246,7 @@ class _TraceMode(LabellingRecorder):
             if tensor.requires_grad:
                 self.gradients.note(tensor)
         lifted = self.add_graph_input(source, tuple(tensor.shape), tensor.dtype)
-        self._by_identity[_identity(tensor)] = lifted
+        self._by_memory[memory_of(tensor)] = lifted
         self._alive.append(tensor)
         return lifted.fake
 
@@ -286,7 +286,7 @@ class _TraceMode(LabellingRecorder):
         node.op, node.target, node.args, node.kwargs = "placeholder", f"input_{len(self.inputs)}", (), {}
         source = self.watcher.source(array)
         self.inputs.append(GraphInput(node, source, tensor))
-        self._by_identity[_identity(array)] = self.inputs[-1]
+        self._by_memory[memory_of(array)] = self.inputs[-1]
         self._alive.append(array)
 
     def constants_before(self, first: int) -> dict[int, torch.Tensor]:
@@ -299,7 +299,7 @@ class _TraceMode(LabellingRecorder):
         for item in self.inputs[first:]:
             if not isinstance(item.source, TensorSource):
                 continue
-            if (after := self._by_identity.get(_identity(item.source.tensor))) is not None:
+            if (after := self._by_memory.get(memory_of(item.source.tensor))) is not None:
                 fake = item.fake
                 found[id(after.fake)] = self.stands_for(item.node, fake.shape, fake.stride(), fake.dtype)
         return found
@@ -427,11 +427,6 @@ def _traced(
         seed=mode.random.seed,
         replicas=mode.replicas.slices,
     )
-
-
-def _identity(tensor: torch.Tensor) -> int:
-    """Returns what tensors that share their memory have in common."""
-    return id(getattr(tensor, "_storage", tensor) if isinstance(tensor, Array) else tensor)
 
 
 def _storage_of(tensor: torch.Tensor) -> int:

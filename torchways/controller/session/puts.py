@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import copy
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any, TypeAlias
 
@@ -61,7 +62,7 @@ class Puts:
         if error is not None:
             if not isinstance(error, TorchwaysError):
                 error = InternalError(f"a value could not be put: {error!r}")
-            self._errors[buffer_id] = error
+            self._errors[buffer_id] = error.with_traceback(None)  # whose frames have the value
         self._under_way.pop(buffer_id, None)
         if error is not None:
             self._failed(buffer_id)
@@ -79,7 +80,7 @@ class Puts:
     def check(self, buffer_id: BufferId) -> None:
         """Raises the error of a value that has not arrived."""
         if (error := self.error(buffer_id)) is not None:
-            raise error
+            raise copy.copy(error)  # the frames that it passes stay with the copy: they have the buffer
 
     def forget(self, buffer_id: BufferId) -> None:
         """Nobody has the buffer any more."""

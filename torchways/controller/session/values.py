@@ -77,15 +77,16 @@ class Values:
         buffer = self._new_buffer(mesh, placements)
         buffer.origin = weakref.ref(value)
         copy = value.copied(placements)
+        buffer_id = buffer.buffer_id
 
-        async def put_to_all() -> None:
-            puts = [client.put(buffer.buffer_id, copy, slice_id, shape, for_run=for_run) for client in clients]
+        async def put_to_all() -> None:  # it does not hold the buffer, which may be dropped meanwhile
+            puts = [client.put(buffer_id, copy, slice_id, shape, for_run=for_run) for client in clients]
             try:
                 await asyncio.gather(*puts)
             except grpc.aio.AioRpcError as error:
                 raise await self.connections.executor_error(clients[0].executor_id, error) from error
 
-        self.puts.add(buffer.buffer_id, put_to_all())
+        self.puts.add(buffer_id, put_to_all())
         return buffer
 
     def _new_buffer(self, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
