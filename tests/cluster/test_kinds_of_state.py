@@ -245,6 +245,11 @@ MIXED = {
     "product": lambda x, y: x * 0.5 + y,
     "root": lambda x, y: (x + 1).sqrt(),
     "power": lambda x, y: y ** x.to(y.dtype),
+    "scalar": lambda x, y: x * y.double()[0] + torch.exp(y.double()[1]) - x,
+    "scalar in place": lambda x, y: (x + 1.5).mul_(y.double()[0]).add_(x * y.double().mean()),
+    "scalar of a comparison": lambda x, y: (
+        torch.where((x + 0.1) == (y.double()[1] - 0.9), x, 5) + ((x + 0.1) > y[0] - 0.9)
+    ),
     "new": lambda x, y: torch.full((3,), 0.1) + torch.ones(3) + torch.linspace(0, 1, 3) + torch.arange(0.0, 3.0) * x,
 }
 

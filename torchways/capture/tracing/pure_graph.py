@@ -5,6 +5,7 @@ Complex numbers become pairs, dead nodes go, and what torch-xla reads otherwise 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -173,6 +174,9 @@ def _clamp_slices(graph: torch.fx.Graph) -> None:
             node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
 
 
+_HALVES = (torch.float16, torch.bfloat16)
+
+
 def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
     """Writes out what an executor would find out for itself, otherwise than PyTorch does.
 
@@ -192,9 +196,11 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
                 node.update_kwarg("dtype", value.dtype)
             continue
         is_promoting = node.target in _PROMOTING
-        if not is_promoting and not (
-            value.is_floating_point() and torch.Tag.pointwise in getattr(node.target, "tags", ())
-        ):
+        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if is_pointwise:
+            _narrow_scalars(graph, node, inputs)
+            inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
+        if not is_promoting and not (value.is_floating_point() and is_pointwise):
             continue
         for item in inputs:
             dtype = item.meta["val"].dtype
@@ -202,10 +208,38 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
             becomes_float = not dtype.is_floating_point and not dtype.is_complex and not is_mask
             if dtype is value.dtype or not (is_promoting or becomes_float) or _is_condition(node, item):
                 continue
-            with graph.inserting_before(node):
-                cast = graph.call_function(aten._to_copy.default, (item,), {"dtype": value.dtype})
-            cast.meta = {**node.meta, "val": item.meta["val"].to(value.dtype)}
-            node.replace_input_with(item, cast)
+            _cast_input(graph, node, item, value.dtype)
+
+
+def _narrow_scalars(graph: torch.fx.Graph, node: torch.fx.Node, inputs: list[torch.fx.Node]) -> None:
+    """Keeps the dtype of tensors that compute with scalars of a wider one, as PyTorch does: XLA widens the tensors."""
+    values = {item: item.meta["val"] for item in inputs}
+    beside = {value.dtype for value in values.values() if value.dim() and value.is_floating_point()}
+    if not beside or torch.float64 in beside:
+        return
+    common, result = functools.reduce(torch.promote_types, beside), node.meta["val"]
+    # Arithmetic in half precision takes a scalar in float32; a comparison does not.
+    dtype = torch.float32 if result.is_floating_point() else common
+    scalars = {item: value for item, value in values.items() if value.dim() == 0 and value.is_floating_point()}
+    for item, value in scalars.items():
+        if torch.promote_types(value.dtype, dtype) is not dtype:
+            _cast_input(graph, node, item, dtype)
+    if result.dtype in _HALVES and any(value.dtype not in _HALVES for value in scalars.values()):
+        for item, value in values.items():
+            if value.dim() and value.dtype in _HALVES:
+                _cast_input(graph, node, item, torch.float32)
+        with graph.inserting_after(node):
+            cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": result.dtype})
+        cast.meta = dict(node.meta)
+        node.meta["val"] = result.to(torch.float32)
+        node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
+
+
+def _cast_input(graph: torch.fx.Graph, node: torch.fx.Node, item: torch.fx.Node, dtype: torch.dtype) -> None:
+    with graph.inserting_before(node):
+        cast = graph.call_function(aten._to_copy.default, (item,), {"dtype": dtype})
+    cast.meta = {**node.meta, "val": item.meta["val"].to(dtype)}
+    node.replace_input_with(item, cast)
 
 
 def _is_condition(node: torch.fx.Node, item: torch.fx.Node) -> bool:

@@ -64,6 +64,8 @@ _HOST_READS = {
     torch.ops.aten.equal.default,
 }
 _DEVICE = torch.ops.prim.device.default
+#: Powers of a number: an optimizer's corrections of bias, such as 1 - 0.999 ** step.
+_POWERS = {torch.ops.aten.pow.Scalar, torch.ops.aten._foreach_pow.ScalarAndTensor}
 _ONE_DTYPE = {
     torch.ops.aten.mm.default,
     torch.ops.aten.bmm.default,
@@ -157,6 +159,9 @@ class _TraceMode(LabellingRecorder):
         try:
             if self.ragged.concerns(func, args, kwargs) or self._row_rules.writes_by_mask(func, args):
                 return self._on_rows(func, args, kwargs)
+            if self.in_optimizer and func in _POWERS:
+                # Python computes them in float64. In float32, 1 - 0.999 ** step has four digits in the first steps.
+                args = (args[0], pytree.tree_map_only(torch.Tensor, self._in_float64, args[1]))
             if is_foreach:
                 return self.record_foreach(func, args, kwargs, lambda *call: self._one_by_one(func, *call))
             if torch.Tag.nondeterministic_seeded in func.tags:
@@ -171,6 +176,9 @@ class _TraceMode(LabellingRecorder):
                     raise
                 with self.inside():
                     return self._row_rules.call(func, args, kwargs)
+
+    def _in_float64(self, tensor: torch.Tensor) -> torch.Tensor:
+        return self._again(torch.ops.aten._to_copy.default, (tensor,), {"dtype": torch.float64})
 
     @contextmanager
     def _anew(self) -> Iterator[None]:

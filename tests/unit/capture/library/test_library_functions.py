@@ -145,7 +145,7 @@ def test_the_graph_of_ctc_loss_does_not_grow_with_its_steps():
         x, own = torch.randn(num_steps, 1, 3, dtype=torch.float64), LocalSession()
         captured = ProgramFunction(gradient, own.mesh(), lambda own=own: own)
         torch.testing.assert_close(captured(x).cpu(), gradient(x))
-        [(_, _, [[graph]])] = own.programs.values()
+        [(_, _, [[graph]])] = own.registered.values()
         sizes.append(len(graph.nodes))
     assert sizes[0] == sizes[1]
 
