@@ -129,7 +129,8 @@ def train(model, batches, wrap, eps=1e-4, on_first=None):
     if on_first is not None:
         first.item()
         on_first()
-    return torch.tensor([loss.item() for loss in [first, *(step(**batch) for batch in batches[1:])]])
+    losses = [first, *(step(**batch) for batch in batches[1:])]
+    return torch.tensor([loss.item() for loss in losses], dtype=torch.float64)
 
 
 def eager_forward(model, batch, seed):
@@ -215,11 +216,19 @@ def check_by_float64(pairs, model, batches, mesh):
 
     Where a result is ill-conditioned (a batch norm over eight elements), two right float32 computations differ by more
     than any tolerance. Both are then about as far from the result in float64, which decides; or rounding is multiplied
-    so much that even that is chance: then both must give the same in float64, to eight digits.
+    so much that even that is chance: then both must give the same in float64, to eight digits. (Levit does not: its
+    losses change in the sixth digit if weights change by one part in 10^15. Ten times such a change is allowed.)
     """
-    exact = copy.deepcopy(model).double().train()
     batches = [pytree.tree_map_only(torch.Tensor, _doubled, batch) for batch in batches]
-    results = {"losses": train(exact, batches, lambda step: step), **exact.state_dict()}
+
+    def in_float64(change):
+        exact = copy.deepcopy(model).double().train()
+        with torch.no_grad():
+            for parameter in exact.parameters():
+                parameter.mul_(1 + change)
+        return {"losses": train(exact, batches, lambda step: step), **exact.state_dict()}
+
+    results = in_float64(0.0)
     far = ""
     for name, found, other, rtol, atol in pairs:
         ours, eager = ((value - results[name]).abs().max().item() for value in (found, other))
@@ -228,8 +237,11 @@ def check_by_float64(pairs, model, batches, mesh):
     if far:
         ours = tw.function(copy.deepcopy(model).double().train(), mesh=mesh)
         found = {"losses": train(ours, batches, tw.program), **ours.state_dict()}
+        nearby = in_float64(1e-15)
         for name, value in results.items():
-            assert torch.allclose(found[name], value, 1e-8, 1e-8), f"{far}; in float64, {name} differs"
+            sensitivity = 10 * (nearby[name] - value).abs().max().item()
+            agrees = torch.allclose(found[name], value, 1e-8, max(1e-8, sensitivity))
+            assert agrees, f"{far}; in float64, {name} differs by {(found[name] - value).abs().max():.1e}"
 
 
 def _doubled(tensor):

@@ -33,6 +33,7 @@ Perceiver, whose configuration is smaller by now. 84 of the classes below were n
 """
 
 from collections import Counter
+from dataclasses import asdict
 
 import pytest
 
@@ -99,11 +100,13 @@ def slices():
 
 
 @pytest.mark.parametrize(("name", "task", "model_type"), work())
-def test_agrees_with_eager(name, task, model_type, outcomes, slices):
+def test_agrees_with_eager(name, task, model_type, outcomes, slices, record_property):
     if not slices or len(outcomes) % 40 == 0 or outcomes[-1].kind in ("crash", "slow"):
         slices[:] = [restart(1)]
     outcome = outcome_of(name, task, model_type, slices[0])
     outcomes.append(outcome)
+    for key, value in {**asdict(outcome), "task": task}.items():
+        record_property(key, value)  # what tests/architectures/table.py reads
     if outcome.kind == "not eager":
         pytest.skip(outcome.detail)
     expected, _ = KNOWN.get(name, ("agree", ""))
