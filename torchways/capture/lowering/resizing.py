@@ -27,8 +27,11 @@ def _matrix(operator: Any, size: int, out_size: int, dim: int, num_dims: int, re
     """
     with _disable_current_modes():
         shape = [size if other == dim else 1 for other in range(num_dims)]
-        out_shape = [out_size if other == dim else 1 for other in range(num_dims)]
-        rows = operator(torch.eye(size).reshape(size, 1, *shape), out_shape, *rest).reshape(size, out_size)
+        # Two in the other dimensions: with one, PyTorch 2.9's antialiasing gives the first row for all.
+        wide = [size if other == dim else 2 for other in range(num_dims)]
+        out_shape = [out_size if other == dim else 2 for other in range(num_dims)]
+        columns = torch.eye(size).reshape(size, 1, *shape).expand(size, 1, *wide)
+        rows = operator(columns.contiguous(), out_shape, *rest).movedim(2 + dim, -1).reshape(size, -1, out_size)[:, 0]
     return _constant(rows)
 
 
@@ -177,11 +180,15 @@ def resizing_decompositions() -> dict[Any, Any]:
         "_upsample_nearest_exact1d": 1,
         "_upsample_nearest_exact2d": 2,
         "_upsample_nearest_exact3d": 3,
+        "_upsample_bilinear2d_aa": 2,
+        "_upsample_bicubic2d_aa": 2,
     }
     table: dict[Any, Any] = {}
     for name, num_dims in names.items():
         operator = getattr(aten, name).default
         table[getattr(aten, name + "_backward").default] = _resize_backward(operator, num_dims)
+    for operator in (aten._upsample_bilinear2d_aa.default, aten._upsample_bicubic2d_aa.default):
+        table[operator] = _resize(operator, 2)
     table[aten.upsample_bilinear2d.default] = _resize_by_factor(aten.upsample_bilinear2d.default, 2)
     for name, num_dims in {"_adaptive_avg_pool2d": 2, "_adaptive_avg_pool3d": 3}.items():
         operator = getattr(aten, name).default

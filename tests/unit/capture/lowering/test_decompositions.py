@@ -47,7 +47,9 @@ class Images(nn.Module):
     def forward(self, x):
         x = self.norm(self.conv(x))
         total = F.adaptive_avg_pool2d(x, (3, 5)).square().mean()
-        for mode, flags in (("bilinear", {"align_corners": True}), ("bicubic", {}), ("nearest-exact", {})):
+        modes = [("bilinear", {"align_corners": True}), ("bicubic", {}), ("nearest-exact", {})]
+        modes += [("bilinear", {"antialias": True}), ("bicubic", {"antialias": True, "align_corners": True})]
+        for mode, flags in modes:
             total = total + F.interpolate(x, size=(5, 12), mode=mode, **flags).square().mean()
         return total + F.interpolate(x, scale_factor=2.0).square().mean()
 
