@@ -20,7 +20,7 @@ test-all: check
 	$(BIN)/pytest --ignore tests/architectures
 
 test-architectures: $(STAMP)
-	$(BIN)/pytest tests/architectures
+	$(BIN)/pytest tests/architectures -n $(TEST_PROCESSES) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .
