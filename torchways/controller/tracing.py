@@ -124,7 +124,7 @@ def _traced(
                 tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
         except Exception as failure:
             error = failure
-        if found := tracing.arguments_found():  # Python's state holds an argument, too: once more, as one tensor
+        if found := tracing.arguments_found():  # once more, with these as state that is found in the call
             return attempt(reads_positions=reads_positions, shared=tracing.shared | found)
         if error is not None:
             raise error
@@ -154,8 +154,8 @@ class _Tracing:
     """One attempt to trace a call.
 
     Args:
-        shared: positions of arguments that are arrays and that the function has by other names, too: they are taken for
-            a part of Python's state that is found in the call.
+        shared: positions of arguments that are arrays and that the function has by other names, too, or writes to: they
+            are taken for a part of Python's state that is found in the call.
     """
 
     captured: Captured
@@ -188,6 +188,8 @@ class _Tracing:
         self._effects: list[Effect] = []
         #: Which leaf of which effect each further output of the graph is.
         self._written: list[WrittenValue] = []
+        #: Positions of arguments that are arrays and that it writes to.
+        self._arrays_written: set[int] = set()
 
     def run(self, rewrite: Callable[[Captured], Captured], *, may_read: bool, reads_positions: bool) -> None:
         """Traces the call; Python's state is as before then, but for arrays in place of what was on the host."""
@@ -217,13 +219,14 @@ class _Tracing:
             raise _capture_error(self._name, error) from error
 
     def arguments_found(self) -> frozenset[int]:
-        """Returns the positions of arrays that the function found in Python's state, and not among `shared`."""
+        """Returns the positions of arrays, not in `shared`, that the function found in Python's state, or wrote to."""
         memory = {memory_of(source.tensor) for source in self._watcher.sources.values()}
-        return frozenset(
+        found = {
             position
             for position in self._signature.tensor_positions
             if isinstance(leaf := self._signature.leaves[position], Array) and memory_of(leaf) in memory
-        ).difference(self.shared)
+        }
+        return frozenset(found | self._arrays_written).difference(self.shared)
 
     def _cut_up(self, traced: Trace, rewrite: Callable[[Captured], Captured]) -> None:
         self._gradients_read = list(self._gradients.reads())
@@ -449,6 +452,10 @@ class _Tracing:
             item = traced.inputs[position]
             if isinstance(item.source, TensorSource) and item.source.is_array:
                 continue
+            if isinstance(item.source, int):
+                leaf = self._signature.tensor_positions[item.source]
+                if isinstance(self._signature.leaves[leaf], Array):
+                    self._arrays_written.add(leaf)
             what = f"argument {item.source}" if isinstance(item.source, int) else "a tensor on the host"
             if isinstance(item.source, TensorSource) and item.source.places:
                 what = f"{item.source.name}, a tensor on the host"

@@ -125,6 +125,25 @@ def kept_apart_later(place):
     yield distance()
 
 
+def written_arguments(place):
+    """Arrays among the arguments are written to, as a cache is; other calls have other ones."""
+    make = place.program(lambda: (place.model.weight.detach() * 0, place.model.weight.detach() + 1))
+
+    @torch.no_grad()
+    def step(cache, x):
+        cache["values"][0] += x
+        cache["count"].add_(1)
+        return cache["values"].sum()
+
+    step = place.program(step)
+    caches = [dict(zip(("values", "count"), make(), strict=True)) for _ in range(2)]
+    for number in (0, 1, 0, 0):
+        yield step(caches[number], X[number])
+        yield from caches[number].values()
+    if place.is_ours:
+        assert step.num_traces == 1
+
+
 def gradient_of_the_detached(place):
     def step(x):
         loss = ((place.model.weight - 2 * place.kept) * x.mean()).square().sum()
@@ -140,7 +159,16 @@ def gradient_of_the_detached(place):
 
 
 @pytest.mark.parametrize(
-    "steps", [regularized, clipped, written, now_one_then_two, kept_apart_later, gradient_of_the_detached]
+    "steps",
+    [
+        regularized,
+        clipped,
+        written,
+        now_one_then_two,
+        kept_apart_later,
+        written_arguments,
+        gradient_of_the_detached,
+    ],
 )
 def test_it_is_one_array_as_in_eager_pytorch(steps):
     eager, ours = Place(False), Place(True)
