@@ -18,6 +18,7 @@ from typing import Any
 
 from torchways.config import LOG_FORMATS, PLATFORMS, ClusterConfig
 from torchways.errors import TorchwaysError
+from torchways.island.policy import check_policy
 from torchways.launch.embedded import EmbeddedCluster, start_cluster
 from torchways.launch.script import bound_command
 from torchways.launch.state_file import find_token
@@ -113,9 +114,11 @@ def _given(parsed: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config(parsed: argparse.Namespace) -> ClusterConfig:
-    return ClusterConfig(
+    config = ClusterConfig(
         log_level=parsed.log_level, log_format=parsed.log_format, data_path=_import_path(parsed), **_given(parsed)
     )
+    check_policy(config.policy)
+    return config
 
 
 def _missing(parsed: argparse.Namespace) -> str | None:

@@ -474,6 +474,7 @@ def test_a_file_that_is_no_state_file_is_left_as_it_is(environment, tmp_path):
     [
         (("up", "--islands", "0"), "islands must be a whole number of at least 1, not 0"),
         (("up", "--policy", "fairest"), "policy must be one of proportional_share, first_come_first_served, priority"),
+        (("up", "--policy", "collections:Counter"), "policy collections:Counter is no policy"),
         (("up", "--window", "0"), "window must be longer than 0 s"),
         (("up", "--log-level", "loud"), "--log-level must be one of debug, info, warning, error, not 'loud'"),
         (("up", "--window", "1e300"), "--window must be a number of seconds, not 1e+300"),

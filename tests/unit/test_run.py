@@ -57,6 +57,8 @@ def test_help_says_that_only_the_controller_runs_the_script():
         (["-m", "no_such_module.x"], "there is no module 'no_such_module.x'"),
         (["--no-python", "no-such-command"], "there is no command 'no-such-command'"),
         (["--islands", "0", __file__], "islands must be a whole number of at least 1, not 0"),
+        (["--policy", "no_such_module:Fair", __file__], "No module named 'no_such_module'"),
+        (["--policy", "collections:Counter", __file__], "policy collections:Counter is no policy"),
         (["--dev", "4", __file__], "unrecognized arguments"),
         (["--platform", "gpu", __file__], "invalid choice: 'gpu'"),
         ([], "the following arguments are required: script"),

@@ -118,6 +118,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
     from torchways.config import ClusterConfig
+    from torchways.island.policy import check_policy
     from torchways.observability.process import LOG_LEVELS
 
     if parsed.log_level not in LOG_LEVELS:
@@ -126,7 +127,7 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
         if not abs(value := getattr(parsed, flag)) <= _MAX_SECONDS:
             raise ConfigError(f"--{flag.replace('_', '-')} must be a number of seconds, not {value}")
     log_dir = parsed.log_dir or (str(path.with_suffix("")) + "-logs" if parsed.detach else None)
-    return ClusterConfig(
+    config = ClusterConfig(
         islands=parsed.islands,
         devices_per_island=parsed.devices_per_island,
         hosts_per_island=parsed.hosts_per_island,
@@ -146,6 +147,8 @@ def _config(parsed: argparse.Namespace, path: Path) -> ClusterConfig:
         metrics_port=parsed.metrics_port,
         data_path=_folders(parsed.data_path),
     )
+    check_policy(config.policy)
+    return config
 
 
 def _folders(text: str | None) -> tuple[str, ...] | None:

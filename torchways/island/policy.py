@@ -8,6 +8,8 @@ the device time that they took. Policies are pure: no clock, no socket.
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeAlias, runtime_checkable
@@ -175,6 +177,20 @@ POLICIES: dict[str, PolicyFactory] = {
     "first_come_first_served": FirstComeFirstServed,
     "priority": StrictPriority,
 }
+
+
+def check_policy(name: str) -> None:
+    """Checks that schedulers will find a policy, before any is started.
+
+    Raises:
+        ConfigError: see `find_policy`.
+    """
+    path = list(sys.path)
+    sys.path.insert(0, os.getcwd())  # as a scheduler has it, which Python runs as a module
+    try:
+        find_policy(name)
+    finally:
+        sys.path[:] = path
 
 
 def find_policy(name: str) -> PolicyFactory:
