@@ -115,20 +115,21 @@ def _traced(
     *,
     may_read: bool = True,
 ) -> _Tracing:
-    def attempt(*, reads_positions: bool, shared: frozenset[int] | None = None) -> _Tracing:
-        take_new_state()
-        tracing = _Tracing(function, name, signature, mesh, session, symbolic, shared or _shared_arrays(signature))
-        error: Exception | None = None
-        try:
-            with _one_trace:
-                tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
-        except Exception as failure:
-            error = failure
-        if found := tracing.arguments_found():  # once more, with these as state that is found in the call
-            return attempt(reads_positions=reads_positions, shared=tracing.shared | found)
-        if error is not None:
-            raise error
-        return tracing
+    def attempt(*, reads_positions: bool) -> _Tracing:
+        shared = _shared_arrays(signature)
+        while True:
+            take_new_state()
+            tracing = _Tracing(function, name, signature, mesh, session, symbolic, shared)
+            try:
+                with _one_trace:
+                    tracing.run(rewrite, may_read=may_read, reads_positions=reads_positions)
+            except Exception:
+                if not (found := tracing.arguments_found()):
+                    raise
+            else:
+                if not (found := tracing.arguments_found()):
+                    return tracing
+            shared |= found  # once more, with these as state that is found in the call
 
     try:
         return attempt(reads_positions=False)

@@ -54,6 +54,7 @@ class Connections:
     closed: bool = False
     broken: TorchwaysError | None = None
     pid: int = field(default_factory=os.getpid)
+    _is_explained: bool = False
     _next_id: int = 0
     _lost_executors: dict[str, str] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -70,7 +71,7 @@ class Connections:
         self._next_id = first + 1
 
     async def _attach(self, name: str, share: tuple[float, int], spans: Callable[[int], Sequence[Span]]) -> None:
-        reading = await self.manager.attach(name, share, self._on_executor_lost, self.on_cluster_lost, spans)
+        reading = await self.manager.attach(name, share, self._on_executor_lost, self._on_cluster_lost, spans)
         self._tasks.add(reading)
         reading.add_done_callback(self._ended)
 
@@ -126,7 +127,7 @@ class Connections:
                 self.manager.metadata,
                 on_program_ready,
                 on_run_finished,
-                self.on_cluster_lost,
+                self._on_scheduler_lost,
             )
             self.hold(scheduler.connect(), f"scheduler of island {address.island_id}")
         for executor in address.executors:
@@ -220,9 +221,19 @@ class Connections:
             if (client := self.executors.get(executor_id)) is not None:
                 client.reads.close(self._executor_lost(executor_id))
 
-    def on_cluster_lost(self, reason: str) -> None:
+    def _on_scheduler_lost(self, reason: str) -> None:
+        if self.broken is None:
+            self._break(reason)
+
+    def _on_cluster_lost(self, reason: str) -> None:
+        """The resource manager ends the session, or is gone; it knows more than a connection that is closed."""
+        if not self._is_explained:
+            self._is_explained = True
+            self._break(reason)
+
+    def _break(self, reason: str) -> None:
         """All is over; on the loop."""
-        if self.closed or self.broken is not None:
+        if self.closed:
             return
         self.broken = ClusterLost(f"{reason}; the session's arrays are gone. Start again with tw.init()")
         for client in self.executors.values():
