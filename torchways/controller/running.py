@@ -60,7 +60,10 @@ CopiesOn: TypeAlias = Callable[[VirtualSlice, Sequence[Array], Sequence[Placemen
 
 def run_variant(variant: Variant, signature: Signature, copies_on: CopiesOn) -> Any:
     """Sends a run of a variant that holds for a call; returns what the function returns, with arrays as futures."""
-    return _Run(variant, signature, copies_on).result()
+    try:
+        return _Run(variant, signature, copies_on).result()
+    finally:
+        variant.state.forget_call()
 
 
 class _Run:

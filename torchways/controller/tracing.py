@@ -129,6 +129,7 @@ def _traced(
             else:
                 if not (found := tracing.arguments_found()):
                     return tracing
+            tracing.forget()
             shared |= found  # once more, with these as state that is found in the call
 
     try:
@@ -322,9 +323,13 @@ class _Tracing:
         )
         seconds = time.monotonic() - started - self._waited_seconds
         variant = variant_of(self.captured, self._meshes, self._session, state, traced.reads, dispatch, seconds)
-        self._watcher.forget()  # the call's arrays are not to wait for the garbage collector
-        vars(self).clear()
+        self.forget()
         return variant
+
+    def forget(self) -> None:
+        """Keeps nothing: the call's arrays are not to wait for the garbage collector."""
+        self._watcher.forget()
+        vars(self).clear()
 
     # ---- the call
 

@@ -20,6 +20,7 @@ from torch._dynamo.guards import GuardManagerType
 from torchways.array import Array
 from torchways.capture.python_state.host_numbers import same_number
 from torchways.capture.python_state.places import (
+    Argument,
     Attribute,
     Call,
     Cell,
@@ -34,6 +35,7 @@ from torchways.capture.python_state.places import (
 from torchways.capture.python_state.tokens import Contents, Exactly, TensorSource, Token, key_of, keys_of, memory_of
 
 _guards = torch._C._dynamo.guards
+_NOTHING = torch.empty(0)
 #: What fixed places are asked with: they do not look at it.
 _NO_CALL: Any = None
 
@@ -75,6 +77,7 @@ class Conditions:
         #: The first of the sources that shared their memory when they were traced, of each.
         self._first_of = {id(source): first_of.setdefault(memory_of(source.tensor), source) for source in sources}
         self._apart = apart
+        self._of_call = [source for source in sources if any(isinstance(place, Argument) for place in source.places)]
         #: The memory of all sources, where it was asked for since it last changed.
         self._memory: set[int] | None = None
         self._adopt = adopt
@@ -102,6 +105,12 @@ class Conditions:
     def hold(self, call: Call) -> bool:
         """Whether all hold for a call; the tensors of `sources` are then those that are at their places."""
         return self._holds(call) and (not self._apart or self._are_apart(call))
+
+    def forget_call(self) -> None:
+        """Keeps none of the call's own tensors: they are its caller's to drop."""
+        for source in self._of_call:
+            source.tensor = _NOTHING
+        self._memory = None
 
     def _are_apart(self, call: Call) -> bool:
         if self._memory is None:

@@ -258,6 +258,11 @@ class _TraceMode(LabellingRecorder):
         self._alive.append(tensor)
         return lifted.fake
 
+    def forget_tensors(self) -> None:
+        """The trace is over: the tensors that it lifted are not to wait for the garbage collector."""
+        self._by_memory.clear()
+        self._alive.clear()
+
     def add_graph_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
         """Adds a placeholder for `source` to the graph; callable in the midst of a trace."""
         fake = self.add_input(f"input_{len(self.inputs)}", shape, dtype)
@@ -398,6 +403,7 @@ def trace(
         torch.set_rng_state(saved_random)
         torch.compiler._is_compiling_flag = saved_flag
         _FAKE_TENSOR_LOGGER.disabled = False
+        mode.forget_tensors()
 
 
 def _traced(

@@ -176,6 +176,23 @@ def test_it_is_one_array_as_in_eager_pytorch(steps):
         torch.testing.assert_close(ours.value(found), eager.value(expected))
 
 
+def test_a_program_keeps_no_argument():
+    session = LocalSession()
+    make = ProgramFunction(lambda: torch.zeros(3), session.mesh(), lambda: session)
+
+    @torch.no_grad()
+    def step(cache, other):
+        return cache.add_(1).sum() + other.sum()
+
+    step = ProgramFunction(step, None, lambda: session)
+    for _ in range(2):
+        cache, other = make(), make()
+        step(cache, other)
+        held = {array._buffer.buffer_id for array in (cache, other)}
+        del cache, other
+        assert held <= set(session.released)
+
+
 def test_a_host_tensor_that_is_given_twice_gets_both_gradients():
     session = LocalSession()
     x, y = (torch.ones(3, requires_grad=True) for _ in range(2))
