@@ -84,7 +84,7 @@ def test_agrees_with_eager(name, task, model_type, outcomes, slices, record_prop
     outcome = outcome_of(name, task, model_type, slices[0])
     outcomes.append(outcome)
     for key, value in {**asdict(outcome), "task": task}.items():
-        record_property(key, value)  # what tests/architectures/table.py reads
+        record_property(key, value)
     if outcome.kind == "not eager":
         pytest.skip(outcome.detail)
     expected, _ = KNOWN.get(name, ("agree", ""))

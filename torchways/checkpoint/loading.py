@@ -160,18 +160,16 @@ class _Loading:
 
     def _module(self, module: nn.Module, path: tuple[str, ...]) -> dict[str, Any]:
         state = unread_state(module)
-        extra = [name for name in state if is_extra_state(name)]
-        for name in extra:  # of whatever form the checkpoint has it in
-            saved = {key: self._new_value(key) for key in self._saved_below((*path, name))}
-            if saved:
-                state[name] = self._nested(saved, (*path, name))
+        extra = {name: self._saved_below((*path, name)) for name in state if is_extra_state(name)}
+        for name, keys in extra.items():  # of whatever form the checkpoint has it in
+            if keys:
+                state[name] = self._nested({key: self._new_value(key) for key in keys}, (*path, name))
         if extra:
 
             def finish(flat: Mapping[str, Any]) -> None:
                 found: dict[str, Any] = {}
-                for name in extra:
-                    saved = {key: flat[key] for key in self._saved_below((*path, name)) if key in flat}
-                    if saved:
+                for name, keys in extra.items():
+                    if saved := {key: flat[key] for key in keys if key in flat}:
                         found[name] = self._nested(saved, (*path, name))
                 module.load_state_dict(found, strict=False)
 

@@ -66,20 +66,16 @@ class Signature:
         """Whether a leaf is an object that another call may have another of."""
         return isinstance(self.key[1][position], _Kind)
 
-    def shared(self) -> tuple[int, ...]:
-        """Returns for each tensor that may change the first one of its memory, as positions; () where all differ.
+    def shared(self) -> tuple[tuple[int, ...], ...]:
+        """Returns the positions of tensors that share their memory and may change, those of one memory together.
 
         Arrays may be written to, and tensors that need gradients get them.
         """
-        may_change = [
-            position
-            for position in self.tensor_positions
-            if isinstance(leaf := self.leaves[position], Array) or leaf.requires_grad
-        ]
-        memory = [memory_of(self.leaves[position]) for position in may_change]
-        if len(set(memory)) == len(memory):
-            return ()
-        return tuple(may_change[memory.index(key)] for key in memory)
+        by_memory: dict[int, list[int]] = {}
+        for position in self.tensor_positions:
+            if isinstance(leaf := self.leaves[position], Array) or leaf.requires_grad:
+                by_memory.setdefault(memory_of(leaf), []).append(position)
+        return tuple(tuple(positions) for positions in by_memory.values() if len(positions) > 1)
 
     @property
     def tensors(self) -> list[torch.Tensor]:

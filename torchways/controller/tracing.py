@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -145,11 +144,8 @@ def _traced(
 
 def _shared_arrays(signature: Signature) -> frozenset[int]:
     """Returns the positions of arguments that are arrays of one memory."""
-    counts = Counter(shared := signature.shared())
-    first = {position for position in shared if counts[position] > 1}
-    memory = {memory_of(signature.leaves[position]) for position in first}
-    arrays = [position for position in signature.tensor_positions if isinstance(signature.leaves[position], Array)]
-    return frozenset(position for position in arrays if memory_of(signature.leaves[position]) in memory)
+    positions = [position for together in signature.shared() for position in together]
+    return frozenset(position for position in positions if isinstance(signature.leaves[position], Array))
 
 
 class _Tracing:

@@ -68,6 +68,8 @@ class Inbox(Generic[T]):
     def wait(self, timeout: float | None) -> bool:
         """Waits until there is an item or a socket's callback was called; returns whether there was either.
 
+        It may return True once more for an item that was taken meanwhile.
+
         Args:
             timeout: seconds; 0 only looks; None waits for ever.
         """

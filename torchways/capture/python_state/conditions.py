@@ -110,7 +110,7 @@ class Conditions:
         """Keeps none of the call's own tensors: they are its caller's to drop."""
         for source in self._of_call:
             source.tensor = _NOTHING
-        self._memory = None
+            self._memory = None
 
     def _are_apart(self, call: Call) -> bool:
         if self._memory is None:

@@ -14,6 +14,7 @@ import torch
 import torch.utils._pytree as pytree
 from torch.overrides import TorchFunctionMode
 
+from torchways.capture.lowering.accumulation import HALVES
 from torchways.capture.python_state.host_numbers import HostFloat, HostInt, Node, node_of
 
 #: Makes the graph's input for a number, of a dtype.
@@ -21,7 +22,6 @@ MakeScalar = Callable[[Node, torch.dtype], torch.Tensor]
 
 _SYMBOLIC = (torch.SymFloat, torch.SymInt, torch.SymBool)
 _HOST = (HostFloat, HostInt)
-_HALVES = (torch.float16, torch.bfloat16)
 #: Functions of two operands, either of which may be a number, by name without underscores.
 _BINARY = {"add", "sub", "mul", "div", "radd", "rsub", "rmul", "rdiv", "rtruediv", "truediv", "true_divide", "multiply"}
 _BINARY |= {"subtract", "divide", "iadd", "isub", "imul", "itruediv", "idiv", "rpow", "remainder", "fmod", "mod"}
@@ -62,7 +62,7 @@ def dtype_beside(node: Node, tensors: list[torch.Tensor]) -> torch.dtype:
     if dtype.is_complex:
         dtype = dtype.to_real()
     if dtype.is_floating_point:
-        return torch.float32 if dtype in _HALVES and any(tensor.dim() for tensor in tensors) else dtype
+        return torch.float32 if dtype in HALVES and any(tensor.dim() for tensor in tensors) else dtype
     if node.is_float():
         return torch.get_default_dtype()
     return torch.int64 if dtype == torch.bool else dtype

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from torchways.capture.lowering.accumulation import HALVES
 from torchways.capture.lowering.complex_numbers import call_on_pairs, can_be_pairs, has_rule
 from torchways.capture.lowering.decompositions import decomposition_table
 from torchways.capture.regions import CARRY_KEY, LABEL_KEYS, RECOMPUTED_KEY, REGION_KEY, Region
@@ -174,9 +175,6 @@ def _clamp_slices(graph: torch.fx.Graph) -> None:
             node.args = (value, dim, max(start, -value.meta["val"].shape[dim]), *rest)
 
 
-_HALVES = (torch.float16, torch.bfloat16)
-
-
 def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
     """Writes out what an executor would find out for itself, otherwise than PyTorch does.
 
@@ -189,6 +187,9 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
             continue
         if node.target is aten.div.Scalar and value.is_complex():
             node.target = aten.div.Tensor  # the other keeps the real part
+        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if is_pointwise:
+            _narrow_scalars(graph, node)
         schema = getattr(node.target, "_schema", None)
         inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         if schema is not None and not inputs and node.kwargs.get("dtype") is None:
@@ -196,10 +197,6 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
                 node.update_kwarg("dtype", value.dtype)
             continue
         is_promoting = node.target in _PROMOTING
-        is_pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ())
-        if is_pointwise:
-            _narrow_scalars(graph, node, inputs)
-            inputs = [item for item in node.all_input_nodes if isinstance(item.meta.get("val"), torch.Tensor)]
         if not is_promoting and not (value.is_floating_point() and is_pointwise):
             continue
         for item in inputs:
@@ -211,9 +208,9 @@ def _spell_out_dtypes(graph: torch.fx.Graph) -> None:
             _cast_input(graph, node, item, value.dtype)
 
 
-def _narrow_scalars(graph: torch.fx.Graph, node: torch.fx.Node, inputs: list[torch.fx.Node]) -> None:
+def _narrow_scalars(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     """Keeps the dtype of tensors that compute with scalars of a wider one, as PyTorch does: XLA widens the tensors."""
-    values = {item: item.meta["val"] for item in inputs}
+    values = {item: value for item in node.all_input_nodes if isinstance(value := item.meta.get("val"), torch.Tensor)}
     beside = {value.dtype for value in values.values() if value.dim() and value.is_floating_point()}
     if not beside or torch.float64 in beside:
         return
@@ -224,9 +221,9 @@ def _narrow_scalars(graph: torch.fx.Graph, node: torch.fx.Node, inputs: list[tor
     for item, value in scalars.items():
         if torch.promote_types(value.dtype, dtype) is not dtype:
             _cast_input(graph, node, item, dtype)
-    if result.dtype in _HALVES and any(value.dtype not in _HALVES for value in scalars.values()):
+    if result.dtype in HALVES and any(value.dtype not in HALVES for value in scalars.values()):
         for item, value in values.items():
-            if value.dim() and value.dtype in _HALVES:
+            if value.dim() and value.dtype in HALVES:
                 _cast_input(graph, node, item, torch.float32)
         with graph.inserting_after(node):
             cast = graph.call_function(aten._to_copy.default, (node,), {"dtype": result.dtype})

@@ -59,7 +59,7 @@ class Connections:
     _lost_executors: dict[str, str] = field(default_factory=dict)
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _waiting: Waiting = field(default_factory=Waiting)
-    #: Re-entrant: the garbage collector may have ids given out while this thread holds it.
+    #: Re-entrant: a signal's handler may call us, too.
     _lock: threading.RLock = field(default_factory=threading.RLock)
 
     # ---- life
@@ -96,9 +96,9 @@ class Connections:
         closings.append(self.manager.close())
         await asyncio.gather(*closings, return_exceptions=True)
 
-    def check(self, what: str = "this call") -> None:
+    def check(self) -> None:
         """Raises if the session is closed or the cluster gone."""
-        check_open(self, what)
+        check_open(self, "this call")
         if self.broken is not None:
             raise self.broken
 

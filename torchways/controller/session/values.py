@@ -133,7 +133,8 @@ class Values:
         executors = self.slices.executors_now(buffer.mesh.slice_id)
         if not executors:
             raise PlacementError(f"the array's mesh {buffer.mesh} is closed: its buffers are gone")
-        self.connections.check("this array")
+        if self.connections.broken is not None:
+            raise self.connections.broken
         put = self.puts.under_way(buffer.buffer_id)
         if put is not None:
             return self.connections.loop.start(_fetch_put(put, executors[0], buffer.buffer_id))
