@@ -58,7 +58,7 @@ GROUPS = {
     "Arrays": ["Array", "get"],
     "Data": ["data_loader"],
     "Checkpoints": ["checkpoint.save", "checkpoint.load", "checkpoint.latest"],
-    "Runs": ["cancel", "deadline"],
+    "Runs": ["synchronize", "cancel", "deadline"],
     "Inspection": ["parity", "check_values", "profile", "cluster_info", "executor_status"],
 }
 

@@ -92,6 +92,7 @@ _MODULE_OF = {
             "replicate",
             "scan",
             "shutdown",
+            "synchronize",
             "while_loop",
         ],
         "torchways.api",
@@ -140,6 +141,7 @@ __all__ = [
     "replicate",
     "scan",
     "shutdown",
+    "synchronize",
     "tensor_parallel",
     "while_loop",
 ]

@@ -906,6 +906,21 @@ def deadline(seconds: float) -> Iterator[None]:
         run_seconds.reset(token)
 
 
+def synchronize(*, timeout: timedelta | None = None) -> None:
+    """Waits until every run that this session has sent is over, well or not; as `torch.accelerator.synchronize` does.
+
+    For clocks: calls return before they are computed. Errors of runs are raised where their results are read.
+
+    Args:
+        timeout: longest wait. None waits as long as the executors are alive.
+
+    Raises:
+        ExecutorLost, DeadlineExceeded, SessionClosed: as `Array.cpu`.
+    """
+    if not is_eager():
+        _current().runs.wait_for_all(timeout)
+
+
 @contextlib.contextmanager
 def profile(path: str | os.PathLike[str]) -> Iterator[None]:
     """Writes a Chrome/Perfetto trace of the runs inside the context to `path`, with one row per device.

@@ -78,6 +78,7 @@ class StageTrainer:
     def steps(self, batches: list[dict[str, torch.Tensor]]) -> torch.Tensor:
         losses = torch.stack([self._step(**batch) for batch in batches])
         dist.broadcast(losses, src=self._rank_of_last)
+        dist.barrier()
         return losses
 
     def _step(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

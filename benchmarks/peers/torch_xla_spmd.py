@@ -23,6 +23,7 @@ os.environ.update(executor_environment("cpu", range(protocol.num_devices()), os.
 import numpy as np
 import torch
 import torch_xla
+import torch_xla.core.xla_model as xm
 import torch_xla.debug.metrics as metrics
 import torch_xla.distributed.spmd as xs
 import torch_xla.runtime as xr
@@ -61,6 +62,7 @@ class SpmdTrainer:
             torch_xla.sync()
             self._update = self._later_update
         found = [loss.item() for loss in losses]
+        xm.wait_device_ops()  # the last backward pass and update are over, too
         self._compilations = _compilations() - before
         return found
 

@@ -37,6 +37,7 @@ class SliceTrainer:
 
     def run(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
         losses = [self._step(**batch) for batch in batches]
+        tw.synchronize(timeout=_READ_TIMEOUT)  # the last update is over, too
         return [loss.item() for loss in tw.get(losses, timeout=_READ_TIMEOUT)]
 
     def about(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ class Trainer(Protocol):
     """A workload, ready to run."""
 
     def run(self, batches: list[dict[str, torch.Tensor]]) -> list[float]:
-        """Takes one step for each batch; returns the losses when all are over."""
+        """Takes one step for each batch; returns the losses when all steps are over, with their updates."""
 
     def about(self) -> dict[str, Any]:
         """What else to report of the last `run`."""

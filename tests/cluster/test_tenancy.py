@@ -14,7 +14,7 @@ import torch
 import torchways as tw
 from torchways.api import _current as current_session
 from torchways.config import ClusterConfig
-from torchways.errors import ConfigError, RemoteError, ResourceExhausted, RunCancelled
+from torchways.errors import ConfigError, DeadlineExceeded, RemoteError, ResourceExhausted, RunCancelled
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
 from torchways.rpc.operator import OperatorAccess, ask
@@ -294,6 +294,23 @@ def test_a_deadline_cancels_what_is_late(session):
         assert slow(ones).max().item() == 1
     with pytest.raises(ConfigError, match=r"seconds must be above 0, not 0, at .*test_tenancy\.py"), tw.deadline(0):
         pass
+
+
+def test_synchronize_waits_for_all_that_was_sent(session):
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    slow = slow_program(mesh)
+    ones = tw.distribute_tensor(torch.ones(512, 512), mesh)
+    slow(ones).max().item()
+    results = [slow(ones) for _ in range(10)]
+    with pytest.raises(DeadlineExceeded, match=r"runs are not over after 0:00:00\.001, the first of slow"):
+        tw.synchronize(timeout=timedelta(milliseconds=1))
+    tw.synchronize()
+    assert [status.num_runs_in_flight for status in tw.executor_status()] == [0]
+    results.append(slow(ones))
+    tw.cancel(results[-1])
+    tw.synchronize()  # an error is who reads' to see
+    with pytest.raises(RunCancelled):
+        results[-1].cpu()
 
 
 def test_a_slice_that_is_closed_behind_many_runs_lets_them_end(session):

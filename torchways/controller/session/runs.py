@@ -17,7 +17,7 @@ from torchways.controller.session.puts import Puts
 from torchways.controller.session.slices import Slices
 from torchways.controller.session.spans import ClientSpans
 from torchways.controller.value_checks import checks_values
-from torchways.errors import Failure, PlacementError
+from torchways.errors import DeadlineExceeded, Failure, PlacementError
 from torchways.ids import BufferId, IslandId, ProgramId, RunId, SliceId
 from torchways.ir.part import Arguments
 from torchways.rpc.programs import InlineValue, cancel_message, run_message
@@ -144,10 +144,17 @@ class Runs:
     def _is_any_before(self, first_id: int) -> bool:
         return any(run_id < first_id for run_id in tuple(self._runs))
 
-    def wait_for_all(self, timeout: timedelta) -> None:
-        """Waits until no run is in flight."""
-        self.connections.wait(lambda: not self._runs, "the session", time.monotonic() + timeout.total_seconds())
+    def wait_for_all(self, timeout: timedelta | None = None) -> None:
+        """Waits until no run is in flight.
+
+        Raises:
+            DeadlineExceeded: some are after `timeout`; they go on.
+        """
+        deadline = float("inf") if timeout is None else time.monotonic() + timeout.total_seconds()
+        self.connections.wait(lambda: not self._runs, "who waits for all runs", deadline)
         self.connections.check()
+        if left := [run.name for run in list(self._runs.values())]:
+            raise DeadlineExceeded(f"{len(left)} runs are not over after {timeout}, the first of {left[0]}")
 
     # ---- cancelling
 
