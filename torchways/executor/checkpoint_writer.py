@@ -42,6 +42,8 @@ _NICENESS = 10
 #: that it is complete one day where computations never pause.
 _IDLE_SECONDS = 30.0
 _HEADER = struct.Struct("<I")
+#: In place of a value's name: the others will not come.
+_GIVEN_UP = None
 #: Where a value may begin: elements of any type lie well there.
 _ALIGNMENT = 64
 #: How long the memory of a snapshot is kept for the next one.
@@ -196,13 +198,19 @@ class CheckpointWriter:
             except OSError as error:
                 code = process.wait()
                 raise CheckpointError(f"the process that writes checkpoints has ended (exit code {code})") from error
-            except BaseException:  # it waits for values that do not come
-                process.kill()
-                process.wait()
+            except BaseException:  # it waits for values that do not come; whoever is next needs it
+                _give_up(connection)
                 raise
         if "error" in answer:
             raise CheckpointError(answer["error"])
         return [pb.SavedTensor(**tensor) for tensor in answer["tensors"]]
+
+
+def _give_up(connection: socket.socket) -> None:
+    """Has the process leave the checkpoint that it writes, and waits until it has."""
+    with contextlib.suppress(OSError):  # it has ended
+        _send(connection, _GIVEN_UP)
+        _receive(connection)
 
 
 @contextlib.contextmanager
@@ -267,11 +275,16 @@ class _Values:
 
     def take_rest(self) -> None:
         """Waits for word of all values."""
-        while self._missing:
-            self._take()
+        with contextlib.suppress(CheckpointError):
+            while self._missing:
+                self._take()
 
     def _take(self) -> None:
-        self._missing.remove(_receive(self._connection))
+        name = _receive(self._connection)
+        if name is _GIVEN_UP:
+            self._missing.clear()
+            raise CheckpointError("the checkpoint was given up")
+        self._missing.remove(name)
 
 
 def _serve(connection: socket.socket) -> None:

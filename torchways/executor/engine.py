@@ -150,7 +150,8 @@ class Engine:
 
     def drop_client(self, client_id: ClientId) -> None:
         """Frees all that a client owned."""
-        self.call(lambda: self.reducer.drop_client(client_id))
+        gone = self.failure("SessionClosed", "the client is gone")
+        self.call(lambda: self.reducer.drop_client(client_id, gone))
         self.post(events.ClientDropped(client_id=client_id))
 
     def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> int:

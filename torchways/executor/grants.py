@@ -49,6 +49,11 @@ class Grants:
         return self._asking.get(key)
 
     @property
+    def is_gang(self) -> bool:
+        """Whether several hosts compute together: what is granted is issued by all of them, or by none."""
+        return bool(self._gang)
+
+    @property
     def waiting(self) -> Collection[Task]:
         """The tasks that wait for their grant."""
         return self._asking.values()

@@ -48,7 +48,7 @@ def checked_spec(message: pb.TensorSpec, mesh: Sequence[int], num_devices: int) 
     """
     spec = spec_of(message, mesh)
     check_spec(spec, spec.mesh)
-    if math.prod(mesh) != num_devices:
+    if math.prod(mesh) != num_devices or min(mesh, default=1) < 1:
         raise UserError(f"a mesh {tuple(mesh)} is not one of {num_devices} devices")
     return spec
 

@@ -175,6 +175,10 @@ class Memory:
         self._use(task.run.client_id, -freed)
         task.run.own_bytes -= freed
 
+    def forget_value(self, cell: Cell) -> None:
+        """Lets go of a value from a host that waits for memory and that nobody wants any more."""
+        self.starved = [item for item in self.starved if not (isinstance(item, Placing) and item.cell is cell)]
+
     def freed(self) -> Sequence[Taker]:
         """Lets runs begin after memory was given back; returns what waited for it, to be looked at again."""
         if self._unadmitted:

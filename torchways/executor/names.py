@@ -78,14 +78,21 @@ class Names:
         self.cells[buffer_id] = cell
 
     def find_for_put(self, buffer_id: BufferId, slice_id: SliceId) -> Cell | None:
-        """Returns the cell that a Put fills; None if nobody wants it any more."""
+        """Returns the cell that a Put fills; None if nobody wants it any more, or the buffer has a value already."""
         cell = self._expected.pop(buffer_id, None)
         if cell is None:
             if slice_id in self._gone_slices:
                 return None
             cell = self.find(buffer_id)
+        if not cell.awaits_put:
+            return None
         cell.awaits_put = False
         return cell
+
+    def is_made(self, buffer_id: BufferId) -> bool:
+        """Whether a name is given already: a run or a Put makes the buffer, or has."""
+        cell = self.cells.get(buffer_id)
+        return cell is not None and not cell.awaits_put
 
     def drop(self, buffer_id: BufferId, reason: str) -> Cell | None:
         """Takes a name away; returns the cell that had it."""
@@ -94,7 +101,7 @@ class Names:
             cell.names -= 1
         if cell is not None and cell.awaits_put and (cell.readers or cell.waiters):
             self._expected[buffer_id] = cell
-        _remember(self._gone, buffer_id, reason, self._max_remembered)
+        remember(self._gone, buffer_id, reason, self._max_remembered)
         return cell
 
     def on_slice(self, slice_id: SliceId) -> list[BufferId]:
@@ -107,11 +114,11 @@ class Names:
 
     def forget_slice(self, slice_id: SliceId) -> None:
         """No Put for this slice is wanted from now on."""
-        _remember(self._gone_slices, slice_id, None, self._max_remembered)
+        remember(self._gone_slices, slice_id, None, self._max_remembered)
 
     def forget_client(self, client_id: ClientId) -> None:
         """No name of this client means anything from now on."""
-        _remember(self._gone_clients, client_id, None, self._max_remembered)
+        remember(self._gone_clients, client_id, None, self._max_remembered)
 
     def give_up_expected(self, client_id: ClientId) -> list[Cell]:
         """Poisons the cells that a client's Puts would have filled; returns them."""
@@ -129,7 +136,8 @@ class Names:
         return found
 
 
-def _remember(gone: dict[Any, Any], key: Any, value: Any, max_remembered: int) -> None:
+def remember(gone: dict[Any, Any], key: Any, value: Any, max_remembered: int) -> None:
+    """Adds an item; the oldest one is forgotten where there are too many."""
     gone[key] = value
     if len(gone) > max_remembered:
         del gone[next(iter(gone))]

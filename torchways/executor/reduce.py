@@ -21,9 +21,12 @@ from typing import TypeAlias
 import torch
 
 from torchways.errors import Failure
+from torchways.executor.names import remember
 from torchways.ids import ClientId, RunId, owner
 
 _SMALL_BYTES = 64 << 10
+#: Clients that are gone and are remembered, for pieces that come late.
+_MAX_GONE = 100_000
 
 _Key: TypeAlias = tuple[RunId, int]
 _Piece: TypeAlias = torch.Tensor | Failure
@@ -103,6 +106,7 @@ class Reducer:
         self._send = send
         self._reductions: dict[_Key, _Reduction] = {}
         self._lost: dict[str, Failure] = {}
+        self._gone: dict[ClientId, Failure] = {}
         self._lock = threading.Lock()
 
     def start(
@@ -141,6 +145,8 @@ class Reducer:
     def arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
         """Takes a peer's piece, bytes or a failure; `phase` counts its rounds from 1."""
         with self._lock:
+            if owner(run_id) in self._gone and (run_id, edge_id) not in self._reductions:
+                return  # no sum of this client starts any more, or it fails when it does
             self._reductions.setdefault((run_id, edge_id), _Reduction()).arrived[phase - 1, peer] = piece
         self._go_on((run_id, edge_id))
 
@@ -152,11 +158,18 @@ class Reducer:
         for key in keys:
             self._go_on(key)
 
-    def drop_client(self, client_id: ClientId) -> None:
-        """Forgets what came for a client's sums that never started."""
+    def drop_client(self, client_id: ClientId, failure: Failure) -> None:
+        """Fails a client's sums that wait for a piece, now and later, and forgets what came for those never started.
+
+        Another executor may have learned of the client's end before it started its part, and will not.
+        """
         with self._lock:
-            for key in [k for k, item in self._reductions.items() if not item.rounds and owner(k[0]) == client_id]:
+            remember(self._gone, client_id, failure, _MAX_GONE)
+            keys = [key for key in self._reductions if owner(key[0]) == client_id]
+            for key in [key for key in keys if not self._reductions[key].rounds]:
                 del self._reductions[key]
+        for key in keys:
+            self._go_on(key)
 
     @property
     def num_open(self) -> int:
@@ -182,7 +195,8 @@ class Reducer:
                             item.sent_bytes += piece.nbytes if isinstance(piece, torch.Tensor) else 0
                             self._send(peer, *key, 1 + item.round, piece)
             with self._lock:
-                known = {peer: item.arrived.get((item.round, peer), self._lost.get(peer)) for peer in others}
+                gone = self._gone.get(owner(key[0]))
+                known = {peer: item.arrived.get((item.round, peer), self._lost.get(peer, gone)) for peer in others}
                 if any(piece is None for piece in known.values()):
                     item.is_claimed = False
                     return

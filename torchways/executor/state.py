@@ -217,11 +217,14 @@ class ExecutorState:
             self._commands.append(ReportEnded(run=part, failure=failure))
             return
         program = known.program
-        if reason := _refusal(event, program):
+        reason = _refusal(event, program)
+        results = [BufferId(event.first_buffer_id + number) for _, number in program.results]
+        if not reason and any(map(self.names.is_made, results)):
+            reason = "it makes buffers that are there already"
+        if reason:
             failure = self._failure("AccessDenied", f"run {event.run_id} of {program.name} is refused: {reason}")
-            for _, number in program.results:
-                buffer_id = BufferId(event.first_buffer_id + number)
-                if owner(buffer_id) == owner(event.run_id):
+            for buffer_id in results:
+                if owner(buffer_id) == owner(event.run_id) and not self.names.is_made(buffer_id):
                     self._name(buffer_id, Cell(scheduled=True, failure=failure, slice_id=part.slice_id))
             self._commands.append(ReportEnded(run=part, failure=failure))
             return
@@ -291,8 +294,7 @@ class ExecutorState:
                 self._leave(run, slot)
         for buffer_id in taken:
             self._drop(buffer_id, _TAKEN)
-        if event.cancelled is None:
-            self._drop_donated(known, arguments.buffer_ids)
+        self._drop_donated(known, arguments.buffer_ids, is_cancelled=event.cancelled is not None)
         if not program.units:
             self._end_run(run)
             return
@@ -305,7 +307,8 @@ class ExecutorState:
 
     def _cancel(self, event: RunCancelled) -> None:
         run = self.runs.get(event.run)
-        if run is not None and run.cancelled is None:
+        # In a gang, a unit that was granted would be issued by the hosts that hear of this late, and wait for the others.
+        if run is not None and run.cancelled is None and not self.grants.is_gang:
             self._end_early(run, event.failure)
 
     def _end_early(self, run: Run, failure: Failure) -> None:
@@ -329,8 +332,11 @@ class ExecutorState:
         if run.num_passed < len(run.in_order):
             self._ready.append(run.in_order[run.num_passed])
 
-    def _drop_donated(self, known: KnownProgram, buffer_ids: Sequence[BufferId]) -> None:
-        """Gives up the names that a run donates: now, or when its program is compiled; never if that failed."""
+    def _drop_donated(self, known: KnownProgram, buffer_ids: Sequence[BufferId], *, is_cancelled: bool) -> None:
+        """Gives up the names that a run donates: now, or when its program is compiled; never if that failed.
+
+        A run that came cancelled does so, too: the controller, which does not wait for word of that, has given them up.
+        """
         program = known.program
         donated = [
             buffer_ids[slot]
@@ -338,7 +344,9 @@ class ExecutorState:
             for slot in unit.donated
             if slot < program.num_args and buffer_ids[slot] != NO_BUFFER
         ]
-        if not known.is_compiled:
+        if is_cancelled:
+            self._drop_all_donated(donated)
+        elif not known.is_compiled:
             known.to_donate.extend(donated)
         elif known.failure is None:
             self._drop_all_donated(donated)
@@ -628,6 +636,8 @@ class ExecutorState:
         cell.holders -= 1
         if cell.holders == 0 and cell.kept is not None:
             self._forget_kept(cell)
+        if cell.holders == 0 and not cell.scheduled:
+            self.memory.forget_value(cell)
         if cell.holders == 0 and cell.is_charged:
             self.memory.release(cell)
             self._memory_freed()

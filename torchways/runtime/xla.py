@@ -178,7 +178,7 @@ class XlaRuntime:
         self._shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
         #: Host tensors whose memory is a buffer's, or was.
         self._loans: collections.deque[torch.Tensor] = collections.deque()
-        self._large_loans: list[torch.Tensor] = []
+        self._large_loans: collections.deque[torch.Tensor] = collections.deque()
         #: Executables that a program still has, to be shared by equal functions; by a digest of their source.
         self._compiled: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
         #: Those that were asked for last: a program that comes again, from whichever client, finds them.
@@ -204,16 +204,15 @@ class XlaRuntime:
         Were the buffer the last to let go of it, a thread of torch-xla's would take the GIL for it while it holds the
         device lock, which `_on_ready_callback` takes with the GIL held.
         """
-        if host.nbytes >= _LARGE_LOAN:
-            self._large_loans = [tensor for tensor in self._large_loans if _is_shared(tensor)]
-            self._large_loans.append(host)
-            return
-        loans = self._loans
-        for _ in range(min(2, len(loans))):
-            oldest = loans.popleft()
-            if _is_shared(oldest):
-                loans.append(oldest)
-        loans.append(host)
+        large = host.nbytes >= _LARGE_LOAN
+        # Of the large ones all are looked at when one comes; a few each time that a small one does, too: a model's
+        # weights are given up at its first step, and batches of token ids are small.
+        for loans, count in ((self._loans, 2), (self._large_loans, len(self._large_loans) if large else 2)):
+            for _ in range(min(count, len(loans))):
+                oldest = loans.popleft()
+                if _is_shared(oldest):
+                    loans.append(oldest)
+        (self._large_loans if large else self._loans).append(host)
 
     def fill(self, spec: BufferSpec, value: float) -> torch.Tensor:
         """Returns a buffer with one value everywhere."""

@@ -141,8 +141,16 @@ def test_a_client_that_is_gone_leaves_nothing():
     world.start("e0", torch.ones(2), (2,), run_id=run_id)
     world.deliver(0)
     assert world.members["e1"].num_open == 1
-    world.members["e1"].drop_client(ClientId(3))
+    gone = Failure(kind="SessionClosed", message="the client is gone")
+    world.members["e1"].drop_client(ClientId(3), gone)
     assert world.members["e1"].num_open == 0
+    world.members["e0"].drop_client(ClientId(3), gone)  # "e1" will not bring its part
+    assert world.results[run_id, "e0"] == gone
+    world.start("e0", torch.ones(2), (2,), run_id=run_id + 1)  # it was on its way
+    assert world.results[run_id + 1, "e0"] == gone
+    while world.messages:  # what comes late is for nobody
+        world.deliver(0)
+    assert [member.num_open for member in world.members.values()] == [0, 0]
 
 
 @settings(max_examples=60, deadline=None)

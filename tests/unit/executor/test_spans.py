@@ -88,7 +88,8 @@ def test_a_wait_for_memory_lasts_until_it_is_there(clock):
 
 
 def test_a_wait_for_a_grant_has_the_schedulers_reason(clock):
-    state, spans = ExecutorState("a", gang="member"), Spans()
+    state, spans = ExecutorState("a"), Spans()
+    state.handle(events.GrantsNeeded(needed=True, epoch=1))
     load(state, double())
     put(state, BASE + 5)
     for number in (1, 2, 3):

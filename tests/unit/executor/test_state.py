@@ -320,6 +320,29 @@ def test_a_program_that_cannot_be_compiled_donates_nothing():
     assert state.memory.used_bytes == 10
 
 
+def test_a_run_that_comes_cancelled_gives_up_what_it_would_have_donated():
+    """The controller gave it up when it made the call: a step that is cancelled would keep a copy of the state."""
+    for is_compiled in (True, False):
+        state = ExecutorState("b")
+        state.handle(events.ProgramArrived(program=train_parts()["b"]))
+        if is_compiled:
+            state.handle(events.ProgramCompiled(part=PART, failure=None))
+        v = BufferId(BASE + 3)
+        state.handle(events.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+        run = events.RunEnqueued(
+            part=PART,
+            run_id=RunId(BASE + 50),
+            sequence=1,
+            first_buffer_id=BufferId(BASE + 51),
+            arguments=Arguments([v]),
+            cancelled=Failure(kind="RunCancelled", message="cancelled"),
+        )
+        state.handle(run)
+        assert state.memory.used_bytes == 0
+        [delivered] = state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 53)))
+        assert delivered.cell.failure.kind == "RunCancelled"
+
+
 def test_a_program_that_is_dropped_before_it_is_compiled_leaves_nothing():
     state = ExecutorState("b")
     before = sizes(state)
@@ -603,7 +626,70 @@ def test_a_client_cannot_fill_the_hosts_memory_with_values_that_wait(monkeypatch
     assert len(state.memory.starved) == 3
 
 
+def test_a_value_that_is_released_while_it_waits_counts_no_more(monkeypatch):
+    monkeypatch.setattr("torchways.executor.state._MAX_WAITING_BYTES", 100)
+    state = ExecutorState("a", budget_bytes=100)
+    state.handle(_put(1, 90))
+    state.handle(_put(2, 80))
+    state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 2)]))
+    assert state.memory.starved == []
+    state.handle(_put(3, 90))
+    assert state.names.find(BufferId(BASE + 3)).failure is None
+    assert len(state.memory.starved) == 1
+
+
+def test_a_buffer_is_put_once_and_a_run_makes_new_ones():
+    """Whatever a client sends, what it had is given back when it is gone, and nothing ends the executor."""
+    state = ExecutorState("a", budget_bytes=1000)
+    put = replace(_put(1, 100), for_run=True)
+    for event in (put, replace(put, buffer_id=BufferId(BASE + 2)), replace(put, nbytes=200)):
+        assert state.handle(event) == []
+    state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 1), BufferId(BASE + 2)]))
+    assert state.num_entries()["kept_bytes"] == 0
+    state.handle(_put(3, 300))
+    assert state.handle(_put(3, 1)) == []
+    assert state.memory.used_bytes == 300
+    state.handle(events.ProgramArrived(program=_one_call([300, 100])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    run = events.RunEnqueued(
+        part=PART,
+        run_id=RunId(BASE + 10),
+        sequence=1,
+        first_buffer_id=BufferId(BASE + 3),
+        arguments=Arguments([BufferId(BASE + 3)]),
+    )
+    [ended] = state.handle(run)
+    assert "it makes buffers that are there already" in ended.failure.message
+    state.handle(events.ClientDropped(client_id=CLIENT))
+    assert state.memory.used_bytes == 0
+
+
 # ---- gangs
+
+
+def test_a_gang_computes_what_is_cancelled_after_it_was_admitted():
+    """Its hosts hear of that at different times: one that left a unit out would keep the others waiting for ever."""
+    state = ExecutorState("a", gang="member")
+    receive = ReceiveInstruction(slot=0, edge_id=3, peer=1)
+    compute = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
+    routes = Routes(senders={3: "b"})
+    program = load_program(PART, "step", 0, [1, 1], [receive, compute], [(1, 0)], routes=routes)
+    state.handle(events.ProgramArrived(program=program))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    run = RunPart(RunId(BASE + 30), SLICE)
+    state.handle(
+        events.RunEnqueued(
+            part=PART,
+            run_id=run.run_id,
+            sequence=1,
+            first_buffer_id=BufferId(BASE + 40),
+            arguments=Arguments([]),
+        )
+    )
+    state.handle(events.UnitGranted(run=run, unit=1))
+    state.handle(events.RunCancelled(run=run, failure=Failure(kind="RunCancelled", message="cancelled")))
+    commands = state.handle(events.TransferArrived(peer="b", run_id=run.run_id, edge_id=3, data=_Buffer(1)))
+    assert [type(command) for command in commands] == [events.Place, events.Execute, events.ReportPassed]
 
 
 def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
