@@ -307,7 +307,7 @@ class ExecutorState:
 
     def _cancel(self, event: RunCancelled) -> None:
         run = self.runs.get(event.run)
-        # In a gang, a unit that was granted would be issued by the hosts that hear of this late, and wait for the others.
+        # In a gang, the hosts that hear of it late would issue what was granted, and wait for the others.
         if run is not None and run.cancelled is None and not self.grants.is_gang:
             self._end_early(run, event.failure)
 
