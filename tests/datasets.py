@@ -34,6 +34,18 @@ class Noisy(Rows):
         return index, torch.stack([value.float() for value in noise])
 
 
+class RandomOrder(IterableDataset):
+    """Numbers in a random order; an iterable that is drawn at once, and one that is drawn number by number."""
+
+    def __init__(self, num_rows, lazily=False):
+        self.num_rows, self.lazily = num_rows, lazily
+
+    def __iter__(self):
+        if self.lazily:
+            return (torch.rand(()) + random.random() for _ in range(self.num_rows))
+        return iter(torch.randperm(self.num_rows))
+
+
 class Bytes(Rows):
     """A row of so many bytes, and a tensor of each kind."""
 
@@ -138,6 +150,11 @@ def make_rows(*, num_rows):
 def add_up(items):
     """A collate_fn."""
     return {"sum": torch.tensor([float(item["x"].sum()) for item in items]), "names": [item["name"] for item in items]}
+
+
+def with_noise(items):
+    """A collate_fn that draws random numbers."""
+    return len(items), torch.stack([torch.rand(()), torch.tensor(random.random()), torch.tensor(np.random.rand())])
 
 
 NOT_CALLABLE = 3

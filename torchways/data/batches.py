@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate, default_convert
 
 from torchways.data.spec import LoaderSpec, Position
 from torchways.data.trees import decode_state, encode_state
@@ -54,7 +54,8 @@ class Batches:
             self._dataset = make(*spec.args, **spec.kwargs)
         except Exception as error:
             raise failed(f"dataset {spec.dataset!r} cannot be made", error) from error
-        self._collate = _imported("collate_fn", spec.collate_fn) if spec.collate_fn is not None else None
+        plain = default_convert if spec.batch_size is None else default_collate
+        self._collate = plain if spec.collate_fn is None else _imported("collate_fn", spec.collate_fn)
         self._is_iterable = isinstance(self._dataset, IterableDataset)
         self._check()
         self.num_batches = self._count()
@@ -65,15 +66,22 @@ class Batches:
         Closing the iterator ends the workers.
         """
         loader = self._iterable_loader(position) if self._is_iterable else self._map_loader(position)
-        # PyTorch's workers start here, and not at the first batch.
-        return self._guarded(loader, iter(loader), position)
+        generators: _Generators | None = None
+        if self._is_iterable and not self.spec.num_workers:
+            generators = _Generators(self._pass_seed(position))
+        with generators or contextlib.nullcontext():
+            items = iter(loader)  # PyTorch's workers start here, and not at the first batch
+        return self._guarded(loader, items, position, generators)
 
-    def _guarded(self, loader: Any, items: Iterator[Any], position: Position) -> Iterator[tuple[Any, Position]]:
+    def _guarded(
+        self, loader: Any, items: Iterator[Any], position: Position, generators: _Generators | None
+    ) -> Iterator[tuple[Any, Position]]:
         number = position.batch
         try:
             while True:
                 try:
-                    batch = next(items)
+                    with generators or contextlib.nullcontext():
+                        batch = next(items)
                 except StopIteration:
                     return
                 except TorchwaysError:
@@ -112,15 +120,14 @@ class Batches:
         except Exception as error:
             raise failed(f"the length of dataset {self.spec.dataset!r} cannot be known", error) from error
 
+    def _pass_seed(self, position: Position) -> int:
+        return _mixed(self.spec.seed, position.epoch, 0)
+
     def _options(self, position: Position) -> dict[str, Any]:
         spec = self.spec
         # PyTorch draws the seed of workers from it, and else from the process's own generator.
-        generator = torch.Generator().manual_seed(_mixed(spec.seed, position.epoch, 0))
-        options: dict[str, Any] = {
-            "num_workers": spec.num_workers,
-            "collate_fn": self._collate,
-            "generator": generator,
-        }
+        generator = torch.Generator().manual_seed(self._pass_seed(position))
+        options: dict[str, Any] = {"num_workers": spec.num_workers, "generator": generator}
         if spec.num_workers:
             options |= {"prefetch_factor": spec.prefetch_factor, "timeout": spec.timeout}
             options["worker_init_fn"] = _DieWith(os.getpid())
@@ -128,10 +135,13 @@ class Batches:
 
     def _map_loader(self, position: Position) -> Any:
         order = _Order(self.spec, len(self._dataset), position)
-        items: Dataset[Any] = _Items(self._dataset, keeps_generators=self.spec.num_workers == 0)
+        batches: Dataset[Any] = _SeededBatches(
+            self._dataset, self._collate, keeps_generators=self.spec.num_workers == 0
+        )
+        options = {**self._options(position), "collate_fn": _as_it_is}
         if self.spec.batch_size is None:
-            return DataLoader(items, batch_size=None, sampler=order, **self._options(position))
-        return DataLoader(items, batch_sampler=order, **self._options(position))
+            return DataLoader(batches, batch_size=None, sampler=order, **options)
+        return DataLoader(batches, batch_sampler=order, **options)
 
     def _iterable_loader(self, position: Position) -> Any:
         # Its import takes as long as PyTorch's own, of which it is part.
@@ -143,6 +153,7 @@ class Batches:
             self._dataset,
             batch_size=self.spec.batch_size,
             drop_last=self.spec.drop_last,
+            collate_fn=self._collate,
             **self._options(position),
         )
         if position.state is not None:
@@ -192,30 +203,39 @@ class _Order:
         return rows[self._spec.part_index * size : (self._spec.part_index + 1) * size]
 
 
-class _Items(Dataset[Any]):
-    """A dataset whose random numbers depend on the batch alone, and whose errors name the item.
+class _SeededBatches(Dataset[Any]):
+    """The batches of a dataset, collated: their random numbers depend on the batch alone, and errors name the item.
 
     Args:
         dataset: has `__getitem__`, and perhaps `__getitems__`.
+        collate: makes a batch of what these return. It may draw random numbers too, so it is called here and not by
+            PyTorch's loader.
         keeps_generators: leave the process's own random generators as they were: nothing else runs in a worker.
     """
 
-    def __init__(self, dataset: Any, *, keeps_generators: bool) -> None:
+    def __init__(self, dataset: Any, collate: Callable[[Any], Any], *, keeps_generators: bool) -> None:
         self._dataset = dataset
+        self._collate = collate
         self._keeps_generators = keeps_generators
 
     def __getitems__(self, key: list[int]) -> Any:
         seed, *rows = key
-        with _seeded(seed, self._keeps_generators):
+        with self._seeded(seed):
             many = getattr(self._dataset, "__getitems__", None)
             if many is not None:
-                return self._read(many, rows, f"items {rows}")
-            return [self._read(self._dataset.__getitem__, row, f"item {row}") for row in rows]
+                return self._collate(self._read(many, rows, f"items {rows}"))
+            return self._collate([self._read(self._dataset.__getitem__, row, f"item {row}") for row in rows])
 
     def __getitem__(self, key: tuple[int, int]) -> Any:
         seed, row = key
-        with _seeded(seed, self._keeps_generators):
-            return self._read(self._dataset.__getitem__, row, f"item {row}")
+        with self._seeded(seed):
+            return self._collate(self._read(self._dataset.__getitem__, row, f"item {row}"))
+
+    def _seeded(self, seed: int) -> contextlib.AbstractContextManager[None]:
+        if self._keeps_generators:
+            return _Generators(seed)
+        _seed_generators(seed)
+        return contextlib.nullcontext()
 
     def _read(self, read: Callable[[Any], Any], rows: Any, what: str) -> Any:
         try:
@@ -227,19 +247,48 @@ class _Items(Dataset[Any]):
             raise
 
 
-@contextlib.contextmanager
-def _seeded(seed: int, keeps_generators: bool) -> Iterator[None]:
-    kept = (torch.get_rng_state(), random.getstate(), np.random.get_state()) if keeps_generators else None
+def _as_it_is(batch: Any) -> Any:
+    """A collate_fn: the batch is collated already."""
+    return batch
+
+
+class _Generators(contextlib.AbstractContextManager[None]):
+    """Random generators for a part of this process's code, apart from those that the rest of it draws from.
+
+    Within each ``with`` statement they go on where the one before left them.
+    """
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+        self._states: tuple[Any, ...] | None = None
+        self._others: tuple[Any, ...] = ()
+
+    def __enter__(self) -> None:
+        self._others = _generator_states()
+        if self._states is None:
+            _seed_generators(self._seed)
+        else:
+            _set_generator_states(self._states)
+
+    def __exit__(self, *error: object) -> None:
+        self._states = _generator_states()
+        _set_generator_states(self._others)
+
+
+def _seed_generators(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed % (1 << 32))
-    try:
-        yield
-    finally:
-        if kept is not None:
-            torch.set_rng_state(kept[0])
-            random.setstate(kept[1])
-            np.random.set_state(kept[2])
+
+
+def _generator_states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def _set_generator_states(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])
 
 
 class _DieWith:

@@ -44,9 +44,12 @@ def test_parts_of_a_batch_are_its_rows_in_order():
     assert [[keys[1:] for keys in part] for part in parts] == [[[0, 1], [4, 5]], [[2, 3], [6, 7]]]
 
 
-def test_random_numbers_depend_on_seed_epoch_and_batch_alone():
+@pytest.mark.parametrize(
+    ("name", "collate"), [("Noisy", None), ("Rows", "tests.datasets:with_noise")], ids=["items", "collate_fn"]
+)
+def test_random_numbers_depend_on_seed_epoch_and_batch_alone(name, collate):
     def noise(epoch, batch, **options):
-        batches = Batches(spec("Noisy", 12, batch_size=4, **options))
+        batches = Batches(spec(name, 12, batch_size=4, collate_fn=collate, **options))
         items = batches.begin(Position(epoch=epoch, batch=batch))
         values = next(items)[0][1]
         items.close()
@@ -58,6 +61,28 @@ def test_random_numbers_depend_on_seed_epoch_and_batch_alone():
     assert noise(0, 0, seed=1) not in found.values()
     before = torch.get_rng_state()
     noise(0, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("lazily", [False, True])
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_random_numbers_of_an_iterable_depend_on_seed_and_epoch_alone(lazily, num_workers):
+    def begin(position, **options):
+        batches = Batches(spec("RandomOrder", 8, lazily, batch_size=2, num_workers=num_workers, **options))
+        items = batches.begin(position)
+        for batch, behind in items:
+            yield batch.tolist(), behind
+            torch.rand(3)  # the user's own numbers, between two batches
+
+    torch.manual_seed(0)
+    found = list(begin(Position(epoch=1)))
+    for batch in (0, 1, 3):
+        position = found[batch - 1][1] if batch else Position(epoch=1)
+        assert [rows for rows, _ in begin(position)] == [rows for rows, _ in found[batch:]]
+    assert [rows for rows, _ in begin(Position(epoch=2))] != [rows for rows, _ in found]
+    assert [rows for rows, _ in begin(Position(epoch=1), seed=5)] != [rows for rows, _ in found]
+    before = torch.get_rng_state()
+    next(Batches(spec("RandomOrder", 8, lazily, batch_size=2, num_workers=num_workers)).begin(Position()))
     assert torch.equal(torch.get_rng_state(), before)
 
 
