@@ -195,7 +195,7 @@ def test_after_load_the_next_batch_is_the_one_that_would_have_come(meshes, num_w
         (0, 2),
         (0, 3),
         (0, 4),
-        (1, 0),
+        (0, 5),
         (1, 1),
     ]
     assert len({tuple(batch[0].tolist()) for batch in expected}) == 10

@@ -89,6 +89,8 @@ class ArrayLoader:
         self._position = Position()
         #: Where the next pass begins, if it was loaded.
         self._resumed: Position | None = None
+        #: Whether `set_epoch` named its epoch since: the next pass is then the rest of that epoch, even if it is empty.
+        self._is_named = False
         self._next_epoch = 0
         #: Rises with each pass: an iterator of an earlier one is of no use any more.
         self._pass_number = 0
@@ -98,10 +100,23 @@ class ArrayLoader:
         if self._closed:
             raise UserError("this data loader is closed; make a new one with tw.data_loader")
         position = self._resumed or Position(epoch=self._next_epoch)
+        if self._is_over(position) and not self._is_named:
+            position = Position(epoch=position.epoch + 1)
+        iterator = _PassIterator(self, self._pass_number + 1, is_resumed=position.batch > 0 and not self._is_named)
         self._pass_number += 1
-        self._begin(position)
+        if self._is_over(position):
+            iterator.is_over = True
+            self._next_epoch = position.epoch + 1
+        else:
+            self._begin(position)
         self._resumed = None
-        return _PassIterator(self, self._pass_number, is_resumed=position.batch > 0)
+        return iterator
+
+    def _is_over(self, position: Position) -> bool:
+        """Whether a position is known to be behind the last batch of its epoch."""
+        if self._source.num_batches is None:  # within a pass, an iterable dataset's loader always has a state
+            return position.batch > 0 and position.state is None
+        return position.batch >= self._source.num_batches > 0
 
     def _begin(self, position: Position) -> None:
         self._source.begin(position)
@@ -121,12 +136,14 @@ class ArrayLoader:
     def set_epoch(self, epoch: int) -> None:
         """Sets the number of the next pass, as a DistributedSampler has it.
 
-        If a position in the middle of this epoch was loaded, the next pass still begins there.
+        If a position in this epoch was loaded, the next pass still begins there: with nothing to yield, if that is
+        behind the last batch.
         """
         if isinstance(epoch, bool) or not isinstance(epoch, int) or epoch < 0:
             raise ConfigError(f"set_epoch takes a whole number of at least 0, not {epoch!r}")
         if self._resumed is not None and self._resumed.epoch != epoch:
             self._resumed = None
+        self._is_named = self._resumed is not None
         self._next_epoch = epoch
 
     def state_dict(self) -> dict[str, Any]:
@@ -136,8 +153,6 @@ class ArrayLoader:
             DataError: an iterable dataset's own state cannot be written down.
         """
         position = self._position
-        if position.batch and position.batch == self._source.num_batches:
-            position = Position(epoch=position.epoch + 1)
         if isinstance(position.state, dict) and NO_STATE in position.state:
             raise DataError(f"the position in dataset {self._spec.dataset!r} is not known: {position.state[NO_STATE]}")
         place = {"epoch": position.epoch, "batch": position.batch, "state": position.state}
@@ -145,6 +160,9 @@ class ArrayLoader:
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Makes the next `iter()` go on where `state_dict` was called: its first batch is the one that came next then.
+
+        Behind the last batch of an epoch that is the first of the next, unless `set_epoch` names the epoch that is
+        over: its pass is then empty.
 
         Raises:
             ConfigError: it is the position of another loader: of another dataset, seed or batch size, or in an iterable
@@ -167,6 +185,7 @@ class ArrayLoader:
         position = Position.from_json(json.dumps({key: state_dict[key] for key in ("epoch", "batch", "state")}))
         self._pass_number += 1
         self._position = self._resumed = position
+        self._is_named = False
         self._next_epoch = position.epoch
 
     def close(self) -> None:
@@ -187,7 +206,7 @@ class ArrayLoader:
             found = self._source.take()
         iterator.is_resumed = False
         if found is None:
-            self._position = Position(epoch=self._position.epoch + 1)
+            self._position = replace(self._position, state=None)  # the epoch is over
             iterator.is_over = True
             raise StopIteration
         batch, self._position = found
