@@ -209,7 +209,12 @@ class _Loading:
             for group, named in zip(optimizer.param_groups, groups, strict=True)
         ]
 
+        has_groups = bool(self._saved_below((*path, "param_groups")))
+
         def finish(flat: Mapping[str, Any]) -> None:
+            if has_groups:  # else the checkpoint does not have this optimizer, and strict=False leaves it as it is
+                for name, param in params.values():
+                    _keep_only(optimizer.state, param, states[name])
             wanted = [part["params"] for part in parts]
             for number, group in enumerate(optimizer.param_groups):
                 for key in group:
@@ -313,6 +318,14 @@ def _copy(array: Array, name: str, flat: Mapping[str, Any]) -> None:
 
 def _set(state: dict[str, Any], kind: str, name: str, flat: Mapping[str, Any]) -> None:
     state[kind] = flat[name]
+
+
+def _keep_only(state: dict[Any, dict[str, Any]], param: torch.Tensor, loaded: Mapping[str, Any]) -> None:
+    """Drops a parameter's state that was not loaded: it is of steps after the checkpoint, or of another optimizer."""
+    for kind in state.get(param, {}).keys() - loaded.keys():
+        del state[param][kind]
+    if not loaded:
+        state.pop(param, None)
 
 
 def _storage(leaf: Any) -> int | None:

@@ -1,5 +1,6 @@
 """Checkpoints without a cluster: of plain tensors, as in eager mode."""
 
+import copy
 import random
 
 import numpy as np
@@ -91,6 +92,36 @@ def test_training_goes_on_as_if_it_had_never_stopped(tmp_path, make_optimizer):
     assert fresh["data"].state == {"position": 5, "by_epoch": {1: [2]}, "left": [], 3: None}
     assert (fresh["model"].extra, fresh["model"].count.item()) == ("something", 7)
     assert fresh["mean"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("num_steps", [0, 2])
+def test_an_optimizer_forgets_steps_after_the_checkpoint(tmp_path, num_steps):
+    """As its own `load_state_dict` has it: what the checkpoint does not have is gone, in a part of its state too."""
+    torch.manual_seed(0)
+    state = training()
+    unused = nn.Parameter(torch.zeros(2))
+    state["optimizer"].add_param_group({"params": [unused]})
+    make_steps(state, num_steps)
+    checkpoint.save(tmp_path, state).result()
+    saved = copy.deepcopy(state["optimizer"].state_dict())
+    expected = make_steps(state, 4)
+    unused.grad = torch.ones(2)
+    state["optimizer"].step()
+    next(iter(state["optimizer"].state.values()))["max_exp_avg_sq"] = torch.ones(())  # as with other options
+    checkpoint.load(tmp_path, state)
+    found = state["optimizer"].state_dict()["state"]
+    assert {name: set(kinds) for name, kinds in found.items()} == {
+        name: set(kinds) for name, kinds in saved["state"].items()
+    }
+    assert make_steps(state, 4) == expected
+
+    checkpoint.save(tmp_path / "weights", {"model": state["model"]}).result()
+    before = copy.deepcopy(state["optimizer"].state_dict())
+    checkpoint.load(tmp_path / "weights", state, strict=False)
+    after = state["optimizer"].state_dict()["state"]
+    assert {name: set(kinds) for name, kinds in after.items()} == {
+        name: set(kinds) for name, kinds in before["state"].items()
+    }
 
 
 def test_what_is_saved_does_not_change_afterwards(tmp_path):
