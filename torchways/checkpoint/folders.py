@@ -106,9 +106,10 @@ def commit(partial: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int) -> None:
-    """Removes all complete checkpoints but the `keep` latest."""
-    for path in list(steps(folder).values())[:-keep]:
+def prune(new: Path, keep: int) -> None:
+    """Removes the complete checkpoints beside a new one, but for the `keep` - 1 of the highest steps."""
+    others = [path for path in steps(new.parent).values() if path != new]
+    for path in others[: max(0, len(others) - (keep - 1))]:
         # Without its metadata it is none any more, however far the removal comes.
         (path / METADATA).unlink(missing_ok=True)
         shutil.rmtree(path, ignore_errors=True)

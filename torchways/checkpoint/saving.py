@@ -104,7 +104,8 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
             values, and whatever has `state_dict` and `load_state_dict` (learning rate schedules, data loaders, ...).
             The states of the random generators of PyTorch, Python and NumPy come with it.
         step: number of the checkpoint, which is then in the folder ``step_00000100`` of `folder`.
-        keep: how many to keep in `folder`; older ones are removed once this one is complete. None: all.
+        keep: how many to keep in `folder`: this one, and those of the highest steps. Others are removed once this one is
+            complete. None: all.
 
     Returns:
         The checkpoint under way: `result()` waits for it.
@@ -125,7 +126,7 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
         if previous is not None:
             previous._wait()
         saving = Saving(final)
-        job = _Job(final, keep, collect(state))
+        job = _Job(final, step is not None, keep, collect(state))
         try:
             job.snapshot()
         except BaseException:
@@ -169,12 +170,14 @@ class _Job:
 
     Args:
         final: where it goes.
+        is_numbered: whether it is one of the checkpoints of a folder.
         keep: how many there may be when it is complete.
         tree: nested dictionaries of tensors and plain values.
     """
 
-    def __init__(self, final: Path, keep: int | None, tree: dict[str, Any]) -> None:
+    def __init__(self, final: Path, is_numbered: bool, keep: int | None, tree: dict[str, Any]) -> None:
         self._final = final
+        self._is_numbered = is_numbered
         self._keep = keep
         self._tree = {**tree, RANDOM_STATE: to_bytes(random_state())}
         self._partial: Path | None = None
@@ -240,7 +243,15 @@ class _Job:
         writer.finish(metadata, [results])
         folders.commit(self._partial, self._final)
         if self._keep is not None:
-            folders.prune(self._final.parent, self._keep)
+            folders.prune(self._final, self._keep)
+        latest = folders.latest(self._final.parent) if self._is_numbered else None
+        if latest is not None and latest != self._final:
+            logger.warning(
+                "saved %s, but %s is of a higher step: that is the one that is loaded from the folder. Remove it, or "
+                "give another folder",
+                self._final,
+                latest.name,
+            )
 
     def clean_up(self) -> None:
         """Removes what was written of a checkpoint that will never be complete."""

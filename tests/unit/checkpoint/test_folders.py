@@ -67,9 +67,20 @@ def test_only_the_latest_are_kept(tmp_path):
     for step in (1, 5, 20, 30):
         complete(tmp_path, step)
     (tmp_path / "step_00000002").mkdir()
-    folders.prune(tmp_path, 2)
+    folders.prune(tmp_path / "step_00000030", 2)
     assert list(folders.steps(tmp_path)) == [20, 30]
     assert (tmp_path / "step_00000002").is_dir()  # not complete, perhaps somebody's
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [5]), (2, [5, 200]), (3, [5, 100, 200]), (5, [5, 50, 100, 200])])
+def test_the_new_checkpoint_is_kept_whatever_its_step(tmp_path, caplog, keep, left):
+    """As when a run starts anew in a folder that has checkpoints of a longer one."""
+    for step in (50, 100, 200):
+        complete(tmp_path, step)
+    path = checkpoint.save(tmp_path, {"x": torch.ones(2)}, step=5, keep=keep).result()
+    assert folders.is_checkpoint(path)
+    assert list(folders.steps(tmp_path)) == left
+    assert ("step_00000200 is of a higher step" in caplog.text) == (keep > 1)
 
 
 def test_a_file_in_the_way(tmp_path):
