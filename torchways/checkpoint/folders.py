@@ -16,7 +16,8 @@ METADATA = ".metadata"
 _STEP = re.compile(r"step_(\d+)")
 #: Files of values, by any process that wrote a part.
 _DATA = re.compile(r"__.+\.distcp")
-_PARTIAL = r"\.partial-[0-9a-f]{8}"
+#: A checkpoint that is being written, or that one of the same name is to replace.
+_HIDDEN = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|replaced)-[0-9a-f]{8}")
 
 
 def is_checkpoint(folder: Path) -> bool:
@@ -28,7 +29,8 @@ def steps(folder: Path) -> dict[int, Path]:
     """Returns the complete checkpoints in a folder by their steps, in order."""
     if not folder.is_dir():
         return {}
-    found = {int(match[1]): path for path in folder.iterdir() if (match := _STEP.fullmatch(path.name))}
+    paths = [path for path in folder.iterdir() if not path.name.startswith(".")] + _without_successor(folder)
+    found = {int(match[1]): path for path in paths if (match := _STEP.fullmatch(_final_name(path)))}
     return {step: path for step, path in sorted(found.items()) if is_checkpoint(path)}
 
 
@@ -36,6 +38,31 @@ def latest(folder: str | os.PathLike[str]) -> Path | None:
     """Returns the complete checkpoint of the highest step in a folder, or None if there is none."""
     found = steps(Path(folder))
     return found[max(found)] if found else None
+
+
+def find(folder: Path) -> Path | None:
+    """Returns the complete checkpoint that a folder is, or that another was to replace there; None: there is none."""
+    if folder.exists():
+        return folder if is_checkpoint(folder) else None
+    beside = _without_successor(folder.parent) if folder.parent.is_dir() else []
+    return next((path for path in beside if _final_name(path) == folder.name), None)
+
+
+def _final_name(path: Path) -> str:
+    match = _HIDDEN.fullmatch(path.name)
+    return match["name"] if match is not None else path.name
+
+
+def _without_successor(folder: Path) -> list[Path]:
+    """Returns complete checkpoints that gave up their names to others that did not get them: see `commit`."""
+    return [
+        path
+        for path in folder.iterdir()
+        if (match := _HIDDEN.fullmatch(path.name))
+        and match["kind"] == "replaced"
+        and is_checkpoint(path)
+        and not (folder / match["name"]).exists()
+    ]
 
 
 def step_folder(folder: Path, step: int | None) -> Path:
@@ -68,24 +95,37 @@ def check_replaceable(final: Path) -> None:
 def begin(final: Path) -> Path:
     """Makes the folder in which a checkpoint is written, and removes what those before it that never ended have left.
 
-    Those before it are the ones of its own name and, of a step's, of other steps: another job may write beside it.
+    A checkpoint that was to be replaced by one of them gets its name back. Those before it are the ones of its own name
+    and, of a step's, of other steps: another job may write beside it.
 
     Raises:
         OSError: it cannot be made.
     """
     final.parent.mkdir(parents=True, exist_ok=True)
-    names = _STEP.pattern if _STEP.fullmatch(final.name) else re.escape(final.name)
-    left = re.compile(rf"\.{names}{_PARTIAL}")
+    for path in _without_successor(final.parent):
+        if _are_together(path, final):
+            path.rename(path.with_name(_final_name(path)))
     for path in final.parent.iterdir():
-        if left.fullmatch(path.name):
+        if _HIDDEN.fullmatch(path.name) and _are_together(path, final):
             shutil.rmtree(path, ignore_errors=True)
-    partial = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+    partial = _hidden(final, "partial")
     partial.mkdir()
     return partial
 
 
+def _are_together(hidden: Path, final: Path) -> bool:
+    name = _final_name(hidden)
+    return name == final.name or bool(_STEP.fullmatch(name) and _STEP.fullmatch(final.name))
+
+
+def _hidden(final: Path, kind: str) -> Path:
+    return final.with_name(f".{final.name}.{kind}-{uuid.uuid4().hex[:8]}")
+
+
 def commit(partial: Path, final: Path) -> None:
     """Gives a checkpoint that is all written its name; one that had it before is there until then.
+
+    If the process is killed between the two renames, the one before is found under its hidden name.
 
     Raises:
         OSError: it cannot be renamed.
@@ -94,9 +134,14 @@ def commit(partial: Path, final: Path) -> None:
     check_replaceable(final)
     old = None
     if final.exists():
-        old = final.with_name(f".{final.name}.partial-{uuid.uuid4().hex[:8]}")
+        old = _hidden(final, "replaced")
         final.rename(old)
-    partial.rename(final)
+    try:
+        partial.rename(final)
+    except OSError:
+        if old is not None:
+            old.rename(final)
+        raise
     folder = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the names, too, must be there after a crash

@@ -98,9 +98,9 @@ def _metadata(reader: StorageReader, path: Path) -> Metadata:
 
 def _find(folder: Path) -> Path:
     """Returns the checkpoint that a folder is, or has."""
-    if folders.is_checkpoint(folder) or any(folder.glob("*.safetensors")):
+    if any(folder.glob("*.safetensors")):
         return folder
-    found = folders.latest(folder)
+    found = folders.find(folder) or folders.latest(folder)
     if found is None:
         what = "it has no complete checkpoint" if folder.is_dir() else "there is no such folder"
         raise CheckpointError(f"nothing to load from {folder}: {what}")

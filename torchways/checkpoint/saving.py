@@ -104,8 +104,8 @@ def save(folder: str | os.PathLike[str], state: Any, *, step: int | None = None,
             values, and whatever has `state_dict` and `load_state_dict` (learning rate schedules, data loaders, ...).
             The states of the random generators of PyTorch, Python and NumPy come with it.
         step: number of the checkpoint, which is then in the folder ``step_00000100`` of `folder`.
-        keep: how many to keep in `folder`: this one, and those of the highest steps. Others are removed once this one is
-            complete. None: all.
+        keep: how many to keep in `folder`: this one, and those of the highest steps. Others are removed once this one
+            is complete. None: all.
 
     Returns:
         The checkpoint under way: `result()` waits for it.

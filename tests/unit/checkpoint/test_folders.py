@@ -1,6 +1,7 @@
 """Folders of checkpoints: what counts as complete, what is kept, and what is left after a crash."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +62,54 @@ def test_a_checkpoint_takes_the_place_of_one_of_the_same_step(tmp_path):
     folders.commit(partial, final)
     assert (final / folders.METADATA).read_text() == "the new one"
     assert [path.name for path in tmp_path.iterdir()] == ["step_00000003"]
+
+
+@pytest.mark.parametrize("step", [None, 3])
+def test_a_kill_between_the_renames_loses_nothing(tmp_path, monkeypatch, step):
+    class Killed(BaseException):
+        pass
+
+    def save(value):
+        final = folders.step_folder(tmp_path / "run", step)
+        partial = folders.begin(final)
+        (partial / folders.METADATA).write_text(value)
+        folders.commit(partial, final)
+        return final
+
+    final = save("the old one")
+    rename = Path.rename
+
+    def rename_once(path, target):
+        if target == final:
+            raise Killed
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", rename_once)
+    with pytest.raises(Killed):
+        save("the new one")
+    monkeypatch.undo()
+    assert not final.exists()
+    found = folders.find(final)
+    assert (found / folders.METADATA).read_text() == "the old one"
+    if step is not None:
+        assert latest(tmp_path / "run") == found
+        assert list(folders.steps(tmp_path / "run")) == [3]
+    folders.begin(final)
+    assert (final / folders.METADATA).read_text() == "the old one"
+    assert folders.find(final) == final
+    save("the next one")
+    assert (final / folders.METADATA).read_text() == "the next one"
+    assert [path.name for path in final.parent.iterdir()] == [final.name]
+
+
+def test_a_checkpoint_that_cannot_be_renamed_leaves_the_old_one(tmp_path):
+    final = complete(tmp_path, 3)
+    partial = folders.begin(final)
+    shutil.rmtree(partial)
+    with pytest.raises(FileNotFoundError):
+        folders.commit(partial, final)
+    assert [path.name for path in tmp_path.iterdir()] == [final.name]
+    assert folders.is_checkpoint(final)
 
 
 def test_only_the_latest_are_kept(tmp_path):
