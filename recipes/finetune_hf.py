@@ -102,10 +102,9 @@ def finetune_hf(settings: Settings, data: TextData, run_dir: Path) -> None:
             return loss_of(model, {"x": x, "y": y})
 
     def evaluate() -> dict[str, float]:
-        model.eval()  # without dropout
-        loss = mean_of(eval_step, data.validation_batches(config.batch_size, config.eval_batches))
-        model.train()
-        return {metrics.VALIDATION_LOSS: loss}
+        return {
+            metrics.VALIDATION_LOSS: mean_of(eval_step, data.validation_batches(config.batch_size, config.eval_batches))
+        }
 
     shape = (config.batch_size, settings.seq_len)
     codec = settings.model.codec()

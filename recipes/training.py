@@ -84,11 +84,12 @@ class Job:
         step: computes an update of a batch; returns at once. Its results are scalars by metric tag, among them
             `metrics.TRAIN_LOSS`; those that are None are left out.
         batches: the batches, without end: the arguments of `step`. Checkpoints have their place.
-        evaluate: returns metrics of the held-out text, among them `metrics.VALIDATION_LOSS`.
+        evaluate: returns metrics of the held-out text, among them `metrics.VALIDATION_LOSS`. The model is then in
+            evaluation mode.
         schedules: learning rates; the first one is logged.
         tokens_per_step: tokens of a batch, for the throughput.
         flops_per_step: floating-point operations of a step, or None if they are not known.
-        state: what a checkpoint holds: model, optimizers, learning rates.
+        state: what a checkpoint holds: "model", optimizers, learning rates.
         description: of the model, for recipes that load its checkpoints: see recipes/models/trained_gpt.py.
         unit: of the loss.
     """
@@ -134,7 +135,7 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
                 train_loss, step_time_s = _read_pending(pending, progress, logger)
                 _log_utilisation(step, job, config, step_time_s, logger)
             if step == config.steps or (config.eval_every and step % config.eval_every == 0):
-                validation = job.evaluate()
+                validation = _evaluate(job)
                 logger.log(step, validation)
                 progress.restart_clock()
             if ending and step < config.steps:
@@ -146,6 +147,15 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
         f"files            {run_dir}: {', '.join(sorted(path.name for path in run_dir.iterdir()))}",
         flush=True,
     )
+
+
+def _evaluate(job: Job) -> Mapping[str, float]:
+    model = job.state["model"]
+    model.eval()  # without dropout
+    try:
+        return job.evaluate()
+    finally:
+        model.train()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
