@@ -16,6 +16,9 @@ from torchways.errors import ConfigError
 
 T = TypeVar("T")
 
+#: Tokens of the recipes whose tokens are bytes.
+NUM_BYTES = 256
+
 
 class Precision(enum.Enum):
     """What products are computed in."""
@@ -231,6 +234,7 @@ class Settings:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
+        _check_vocabulary(self.model)
         if self.parallel.pipeline_stages > self.model.n_layers:
             raise ConfigError(
                 f"parallel.pipeline_stages is {self.parallel.pipeline_stages} but model.n_layers is "
@@ -286,10 +290,21 @@ class IslandsSettings:
     train: TrainConfig
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
+    def __post_init__(self) -> None:
+        _check_vocabulary(self.model)
+
     @property
     def seq_len(self) -> int:
         """Bytes of a window of text."""
         return int(self.model.seq_len)
+
+
+def _check_vocabulary(model: Any) -> None:
+    if isinstance(model, GPTConfig) and model.vocab_size < NUM_BYTES:  # others have their own tokens
+        raise ConfigError(
+            f"model.vocab_size is {model.vocab_size} but tokens are bytes, of which there are {NUM_BYTES}; set it to "
+            f"{NUM_BYTES} or more"
+        )
 
 
 def read_settings(settings_class: type[T], cfg: DictConfig) -> T:

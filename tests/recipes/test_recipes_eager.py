@@ -13,6 +13,7 @@ import pytest
 from recipes import metrics, multi_task, sparse_moe, train_lm, train_t5
 from recipes.settings import Settings, read_settings
 from recipes.training import read_text
+from torchways.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
@@ -46,3 +47,12 @@ def test_evaluation_has_no_dropout(recipe: ModuleType, tmp_path: Path, monkeypat
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     first, second = [line[metrics.VALIDATION_LOSS] for line in lines if metrics.VALIDATION_LOSS in line]
     assert first == second
+
+
+@pytest.mark.parametrize("recipe", [train_lm, sparse_moe, multi_task], ids=lambda recipe: recipe.__name__)
+def test_a_vocabulary_has_room_for_every_byte(recipe: ModuleType) -> None:
+    with pytest.raises(
+        ConfigError, match=r"model\.vocab_size is 255 but tokens are bytes, of which there are 256; set"
+    ):
+        settings_of(recipe, ["model.vocab_size=255"])
+    assert settings_of(recipe, ["model.vocab_size=257"]).model.vocab_size == 257
