@@ -118,7 +118,7 @@ def train(job: Job, config: TrainConfig, checkpoint: CheckpointConfig, run_dir: 
         return
     progress = Progress(num_steps=config.steps, first=done, tokens_per_step=job.tokens_per_step)
     pending: list[_PendingStep] = []
-    with MetricLogger(run_dir) as logger, contextlib.closing(progress), checkpoints:
+    with MetricLogger(run_dir, done=done) as logger, contextlib.closing(progress), checkpoints:
         for step in range(done + 1, config.steps + 1):
             started = time.perf_counter()
             batch = next(job.batches)

@@ -47,6 +47,29 @@ def test_lines_are_readable_before_the_end_and_close_is_idempotent(tmp_path: Pat
     logger.close()
 
 
+def test_a_run_that_goes_on_keeps_what_was_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with MetricLogger(tmp_path) as logger:
+        for step in (1, 2, 3):
+            logger.log(step, {metrics.TRAIN_LOSS: 6.0 - step})
+        logger.log(2, {metrics.VALIDATION_LOSS: 5.0})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "loss')  # killed while it wrote
+    drawn: dict[str, list[tuple[int, float]]] = {}
+    monkeypatch.setattr(metrics, "draw_loss", lambda path, **curves: drawn.update(curves))
+    with MetricLogger(tmp_path, done=2) as logger:  # step 3 was made after the last checkpoint
+        logger.log(3, {metrics.TRAIN_LOSS: 2.5})
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["step"], *list(line.values())[1:]) for line in lines] == [(1, 5.0), (2, 4.0), (2, 5.0), (3, 2.5)]
+    assert drawn == {"train": [(1, 5.0), (2, 4.0), (3, 2.5)], "validation": [(2, 5.0)]}
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(e.step, e.value) for e in events.Scalars(metrics.TRAIN_LOSS)] == [(1, 5.0), (2, 4.0), (3, 2.5)]
+    assert not (tmp_path / "metrics.new").exists()
+
+    with MetricLogger(tmp_path) as logger:  # a new run
+        logger.log(1, {metrics.TRAIN_LOSS: 7.0})
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1]
+
+
 def test_loss_is_drawn_also_after_a_failure(tmp_path: Path) -> None:
     def fail() -> None:
         with MetricLogger(tmp_path) as logger:
