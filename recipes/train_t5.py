@@ -94,6 +94,7 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
     torch.manual_seed(config.seed)
     rows = settings.parallel.rows(config.batch_size)
     encoder_mesh, *others = island_meshes(settings.parallel.islands, rows, setting="parallel.islands")
+    order = "1F1B" if others else "LoopedBFS"  # which has several stages on one slice
     model = tw.pipeline(
         make_model(settings),
         split_spec={"decoder": tw.SplitPoint.BEGINNING},
@@ -112,7 +113,7 @@ def train_t5(settings: Settings, data: TextData, run_dir: Path) -> None:
 
     @tw.program
     def train_step(inputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        losses = tw.microbatch(forward_backward, inputs, targets, n_microbatches=num_microbatches)
+        losses = tw.microbatch(forward_backward, inputs, targets, n_microbatches=num_microbatches, schedule=order)
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.max_norm)
         optimizer.step()
         optimizer.zero_grad()

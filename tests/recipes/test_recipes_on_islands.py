@@ -115,6 +115,12 @@ def check_losses(recipe: ModuleType, folder: Path, overrides: list[str], monkeyp
             marks=pytest.mark.slow,
         ),
         pytest.param(train_t5, [*T5, "data.loader=hosts"], id="train_t5"),
+        pytest.param(
+            train_t5,
+            [*T5, "parallel.islands=1", "parallel.n_microbatches=2"],
+            id="train_t5_one_island",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(finetune_hf, [*LLAMA, "data.loader=hosts"], id="finetune_hf", marks=pytest.mark.slow),
     ],
 )

@@ -10,7 +10,7 @@ from torch import nn
 import torchways as tw
 from tests.local_session import LocalSession
 from tests.unit.capture.models import Model, pipelined
-from torchways.controller.function import make_function
+from torchways.controller.function import make_function, make_pipeline
 from torchways.controller.program import ProgramFunction
 from torchways.errors import CaptureError, ConfigError, ShapeError, UserError
 from torchways.parallel.pipeline import SplitPoint
@@ -332,6 +332,33 @@ def test_arguments_that_do_not_fit():
         tw.microbatch(lambda x, y: None, torch.ones(2), torch.ones(3), n_microbatches=1)
     with pytest.raises(UserError, match="returns different values that are no tensors"):
         tw.microbatch(lambda x: x.sum().item(), torch.arange(4.0), n_microbatches=2)
+
+
+def test_a_schedule_that_does_not_fit_names_the_line():
+    """Two stages on one slice, which the default schedule does not allow."""
+    session = LocalSession()
+    slice_ = session.mesh()
+    model = make_pipeline(
+        nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1)),
+        {"1": SplitPoint.BEGINNING},
+        [slice_] * 2,
+        None,
+        lambda: session,
+    )
+
+    def forward_backward(rows):
+        loss = model(rows).sum()
+        loss.backward()
+        return loss
+
+    def program(schedule):
+        return ProgramFunction(
+            lambda x: tw.microbatch(forward_backward, x, n_microbatches=2, schedule=schedule), None, lambda: session
+        )
+
+    with pytest.raises(ConfigError, match=r"1F1B has one stage .* take .*, at .*test_microbatches\.py:\d+"):
+        program("1F1B")(torch.ones(4, 2))
+    assert program("LoopedBFS")(torch.ones(4, 2)).shape == (2,)
 
 
 def test_a_schedule_of_ones_own():

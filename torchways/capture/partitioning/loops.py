@@ -101,7 +101,10 @@ def _schedule(label: LoopLabel, homes: dict[int, int], chosen: Schedule | None) 
         places = [rows[homes[stage]] for stage in range(num_stages)]
         made = find_schedule(places, label.num_turns, UNIT_COSTS, apart=True).schedule
     if isinstance(made, str):
-        made = make_schedule(made, num_stages, num_slices, label.num_turns)
+        try:
+            made = make_schedule(made, num_stages, num_slices, label.num_turns)
+        except ConfigError as error:
+            raise ConfigError(f"{error}, at {label.line}") from error
     if (made.num_stages, made.num_microbatches) != (num_stages, label.num_turns):
         raise ConfigError(
             f"schedule {made.name} has {made.num_stages} stages and {made.num_microbatches} microbatches, but the "
