@@ -415,11 +415,22 @@ def _change(func: Any, args: Any, kwargs: Any, written: list[Array]) -> Any:
             f"{func} would change the shape or the memory of {written[0]!r}, which is the slice's: assign the new "
             "value to its .data"
         )
+    if func is torch.ops.aten.copy_.default and args[0]._storage.base is args[0]._storage:
+        return _overwrite(args[0], *args[1:], **kwargs)
     with contextlib.ExitStack() as stack:
         bases = {id(array._storage.base): array._storage.base for array in written}
         for base in bases.values():
             stack.enter_context(base.undisturbed())
         return _change_bases(func, args, kwargs, bases)
+
+
+def _overwrite(array: Array, source: Any, non_blocking: bool = False) -> Array:
+    """Copies values over all of an array, whose old ones nobody needs to read: it may have none yet."""
+    host = _read(source) if isinstance(source, Array) else source
+    value = torch.empty(array.shape, dtype=array.dtype).copy_(host)
+    with array._storage.undisturbed():
+        array._storage.put_back(value)
+    return array
 
 
 def _change_bases(func: Any, args: Any, kwargs: Any, bases: dict[int, Storage]) -> Any:

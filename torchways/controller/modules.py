@@ -18,7 +18,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from torchways.array import Array, set_grad_quietly
 from torchways.capture.current_trace import current_trace
 from torchways.controller.buffers import HostBuffer, get_all, host_array
-from torchways.errors import ShapeError, UserError
+from torchways.errors import UserError
 from torchways.mesh import Placements, VirtualSlice
 
 #: Attribute of a placed module: runs one call of it outside any program.
@@ -194,10 +194,15 @@ def placed_class(cls: type, call: Callable[..., Any], entry: Callable[[torch.nn.
 
     def state_dict(self: Any, *args: Any, **kwargs: Any) -> Any:
         state = super(placed, self).state_dict(*args, **kwargs)
-        return state if _is_unread.get() else get_all(state, None)
+        return state if _is_unread.get() else _read_state(state)
 
-    def load_state_dict(self: Any, state: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        return _load(self, state, strict)
+    def load_state_dict(self: Any, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("assign") or True in args[1:2]:
+            raise UserError(
+                f"load_state_dict of {cls.__name__} with assign=True would put other tensors in the place of the "
+                "arrays on its slices; leave it out, and the values are copied into them"
+            )
+        return super(placed, self).load_state_dict(_read_state(state_dict), *args, **kwargs)
 
     namespace = {
         ENTRY: property(entry_of),
@@ -245,46 +250,12 @@ def _is_ours(hook: Any) -> bool:
     return (getattr(hook, "__module__", None) or "").startswith("torchways.")
 
 
-def _load(module: torch.nn.Module, state: Mapping[str, Any], strict: bool) -> Any:
-    """Gives a module's arrays new values; they go to their slices at their next use."""
-    own = {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **{
-            name: buffer
-            for name, buffer in module.named_buffers(remove_duplicate=False)
-            if name.rsplit(".", 1)[-1] not in module.get_submodule(name.rpartition(".")[0])._non_persistent_buffers_set
-        },
-    }
-    extra = {
-        f"{name}.{_EXTRA_STATE}" if name else _EXTRA_STATE: submodule
-        for name, submodule in module.named_modules(remove_duplicate=False)
-        if type(submodule).set_extra_state is not torch.nn.Module.set_extra_state
-    }
-    missing = [name for name in (*own, *extra) if name not in state]
-    unexpected = [name for name in state if name not in own and name not in extra]
-    if strict and (missing or unexpected):
-        raise UserError(
-            f"load_state_dict of {type(module).__name__}: missing keys {missing}, unexpected keys {unexpected}; "
-            "pass strict=False to load what fits"
-        )
-    for name, array in own.items():
-        if name not in state:
-            continue
-        value = torch.as_tensor(state[name].cpu() if isinstance(state[name], Array) else state[name])
-        if tuple(value.shape) != tuple(array.shape):
-            raise ShapeError(
-                f"load_state_dict: {name} has shape {tuple(array.shape)} but the value {tuple(value.shape)}"
-            )
-        if not isinstance(array, Array):  # the user's own, in the place of one
-            with torch.no_grad():
-                array.copy_(value)
-            continue
-        with array._storage.undisturbed():
-            array._storage.put_back(value.detach().to(array.dtype, copy=True).contiguous())
-    for name, submodule in extra.items():
-        if name in state:
-            submodule.set_extra_state(state[name])
-    return torch.nn.modules.module._IncompatibleKeys(missing, unexpected)
+def _read_state(state: Any) -> Any:
+    """Returns a module's state with the values of the arrays in it, which are read side by side."""
+    read = get_all(state, None)
+    if read is not state and hasattr(state, "_metadata"):  # versions of modules
+        read._metadata = state._metadata
+    return read
 
 
 def _check_initialized(parameter: torch.Tensor, name: str) -> None:

@@ -274,3 +274,67 @@ def test_state_can_be_loaded_and_is_used_next():
     model(x)
     model.load_state_dict({"weight": torch.eye(2) * 5})
     assert model(x).tolist() == [[5, 5]]
+
+
+class Renamed(nn.Module):
+    """Loads what older versions of it saved, and what a wrapper saved; counts how often."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.num_loads = nn.Linear(2, 2), nn.BatchNorm1d(2), 0
+        self._register_load_state_dict_pre_hook(self.rename)
+        self.register_load_state_dict_post_hook(self.count)
+
+    @staticmethod
+    def rename(state, prefix, *rest):
+        for key in [key for key in state if key.startswith(f"{prefix}old.")]:
+            state[key.replace("old.", "layer.")] = state.pop(key)
+
+    @staticmethod
+    def count(module, keys):
+        module.num_loads += 1
+
+    def forward(self, x):
+        return self.norm(self.layer(x))
+
+    def load_state_dict(self, state):
+        return super().load_state_dict({key.removeprefix("module."): value for key, value in state.items()})
+
+
+def test_hooks_and_overrides_of_load_state_dict_are_called():
+    session = LocalSession()
+    model = make_function(Renamed(), session.mesh(), lambda: session)
+    x = torch.randn(4, 2)
+    model(x)  # the values are on the slice
+    saved = Renamed()
+    state = {key.replace("layer.", "module.old."): value for key, value in saved.state_dict().items()}
+    keys = model.load_state_dict(state)
+    assert (keys.missing_keys, keys.unexpected_keys, model.num_loads) == ([], [], 1)
+    torch.testing.assert_close(model(x).cpu(), saved(x))
+    assert model.state_dict()._metadata == saved.state_dict()._metadata
+
+    wrong = {**state, "norm.bias": torch.zeros(3), "surplus": torch.zeros(1)}
+    with pytest.raises(
+        RuntimeError, match=r'Unexpected key\(s\) in state_dict: "surplus".*\n.*size mismatch for norm.bias'
+    ):
+        model.load_state_dict(wrong)
+
+
+def test_state_is_loaded_from_arrays_and_the_old_values_are_not_read(monkeypatch):
+    session = LocalSession()
+    first, second = (make_function(nn.Linear(2, 2), session.mesh(), lambda: session) for _ in range(2))
+    for model in (first, second):
+        model(torch.ones(1, 2))
+    reads = []
+    start_fetch = session.start_fetch
+    monkeypatch.setattr(session, "start_fetch", lambda buffer: reads.append(buffer) or start_fetch(buffer))
+    state = dict(first.named_parameters())
+    theirs, ours = ({parameter._buffer for parameter in model.parameters()} for model in (first, second))
+    second.load_state_dict(state)
+    assert theirs >= set(reads)
+    assert not ours & set(reads)
+    assert torch.equal(second.weight.cpu(), first.weight.cpu())
+    first.weight.data.zero_()
+    assert second.weight.any()
+    with pytest.raises(UserError, match="load_state_dict of Linear with assign=True would put other tensors"):
+        second.load_state_dict(state, assign=True)
