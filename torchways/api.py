@@ -301,6 +301,7 @@ def program(
 
     Raises (when called):
         ShapeError: an argument is larger than its largest bucket.
+        UserError: an argument that is to be padded requires grad: a padded copy would get its gradient.
         CaptureError: the function cannot be captured; the message names the line.
         PlacementError: no slice is known for an operator, or an argument cannot be split.
     """

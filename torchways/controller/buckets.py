@@ -12,7 +12,7 @@ import torch.utils._pytree as pytree
 from torchways.array import Array
 from torchways.capture.source import user_line
 from torchways.controller.signatures import named_leaves
-from torchways.errors import ConfigError, ShapeError
+from torchways.errors import ConfigError, ShapeError, UserError
 
 #: From an argument's name to a dimension's sizes: ``{"x": {1: [64, 128, 256]}}``.
 Buckets: TypeAlias = Mapping[str, Mapping[int, Sequence[int]]]
@@ -48,6 +48,7 @@ class Padding:
         Raises:
             ConfigError: no tensor of the call has a name that buckets name.
             ShapeError: a tensor has no such dimension, or is larger than its largest bucket.
+            UserError: a tensor that is to be padded requires grad.
         """
         found: set[str] = set()
         leaves = []
@@ -78,6 +79,11 @@ class Padding:
             shape[dim] = fitting[0]
         if shape == list(tensor.shape):
             return tensor
+        if tensor.requires_grad:
+            raise UserError(
+                f"{name}, at {user_line()}, requires grad, but buckets pad it: a copy of shape {shape} would get the "
+                f"gradient. Pad it with torch.nn.functional.pad, or pass {name}.detach() if you need no gradient"
+            )
         value = self.value.get(entry, 0) if isinstance(self.value, Mapping) else self.value
         padded = torch.full(shape, value, dtype=tensor.dtype)
         padded[tuple(slice(size) for size in tensor.shape)] = tensor.detach()

@@ -15,7 +15,7 @@ from torchways.controller.buckets import Padding
 from torchways.controller.function import make_function
 from torchways.controller.program import ProgramFunction
 from torchways.controller.variants import VariantCache, VariantOptions
-from torchways.errors import ConfigError, ShapeError
+from torchways.errors import ConfigError, ShapeError, UserError
 
 
 @pytest.fixture
@@ -240,6 +240,25 @@ def test_labels_are_padded_with_what_the_loss_ignores(session):
 def test_outputs_keep_the_padded_size(session):
     run = placed(lambda x: x + 1, session, padding=Padding({"x": {0: [4]}}, 7))
     assert run(torch.zeros(3)).cpu().tolist() == [1, 1, 1, 8]
+
+
+def test_a_tensor_that_requires_grad_is_not_padded(session):
+    """Its gradient would be the padded copy's."""
+
+    def step(batch):
+        total = (batch["x"] ** 2).sum()
+        total.backward()
+        return total
+
+    run = placed(step, session, padding=Padding({"batch": {0: [4, 8]}}))
+    fits = torch.ones(4, requires_grad=True)
+    run({"x": fits})
+    assert fits.grad.tolist() == [2, 2, 2, 2]
+    with pytest.raises(
+        UserError,
+        match=r"batch\['x'\], at test_shapes.py:\d+.*, requires grad, but buckets pad it: a copy of shape \[4\] would",
+    ):
+        run({"x": torch.ones(3, requires_grad=True)})
 
 
 def test_what_buckets_refuse(session):
