@@ -225,6 +225,8 @@ class Admission:
                 run.lanes.remove(lane)
                 self._look_at(run.lanes)
                 if not run.lanes:
+                    if run in self._chosen:
+                        self._chosen.remove(run)
                     self._without_lanes.append(run)
 
     def hold(self, run: HeldRun) -> None:

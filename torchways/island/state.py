@@ -137,7 +137,9 @@ class SchedulerState:
     def handle(self, event: Event, now: float = 0.0) -> list[Command]:
         """Takes an event; returns what to do, in order. `now`: a time in seconds, which never falls."""
         commands = self._handle(event, now)
-        commands += self._carry_out(self.admission.decisions(now))
+        # What is carried out may make room for more, and nothing might come that asks again.
+        while decisions := self.admission.decisions(now):
+            commands += self._carry_out(decisions, now)
         return commands
 
     def wake_time(self, now: float) -> float | None:
@@ -159,9 +161,9 @@ class SchedulerState:
             case ProgramRegistered():
                 return self._register(event)
             case RunOrdered():
-                return self._carry_out(self.admission.ordered(event.run_id, now))
+                return self._carry_out(self.admission.ordered(event.run_id, now), now)
             case RunsCancelled():
-                return [command for run_id in event.run_ids for command in self._cancel(run_id, event.failure)]
+                return [command for run_id in event.run_ids for command in self._cancel(run_id, event.failure, now)]
             case TimePassed():
                 return []
             case UnitReady():
@@ -186,12 +188,12 @@ class SchedulerState:
             case _:
                 assert_never(event)
 
-    def _carry_out(self, decisions: Iterable[Decision]) -> list[Command]:
+    def _carry_out(self, decisions: Iterable[Decision], now: float) -> list[Command]:
         commands: list[Command] = []
         for decision in decisions:
             match decision:
                 case Admit():
-                    commands += self._enqueue(decision.run)
+                    commands += self._enqueue(decision.run, now)
                 case Ask():
                     commands.append(self._ask(decision.run))
                 case Release():
@@ -292,7 +294,7 @@ class SchedulerState:
         islands = program.islands if program is not None else ()
         return AskOrder(run_id=run.run_id, client_id=run.share.client_id, islands=islands, is_withdrawn=is_withdrawn)
 
-    def _enqueue(self, run: HeldRun, cancelled: Failure | None = None) -> list[Command]:
+    def _enqueue(self, run: HeldRun, now: float, cancelled: Failure | None = None) -> list[Command]:
         request: RunRequested = run.request
         program = self.programs[request.program_id]
         program.num_held -= 1
@@ -300,6 +302,10 @@ class SchedulerState:
         # and poisons what depends on it. Were the run dropped, they would wait for its results for ever.
         failure = self._missing(request.arguments)
         targets = {(e, s): self.slices[s] for s in request.arguments if s in self.slices for e in self.slices[s]}
+        used = set(targets.values())
+        for lane in run.lanes:
+            if lane.devices not in used:  # its slices there went while it was held: no executor will say that it ended
+                self.admission.ended(run.run_id, request.client_id, lane.devices, 0.0, now)
         commands: list[Command] = []
         if targets:
             self._sequence += 1
@@ -324,14 +330,14 @@ class SchedulerState:
             commands += self._forget(request.program_id)
         return commands
 
-    def _cancel(self, run_id: RunId, failure: Failure) -> list[Command]:
+    def _cancel(self, run_id: RunId, failure: Failure, now: float) -> list[Command]:
         held = self.admission.cancel(run_id)
         if held is not None:
             # It takes no devices, and needs no order: its results are failures, also those that it sends. One that is
             # asked for has its place, or will, which is passed over.
             is_awaited = held.spans and not held.is_asked
             withdrawn: list[Command] = [self._ask(held, is_withdrawn=True)] if is_awaited else []
-            return [*withdrawn, *self._enqueue(held, failure)]
+            return [*withdrawn, *self._enqueue(held, now, failure)]
         run = self.runs.get(run_id)
         parts = run.running if run is not None else ()
         return [SendCancel(executor_id=e, run=RunPart(run_id, s), failure=failure) for e, s in parts]

@@ -408,3 +408,57 @@ def test_runs_over_islands_never_wait_for_each_other(runs, window, delay, name):
         assert not scheduler.admission.runs
         assert not scheduler.runs
         assert all(not lane.admitted and not lane.queues for lane in scheduler.admission.lanes.values())
+
+
+@pytest.mark.parametrize("client_ends", [False, True])
+def test_held_runs_of_a_slice_that_was_removed_slow_nobody(client_ends):
+    """The resource manager removes the slice of a client that is gone before the client's stream ends here, if ever."""
+    cluster = Cluster(["a"], delay=0.0005)
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    flood(cluster, 2, cluster.program(2, 0, "a"), 0.005, until=15.0)
+    flood(cluster, 1, cluster.program(1, 0, "a"), 1.0, until=5.0, ahead=64)
+    removed = core.SliceClosed(slice_id=cluster.slices[1, "a"], reason="its client is gone")
+    cluster.at(5.2, lambda: cluster.handle(0, removed))
+    if client_ends:
+        cluster.at(5.3, lambda: cluster.handle(0, core.ClientGone(client_id=1)))
+    cluster.go(15.0)
+    assert device_time(cluster, 2, 10.0, 15.0) == pytest.approx(5.0, rel=0.001)
+    [lane] = cluster.schedulers[0].admission.lanes.values()
+    assert set(lane.admitted) <= {2}
+    assert set(lane.queues) <= {2}
+    assert all(run.client_id == 2 for run in cluster.schedulers[0].runs.values())
+
+
+def test_room_that_runs_of_a_removed_slice_leave_is_used_at_once():
+    """The removed slice's runs are the last that happen on the devices: no end, and no time, asks again."""
+    cluster = Cluster("ab", window=0.0)
+    cluster.join(1, "a", "b")
+    cluster.join(2, "a", "b")
+    both, other = cluster.program(1, 0, "a", "b"), cluster.program(2, 0, "a")
+    cluster.run(cluster.program(2, 1, "a"), 2 * 10**6, 1.0)
+    for number in range(3):
+        cluster.run(both, 10**6 + number, 1.0)
+    cluster.run(other, 2 * 10**6 + 1, 1.0)
+    for executor in "ab":
+        cluster.handle(0, core.SliceClosed(slice_id=cluster.slices[1, executor], reason="its client is gone"))
+    cluster.go(10.0)
+    assert cluster.all_finished()
+    assert max(end for _, end, _, _ in cluster.computed) == pytest.approx(2.0)
+
+
+def test_a_chosen_run_whose_devices_all_go_is_asked_for_once():
+    cluster = Cluster("ab", "c")
+    cluster.join(1, *"abc")
+    cluster.join(2, "a", "b")
+    long, mine = cluster.program(2, 0, "b"), cluster.program(1, 0, *"abc")
+    cluster.schedulers[0].programs[long[0]].times.measured(("b",), 1.0)
+    cluster.run(long, 2 * 10**6, 1.0)
+    cluster.run(mine, 10**6, 0.01)
+    assert cluster.schedulers[0].waits(0.0)[0].endswith("room on its other devices")  # chosen: a has room, b has none
+    for executor in "ab":
+        cluster.lose(executor)
+    cluster.go(5.0)
+    assert not cluster.schedulers[0].admission.runs
+    assert not cluster.order.runs
+    assert cluster.finished[10**6] >= {0}
