@@ -45,7 +45,7 @@ _MAX_UNREAD_BYTES = 16 << 20
 _MAX_HELD_BYTES = 64 << 20
 #: Programs that are listed for operators.
 _MAX_PROGRAMS = 500
-#: Programs that a client may have on an island. Controllers keep below (`Session.max_programs`).
+#: Programs that a client may have on an island. Controllers keep below (`Programs.limit`).
 _MAX_PROGRAMS_OF_CLIENT = 16_384
 #: Of a program's name, characters that are kept.
 _MAX_NAME = 1_000

@@ -56,7 +56,7 @@ from torchways.island.turns import Turns
 
 #: Slices that are gone and are remembered, for messages about them.
 _MAX_GONE_SLICES = 1_000
-#: Runs of a client that may be in flight on an island. Controllers keep far below (`Session.max_runs_in_flight`).
+#: Runs of a client that may be in flight on an island. Controllers keep far below (`Runs.limit`).
 _MAX_RUNS_OF_CLIENT = 4_096
 
 
@@ -345,9 +345,12 @@ class SchedulerState:
     def _end(self, event: RunEnded, now: float) -> list[Command]:
         run_id, slice_id = event.run
         run = self.runs.get(run_id)
+        is_running = run is not None and (event.executor_id, slice_id) in run.running
+        if not is_running and self.turns.set_of(event.executor_id) is None:
+            return []  # its set lost another host, with which all of its runs ended here
         if run is None:
             raise InternalError(f"run {run_id} ended on {event.executor_id}, but is not in flight")
-        if (event.executor_id, slice_id) not in run.running:
+        if not is_running:
             raise InternalError(
                 f"run {run_id} ended for slice {slice_id} on {event.executor_id}, not running it; {run.history()}"
             )
@@ -456,9 +459,13 @@ class SchedulerState:
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
         self._num_programs.pop(client_id, None)
-        # Its runs end by themselves, and have devices until then.
+        # Its runs end by themselves, and have devices until then. A slice that it closed behind runs that were held is
+        # closed by nobody else; the resource manager's word about the others then changes nothing.
         executors = dict.fromkeys(executor_id for devices in self.turns.devices for executor_id in devices)
-        return [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
+        drops: list[Command] = [SendDrop(executor_id=executor_id, client_id=client_id) for executor_id in executors]
+        for slice_id in [key for key, owner in self.owners.items() if owner == client_id]:
+            drops += self._close_slice(slice_id, "its client is gone")
+        return drops
 
     def num_programs(self, client_id: ClientId) -> int:
         """Returns how many programs a client has."""

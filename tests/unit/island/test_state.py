@@ -14,12 +14,12 @@ from torchways.island import events as core
 from torchways.island.state import SchedulerState
 
 
-def make_scheduler(*slices):
-    """Each of `slices` is a tuple of executor ids; slice ids count from 1."""
+def make_scheduler(*slices, owner=1):
+    """Each of `slices` is a tuple of executor ids; slice ids count from 1. `owner`: their client."""
     scheduler = SchedulerState()
     for slice_id, executor_ids in enumerate(slices, start=1):
         added = core.SliceAdded(
-            slice_id=slice_id, client_id=1, executor_ids=executor_ids, device_indices=tuple(map(ord, executor_ids))
+            slice_id=slice_id, client_id=owner, executor_ids=executor_ids, device_indices=tuple(map(ord, executor_ids))
         )
         scheduler.handle(added)
     return scheduler
@@ -174,7 +174,7 @@ def test_the_slices_that_are_left_run_their_parts_of_what_names_a_gone_one():
 
 
 def test_dropping_a_client_leaves_nothing_of_it():
-    scheduler = make_scheduler(("a", "b"), ("c",))
+    scheduler = make_scheduler(("a", "b"), ("c",), owner=2)
     register(scheduler, 5, 1, 2, client=1, compiled=True)
     register(scheduler, 6, 2, client=2, compiled=True)
     run(scheduler, 1, 1, 2, client=1)
@@ -186,6 +186,42 @@ def test_dropping_a_client_leaves_nothing_of_it():
         end(scheduler, executor_id, 1)
     assert set(scheduler.runs) == {2}
     assert loaded(scheduler, "a", 5) == []
+
+
+def test_a_client_that_is_gone_has_no_slice_left_even_if_it_closed_one_behind_runs_that_are_held():
+    scheduler = SchedulerState(window=0.0)
+    for slice_id, executor_id in ((1, "a"), (2, "b")):
+        scheduler.handle(core.SliceAdded(slice_id=slice_id, client_id=1, executor_ids=(executor_id,)))
+    register(scheduler, 5, 1, 2, compiled=True)
+    run(scheduler, 1, 1, 2)
+    run(scheduler, 2, 1, 2)
+    assert scheduler.handle(core.SliceClosed(slice_id=1, reason="it was closed", is_in_order=True)) == []
+    assert set(scheduler.slices) == {1, 2}  # behind run 2
+    drops = scheduler.handle(core.ClientGone(client_id=1))
+    assert drops == [
+        *[core.SendDrop(executor_id=executor_id, client_id=1) for executor_id in "ab"],
+        core.SendDrop(executor_id="a", slice_id=1),
+        core.SendDrop(executor_id="b", slice_id=2),
+    ]
+    assert scheduler.handle(core.SliceClosed(slice_id=2, reason="its client is gone")) == []  # the resource manager
+    for executor_id, slice_id in (("a", 1), ("b", 2)):  # run 1 has its devices until it ends
+        assert (executor_id,) in scheduler.admission.lanes
+        scheduler.handle(core.RunEnded(executor_id=executor_id, run=RunPart(1, slice_id), failure=None))
+    assert not (scheduler.slices or scheduler.owners or scheduler.admission.lanes or scheduler.turns.devices)
+    assert not (scheduler.runs or scheduler.admission.runs or scheduler.programs)
+
+
+def test_a_host_that_ends_a_run_after_another_of_its_gang_is_lost_is_not_at_fault():
+    scheduler = make_scheduler(("a", "b"), ("c",))
+    register(scheduler, 5, 1, 2, compiled=True)
+    run(scheduler, 1, 1, 2)
+    run(scheduler, 2, 1)
+    scheduler.handle(core.ExecutorRemoved(executor_id="b", reason="signal 9"))
+    for run_id in (1, 2):  # run 1 has a part on c, run 2 is over
+        late = core.RunEnded(executor_id="a", run=RunPart(run_id, 1), failure=None, device_seconds=1.0)
+        assert scheduler.handle(late) == []
+    (finished,) = end(scheduler, "c", 1)
+    assert (finished.run_id, finished.failure.kind) == (1, "ExecutorLost")
 
 
 def test_releases_and_forgotten_programs_go_to_the_executors_concerned():
@@ -279,7 +315,7 @@ class Simulation:
     SLICES = (("a", "b"), ("c",), ("d", "e", "f"))
 
     def __init__(self):
-        self.scheduler = make_scheduler(*self.SLICES)
+        self.scheduler = make_scheduler(*self.SLICES, owner=3)  # whoever has slices, they outlive both clients
         self.clients = {1, 2}
         for client in self.clients:
             self.carry_out(register(self.scheduler, client, 1, 2, 3, client=client, compiled=True))
