@@ -5,8 +5,12 @@ when it is the next of its client on all of its lanes, and these have room: less
 device time, which covers the way to the executors and back. Which client is next, a lane's policy says. So devices
 always have work, and what is decided is decided late.
 
-What is admitted counts as done once its device time has passed, so what waits for values from elsewhere does not keep
-others out. A client may have a few windows of work admitted that has not ended, and no more.
+What is admitted counts as done once its device time has passed, or once something that was admitted later has ended, so
+what waits for anything but the devices (values from elsewhere, memory, its program's compilation) does not keep others
+out. A client may have a few windows of work admitted that has not ended, and no more.
+
+Of a program of which no run has ended on a lane, a client may have one unfinished run there while others wait for the
+lane, and two while it is alone: such a run may take any time, and all who come later wait behind it.
 
 Runs that span islands are admitted in one order on all of them (cluster/run_order.py): a run whose turn has come is
 *asked* for, and is admitted when its order comes, whatever has been admitted meanwhile. What its client sent behind it
@@ -20,7 +24,7 @@ Pure: time comes with calls, in seconds.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -33,6 +37,9 @@ _UNKNOWN_SECONDS = 0.01
 #: Windows of work that a client may have admitted beside its oldest run: enough for a way to the executors and back
 #: that takes much longer than the window, on a machine that is overloaded.
 _WINDOWS_OF_CLIENT = 8
+#: Unfinished runs that a client may have of a program whose time is not known: one that computes, and the next, so that
+#: the devices have work until the end of the first is known here.
+_MAX_UNKNOWN = 2
 #: The least that a run counts as, so that those that compute nothing are bounded, too.
 _LEAST_SECONDS = 20e-6
 #: Part of what is known of a program's time that its last run makes up.
@@ -91,6 +98,10 @@ class ProgramTimes:
         """Returns the device time that a run is expected to take."""
         return self.seconds.get(devices, _UNKNOWN_SECONDS)
 
+    def is_known(self, devices: DeviceSet) -> bool:
+        """Whether a run has ended on a lane."""
+        return devices in self.seconds
+
     def measured(self, devices: DeviceSet, seconds: float) -> None:
         """Takes what a run took."""
         known = self.seconds.get(devices)
@@ -106,14 +117,73 @@ class Usage:
     num_finished: int = 0
 
 
+@dataclass(eq=False, slots=True)
+class AdmittedRun:
+    """A run that is admitted to a lane.
+
+    Attributes:
+        pending: as the policy has it.
+        program: see `HeldRun`.
+        number: rises with each that is admitted.
+        seconds: device time that it should take, as far as is known by now.
+    """
+
+    pending: PendingRun
+    program: ProgramTimes
+    number: int
+    seconds: float
+
+
 @dataclass(slots=True)
 class Admitted:
     """A client's runs that are admitted to a lane, oldest first, and the device time that they should take."""
 
-    runs: dict[RunId, PendingRun] = field(default_factory=dict)
+    runs: dict[RunId, AdmittedRun] = field(default_factory=dict)
     seconds: float = 0.0
     #: Those that have parts on other devices: what is admitted behind them may wait, too.
     elsewhere: set[RunId] = field(default_factory=set)
+    #: How many there are of each program.
+    num_of: Counter[ProgramTimes] = field(default_factory=Counter)
+
+    def add(self, run_id: RunId, run: AdmittedRun, *, is_elsewhere: bool) -> None:
+        """A run is admitted."""
+        self.runs[run_id] = run
+        self.seconds += run.seconds
+        self.num_of[run.program] += 1
+        if is_elsewhere:
+            self.elsewhere.add(run_id)
+
+    def pop(self, run_id: RunId) -> AdmittedRun | None:
+        """Takes a run out that has ended, if it is here."""
+        run = self.runs.pop(run_id, None)
+        if run is not None:
+            self.seconds -= run.seconds
+            self.elsewhere.discard(run_id)
+            self.num_of[run.program] -= 1
+            if not self.num_of[run.program]:
+                del self.num_of[run.program]
+        return run
+
+    def seconds_after(self, number: int) -> float:
+        """Returns the device time of what was admitted after a run that has ended, if it waits for devices alone."""
+        if self.elsewhere or next(reversed(self.runs.values())).number < number:
+            return 0.0
+        seconds = self.seconds
+        for run in self.runs.values():
+            if run.number > number:
+                break
+            seconds -= run.seconds
+        return seconds
+
+    def learned(self, program: ProgramTimes, seconds: float) -> float:
+        """Counts a program's runs as what its first took; returns by how much more that is."""
+        more = 0.0
+        for run in self.runs.values():
+            if run.program is program:
+                more += seconds - run.seconds
+                run.seconds = seconds
+        self.seconds += more
+        return more
 
 
 @dataclass(eq=False, slots=True)
@@ -125,6 +195,7 @@ class Lane:
         admitted: of each client that has some, its runs that have not ended.
         busy_until: when what is admitted should have ended.
         busy_seconds: device time since the lane's beginning.
+        num_admitted: runs since the lane's beginning.
     """
 
     devices: DeviceSet
@@ -134,6 +205,7 @@ class Lane:
     busy_until: float = 0.0
     busy_seconds: float = 0.0
     usage: dict[ClientId, Usage] = field(default_factory=dict)
+    num_admitted: int = 0
 
     def unfinished_seconds(self, now: float) -> float:
         """Returns the device time that should be left of what is admitted."""
@@ -273,20 +345,38 @@ class Admission:
         self._look_at(run.lanes)
         return run
 
-    def ended(self, run_id: RunId, client_id: ClientId, devices: DeviceSet, seconds: float, now: float) -> None:
-        """An admitted run has ended on a lane, where it took `seconds` of device time."""
+    def ended(
+        self,
+        run_id: RunId,
+        client_id: ClientId,
+        devices: DeviceSet,
+        seconds: float,
+        now: float,
+        *,
+        is_typical: bool = False,
+    ) -> None:
+        """An admitted run has ended on a lane, where it took `seconds` of device time.
+
+        Args:
+            is_typical: it did all that its program does, so that others of it will take as long.
+        """
         lane = self.lanes.get(devices)
         mine = lane.admitted.get(client_id) if lane is not None else None
-        run = mine.runs.pop(run_id, None) if mine is not None else None
-        if lane is None or mine is None or run is None:
+        ended = mine.pop(run_id) if mine is not None else None
+        if lane is None or mine is None or ended is None:
             return
-        mine.seconds -= run.seconds
-        mine.elsewhere.discard(run_id)
+        run, program = ended.pending, ended.program
+        if is_typical:
+            is_first = not program.is_known(devices)
+            program.measured(devices, seconds)
+            if is_first:
+                lane.busy_until += mine.learned(program, max(_LEAST_SECONDS, seconds))
         if not mine.runs:
             del lane.admitted[client_id]
-        # What waits for nothing but the devices is computed from now on at the earliest.
-        sure = sum(item.seconds for item in lane.admitted.values() if not item.elsewhere)
-        lane.busy_until = max(now + sure, lane.busy_until + seconds - run.seconds) if lane.admitted else now
+        # What waits for nothing but the devices is computed from now on at the earliest. What was admitted before this
+        # run, and has not ended, waits for something else: its program may be compiled for a minute yet.
+        sure = sum(item.seconds_after(ended.number) for item in lane.admitted.values())
+        lane.busy_until = max(now + sure, lane.busy_until + seconds - ended.seconds) if lane.admitted else now
         lane.busy_seconds += seconds
         if (usage := lane.usage.get(client_id)) is not None:
             usage.seconds += seconds
@@ -415,10 +505,9 @@ class Admission:
             pending = lane.pending(run)
             lane.busy_until = (max(now, lane.busy_until) if lane.admitted else now) + pending.seconds
             mine = lane.admitted.setdefault(client_id, Admitted())
-            mine.runs[run.run_id] = pending
-            mine.seconds += pending.seconds
-            if run.spans or len(run.lanes) > 1:
-                mine.elsewhere.add(run.run_id)
+            lane.num_admitted += 1
+            admitted = AdmittedRun(pending, run.program, lane.num_admitted, pending.seconds)
+            mine.add(run.run_id, admitted, is_elsewhere=run.spans or len(run.lanes) > 1)
             lane.policy.admitted(pending)
         yield Admit(run=run)
         for lane in run.lanes:
@@ -482,11 +571,16 @@ class Admission:
             return True
         mine = lane.admitted.get(run.share.client_id)
         seconds = mine.seconds - next(iter(mine.runs.values())).seconds if mine is not None else 0.0
+        num_unfinished = mine.num_of[run.program] if mine is not None else 0
         if run.spans:
             for item in lane.queues[run.share.client_id]:
                 if not isinstance(item, HeldRun) or not item.is_asked:
                     break
                 seconds += lane.pending(item).seconds
+                num_unfinished += item.program is run.program
+        if num_unfinished and not run.program.is_known(lane.devices):
+            is_alone = len(lane.queues) == 1
+            return num_unfinished < (_MAX_UNKNOWN if is_alone else 1)
         return seconds <= _WINDOWS_OF_CLIENT * self.window
 
     def _has_room(self, lane: Lane, now: float) -> bool:

@@ -81,7 +81,6 @@ class _Program:
 class _Run:
     client_id: ClientId
     sequence: int
-    times: ProgramTimes
     #: Executors whose part is not over, with the slice: their sets.
     running: dict[tuple[str, SliceId], DeviceSet]
     #: Those that have reported, in order.
@@ -309,7 +308,7 @@ class SchedulerState:
         commands: list[Command] = []
         if targets:
             self._sequence += 1
-            self.runs[request.run_id] = _Run(request.client_id, self._sequence, run.program, targets, failure=failure)
+            self.runs[request.run_id] = _Run(request.client_id, self._sequence, targets, failure=failure)
             commands += [
                 SendEnqueue(
                     executor_id=e,
@@ -367,9 +366,8 @@ class SchedulerState:
             run.failure = failure
         if devices not in run.running.values():
             seconds = max(run.seconds.get(executor_id, 0.0) for executor_id in devices)
-            self.admission.ended(run_id, run.client_id, devices, seconds, now)
-            if run.failure is None:
-                run.times.measured(devices, seconds)
+            is_typical = run.failure is None
+            self.admission.ended(run_id, run.client_id, devices, seconds, now, is_typical=is_typical)
         if run.running:
             return []
         del self.runs[run_id]

@@ -54,6 +54,7 @@ class Cluster:
         self.num = 0
         self.wakes = {}
         self.lost = set()
+        self.stuck = {}  # client -> what arrived of it and waits for something else than devices
         self.unfinished = defaultdict(int)  # client -> its runs
         for number, executors in enumerate(islands):
             self.order.join(number)
@@ -143,8 +144,15 @@ class Cluster:
         self.handle(item.island_id, core.RunOrdered(run_id=item.run_id))
 
     def arrive(self, executor, item):
+        if (waiting := self.stuck.get(item[0] // 10**6)) is not None:
+            waiting.append((executor, item))
+            return
         self.queues[executor].append(item)
         self.start()
+
+    def go_on(self, client):
+        for executor, item in self.stuck.pop(client):
+            self.arrive(executor, item)
 
     def start(self):
         """Starts all runs whose parts are first everywhere."""
@@ -462,3 +470,62 @@ def test_a_chosen_run_whose_devices_all_go_is_asked_for_once():
     assert not cluster.schedulers[0].admission.runs
     assert not cluster.order.runs
     assert cluster.finished[10**6] >= {0}
+
+
+@pytest.mark.parametrize("is_known", [False, True])
+@pytest.mark.parametrize("seconds", [0.0005, 0.001, 0.02])
+def test_runs_that_wait_for_something_else_leave_the_devices_to_others(seconds, is_known):
+    """Of client 1, whose program is compiled (not known), or which waits for memory (known), until 2 s."""
+    cluster = Cluster(["a"], delay=0.0005)
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    flood(cluster, 2, cluster.program(2, 0, "a"), seconds, until=4.0, ahead=64)
+    mine = cluster.program(1, 0, "a")
+    if is_known:
+        cluster.schedulers[0].programs[mine[0]].times.measured(("a",), 0.01)
+    cluster.stuck[1] = []
+    cluster.at(0.5, lambda: flood(cluster, 1, mine, 0.01, until=4.0, ahead=64))
+    cluster.at(2.0, lambda: cluster.go_on(1))
+    cluster.go(4.0)
+    assert device_time(cluster, 1, 0.0, 2.0) == 0
+    assert device_time(cluster, 2, 1.0, 2.0) == pytest.approx(1.0, abs=0.001)
+    assert device_time(cluster, 1, 3.0, 4.0) == pytest.approx(0.5, abs=0.03)
+    assert device_time(cluster, 2, 3.0, 4.0) == pytest.approx(0.5, abs=0.03)
+
+
+def test_a_program_of_unknown_time_gets_one_run_while_others_wait():
+    cluster = Cluster(["a"], delay=0.0005)
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    flood(cluster, 2, cluster.program(2, 0, "a"), 0.001, until=4.0, ahead=64)
+    cluster.at(0.5, lambda: flood(cluster, 1, cluster.program(1, 0, "a"), 1.0, until=4.0, ahead=64))
+    cluster.go(4.0)
+    computed = [run_id // 10**6 for _, _, _, run_id in cluster.computed]
+    first = computed.index(1)
+    assert computed[first + 1 : first + 41] == [2] * 40
+    assert not any(one == other == 1 for one, other in zip(computed[first:], computed[first + 1 :], strict=False))
+
+
+def test_who_comes_after_a_program_of_unknown_time_waits_for_two_runs_at_most():
+    cluster = Cluster(["a"], delay=0.0005)
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    flood(cluster, 1, cluster.program(1, 0, "a"), 1.0, until=9.0, ahead=64)
+    mine = cluster.program(2, 0, "a")
+    for number in range(100):  # more than it may have admitted
+        cluster.at(0.5 + 0.01 * number, lambda r=2 * 10**6 + number: cluster.run(mine, r, 0.001))
+    cluster.go(10.0)
+    ends = [end for _, end, _, run_id in cluster.computed if run_id // 10**6 == 2]
+    assert len(ends) == 100
+    assert ends[0] <= 2.1
+    assert ends[-1] <= 3.2
+
+
+def test_a_lone_client_keeps_devices_busy_with_runs_of_unknown_time():
+    cluster = Cluster(["a"], delay=0.0005)
+    cluster.join(1, "a")
+    program = cluster.program(1, 0, "a")
+    for number in range(20):
+        cluster.run(program, 10**6 + number, 0.01)
+    cluster.go()
+    assert cluster.computed[-1][1] == pytest.approx(20 * 0.01 + cluster.delay)

@@ -73,6 +73,7 @@ def test_room_a_turn_and_earlier_runs():
 
 def test_a_clients_runs_that_do_not_end():
     island = Island("a")
+    island.scheduler.programs[1].times.measured(("a",), RUN_SECONDS)
     for number in range(8):
         island.run(1, number + 1, "a", now=RUN_SECONDS * number)
     assert list(island.held_for) == [1, 2, 3, 4, 5, 6]
@@ -80,6 +81,16 @@ def test_a_clients_runs_that_do_not_end():
     island.end(1, 2)
     island.handle(core.TimePassed(), now=1.0)  # the others should have ended long ago
     assert island.held_for[7] == "its client's runs that are admitted, to end"
+
+
+def test_a_clients_runs_of_unknown_time():
+    island = Island("a")
+    for number in range(3):
+        island.run(1, number + 1, "a", now=RUN_SECONDS * number)
+    assert list(island.held_for) == [1, 2]
+    island.end(1, 1, now=0.03)
+    island.handle(core.TimePassed(), now=0.04)
+    assert island.held_for[3] == "its client's runs that are admitted, to end"
 
 
 def test_room_on_other_devices():

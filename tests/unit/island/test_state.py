@@ -207,8 +207,9 @@ def test_a_client_that_is_gone_has_no_slice_left_even_if_it_closed_one_behind_ru
     for executor_id, slice_id in (("a", 1), ("b", 2)):  # run 1 has its devices until it ends
         assert (executor_id,) in scheduler.admission.lanes
         scheduler.handle(core.RunEnded(executor_id=executor_id, run=RunPart(1, slice_id), failure=None))
-    assert not (scheduler.slices or scheduler.owners or scheduler.admission.lanes or scheduler.turns.devices)
-    assert not (scheduler.runs or scheduler.admission.runs or scheduler.programs)
+    left = [scheduler.slices, scheduler.owners, scheduler.admission.lanes, scheduler.turns.devices]
+    left += [scheduler.runs, scheduler.admission.runs, scheduler.programs]
+    assert not any(left)
 
 
 def test_a_host_that_ends_a_run_after_another_of_its_gang_is_lost_is_not_at_fault():
