@@ -110,11 +110,12 @@ class ProgramTimes:
 
 @dataclass(slots=True)
 class Usage:
-    """What a client has had of a lane. `seconds`: device time."""
+    """What a client has had of a lane. `seconds`: device time; `last_turn`: when a run of it had its turn."""
 
     share: Share
     seconds: float = 0.0
     num_finished: int = 0
+    last_turn: float = -math.inf
 
 
 @dataclass(eq=False, slots=True)
@@ -213,8 +214,13 @@ class Lane:
 
     def pending(self, run: HeldRun) -> PendingRun:
         """Returns a run as the policy sees it."""
-        seconds = max(_LEAST_SECONDS, run.program.expected(self.devices))
-        return PendingRun(share=run.share, run_id=run.run_id, arrived=run.arrived, seconds=seconds)
+        return PendingRun(
+            share=run.share,
+            run_id=run.run_id,
+            arrived=run.arrived,
+            first_since=max(run.arrived, self.usage[run.share.client_id].last_turn),
+            seconds=max(_LEAST_SECONDS, run.program.expected(self.devices)),
+        )
 
     def uses(self, client_id: ClientId) -> bool:
         """Whether a client has something here."""
@@ -483,6 +489,8 @@ class Admission:
                 blocked.update(run.lanes)
 
     def _take(self, run: HeldRun, now: float) -> Iterator[Decision]:
+        for lane in run.lanes:
+            lane.usage[run.share.client_id].last_turn = now
         if run.spans:
             yield from self._ask(run)
         else:

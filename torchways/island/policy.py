@@ -49,12 +49,14 @@ class PendingRun:
         share: of its client.
         run_id: the run.
         arrived: when it came, in seconds.
+        first_since: when it became the first of its client here: it came, or the one before it got its turn.
         seconds: device time that it is expected to take.
     """
 
     share: Share
     run_id: RunId
     arrived: float
+    first_since: float
     seconds: float
 
 
@@ -158,11 +160,18 @@ class ProportionalShare(FirstComeFirstServed):
 
 
 class StrictPriority(FirstComeFirstServed):
-    """The highest priority goes first. Waiting adds to it, one level a second, so that nobody waits for ever."""
+    """The highest priority goes first. Waiting adds to it, one level a second, so that nobody waits for ever.
+
+    A client that asks for many runs ahead gains nothing by it: what waits for its own client's runs does not age.
+    """
 
     def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
         """See `Policy`."""
-        return min(runs, key=lambda run: (-(run.share.priority + (now - run.arrived) / _AGEING_SECONDS), run.arrived))
+        return min(runs, key=lambda run: (-_aged(run, now), run.first_since))
+
+
+def _aged(run: PendingRun, now: float) -> float:
+    return run.share.priority + (now - run.first_since) / _AGEING_SECONDS
 
 
 def _arrival(run: PendingRun) -> tuple[float, int]:

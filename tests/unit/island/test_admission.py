@@ -336,6 +336,35 @@ def test_with_ageing_nobody_starves():
     assert 3.0 < start < 4.0  # three levels, one a second
 
 
+def test_a_client_that_runs_ahead_does_not_age():
+    """What waits behind 64 runs of its own client is no older than the one before it."""
+    cluster = Cluster(["a"], policy=StrictPriority, delay=0.0005)
+    cluster.join(1, "a", priority=10)
+    cluster.join(2, "a", priority=0)
+    flood(cluster, 2, cluster.program(2, 0, "a"), 0.2, until=40.0, ahead=64)
+    mine = cluster.program(1, 0, "a")
+    cluster.at(15.0, lambda: flood(cluster, 1, mine, 0.2, until=40.0, ahead=1))
+    cluster.go(40.0)
+    starts = [start for start, _, _, run_id in cluster.computed if run_id // 10**6 == 1]
+    assert starts[0] - 15.0 < 0.21
+    assert device_time(cluster, 1, 15.5, 40.0) >= 0.49 * 24.5  # every other run: it asks for one at a time
+    assert len(starts) > 40
+
+
+def test_with_ageing_a_client_that_runs_ahead_does_not_starve_either():
+    cluster = Cluster(["a"], policy=StrictPriority, delay=0.0005)
+    cluster.join(1, "a", priority=3)
+    cluster.join(2, "a", priority=0)
+    for client in (1, 2):
+        flood(cluster, client, cluster.program(client, 0, "a"), 0.1, until=30.0, ahead=64)
+    cluster.go(30.0)
+    starts = [start for start, _, _, run_id in cluster.computed if run_id // 10**6 == 2]
+    pauses = [later - start for start, later in zip(starts, starts[1:], strict=False)]
+    assert len(pauses) > 5
+    assert max(pauses) < 3.5
+    assert min(pauses[1:]) > 2.5
+
+
 def test_what_has_no_devices_here_any_more_waits_for_its_order_alone():
     """Spanning runs of a client, on slices of island 0 that go one after the other while both are held."""
     cluster = Cluster("ab", "c", window=0.0)
