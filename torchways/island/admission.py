@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from torchways.ids import ClientId, RunId
-from torchways.island.policy import PendingRun, Policy, Share
+from torchways.island.policy import GuardedPolicy, PendingRun, Policy, PolicyFactory, Share
 
 #: What a run is expected to take before any of its program has ended.
 _UNKNOWN_SECONDS = 0.01
@@ -290,9 +290,9 @@ class Admission:
 
     # ---- what comes
 
-    def add_lane(self, devices: DeviceSet, policy: Policy) -> None:
+    def add_lane(self, devices: DeviceSet, policy: PolicyFactory) -> None:
         """Devices have a first slice."""
-        self.lanes[devices] = Lane(devices, policy)
+        self.lanes[devices] = Lane(devices, GuardedPolicy(policy, "/".join(devices)))
 
     def remove_lane(self, devices: DeviceSet) -> None:
         """Devices have no slice any more; runs that are held for them run elsewhere only."""

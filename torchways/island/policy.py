@@ -3,19 +3,26 @@
 A policy decides for one set of devices. The scheduler (admission.py) asks it each time the devices have room for more
 work, and tells it of everything that it needs to decide: runs that came, that were admitted, and that have ended, with
 the device time that they took. Policies are pure: no clock, no socket.
+
+A policy of somebody's own that fails must not take the cluster's clients with it: a `GuardedPolicy` serves runs in the
+order in which they came from then on.
 """
 
 from __future__ import annotations
 
 import importlib
+import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 from torchways.errors import ConfigError
 from torchways.ids import ClientId, RunId
+
+logger = logging.getLogger(__name__)
 
 #: Device time, in seconds, that a client may be owed: what it could not use any longer ago is others'.
 _MAX_LAG_SECONDS = 0.2
@@ -181,6 +188,79 @@ def _arrival(run: PendingRun) -> tuple[float, int]:
 #: Makes the policy of one set of devices.
 PolicyFactory: TypeAlias = Callable[[], Policy]
 
+
+class GuardedPolicy:
+    """A policy until it fails: first come, first served from then on. The log says once why.
+
+    Args:
+        factory: makes the policy.
+        where: what it decides for, for people.
+    """
+
+    def __init__(self, factory: PolicyFactory, where: str) -> None:
+        self._name = f"{getattr(factory, '__module__', None)}:{getattr(factory, '__qualname__', repr(factory))}"
+        self._where = where
+        self._policy: Policy = FirstComeFirstServed()
+        try:
+            self._policy = factory()
+        except Exception:
+            self._give_up()
+
+    def add(self, run: PendingRun, *, was_idle: bool) -> None:
+        """See `Policy`."""
+        try:
+            self._policy.add(run, was_idle=was_idle)
+        except Exception:
+            self._give_up()
+
+    def next(self, runs: Sequence[PendingRun], now: float) -> PendingRun:
+        """See `Policy`."""
+        try:
+            if (run := self._policy.next(runs, now)) in runs:
+                return run
+            raise ConfigError(f"next(runs, now) must return one of runs, not {run!r}")
+        except Exception:
+            self._give_up()
+            return self._policy.next(runs, now)
+
+    def admitted(self, run: PendingRun) -> None:
+        """See `Policy`."""
+        try:
+            self._policy.admitted(run)
+        except Exception:
+            self._give_up()
+
+    def finished(self, run: PendingRun, seconds: float) -> None:
+        """See `Policy`."""
+        try:
+            self._policy.finished(run, seconds)
+        except Exception:
+            self._give_up()
+
+    def forget(self, client_id: ClientId) -> None:
+        """See `Policy`."""
+        try:
+            self._policy.forget(client_id)
+        except Exception:
+            self._give_up()
+
+    def _give_up(self) -> None:
+        self._policy = FirstComeFirstServed()
+        logger.exception(
+            "policy %s failed; from here on, runs go in the order in which they came on %s", self._name, self._where
+        )
+
+
+#: A run, and how the scheduler calls each method of a policy.
+_RUN = PendingRun(share=Share(client_id=ClientId(1)), run_id=RunId(1), arrived=0.0, first_since=0.0, seconds=0.0)
+_CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
+    "add": ("add(run, was_idle=...)", (_RUN,), {"was_idle": True}),
+    "next": ("next(runs, now)", ([_RUN], 0.0), {}),
+    "admitted": ("admitted(run)", (_RUN,), {}),
+    "finished": ("finished(run, seconds)", (_RUN, 0.0), {}),
+    "forget": ("forget(client_id)", (_RUN.share.client_id,), {}),
+}
+
 POLICIES: dict[str, PolicyFactory] = {
     "proportional_share": ProportionalShare,
     "first_come_first_served": FirstComeFirstServed,
@@ -206,7 +286,7 @@ def find_policy(name: str) -> PolicyFactory:
     """Returns a policy by its name, or by "module:Class".
 
     Raises:
-        ConfigError: there is none, or it cannot be imported.
+        ConfigError: there is none, it cannot be imported, or its methods cannot be called as a policy's.
     """
     if name in POLICIES:
         return POLICIES[name]
@@ -215,9 +295,15 @@ def find_policy(name: str) -> PolicyFactory:
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, or module:Class, not {name!r}")
     try:
         factory = getattr(importlib.import_module(module_name), class_name)
-        is_policy = isinstance(factory(), Policy)
+        policy = factory()
     except Exception as error:
         raise ConfigError(f"policy {name} cannot be used: {type(error).__name__}: {error}") from error
-    if not is_policy:
+    if not isinstance(policy, Policy):
         raise ConfigError(f"policy {name} is no policy: see torchways.island.policy.Policy")
-    return factory
+    for method, (call, positional, named) in _CALLS.items():
+        try:
+            inspect.signature(getattr(policy, method)).bind(*positional, **named)
+        except TypeError as error:
+            raise ConfigError(f"policy {name} cannot be called as {call}: {error}") from error
+    found: PolicyFactory = factory
+    return found

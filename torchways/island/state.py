@@ -224,7 +224,7 @@ class SchedulerState:
         self.owners[event.slice_id] = event.client_id
         self._shares[event.client_id] = event.share or Share(client_id=event.client_id)
         if event.executor_ids not in self.admission.lanes:
-            self.admission.add_lane(event.executor_ids, self._policy())
+            self.admission.add_lane(event.executor_ids, self._policy)
         return self.turns.add(event.executor_ids, frozenset(event.device_indices))
 
     def _register(self, event: ProgramRegistered) -> list[Command]:

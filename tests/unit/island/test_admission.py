@@ -6,6 +6,7 @@ Devices are simulated: each lane takes what is admitted in order, and the time i
 import heapq
 import math
 from collections import defaultdict, deque
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -359,7 +360,7 @@ def test_with_ageing_a_client_that_runs_ahead_does_not_starve_either():
         flood(cluster, client, cluster.program(client, 0, "a"), 0.1, until=30.0, ahead=64)
     cluster.go(30.0)
     starts = [start for start, _, _, run_id in cluster.computed if run_id // 10**6 == 2]
-    pauses = [later - start for start, later in zip(starts, starts[1:], strict=False)]
+    pauses = [later - start for start, later in pairwise(starts)]
     assert len(pauses) > 5
     assert max(pauses) < 3.5
     assert min(pauses[1:]) > 2.5
@@ -532,7 +533,7 @@ def test_a_program_of_unknown_time_gets_one_run_while_others_wait():
     computed = [run_id // 10**6 for _, _, _, run_id in cluster.computed]
     first = computed.index(1)
     assert computed[first + 1 : first + 41] == [2] * 40
-    assert not any(one == other == 1 for one, other in zip(computed[first:], computed[first + 1 :], strict=False))
+    assert not any(one == other == 1 for one, other in pairwise(computed[first:]))
 
 
 def test_who_comes_after_a_program_of_unknown_time_waits_for_two_runs_at_most():
