@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torchways.array import Array
 from torchways.capture.lowering.decompositions import decomposition_table
 from torchways.capture.source import user_line
-from torchways.config import ClusterConfig
+from torchways.config import LEAST_WEIGHT, ClusterConfig
 from torchways.controller.buckets import Buckets, Padding, PadValue
 from torchways.controller.buffers import RemoteBuffer, get_all
 from torchways.controller.control_flow import run_cond, run_while_loop
@@ -115,8 +115,8 @@ def init(
         memory_wait: how long a computation may wait for memory when nothing is running that could free any.
         stall_warning: how long a run may make no progress before a warning says what it waits for.
         weight: where several clients want the same devices, their parts of the device time are as their weights.
-            Above 0, and at most what the cluster allows (`torchways up --max-weight`). It counts under the policy
-            "proportional_share", the default.
+            At least 0.001, and at most what the cluster allows (`torchways up --max-weight`). It counts under the
+            policy "proportional_share", the default.
         priority: runs of a higher priority go first, under the policy "priority".
         log_level: debug, info, warning or error, for this process and for the embedded cluster.
         start_timeout: longest wait for the cluster to start, and for each slice to become ready.
@@ -150,6 +150,8 @@ def init(
         data_path=_import_path(),
         **given,
     )
+    if not weight >= LEAST_WEIGHT:
+        raise ConfigError(f"weight must be at least {LEAST_WEIGHT:g}, not {weight:g}")
     if is_eager():
         _eager_config = config
         return _Scope()

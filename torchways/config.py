@@ -14,6 +14,8 @@ PLATFORMS = ("cpu", "tpu", "simulated")
 POLICIES = ("proportional_share", "first_come_first_served", "priority")
 LOG_FORMATS = ("text", "json")
 SCHEDULING = ("gang", "arrival")
+#: Of a client's share of the devices. Sums of device time over much smaller ones lose their precision.
+LEAST_WEIGHT = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,7 +67,7 @@ class ClusterConfig:
     """How much device time a scheduler admits ahead to a set of devices. It must cover the round trip between
     scheduler and executor, or devices idle. The larger it is, the longer a run of another client waits."""
     max_weight: float = 16.0
-    """The largest weight that a client may ask for."""
+    """The largest weight that a client may ask for. The smallest is 0.001."""
     max_priority: int = 10
     """The highest priority that a client may ask for."""
     metrics_port: int | None = None
@@ -105,8 +107,8 @@ class ClusterConfig:
             raise ConfigError(f"stall_warning must be longer than 0 s, not {self.stall_warning.total_seconds():g} s")
         if self.window <= timedelta(0):
             raise ConfigError(f"window must be longer than 0 s, not {self.window.total_seconds():g} s")
-        if not 0 < self.max_weight < math.inf:
-            raise ConfigError(f"max_weight must be a number above 0, not {self.max_weight!r}")
+        if not LEAST_WEIGHT <= self.max_weight < math.inf:
+            raise ConfigError(f"max_weight must be a number from {LEAST_WEIGHT:g}, not {self.max_weight!r}")
         if self.max_priority < 0:
             raise ConfigError(f"max_priority must be at least 0, not {self.max_priority!r}")
         if self.metrics_port is not None and not 0 <= self.metrics_port < 1 << 16:

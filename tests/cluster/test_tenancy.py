@@ -187,7 +187,7 @@ def test_a_client_is_served_beside_one_that_floods(environment, session):
 
 def test_a_share_above_the_clusters_limit_is_refused(environment):
     tw.shutdown()
-    with pytest.raises(ConfigError, match="weight must be above 0 and at most 8, this cluster's limit, not 9"):
+    with pytest.raises(ConfigError, match=r"weight must be from 0\.001 to 8, this cluster's limit, not 9"):
         tw.init(weight=9)
     with pytest.raises(ConfigError, match="priority must be from -3 to 3"):
         tw.init(priority=4)

@@ -22,6 +22,7 @@ from torchways.cluster import state as core
 from torchways.cluster.client_spans import ClientSpans
 from torchways.cluster.operator import OperatorServer
 from torchways.cluster.order_server import RunOrderServer
+from torchways.cluster.shares import ShareLimits
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
 from torchways.link.stream import StreamServer
@@ -47,8 +48,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self, token: str, key: ClusterKey, *, executor_idle: float, max_weight: float, max_priority: int
     ) -> None:
         self._executor_idle = executor_idle
-        self._max_weight = max_weight
-        self._max_priority = max_priority
+        self._limits = ShareLimits(max_weight=max_weight, max_priority=max_priority)
         #: What each client has of devices; fields of AddSliceRequest.
         self._shares: dict[ClientId, dict[str, Any]] = {}
         self.core = core.ClusterState()
@@ -209,7 +209,7 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         self, request: pb.AttachRequest, context: grpc.aio.ServicerContext
     ) -> AsyncIterator[pb.ClusterEvent]:
         """A client's lease: it lasts as long as this stream."""
-        if (refused := self._refusal(request)) is not None:
+        if (refused := self._limits.refusal(request.weight, request.priority)) is not None:
             failure = Failure(kind="ConfigError", message=refused)
             yield pb.ClusterEvent(attached=pb.Attached(failure=convert.failure_to_proto(failure)))
             return
@@ -244,17 +244,6 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         except (TorchwaysError, TimeoutError) as error:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, str(error) or "it takes too long")
         return pb.TraceAnswered()
-
-    def _refusal(self, request: pb.AttachRequest) -> str | None:
-        """Returns why a client may not have the share that it asks for."""
-        if not 0 <= request.weight <= self._max_weight:
-            return (
-                f"weight must be above 0 and at most {self._max_weight:g}, this cluster's limit, not {request.weight:g}"
-            )
-        if not -self._max_priority <= request.priority <= self._max_priority:
-            limit = self._max_priority
-            return f"priority must be from {-limit} to {limit}, this cluster's limit, not {request.priority}"
-        return None
 
     async def ReserveSlice(
         self, request: pb.ReserveSliceRequest, context: grpc.aio.ServicerContext
