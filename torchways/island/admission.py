@@ -118,6 +118,19 @@ class Usage:
     last_turn: float = -math.inf
 
 
+@dataclass(slots=True)
+class Totals:
+    """What was had of devices. It outlives their lane: counters that monitoring reads must not fall.
+
+    Attributes:
+        seconds: device time, of all clients that there ever were.
+        usage: of each client that is there.
+    """
+
+    seconds: float = 0.0
+    usage: dict[ClientId, Usage] = field(default_factory=dict)
+
+
 @dataclass(eq=False, slots=True)
 class AdmittedRun:
     """A run that is admitted to a lane.
@@ -195,7 +208,6 @@ class Lane:
         queues: of each client that has something here, in its order.
         admitted: of each client that has some, its runs that have not ended.
         busy_until: when what is admitted should have ended.
-        busy_seconds: device time since the lane's beginning.
         num_admitted: runs since the lane's beginning.
     """
 
@@ -204,8 +216,7 @@ class Lane:
     queues: dict[ClientId, deque[HeldRun | HeldRelease]] = field(default_factory=dict)
     admitted: dict[ClientId, Admitted] = field(default_factory=dict)
     busy_until: float = 0.0
-    busy_seconds: float = 0.0
-    usage: dict[ClientId, Usage] = field(default_factory=dict)
+    totals: Totals = field(default_factory=Totals)
     num_admitted: int = 0
 
     def unfinished_seconds(self, now: float) -> float:
@@ -218,7 +229,7 @@ class Lane:
             share=run.share,
             run_id=run.run_id,
             arrived=run.arrived,
-            first_since=max(run.arrived, self.usage[run.share.client_id].last_turn),
+            first_since=max(run.arrived, self.totals.usage[run.share.client_id].last_turn),
             seconds=max(_LEAST_SECONDS, run.program.expected(self.devices)),
         )
 
@@ -290,11 +301,11 @@ class Admission:
 
     # ---- what comes
 
-    def add_lane(self, devices: DeviceSet, policy: PolicyFactory) -> None:
-        """Devices have a first slice."""
-        self.lanes[devices] = Lane(devices, GuardedPolicy(policy, "/".join(devices)))
+    def add_lane(self, devices: DeviceSet, policy: PolicyFactory, totals: Totals) -> None:
+        """Devices have a first slice. `totals`: of the lanes that they had before."""
+        self.lanes[devices] = Lane(devices, GuardedPolicy(policy, "/".join(devices)), totals=totals)
 
-    def remove_lane(self, devices: DeviceSet) -> None:
+    def remove_lane(self, devices: DeviceSet) -> Totals:
         """Devices have no slice any more; runs that are held for them run elsewhere only."""
         lane = self.lanes.pop(devices)
         self._changed.pop(lane, None)
@@ -306,6 +317,7 @@ class Admission:
                     if run in self._chosen:
                         self._chosen.remove(run)
                     self._without_lanes.append(run)
+        return lane.totals
 
     def hold(self, run: HeldRun) -> None:
         """A client asked for a run."""
@@ -323,7 +335,7 @@ class Admission:
         for lane in run.lanes:
             was_idle = not lane.uses(client_id)
             lane.queues.setdefault(client_id, deque()).append(run)
-            lane.usage.setdefault(client_id, Usage(run.share))
+            lane.totals.usage.setdefault(client_id, Usage(run.share))
             lane.policy.add(lane.pending(run), was_idle=was_idle)
         self._look_at(run.lanes)
 
@@ -383,8 +395,8 @@ class Admission:
         # run, and has not ended, waits for something else: its program may be compiled for a minute yet.
         sure = sum(item.seconds_after(ended.number) for item in lane.admitted.values())
         lane.busy_until = max(now + sure, lane.busy_until + seconds - ended.seconds) if lane.admitted else now
-        lane.busy_seconds += seconds
-        if (usage := lane.usage.get(client_id)) is not None:
+        lane.totals.seconds += seconds
+        if (usage := lane.totals.usage.get(client_id)) is not None:
             usage.seconds += seconds
             usage.num_finished += 1
         lane.policy.finished(run, seconds)
@@ -397,7 +409,7 @@ class Admission:
             self._take_out(run)
         for lane in self.lanes.values():
             lane.queues.pop(client_id, None)  # releases: all that it has goes
-            lane.usage.pop(client_id, None)
+            lane.totals.usage.pop(client_id, None)
             lane.policy.forget(client_id)
             self._changed[lane] = None
         return runs
@@ -490,7 +502,7 @@ class Admission:
 
     def _take(self, run: HeldRun, now: float) -> Iterator[Decision]:
         for lane in run.lanes:
-            lane.usage[run.share.client_id].last_turn = now
+            lane.totals.usage[run.share.client_id].last_turn = now
         if run.spans:
             yield from self._ask(run)
         else:

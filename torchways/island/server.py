@@ -357,20 +357,25 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
     ) -> pb.SchedulerStatus:
         """Says what the sets of devices do, and for whom."""
         now = self._loop.time()
-        lanes = self.core.admission.lanes.values()
-        return pb.SchedulerStatus(
-            device_sets=[
-                pb.DeviceSetStatus(
-                    executor_ids=lane.devices,
-                    device_indices=sorted(self.core.turns.devices[lane.devices]),
-                    busy_seconds=lane.busy_seconds,
-                    admitted_seconds=lane.unfinished_seconds(now),
-                    clients=[_client_share(lane, usage) for usage in lane.usage.values()],
-                )
-                for lane in lanes
-            ],
-            waits=self.core.waits(now),
-        )
+        used = [
+            pb.DeviceSetStatus(
+                executor_ids=lane.devices,
+                device_indices=sorted(self.core.turns.devices[lane.devices]),
+                busy_seconds=lane.totals.seconds,
+                admitted_seconds=lane.unfinished_seconds(now),
+                clients=[_client_share(usage, lane) for usage in lane.totals.usage.values()],
+            )
+            for lane in self.core.admission.lanes.values()
+        ]
+        unused = [
+            pb.DeviceSetStatus(
+                device_indices=sorted(device_indices),
+                busy_seconds=totals.seconds,
+                clients=[_client_share(usage) for usage in totals.usage.values()],
+            )
+            for device_indices, totals in self.core.totals.items()
+        ]
+        return pb.SchedulerStatus(device_sets=[*used, *unused], waits=self.core.waits(now))
 
     async def DescribePrograms(self, request: pb.ProgramsRequest, context: grpc.aio.ServicerContext) -> pb.Programs:
         """Says which programs there are, the newest last, or what some of them consist of."""
@@ -400,16 +405,16 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             yield response
 
 
-def _client_share(lane: Lane, usage: Usage) -> pb.ClientShare:
+def _client_share(usage: Usage, lane: Lane | None = None) -> pb.ClientShare:
     share = usage.share
-    admitted = lane.admitted.get(share.client_id)
+    admitted = lane.admitted.get(share.client_id) if lane is not None else None
     return pb.ClientShare(
         client_id=share.client_id,
         name=share.name,
         weight=share.weight,
         priority=share.priority,
         busy_seconds=usage.seconds,
-        num_held=lane.num_held(share.client_id),
+        num_held=lane.num_held(share.client_id) if lane is not None else 0,
         num_admitted=len(admitted.runs) if admitted is not None else 0,
         num_finished=usage.num_finished,
     )

@@ -23,7 +23,17 @@ from typing import Any, assert_never
 
 from torchways.errors import Failure, InternalError
 from torchways.ids import ClientId, IslandId, PartId, ProgramId, RunId, RunPart, SliceId
-from torchways.island.admission import Admission, Admit, Ask, Decision, DeviceSet, HeldRun, ProgramTimes, Release
+from torchways.island.admission import (
+    Admission,
+    Admit,
+    Ask,
+    Decision,
+    DeviceSet,
+    HeldRun,
+    ProgramTimes,
+    Release,
+    Totals,
+)
 from torchways.island.events import (
     AskOrder,
     BuffersReleased,
@@ -122,6 +132,8 @@ class SchedulerState:
         self.runs: dict[RunId, _Run] = {}
         self.admission = Admission(window)
         self.turns = Turns()
+        #: Of devices that have no slice, what the clients that are there have had of them.
+        self.totals: dict[frozenset[int], Totals] = {}
         self._policy = policy
         #: Of clients that have slices.
         self._shares: dict[ClientId, Share] = {}
@@ -224,7 +236,8 @@ class SchedulerState:
         self.owners[event.slice_id] = event.client_id
         self._shares[event.client_id] = event.share or Share(client_id=event.client_id)
         if event.executor_ids not in self.admission.lanes:
-            self.admission.add_lane(event.executor_ids, self._policy)
+            totals = self.totals.pop(frozenset(event.device_indices), Totals())
+            self.admission.add_lane(event.executor_ids, self._policy, totals)
         return self.turns.add(event.executor_ids, frozenset(event.device_indices))
 
     def _register(self, event: ProgramRegistered) -> list[Command]:
@@ -421,10 +434,16 @@ class SchedulerState:
         busy = {devices for run in self.runs.values() for devices in run.running.values()}
         commands: list[Command] = []
         for devices in unused - busy:
-            commands += self.turns.remove(devices)
-            self.admission.remove_lane(devices)
+            commands += self._remove_set(devices)
         self._some_unused = bool(unused & busy)
         return [*commands, *self.turns.share(), *self.turns.grant()]
+
+    def _remove_set(self, devices: DeviceSet, *, is_lost: bool = False) -> list[Command]:
+        device_indices = self.turns.devices[devices]
+        totals = self.admission.remove_lane(devices)
+        if totals.usage:
+            self.totals[device_indices] = totals
+        return self.turns.remove(devices, is_lost=is_lost)
 
     def _remember(self, slice_id: SliceId, reason: str) -> None:
         self._gone_slices[slice_id] = reason
@@ -447,13 +466,16 @@ class SchedulerState:
                 for part in [part for part in run.running if part[0] == executor_id]:
                     commands += self._end_part(run, part, run_id, failure, now)
         if devices is not None:
-            self.turns.remove(devices, is_lost=True)
-            self.admission.remove_lane(devices)
+            self._remove_set(devices, is_lost=True)
         return [*commands, *self._forget_unused()]
 
     def _drop_client(self, client_id: ClientId) -> list[Command]:
         for _ in self.admission.drop_client(client_id):  # the shell says that nothing of it will be asked for
             self._count_ended(client_id)
+        for device_indices, totals in list(self.totals.items()):
+            totals.usage.pop(client_id, None)
+            if not totals.usage:
+                del self.totals[device_indices]
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
         self._num_programs.pop(client_id, None)

@@ -212,6 +212,42 @@ def test_a_client_that_is_gone_has_no_slice_left_even_if_it_closed_one_behind_ru
     assert not any(left)
 
 
+def _totals(scheduler):
+    """By client: the runs that have finished, and the device time, over all sets of devices."""
+    found = defaultdict(lambda: (0, 0.0))
+    for totals in [*(lane.totals for lane in scheduler.admission.lanes.values()), *scheduler.totals.values()]:
+        for client_id, usage in totals.usage.items():
+            num, seconds = found[client_id]
+            found[client_id] = (num + usage.num_finished, seconds + usage.seconds)
+    return dict(found)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_what_a_client_had_of_devices_is_counted_until_it_is_gone(is_lost):
+    """Counters do not fall when the last slice of devices goes, and go on when they have another executor."""
+    scheduler = make_scheduler(("a",), ("b",))
+    register(scheduler, 5, 1, 2, compiled=True)
+    for run_id, slice_id, executor_id in ((1, 1, "a"), (2, 2, "b"), (3, 2, "b")):
+        run(scheduler, run_id, slice_id)
+        part = RunPart(run_id, slice_id)
+        scheduler.handle(core.RunEnded(executor_id=executor_id, run=part, failure=None, device_seconds=1.0))
+    assert _totals(scheduler) == {1: (3, 3.0)}
+    if is_lost:
+        scheduler.handle(core.ExecutorRemoved(executor_id="b", reason="signal 9"))
+    else:
+        scheduler.handle(core.SliceClosed(slice_id=2, reason="it was closed", is_in_order=True))
+    assert _totals(scheduler) == {1: (3, 3.0)}
+    assert [totals.seconds for totals in scheduler.totals.values()] == [2.0]
+    scheduler.handle(core.SliceAdded(slice_id=3, client_id=2, executor_ids=("c",), device_indices=(ord("b"),)))
+    assert not scheduler.totals
+    assert scheduler.admission.lanes["c",].totals.seconds == 2.0
+    scheduler.handle(core.SliceClosed(slice_id=3, reason="it was closed"))
+    assert _totals(scheduler) == {1: (3, 3.0)}
+    scheduler.handle(core.ClientGone(client_id=1))
+    assert not _totals(scheduler)
+    assert not scheduler.totals
+
+
 def test_a_host_that_ends_a_run_after_another_of_its_gang_is_lost_is_not_at_fault():
     scheduler = make_scheduler(("a", "b"), ("c",))
     register(scheduler, 5, 1, 2, compiled=True)
