@@ -1860,7 +1860,9 @@ Global___SchedulerStatus: _TypeAlias = SchedulerStatus  # noqa: Y015
 
 @_typing.final
 class DeviceSetStatus(_message.Message):
-    """What a set of devices does, and for whom. Seconds are of device time."""
+    """What a set of devices does, and for whom. Seconds are of device time. A set that has no slice now has no executors: it
+    says what the clients that are there had of it.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
