@@ -559,3 +559,20 @@ def test_a_lone_client_keeps_devices_busy_with_runs_of_unknown_time():
         cluster.run(program, 10**6 + number, 0.01)
     cluster.go()
     assert cluster.computed[-1][1] == pytest.approx(20 * 0.01 + cluster.delay)
+
+
+def test_held_runs_over_islands_go_with_the_slices_of_a_client_that_is_stopped():
+    """Its streams to the schedulers do not end: the resource manager removes its slices on all islands."""
+    cluster = Cluster("a", "b", delay=0.0005)
+    for client in (1, 2):
+        cluster.join(client, "a", "b")
+    mine = cluster.program(1, 0, "a", "b")
+    flood(cluster, 2, cluster.program(2, 0, "a"), 0.005, until=3.0)
+    cluster.at(1.0, lambda: flood(cluster, 1, mine, 0.1, until=1.01, ahead=20))
+    for island, executor in enumerate("ab"):
+        removed = core.SliceClosed(slice_id=cluster.slices[1, executor], reason="its client is gone")
+        cluster.at(1.5, lambda i=island, r=removed: cluster.handle(i, r))
+    cluster.go()
+    assert cluster.all_finished()
+    assert not cluster.order.runs
+    assert not any(scheduler.admission.runs or scheduler.runs for scheduler in cluster.schedulers)
