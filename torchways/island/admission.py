@@ -598,9 +598,9 @@ class Admission:
                     break
                 seconds += lane.pending(item).seconds
                 num_unfinished += item.program is run.program
-        if num_unfinished and not run.program.is_known(lane.devices):
-            is_alone = len(lane.queues) == 1
-            return num_unfinished < (_MAX_UNKNOWN if is_alone else 1)
+        is_alone = len(lane.queues) == 1
+        if num_unfinished >= (_MAX_UNKNOWN if is_alone else 1) and not run.program.is_known(lane.devices):
+            return False
         return seconds <= _WINDOWS_OF_CLIENT * self.window
 
     def _has_room(self, lane: Lane, now: float) -> bool:
