@@ -2,14 +2,18 @@
 
 import asyncio
 import contextlib
+import os
+import shutil
 from datetime import timedelta
 
+import psutil
 import pytest
 
 from tests.cluster.test_launch import assert_gone, family, named, wait_for
 from torchways.config import ClusterConfig
 from torchways.errors import ExecutorLost, PlacementError, ResourceExhausted
 from torchways.launch import embedded
+from torchways.launch.child import Child, launch_command
 from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -128,3 +132,59 @@ def test_an_executor_that_cannot_start_says_why(monkeypatch, tmp_path):
         asyncio.run(call())
     finally:
         running.close()
+
+
+@pytest.fixture
+def temporary(monkeypatch, tmp_path):
+    """Where a cluster has its temporary files; asked for before `cluster`."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    return tmp_path
+
+
+def test_a_process_that_cannot_be_started_is_lost_to_who_asked_for_it_alone(temporary, cluster):
+    named(cluster.agent_pid, "scheduler i0")
+    (folder,) = temporary.glob("torchways-*")
+    shutil.rmtree(folder)
+
+    async def call():
+        async with attached(cluster) as (client, told):
+            folder.write_text("in the way")
+            slice_id, _ = await client.reserve_slice((1,), ("dp",), None)
+            with pytest.raises(ExecutorLost, match=r"executor i0\.e1 is lost: it could not be started: .*FileExists"):
+                await client.wait_slice(slice_id, _START)
+            assert (await asyncio.wait_for(told.read(), 10)).executor_lost.executor_id == "i0.e1"
+            folder.unlink()  # as a clean-up of /tmp leaves it
+            slice_id, _ = await client.reserve_slice((1,), ("dp",), None)
+            await client.wait_slice(slice_id, _START)
+
+    asyncio.run(call())
+    assert cluster.lives()
+
+
+_LEAVES_AN_ORPHAN = """
+import os, pathlib, subprocess
+from torchways.island.policy import FirstComeFirstServed
+subprocess.run(["sh", "-c", "sleep 0.2 & echo $! > orphan-$PPID"], cwd=os.path.dirname(__file__))
+Mine = FirstComeFirstServed
+"""
+
+
+def test_the_agent_reaps_what_its_processes_leave_behind(tmp_path, monkeypatch):
+    (tmp_path / "orphaning.py").write_text(_LEAVES_AN_ORPHAN)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    running = embedded.start_cluster(ClusterConfig(islands=1, devices_per_island=1, policy="orphaning:Mine"))
+    scheduler = named(running.agent_pid, "scheduler i0")
+    file = tmp_path / f"orphan-{scheduler.pid}"
+    pid = int(wait_for(lambda: file.exists() and file.read_text(), "the orphan"))
+    wait_for(lambda: not psutil.pid_exists(pid), "the end of the orphan")
+    assert scheduler.is_running()  # and the others are as they were
+    running.close()
+
+
+def test_a_process_that_a_signal_without_a_name_ended_is_reported_too():
+    async def call():
+        launch = launch_command(["sh", "-c", "kill -s 40 $$"], dict(os.environ))  # one of the real-time signals
+        child = await Child.start("a test", launch, None)
+        return await child.wait()
+
+    assert asyncio.run(call()) == "signal 40"

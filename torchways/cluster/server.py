@@ -428,8 +428,11 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
                     self.operator.on_stacks(event.stacks)
                 case "exited":
                     exited = event.exited
-                    logger.warning("%s (pid %d) ended: %s", exited.name, exited.pid, exited.reason)
-                    reason = f"process {exited.pid} ended by {exited.reason}"
+                    if exited.pid:
+                        reason = f"process {exited.pid} ended by {exited.reason}"
+                    else:
+                        reason = f"it could not be started: {exited.reason}"
+                    logger.warning("%s: %s", exited.name, reason)
                     self.handle(core.ProcessExited(name=exited.name, reason=reason, log_tail=exited.log_tail))
 
     def _process_ready(self, ready: pb.ProcessReady) -> None:

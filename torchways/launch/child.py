@@ -15,9 +15,11 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from pathlib import Path
 from typing import IO, Any, TypeAlias
+
+import psutil
 
 from torchways.launch.script import bound_command
 from torchways.launch.template import Forked
@@ -67,13 +69,13 @@ class Child:
         asked: it was told to end.
     """
 
-    def __init__(self, name: str, process: Process, ready_fd: int, output_fd: int, log_dir: str | None) -> None:
+    def __init__(self, name: str, process: Process, ready_fd: int, output_fd: int, log: IO[str] | None) -> None:
         self.name = name
         self.asked = False
         self._dump: asyncio.Queue[str] | None = None
         self._one_dump = asyncio.Lock()
         self._tail: collections.deque[str] = collections.deque(maxlen=_TAIL_LINES)
-        self._log: IO[str] | None = _log_file(log_dir, name) if log_dir is not None else None
+        self._log = log
         self._process = process
         self._ready = asyncio.create_task(_read_line(ready_fd), name=f"ready line of {name}")
         self._output = asyncio.create_task(self._pass_on(output_fd), name=f"output of {name}")
@@ -87,6 +89,7 @@ class Child:
             launch: starts it, given the file descriptors for its ready line and for what it writes to stderr.
             log_dir: where that goes; None: to our stderr.
         """
+        log = _log_file(log_dir, name) if log_dir is not None else None  # first: it may fail, and then nothing runs
         ready_read, ready_write = os.pipe()
         output_read, output_write = os.pipe()
         try:
@@ -94,11 +97,13 @@ class Child:
         except BaseException:
             os.close(ready_read)
             os.close(output_read)
+            if log is not None:
+                log.close()
             raise
         finally:
             os.close(ready_write)
             os.close(output_write)
-        return cls(name, process, ready_read, output_read, log_dir)
+        return cls(name, process, ready_read, output_read, log)
 
     @property
     def pid(self) -> int:
@@ -123,7 +128,10 @@ class Child:
         """Waits until it has ended; returns how, "exit code 1" or "signal 9 (SIGKILL)"."""
         code = await asyncio.shield(self._exited)
         await asyncio.wait({self._output}, timeout=_DRAIN_SECONDS)
-        return f"signal {-code} ({signal.Signals(-code).name})" if code < 0 else f"exit code {code}"
+        if code >= 0:
+            return f"exit code {code}"
+        named = {number.value: f" ({number.name})" for number in signal.Signals}  # real-time signals have no names
+        return f"signal {-code}{named.get(-code, '')}"
 
     async def stacks(self, seconds: float) -> str:
         """Has it print the stacks of all its threads; returns them, or nothing where it printed none in time."""
@@ -188,6 +196,14 @@ async def end_group(leader: int) -> None:
                 os.killpg(leader, signal.SIGKILL)
         await asyncio.sleep(_GROUP_SECONDS / _GROUP_ATTEMPTS)
     logger.error("processes of group %d do not end, even by SIGKILL", leader)
+
+
+def reap_others(pids: Collection[int]) -> None:
+    """Reaps the children of this process that have ended, but for some, whose ends others wait for."""
+    for process in psutil.Process().children():
+        with contextlib.suppress(psutil.NoSuchProcess, ChildProcessError):
+            if process.pid not in pids and process.status() == psutil.STATUS_ZOMBIE:
+                os.waitpid(process.pid, os.WNOHANG)
 
 
 async def _wait_exit(process: Process) -> int:

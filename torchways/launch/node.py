@@ -17,7 +17,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import grpc.aio
 
 from torchways.errors import ClusterLost, TorchwaysError
 from torchways.ids import ClientId
-from torchways.launch.child import Child, Process, end_group, launch_command
+from torchways.launch.child import Child, Process, end_group, launch_command, reap_others
 from torchways.launch.environment import executor_environment, tpu_addresses
 from torchways.launch.flags import parser
 from torchways.launch.stacks import dumped_stacks
@@ -108,7 +109,8 @@ class NodeAgent:
             self._watch_owner_pid(self._arguments.owner_pid)
         if self._arguments.platform != "simulated" and can_fork():
             environment = executor_environment(self._arguments.platform, [0], os.environ)
-            self._template = Template({**environment, "TMPDIR": tempfile.mkdtemp(dir=self._folder)})
+            self._template = Template({**environment, "TMPDIR": self._new_folder()})
+            asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap_orphans)
         self._start(self._join(), "joining the cluster")
         await self._over.wait()
         self._answer({"error": "the node agent was told to end"})
@@ -116,15 +118,24 @@ class NodeAgent:
             self._template.end()
         await asyncio.gather(*(child.end() for child in self._children.values()))
 
-    def _start(self, coroutine: Coroutine[Any, Any, None], name: str) -> None:
+    def _start(
+        self, coroutine: Coroutine[Any, Any, None], name: str, on_failure: Callable[[str], None] | None = None
+    ) -> None:
+        """Starts a task.
+
+        Args:
+            on_failure: takes why it failed; by default the cluster cannot go on without it.
+        """
+        on_failure = on_failure or self._give_up
+
         async def run() -> None:
             try:
                 await coroutine
             except TorchwaysError as error:
-                self._give_up(str(error))
+                on_failure(str(error))
             except Exception as error:
                 logger.exception("%s failed", name)
-                self._give_up(f"{name} failed: {error!r}")
+                on_failure(f"{name} failed: {error!r}")
 
         task = asyncio.create_task(run(), name=name)
         self._tasks.add(task)
@@ -228,11 +239,13 @@ class NodeAgent:
             case "start_scheduler":
                 self._start(self._start_scheduler(command.start_scheduler, address), command.start_scheduler.name)
             case "start_executor":
-                self._start(self._start_executor(command.start_executor), command.start_executor.name)
+                name = command.start_executor.name
+                self._start(self._start_executor(command.start_executor), name, partial(self._report_failed, name))
             case "start_data":
-                self._start(self._start_data(command.start_data), command.start_data.name)
+                name = command.start_data.name
+                self._start(self._start_data(command.start_data), name, partial(self._report_failed, name))
             case "dump_stacks":
-                self._start(self._dump_stacks(command.dump_stacks), "printing stacks")
+                self._start(self._dump_stacks(command.dump_stacks), "printing stacks", logger.error)
             case "end_process":
                 child = self._children.get(command.end_process.name)
                 self._starting.discard(command.end_process.name)
@@ -332,6 +345,16 @@ class NodeAgent:
             ready.name, ready.pid = name, child.pid
             self._outgoing.put_nowait(pb.NodeEvent(ready=ready))
 
+    def _report_failed(self, name: str, reason: str) -> None:
+        """Reports a process that some client asked for and that cannot be started: it is lost to that client alone."""
+        logger.error("%s could not be started: %s", name, reason)
+        self._starting.discard(name)
+        self._outgoing.put_nowait(pb.NodeEvent(exited=pb.ProcessExited(name=name, reason=reason)))
+        if (child := self._children.get(name)) is not None:  # it runs, but not as it should
+            self._start(child.end(), f"ending {name}")
+        else:
+            self._devices_of.pop(name, None)
+
     async def _spawn(
         self,
         name: str,
@@ -350,7 +373,7 @@ class NodeAgent:
         if self._over.is_set():
             return None
         flags = ["--host", self._arguments.host, *flags]
-        environment["TMPDIR"] = tempfile.mkdtemp(dir=self._folder)
+        environment["TMPDIR"] = self._new_folder()
         if has_key:
             environment[CLUSTER_KEY_VARIABLE] = self._key.hex()
         launch = launch_alone = launch_command([sys.executable, "-m", module, *flags], environment)
@@ -368,6 +391,7 @@ class NodeAgent:
         child = self._children[name] = await Child.start(name, launch, self._arguments.log_dir)
         if not has_key:
             self._groups.add(child.pid)
+        self._reap_orphans()
         self._start(self._clean_up_after(child, environment["TMPDIR"]), f"cleaning up after {name}")
         self._start(self._watch(child), f"watching {name}")
         if self._over.is_set() or name not in self._starting:  # told to end meanwhile
@@ -385,6 +409,11 @@ class NodeAgent:
             logger.error("%s; ending it", error)
             await child.end(asked=False)
             return None
+
+    def _new_folder(self) -> str:
+        """Makes a folder for a child's temporary files."""
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)  # somebody may have cleaned /tmp
+        return tempfile.mkdtemp(dir=self._folder)
 
     async def _watch(self, child: Child) -> None:
         """Waits for a child's end and reports it, if nobody asked for it."""
@@ -405,6 +434,11 @@ class NodeAgent:
         if child.pid in self._groups:
             self._groups.discard(child.pid)
             await end_group(child.pid)
+
+    def _reap_orphans(self) -> None:
+        """Reaps the orphans that have ended: what executors and others had started, and that became ours."""
+        if self._template is not None and not self._template.is_forking:  # a fork whose pid we do not know yet is ours
+            reap_others({self._template.pid, *(child.pid for child in self._children.values())})
 
     async def _dump_stacks(self, order: pb.DumpStacks) -> None:
         """Has processes print their stacks, all at once, and reports them."""

@@ -76,6 +76,16 @@ class Template:
                 env=self._environment,
             )
 
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def is_forking(self) -> bool:
+        """Whether there may be an executor that `fork` has not returned yet."""
+        return self._one_at_a_time.locked()
+
     async def fork(self, flags: list[str], environment: dict[str, str], fds: list[int]) -> Forked:
         """Forks an executor.
 

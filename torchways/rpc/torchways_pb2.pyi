@@ -1443,8 +1443,9 @@ class ProcessExited(_message.Message):
     LOG_TAIL_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pid: _builtins.int
+    """0: it could not be started"""
     reason: _builtins.str
-    """"exit code 1", "signal 9 (SIGKILL)" """
+    """"exit code 1", "signal 9 (SIGKILL)"; or why it could not be started"""
     log_tail: _builtins.str
     """last lines that it wrote"""
     def __init__(
