@@ -8,6 +8,7 @@ from datetime import timedelta
 
 import psutil
 
+from torchways.addresses import is_wildcard
 from torchways.errors import ConfigError
 
 PLATFORMS = ("cpu", "tpu", "simulated")
@@ -36,7 +37,8 @@ class ClusterConfig:
     """Order in which computations of several hosts enter the device queues. "gang": the order of the island's
     scheduler. "arrival": order of arrival, which can deadlock; it exists to show that."""
     host: str = "127.0.0.1"
-    """Address that servers listen on. Anything but loopback opens them to the network (the token still guards)."""
+    """Address of this machine that servers listen on, and that clients connect to. Anything but loopback opens them to
+    the network (the token still guards)."""
     log_level: str = "warning"
     """Log level of every process: debug, info, warning or error."""
     log_format: str | None = None
@@ -89,6 +91,8 @@ class ClusterConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if is_wildcard(self.host):
+            raise ConfigError(f"host must name an address of this machine that clients can reach, not {self.host!r}")
         if self.memory_budget is not None and self.memory_budget < 1:
             raise ConfigError(f"memory_budget must be at least 1 byte, not {self.memory_budget!r}")
         if self.client_memory is not None and self.client_memory < 1:

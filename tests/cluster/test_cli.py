@@ -365,6 +365,17 @@ def test_an_address_that_is_not_ours_is_named(environment):
     assert "Cannot assign requested address" in text
 
 
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+def test_a_cluster_may_have_an_ipv6_address(environment):
+    with running("--host", "::1", "--platform", "simulated", "--metrics-port", "0") as facts:
+        assert re.fullmatch(r"\[::1\]:\d+", facts["address"])
+        path = write_script(environment, SCRIPT)
+        environ_of_script = ("env", f"TORCHWAYS_TOKEN_FILE={facts['state']}")
+        assert run_script(path, *environ_of_script, sys.executable, str(path), facts["address"]) == (0, "56.0\n", "")
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            urllib.request.urlopen(f"http://{facts['metrics_address']}/metrics", timeout=10)
+
+
 def test_a_port_that_is_taken_is_named(environment):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -473,6 +484,10 @@ def test_a_file_that_is_no_state_file_is_left_as_it_is(environment, tmp_path):
     ("arguments", "text"),
     [
         (("up", "--islands", "0"), "islands must be a whole number of at least 1, not 0"),
+        (
+            ("up", "--host", "0.0.0.0"),
+            "host must name an address of this machine that clients can reach, not '0.0.0.0'",
+        ),
         (("up", "--policy", "fairest"), "policy must be one of proportional_share, first_come_first_served, priority"),
         (("up", "--policy", "collections:Counter"), "policy collections:Counter is no policy"),
         (("up", "--window", "0"), "window must be longer than 0 s"),

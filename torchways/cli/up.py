@@ -73,7 +73,11 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "PYTHONPATH, and from what is installed: they can run any code as you (docs/security.md)",
     )
     network = parser.add_argument_group("network")
-    network.add_argument("--host", default="127.0.0.1", help="address to listen on (default: loopback)")
+    network.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address of this machine to listen on, which clients connect to; so not 0.0.0.0 (default: 127.0.0.1)",
+    )
     network.add_argument("--metrics-port", type=int, help="of a web page and of /metrics; 0 chooses a free port")
     network.add_argument(
         "--token-file", metavar="PATH", help="write the token alone there, for those who may join and no more"

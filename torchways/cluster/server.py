@@ -18,6 +18,7 @@ import grpc
 import grpc.aio
 import psutil
 
+from torchways.addresses import address_of
 from torchways.cluster import state as core
 from torchways.cluster.client_spans import ClientSpans
 from torchways.cluster.operator import OperatorServer
@@ -499,7 +500,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             await web_server.start()
         except OSError as error:
             why = os.strerror(error.errno) if error.errno else str(error)
-            reason = f"/metrics cannot be served at {host}:{port} ({why}); choose another metrics port"
+            reason = f"/metrics cannot be served at {address_of(host, port)} ({why}); choose another metrics port"
             with os.fdopen(arguments.ready_fd, "w") as pipe:
                 pipe.write(json.dumps({"error": reason}) + "\n")
             return

@@ -7,6 +7,8 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
+from torchways.addresses import address_of
+
 logger = logging.getLogger(__name__)
 
 #: Folder in which executors keep what they compiled, for later clusters.
@@ -107,4 +109,4 @@ def executor_environment(
 def tpu_addresses(host: str, set_number: int, num_hosts: int) -> list[str]:
     """Returns where the processes of a set of devices of several hosts listen for each other; not those of others."""
     first = set_number * num_hosts
-    return [f"{host}:{_TPU_FIRST_PORT + (first + number) % _TPU_NUM_PORTS}" for number in range(num_hosts)]
+    return [address_of(host, _TPU_FIRST_PORT + (first + number) % _TPU_NUM_PORTS) for number in range(num_hosts)]

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable
 
+from torchways.addresses import address_of, family_of, host_and_port
 from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,9 @@ class Acceptor:
     def __init__(self, me: str, host: str, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
         self.me = me
         self._stranger_seconds = stranger_seconds
-        self._socket = socket.create_server((host, 0), backlog=128)
+        self._socket = socket.create_server((host, 0), family=family_of(host), backlog=128)
         self._socket.setblocking(False)
-        self.address = f"{host}:{self._socket.getsockname()[1]}"
+        self.address = address_of(host, self._socket.getsockname()[1])
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._socket, selectors.EVENT_READ)
         #: Connections in handshake and their deadlines (monotonic), oldest first.
@@ -275,8 +276,7 @@ def connect(handshake: Callable[[], Connecting], address: str, deadline: float) 
 
 
 def _dial(address: str, timeout: float) -> socket.socket:
-    host, _, port = address.rpartition(":")
-    return socket.create_connection((host, int(port)), timeout)
+    return socket.create_connection(host_and_port(address), timeout)
 
 
 def _unreachable(error: OSError) -> str:

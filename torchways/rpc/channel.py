@@ -15,6 +15,7 @@ from typing import Any
 import grpc
 import grpc.aio
 
+from torchways.addresses import address_of
 from torchways.errors import ClusterLost, ConfigError
 from torchways.rpc.identity import IDENTITY_KEY, TOKEN_KEY, Caller, Identifies, Role, may_call
 
@@ -132,10 +133,10 @@ def make_server(token: str, key: Identifies) -> grpc.aio.Server:
 
 
 async def start_server(server: grpc.aio.Server, host: str) -> str:
-    """Starts `server` on a free port of `host` (loopback unless told otherwise) and returns ``host:port``."""
-    port = server.add_insecure_port(f"{host}:0")
+    """Starts `server` on a free port of `host` (loopback unless told otherwise) and returns its address."""
+    port = server.add_insecure_port(address_of(host, 0))
     await server.start()
-    return f"{host}:{port}"
+    return address_of(host, port)
 
 
 def lost(what: str, error: grpc.aio.AioRpcError) -> ClusterLost:

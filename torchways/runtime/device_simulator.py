@@ -15,6 +15,7 @@ import logging
 import os
 import signal
 
+from torchways.addresses import address_of
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.runtime.fifo_devices import FifoDevices
 
@@ -102,7 +103,7 @@ async def serve(host: str, ready_fd: int) -> None:
     server = await asyncio.start_server(simulator.serve_executor, host, 0)
     port = server.sockets[0].getsockname()[1]
     with os.fdopen(ready_fd, "w") as pipe:
-        pipe.write(json.dumps({"address": f"{host}:{port}"}) + "\n")
+        pipe.write(json.dumps({"address": address_of(host, port)}) + "\n")
     await asyncio.gather(server.serve_forever(), simulator.watch())
 
 

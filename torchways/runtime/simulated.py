@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
+from torchways.addresses import host_and_port
 from torchways.errors import InternalError
 from torchways.graphs import deserialize_graph, run_graph
 from torchways.runtime.base import BufferSpec, OnDevice
@@ -68,8 +69,7 @@ class SimulatedRuntime:
     """
 
     def __init__(self, address: str, set_name: str, devices: Sequence[int], num_hosts: int) -> None:
-        host, _, port = address.rpartition(":")
-        self._socket = socket.create_connection((host, int(port)))
+        self._socket = socket.create_connection(host_and_port(address))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._socket.sendall(os.environ.pop(SECRET_VARIABLE).encode() + b"\n")
         self._set_name = set_name

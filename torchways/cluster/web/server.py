@@ -17,6 +17,7 @@ from typing import TypeAlias
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
+from torchways.addresses import address_of
 from torchways.cluster import metrics
 from torchways.cluster.web.drawing import draw
 from torchways.cluster.web.layout import layout
@@ -117,7 +118,7 @@ class WebServer:
         loop = asyncio.get_running_loop()
         self._server = await loop.create_server(self._connected, self._host, self._port)
         port = self._server.sockets[0].getsockname()[1]
-        self.address = f"{self._host}:{port}"
+        self.address = address_of(self._host, port)
         self._cookie = f"torchways-{port}"  # browsers keep the cookies of a host's ports together
 
     def stop_listening(self) -> None:
