@@ -12,6 +12,7 @@ import concurrent.futures
 import queue
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -55,10 +56,21 @@ def uninterrupted() -> Iterator[None]:
                 _signal.signal(signal_number, lambda *arrived: came.append(arrived))
         yield
     finally:
-        for number, handler in handlers.items():
-            _signal.signal(number, handler)
+        _restore(handlers)
         for arrived, frame in came:
             handlers[arrived](arrived, frame)
+
+
+def _restore(handlers: dict[int, Callable[[int, FrameType | None], Any]]) -> None:
+    """Sets all handlers again. Python runs those whose signals have come as it sets one: they may raise in between."""
+    left = list(handlers.items())
+    try:
+        while left:
+            _signal.signal(*left[-1])  # an exception comes before it is set: it is still among those that are left
+            left.pop()
+    except BaseException:
+        _restore(dict(left))
+        raise
 
 
 @contextmanager
@@ -88,9 +100,10 @@ class Waiting:
         told: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._waiting.append(told)
         try:
+            deadline = time.monotonic() + timeout
             while not holds():
                 try:
-                    told.get(timeout=timeout)
+                    told.get(timeout=max(0.0, deadline - time.monotonic()))
                 except queue.Empty:
                     return holds()
             return True

@@ -59,8 +59,8 @@ class Runs:
     spans: ClientSpans
     limit: int
     _runs: dict[RunId, _Run] = field(default_factory=dict)
-    #: The run whose end somebody waits for.
-    _awaited: RunId | None = None
+    #: The runs whose ends threads wait for, one entry for each thread.
+    _awaited: list[RunId] = field(default_factory=list)
     #: Ids before which somebody waits for all runs.
     _awaited_before: list[int] = field(default_factory=list)
 
@@ -121,9 +121,11 @@ class Runs:
 
     def wait_for(self, run_id: RunId) -> None:
         """Waits until a run is over, well or not."""
-        self._awaited = run_id
-        self.connections.wait(lambda: run_id not in self._runs, f"who asked for run {run_id}")
-        self._awaited = None
+        self._awaited.append(run_id)
+        try:
+            self.connections.wait(lambda: run_id not in self._runs, f"who asked for run {run_id}")
+        finally:
+            self._awaited.remove(run_id)
         self.connections.check()
 
     def wait_for_those_before(self, first_id: int) -> None:
@@ -199,7 +201,7 @@ class Runs:
             if run.first_of is not None and failure is None:
                 logger.info("%s", run.first_of.times_of_first_run())
             # Who waits is not woken for every single run.
-            is_awaited = run_id == self._awaited or any(run_id < first_id for first_id in self._awaited_before)
+            is_awaited = run_id in self._awaited or any(run_id < first_id for first_id in self._awaited_before)
             if not self._runs or is_awaited or len(self._runs) == self.limit * 3 // 4:
                 self.connections.look_again()
         if failure is not None:
