@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.live import Live
 
     from torchways.rpc import torchways_pb2 as pb
-    from torchways.rpc.activity import Activity
+    from torchways.rpc.activity import Activity, ClientActivity
     from torchways.rpc.operator import OperatorAccess, OperatorClient
 
 _EXAMPLES = """\
@@ -34,7 +34,14 @@ _EXAMPLES = """\
 keys:
   q quit   p pause   s sort by the next column
 """
-_SORTS = ("got", "queue", "memory", "runs", "name")
+#: What clients can be sorted by, and how; the first is the default. Largest first but for names.
+SORTS: dict[str, Callable[[ClientActivity], tuple[float | str, int]]] = {
+    "got": lambda client: (-client.got, client.client_id),
+    "queue": lambda client: (-(client.num_held + client.num_admitted), client.client_id),
+    "memory": lambda client: (-client.buffer_bytes, client.client_id),
+    "runs": lambda client: (-client.runs_per_second, client.client_id),
+    "name": lambda client: (client.name, client.client_id),
+}
 _MIN_INTERVAL, _MAX_INTERVAL = 0.1, 60.0
 
 
@@ -45,7 +52,7 @@ def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     add_target_flags(parser)
     parser.add_argument("--interval", type=float, default=1.0, metavar="SECONDS", help="of a frame (default: 1)")
-    parser.add_argument("--sort", choices=_SORTS, default="got", help="what clients are sorted by (default: got)")
+    parser.add_argument("--sort", choices=tuple(SORTS), default="got", help="what clients are sorted by (default: got)")
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--once", action="store_true", help="print one frame; so it is where stdout is no terminal")
     form.add_argument("--json", action="store_true", help="print one frame as one JSON object")
@@ -153,7 +160,8 @@ class _View:
             case "p" | " ":
                 self._is_paused = not self._is_paused
             case "s":
-                self._sort = _SORTS[(_SORTS.index(self._sort) + 1) % len(_SORTS)]
+                names = list(SORTS)
+                self._sort = names[(names.index(self._sort) + 1) % len(names)]
 
     def _draw(self, live: Live) -> None:
         from torchways.cli.top_view import frame

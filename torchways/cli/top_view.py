@@ -11,16 +11,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from torchways.cli.top import SORTS
 from torchways.rpc.activity import Activity, ClientActivity, ExecutorActivity, IslandActivity
 
-#: What clients can be sorted by, and how; the first is the default. Largest first but for names.
-SORTS = {
-    "got": lambda client: (-client.got, client.client_id),
-    "queue": lambda client: (-(client.num_held + client.num_admitted), client.client_id),
-    "memory": lambda client: (-client.buffer_bytes, client.client_id),
-    "runs": lambda client: (-client.runs_per_second, client.client_id),
-    "name": lambda client: (client.name, client.client_id),
-}
 #: Waits that are shown.
 _MAX_WAITS = 8
 _BAR_WIDTH = 12
@@ -32,7 +25,7 @@ def frame(address: str, activity: Activity, *, sort: str = "got", is_paused: boo
     Args:
         address: of the cluster.
         activity: what to show.
-        sort: what clients are sorted by, one of `SORTS`.
+        sort: what clients are sorted by, one of `top.SORTS`.
         is_paused: say so.
         keys: name the keys.
     """

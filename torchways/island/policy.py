@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
+from torchways.config import POLICIES
 from torchways.errors import ConfigError
 from torchways.ids import ClientId, RunId
 
@@ -261,11 +262,9 @@ _CALLS: dict[str, tuple[str, tuple[Any, ...], dict[str, Any]]] = {
     "forget": ("forget(client_id)", (_RUN.share.client_id,), {}),
 }
 
-POLICIES: dict[str, PolicyFactory] = {
-    "proportional_share": ProportionalShare,
-    "first_come_first_served": FirstComeFirstServed,
-    "priority": StrictPriority,
-}
+#: In the order of their names in the settings.
+_FACTORIES: tuple[PolicyFactory, ...] = (ProportionalShare, FirstComeFirstServed, StrictPriority)
+_POLICIES = dict(zip(POLICIES, _FACTORIES, strict=True))
 
 
 def check_policy(name: str) -> None:
@@ -288,8 +287,8 @@ def find_policy(name: str) -> PolicyFactory:
     Raises:
         ConfigError: there is none, it cannot be imported, or its methods cannot be called as a policy's.
     """
-    if name in POLICIES:
-        return POLICIES[name]
+    if name in _POLICIES:
+        return _POLICIES[name]
     module_name, colon, class_name = name.partition(":")
     if not colon:
         raise ConfigError(f"policy must be one of {', '.join(POLICIES)}, or module:Class, not {name!r}")

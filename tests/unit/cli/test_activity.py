@@ -6,7 +6,8 @@ import pytest
 from rich.console import Console
 
 from tests.unit.cli.observations import observation, share
-from torchways.cli.top_view import SORTS, frame
+from torchways.cli.top import SORTS
+from torchways.cli.top_view import frame
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.activity import activity_between
 

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchways.cluster.run_order import RunOrder
+from torchways.config import POLICIES
 from torchways.errors import Failure
 from torchways.ids import PartId, RunPart
 from torchways.island import events as core
 from torchways.island.policy import (
-    POLICIES,
     FirstComeFirstServed,
     ProportionalShare,
     Share,
