@@ -63,9 +63,9 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")]))
     yield tmp_path
-    for path, state in list(state_file.living_clusters()):  # of a test that failed
+    for path in filter(state_file.lives, runtime.glob("torchways/*.json")):  # of a test that failed
         with contextlib.suppress(ProcessLookupError):
-            os.kill(state.pid, signal.SIGKILL)
+            os.kill(state_file.read(path).pid, signal.SIGKILL)
         path.unlink(missing_ok=True)
 
 
@@ -399,6 +399,54 @@ def test_a_signal_ends_a_cluster_in_the_foreground(environment, number):
     assert process.returncode == 0
     assert_gone(processes, 1)
     assert not os.path.exists(facts["state"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL], ids=["TERM", "HUP", "KILL"])
+def test_a_signal_while_it_starts_leaves_no_cluster_that_nobody_announced(environment, number):
+    command = [sys.executable, "-m", "torchways", "up", "--islands", "1", "--devices-per-island", "1", "--detach"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    path = environment / "runtime" / "torchways" / "default.json"
+    wait_for(path.exists, "the state file")  # the node agent runs
+    processes = family(process.pid)
+    process.send_signal(number)
+    assert process.communicate(timeout=30)[0] == ""
+    assert process.returncode == (-number if number == signal.SIGKILL else 128 + number)
+    assert_gone(processes)
+    wait_for(lambda: not path.exists(), "the end of the state file")
+
+
+def test_nohup_keeps_a_cluster_in_the_foreground(environment):
+    command = [
+        "nohup",
+        sys.executable,
+        "-m",
+        "torchways",
+        "up",
+        "--islands",
+        "1",
+        "--devices-per-island",
+        "1",
+        "--json",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    facts = json.loads(process.stdout.readline())
+    processes = family(process.pid)
+    process.send_signal(signal.SIGHUP)  # as at a logout
+    assert json.loads(torchways("status", "--json"))["address"] == facts["address"]
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=30)
+    assert process.returncode == 0
+    assert_gone(processes, 1)
+
+
+def test_a_token_file_that_cannot_be_written_is_refused_before_the_start(environment):
+    path = environment / "notes.txt"
+    path.write_text("several words\n")
+    error = torchways("up", "--islands", "1", "--detach", "--token-file", str(path), code=1)
+    assert (
+        error == f"torchways up: {path} holds something other than a token, and is left as it is: name another file\n"
+    )
+    assert not (environment / "runtime" / "torchways" / "default-logs").exists()  # no node agent has run
 
 
 def test_down_ends_a_cluster_in_the_foreground(environment):

@@ -12,7 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torchways.cli.target import add_state_flags, command_parser, state_flag, state_path
+from torchways.cli.target import UsageError, add_state_flags, command_parser, state_flag, state_path
 from torchways.errors import ClusterLost, ConfigError, DeadlineExceeded
 
 if TYPE_CHECKING:
@@ -25,16 +25,17 @@ _EXAMPLES = """\
   torchways up --name team --policy priority --metrics-port 9400 --detach
   torchways up --state /srv/tw.json --token-file /srv/tw.token --log-format json --log-dir /srv/logs --detach
 """
-_USAGE = 2
 #: The longest time that a flag may say, 30 years.
 _MAX_SECONDS = 1e9
 _POLL_SECONDS = 0.05
+#: They end a cluster in the foreground, and one that is starting.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def add_parser(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Adds the subcommand."""
     parser = command_parser(
-        commands, "up", "start a cluster that stays until `torchways down`, SIGTERM or Ctrl-C", _EXAMPLES
+        commands, "up", "start a cluster that stays until `torchways down`, Ctrl-C, SIGTERM or SIGHUP", _EXAMPLES
     )
     add_state_flags(parser)
     parser.add_argument("--detach", action="store_true", help="return when it is ready; it goes on in the background")
@@ -106,8 +107,7 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         config = _config(parsed, path)
     except ConfigError as error:
-        print(f"torchways up: {error}", file=sys.stderr)
-        return _USAGE
+        raise UsageError(str(error)) from error
     if state_file.lives(path):
         remedy = f"end it (`torchways down{state_flag(parsed)}`), or choose another --name or --state"
         raise ClusterLost(f"a cluster runs already with the state file {path}: {remedy}")
@@ -117,6 +117,8 @@ def run(parsed: argparse.Namespace) -> int:
         raise ConfigError(
             f"cannot make the folder {path.parent}: {error.strerror}; choose another by --state"
         ) from error
+    if parsed.token_file:
+        state_file.check_token_file(Path(parsed.token_file))  # before there is a cluster that would end by it
     return _detach(config, path, parsed) if parsed.detach else _stay(config, path, parsed)
 
 
@@ -162,13 +164,21 @@ def _folders(text: str | None) -> tuple[str, ...] | None:
 
 
 def _detach(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> int:
+    """Starts the cluster; one that is not announced ends, since nobody would know of it."""
     from torchways.launch.embedded import start_cluster
+    from torchways.signals import Interrupted
 
-    cluster = start_cluster(config, state=path, stays=True)
+    _raise_on_signals()
+    cluster = None
     try:
+        cluster = start_cluster(config, state=path, stays=True)
         _announce(cluster, config, path, parsed)
-    except BaseException:
-        os.kill(cluster.agent_pid, signal.SIGTERM)  # nobody would know of it
+    except BaseException as error:
+        _ignore_signals()
+        if cluster is not None:
+            os.kill(cluster.agent_pid, signal.SIGTERM)
+        if isinstance(error, Interrupted):
+            return 128 + error.number
         raise
     return 0
 
@@ -176,11 +186,9 @@ def _detach(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> in
 def _stay(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> int:
     """Starts the cluster, and waits until a signal or `torchways down` ends it."""
     from torchways.launch.embedded import start_cluster
-    from torchways.signals import Interrupted, raise_interrupted
+    from torchways.signals import Interrupted
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    for number in numbers:
-        signal.signal(number, raise_interrupted)
+    _raise_on_signals()
     cluster = None
     try:
         cluster = start_cluster(config, state=path)
@@ -189,14 +197,27 @@ def _stay(config: ClusterConfig, path: Path, parsed: argparse.Namespace) -> int:
     except Interrupted as interrupted:
         return 0 if cluster is not None else 128 + interrupted.number
     finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_IGN)  # ending takes seconds, and must not be left half done
+        _ignore_signals()
         if cluster is not None:
             cluster.close()
     if code != 0:
         raise ClusterLost(f"the cluster ended by itself (its node agent with code {code}); its log says why")
     print("the cluster was ended", file=sys.stderr)
     return 0
+
+
+def _raise_on_signals() -> None:
+    from torchways.signals import raise_interrupted
+
+    for number in _SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as `nohup` sets it
+            signal.signal(number, raise_interrupted)
+
+
+def _ignore_signals() -> None:
+    """Ending a cluster takes seconds, and must not be left half done."""
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _wait_schedulers(cluster: EmbeddedCluster, config: ClusterConfig) -> None:
@@ -209,10 +230,12 @@ def _wait_schedulers(cluster: EmbeddedCluster, config: ClusterConfig) -> None:
     while True:
         try:
             found = ask(OperatorAccess(cluster.address, cluster.token), lambda client: client.observe())
+            if sum(bool(island.scheduler_address) for island in found.cluster.islands) == config.islands:
+                return
         except ClusterLost as error:
             raise ClusterLost(ended) from error
-        if sum(bool(island.scheduler_address) for island in found.cluster.islands) == config.islands:
-            return
+        except DeadlineExceeded:
+            pass  # a busy machine
         if not cluster.lives():
             raise ClusterLost(ended)
         if time.monotonic() > deadline:

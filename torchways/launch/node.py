@@ -77,7 +77,6 @@ class NodeAgent:
         self._metrics_address = ""
         self._tasks: set[asyncio.Task[None]] = set()
         self._ready_fd: int | None = arguments.ready_fd
-        #: The cluster's, once it has accepted this node.
         #: Address of each island's simulated devices, once they are there.
         self._simulators: dict[int, asyncio.Future[str]] = {}
         #: Forks executors, where the system can.
@@ -157,7 +156,8 @@ class NodeAgent:
                 with os.fdopen(fd, "w") as pipe:
                     pipe.write(json.dumps(message) + "\n")
             except BrokenPipeError:
-                logger.info("the owner does not wait for the cluster any more")
+                logger.info("nobody waits for the cluster any more; ending it")
+                self._over.set()
 
     # ---- the owner
 

@@ -16,7 +16,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torchways.errors import ConfigError
 from torchways.rpc.channel import TOKEN_VARIABLE
@@ -140,9 +140,15 @@ def read(path: Path) -> ClusterState:
 
 
 def lives(path: Path) -> bool:
-    """Whether the cluster of this state file lives: its node agent holds the file."""
+    """Whether the cluster of this state file lives: its node agent holds the file.
+
+    Raises:
+        ConfigError: this user may not look at the file.
+    """
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except PermissionError as error:
+        raise ConfigError(f"cannot read the state file {path}: {_whose(path) or error.strerror}") from error
     except OSError:
         return False
     try:
@@ -154,16 +160,28 @@ def lives(path: Path) -> bool:
         os.close(fd)
 
 
+def _whose(path: Path) -> str:
+    """Says which other user has a file, or else the folder that keeps us from it; empty if neither is another's."""
+    for place in (path, *path.parents):
+        with contextlib.suppress(OSError):
+            uid = place.stat().st_uid
+            return f"{place} belongs to another user (uid {uid})" if uid != os.geteuid() else ""
+    return ""
+
+
 def remove_stale(path: Path) -> None:
     """Removes the state file of a dead cluster; one that lives by now has its own.
 
     Raises:
-        ConfigError: it is another kind of file, which stays.
+        ConfigError: it is another kind of file, or another user's, and stays.
     """
     with contextlib.suppress(FileNotFoundError):
         _check_content(path, path.read_text(errors="replace"))
-    with contextlib.suppress(ConfigError):
+    try:
         hold(path).remove()
+    except ConfigError:
+        if not lives(path):
+            raise
 
 
 def _check_content(path: Path, text: str) -> None:
@@ -203,18 +221,12 @@ def _folders() -> list[Path]:
     return [Path(runtime) / "torchways", *folders] if os.path.isdir(runtime) else folders
 
 
-def living_clusters() -> Iterator[tuple[Path, ClusterState]]:
-    """Returns the state files of this user's clusters that live, in the default folders."""
-    for path in _living_files():
-        with contextlib.suppress(OSError, ConfigError):
-            yield path, read(path)
-
-
 def _living_files() -> Iterator[Path]:
     for folder in _folders():
         for path in sorted(folder.glob(f"*{_SUFFIX}")):
-            if lives(path):
-                yield path
+            with contextlib.suppress(ConfigError):  # another user's
+                if lives(path):
+                    yield path
 
 
 def state_at(address: str) -> ClusterState | None:
@@ -281,6 +293,26 @@ def write_token(path: Path, token: str) -> None:
     Raises:
         ConfigError: it cannot be written.
     """
+    with _token_file(path) as file:
+        file.truncate()
+        file.write(token + "\n")
+
+
+def check_token_file(path: Path) -> None:
+    """Checks that `write_token` can write a file, and leaves what is there.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    is_new = not os.path.lexists(path)
+    with _token_file(path):
+        if is_new:
+            path.unlink()
+
+
+@contextlib.contextmanager
+def _token_file(path: Path) -> Iterator[IO[str]]:
+    """Opens a file for a token."""
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
@@ -289,8 +321,7 @@ def write_token(path: Path, token: str) -> None:
             if len(os.pread(fd, _MAX_BYTES, 0).split()) > 1:
                 raise ConfigError(f"{path} holds something other than a token, and is left as it is: name another file")
             os.fchmod(fd, 0o600)  # before the token is in it
-            file.truncate()
-            file.write(token + "\n")
+            yield file
     except OSError as error:
         raise ConfigError(f"cannot write the token file {path}: {error.strerror}") from error
 

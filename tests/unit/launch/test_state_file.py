@@ -61,7 +61,7 @@ def test_the_file_of_a_dead_cluster_is_taken_over(folder):
     path = state_file.default_path("mine")
     subprocess.run([sys.executable, "-c", _DIES, str(path)], check=False, timeout=60)
     path.chmod(0o644)
-    assert (path.exists(), state_file.lives(path), list(state_file.living_clusters())) == (True, False, [])
+    assert (path.exists(), state_file.lives(path)) == (True, False)
     held = state_file.hold(path)
     held.write(STATE)
     assert state_file.read(path) == STATE
@@ -147,6 +147,41 @@ def test_a_file_of_another_user_is_refused(folder):
             use(path)
         assert path.read_text() == "secret\n"
         path.unlink()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can become another user")
+def test_whose_cluster_it_is_is_told_to_a_user_who_may_not_look(folder):
+    path = state_file.default_path()
+    held = state_file.hold(path)
+    os.seteuid(4711)
+    try:
+        with pytest.raises(ConfigError, match=r"cannot read the state file .*belongs to another user \(uid 0\)"):
+            state_file.lives(path)
+    finally:
+        os.seteuid(0)
+    held.remove()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only the superuser can give a file away")
+def test_the_file_of_another_users_dead_cluster_stays(folder):
+    path = state_file.default_path()
+    subprocess.run([sys.executable, "-c", _DIES, str(path)], check=False, timeout=60)
+    os.chown(path, 4711, -1)
+    with pytest.raises(ConfigError, match=r"belongs to another user \(uid 4711\)"):
+        state_file.remove_stale(path)
+    assert path.exists()
+
+
+def test_a_token_file_is_checked_without_being_changed(folder):
+    path = folder / "token"
+    state_file.check_token_file(path)
+    assert not path.exists()
+    state_file.write_token(path, "one")
+    state_file.check_token_file(path)
+    assert state_file.read_token(path) == "one"
+    path.write_text("several words")
+    with pytest.raises(ConfigError, match="is left as it is"):
+        state_file.check_token_file(path)
 
 
 @pytest.mark.parametrize("text", ["", "two words", "{", '{"pid": "x"}', '{"pid": 1, "token": 5}', "{}", "[]", "\x00"])
