@@ -18,6 +18,7 @@ from torchways.launch import embedded
 from torchways.rpc import channel, identity
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
+from torchways.rpc.operator import OperatorAccess, connected
 
 _KEY = identity.new_cluster_key().hex()
 _ONE_ISLAND = ClusterConfig(islands=1, devices_per_island=1)
@@ -93,10 +94,10 @@ def test_close_at_once_leaves_no_process_either():
     assert_gone(processes, 1)
 
 
-async def _attach(address, token):
+async def _attach(address, token, name="a test"):
     async with channel.open_channel(address) as opened:
         stream = pb_grpc.ResourceManagerStub(opened).Attach(
-            pb.AttachRequest(name="a test"), metadata=identity.metadata(token)
+            pb.AttachRequest(name=name), metadata=identity.metadata(token)
         )
         async for event in stream:
             yield event
@@ -115,6 +116,19 @@ def test_a_wrong_token_is_refused(cluster):
 def test_the_token_is_in_no_command_line(cluster):
     for process in family(cluster.agent_pid):
         assert cluster.token not in " ".join(process.cmdline())
+
+
+def test_a_clients_name_is_short_and_printable(cluster):
+    async def call():
+        events = _attach(cluster.address, cluster.token, "\x1b[2J" + "x" * 100_000)
+        await anext(events)
+        secret = identity.ClusterKey(bytes.fromhex(_KEY)).secret_of(identity.Caller(identity.Role.OPERATOR))
+        async with connected(OperatorAccess(cluster.address, cluster.token, secret)) as operator:
+            found = await operator.observe()
+        await events.aclose()
+        return [client.name for client in found.clients]
+
+    assert asyncio.run(call()) == ["?[2J" + "x" * 196]
 
 
 def test_clients_are_told_that_the_cluster_closes(cluster):

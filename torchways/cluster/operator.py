@@ -20,6 +20,7 @@ import grpc.aio
 from torchways.cluster import state as core
 from torchways.errors import TorchwaysError
 from torchways.ids import ClientId, ProgramId
+from torchways.observability.text import printable
 from torchways.rpc import channel
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -122,6 +123,7 @@ class OperatorServer(pb_grpc.OperatorServicer):
             else:
                 found.unreachable.append(core.process_name(info.executor_id))
         found.time_ns = time.time_ns()
+        make_printable(found)
         return found
 
     def _executors(self) -> Iterable[tuple[core.DeviceSet, pb.ExecutorInfo]]:
@@ -267,6 +269,15 @@ def _name_clients(status: pb.SchedulerStatus, names: Mapping[ClientId, str]) -> 
     for item in status.device_sets:
         for share in item.clients:
             share.name = share.name or names.get(ClientId(share.client_id), "")
+
+
+def make_printable(found: pb.Observation) -> None:
+    """Takes away what clients could steer a terminal with: names of their functions and files are in these lines."""
+    for island in found.schedulers:
+        island.status.waits[:] = map(printable, list(island.status.waits))
+    for executor in found.executors:
+        executor.status.waiting_for[:] = map(printable, list(executor.status.waiting_for))
+        executor.status.stalls[:] = map(printable, list(executor.status.stalls))
 
 
 def hide_names(found: pb.Observation) -> None:

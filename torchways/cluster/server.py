@@ -28,6 +28,7 @@ from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
 from torchways.ids import ClientId, SliceId
 from torchways.link.stream import StreamServer
 from torchways.observability.process import die_with_parent, setup_process
+from torchways.observability.text import printable_name
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -214,12 +215,13 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             failure = Failure(kind="ConfigError", message=refused)
             yield pb.ClusterEvent(attached=pb.Attached(failure=convert.failure_to_proto(failure)))
             return
-        client_id = self.core.attach(request.name)
+        name = printable_name(request.name)
+        client_id = self.core.attach(name)
         self._shares[client_id] = {"weight": request.weight or 1.0, "priority": request.priority}
         queue: asyncio.Queue[pb.ClusterEvent] = asyncio.Queue()
         self._clients[client_id] = queue
         self._client_spans.attached(client_id)
-        logger.info("client %d attached: %s", client_id, request.name)
+        logger.info("client %d attached: %s", client_id, name)
         try:
             secret = self._key.secret_of(Caller(Role.CLIENT, client_id))
             yield pb.ClusterEvent(attached=pb.Attached(client_id=client_id, secret=secret))
@@ -467,7 +469,7 @@ def _summary(item: core.Slice) -> pb.SliceSummary:
     return pb.SliceSummary(
         slice_id=item.slice_id,
         shape=item.shape,
-        axis_names=item.axis_names,
+        axis_names=map(printable_name, item.axis_names),
         client_id=item.client_id,
         device_indices=item.device_indices,
         state=item.state,

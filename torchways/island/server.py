@@ -30,6 +30,7 @@ from torchways.link.handshake import HandshakeError
 from torchways.link.opening import LinkError
 from torchways.link.stream import LoopStream, StreamServer
 from torchways.observability.process import die_with_parent, setup_process
+from torchways.observability.text import printable_name
 from torchways.rpc import channel, convert
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc import torchways_pb2_grpc as pb_grpc
@@ -47,8 +48,6 @@ _MAX_HELD_BYTES = 64 << 20
 _MAX_PROGRAMS = 500
 #: Programs that a client may have on an island. Controllers keep below (`Programs.limit`).
 _MAX_PROGRAMS_OF_CLIENT = 16_384
-#: Of a program's name, characters that are kept.
-_MAX_NAME = 1_000
 #: For an executor's stream to open.
 _OPEN_SECONDS = 30.0
 #: How often executors are told whose runs are held.
@@ -300,7 +299,7 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         if message.HasField("register_program"):
             if self.core.num_programs(client_id) >= _MAX_PROGRAMS_OF_CLIENT:
                 raise FrameError(f"it registers more than {_MAX_PROGRAMS_OF_CLIENT:,} programs")
-            message.register_program.name = message.register_program.name[:_MAX_NAME]
+            message.register_program.name = printable_name(message.register_program.name)
         event = _client_event(client_id, message, self._outlines)
         if event is not None:
             self.handle(event)

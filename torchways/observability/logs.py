@@ -7,11 +7,21 @@ import logging
 import os
 from datetime import UTC, datetime
 
+from torchways.observability.text import printable
+
 
 def text_formatter(role: str) -> logging.Formatter:
     """Returns the form for people."""
     form = f"%(asctime)s.%(msecs)03d %(levelname).1s [{role} {os.getpid()}] %(name)s: %(message)s"
-    return logging.Formatter(form, "%H:%M:%S")
+    return _TextFormatter(form, "%H:%M:%S")
+
+
+class _TextFormatter(logging.Formatter):
+    """Lines have names of clients' in them, and are read on terminals."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Returns a record's line."""
+        return printable(super().format(record), keep="\n\t")
 
 
 class JsonFormatter(logging.Formatter):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from torchways.observability import process
-from torchways.observability.logs import JsonFormatter
+from torchways.observability.logs import JsonFormatter, text_formatter
 
 
 def test_a_line_is_one_object():
@@ -28,6 +28,11 @@ def test_a_line_is_one_object():
         "logger": "torchways.x",
         "message": "run 7\nfailed",
     }
+
+
+def test_a_line_for_people_steers_no_terminal():
+    record = logging.LogRecord("torchways.x", logging.ERROR, "x.py", 1, "client %s\nand\tmore", ("\x1b[2J",), None)
+    assert text_formatter("a test").format(record).endswith("torchways.x: client ?[2J\nand\tmore")
 
 
 def test_an_exception_that_nobody_catches_is_a_line_too():
