@@ -1,7 +1,8 @@
 """gRPC channels and servers as torchways uses them: callers that prove who they are, dead peers noticed.
 
 Every call carries the cluster's token and, but for a newcomer's, who makes it (identity.py); a server refuses others.
-Keepalive pings notice a peer whose machine is gone within about ten seconds; a process that ends is noticed at once.
+A process that ends is noticed at once, and a peer whose machine is gone within about ten seconds: nothing acknowledges
+what was sent. A process that is stopped (Ctrl-Z, a debugger) is taken for gone after about a minute.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ _OPTIONS: list[tuple[str, Any]] = [
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.keepalive_time_ms", 5_000),
     ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.http2.ping_timeout_ms", 60_000),  # of a process that is stopped: its kernel still acknowledges
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 ]
