@@ -481,6 +481,7 @@ class Engine:
         if not leaves:
             self.post(events.UnitFinished(task=task, failure=failure))
             return
+        self.spans.note_issued(task, issued)
         left, last = len(leaves), 0
 
         def finished(ended: int) -> None:
@@ -495,6 +496,7 @@ class Engine:
             self.runtime.on_ready(buffers, lambda: self.call(functools.partial(finished, time.time_ns())))
 
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
+        self.spans.note_ended(task)
         name, first = self._name_of(task)
         if first.part_of is not None:
             name += f" {first.part_of.action}"

@@ -253,6 +253,11 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             used_bytes=state.memory.used_bytes,
             stalls=[line for client_id, line in self.engine.stalls.lines() if asking in (0, client_id)],
             num_entries=self.engine.num_entries(),
+            unended_seconds={
+                int(client): ns / 1e9
+                for client, ns in self.engine.spans.unended_ns(state.runs.values(), time.time_ns()).items()
+                if asking in (0, client)
+            },
             client_bytes={
                 int(client): size for client, size in state.names.client_bytes().items() if asking in (0, client)
             },

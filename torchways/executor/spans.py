@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 
 from torchways.executor.memory import Taker
-from torchways.executor.runs import Placing, Task
-from torchways.ids import owner
+from torchways.executor.runs import Placing, Run, Task
+from torchways.ids import ClientId, owner
 from torchways.ir.part import LoopAction
 from torchways.rpc.spans import Span, SpanLog
 
@@ -21,6 +22,8 @@ class Spans:
     def __init__(self) -> None:
         self.log = SpanLog()
         self._device_free_ns = 0
+        #: Computations that were issued and have not ended, in order, and when that was.
+        self._computing: dict[Task, int] = {}
         #: Waits for memory that are not over, by the identity of what waits.
         self._waits: dict[int, tuple[Taker, int]] = {}
         #: Computations that wait for their grant, and since when.
@@ -46,6 +49,27 @@ class Spans:
         """Keeps the span of a compilation; on the compiler's thread."""
         client = owner(program_id)
         self.log.note(Span(f"compile {name}", "compile", start_ns, end_ns, 0, kind="compile", client_id=client))
+
+    def note_issued(self, task: Task, now_ns: int) -> None:
+        """A computation has been given to the devices."""
+        self._computing[task] = now_ns
+
+    def unended_ns(self, runs: Iterable[Run], now_ns: int) -> dict[ClientId, int]:
+        """Returns the device time, until now, of some clients' runs that have not ended.
+
+        The devices are the oldest computation's, since it was issued or the one before it ended; see `note_computed`.
+        """
+        result: dict[ClientId, int] = defaultdict(int)
+        for run in runs:
+            result[run.client_id] += run.device_ns
+        for task, issued_ns in self._computing.items():
+            result[task.run.client_id] += max(0, now_ns - max(issued_ns, self._device_free_ns))
+            break
+        return result
+
+    def note_ended(self, task: Task) -> None:
+        """A computation that was issued has ended."""
+        self._computing.pop(task, None)
 
     def note_computed(
         self,

@@ -139,6 +139,9 @@ def _busy_of_devices(found: pb.Observation) -> dict[tuple[int, int], float]:
         for item in scheduler.status.device_sets:
             for device in item.device_indices:
                 busy[scheduler.island_id, device] += item.busy_seconds
+    for executor in found.executors:  # schedulers know only of runs that have ended, which may be long ones
+        for device in executor.device_indices:
+            busy[executor.island_id, device] += sum(executor.status.unended_seconds.values())
     return busy
 
 
@@ -193,6 +196,9 @@ def _totals(found: pb.Observation) -> dict[int, _Total]:
                 total.num_held += share.num_held
                 total.num_admitted += share.num_admitted
                 total.num_finished += share.num_finished
+    for executor in found.executors:
+        for client_id, seconds in executor.status.unended_seconds.items():
+            totals[client_id].busy += seconds * len(executor.device_indices)
     return totals
 
 

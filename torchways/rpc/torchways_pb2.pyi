@@ -3853,6 +3853,26 @@ class ExecutorStatus(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class UnendedSecondsEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.int
+        value: _builtins.float
+        def __init__(
+            self,
+            *,
+            key: _builtins.int = ...,
+            value: _builtins.float = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     EXECUTOR_ID_FIELD_NUMBER: _builtins.int
     RSS_BYTES_FIELD_NUMBER: _builtins.int
     NUM_BUFFERS_FIELD_NUMBER: _builtins.int
@@ -3868,6 +3888,7 @@ class ExecutorStatus(_message.Message):
     COMPILE_SECONDS_FIELD_NUMBER: _builtins.int
     NUM_ENTRIES_FIELD_NUMBER: _builtins.int
     STALLS_FIELD_NUMBER: _builtins.int
+    UNENDED_SECONDS_FIELD_NUMBER: _builtins.int
     executor_id: _builtins.str
     rss_bytes: _builtins.int
     num_buffers: _builtins.int
@@ -3904,6 +3925,10 @@ class ExecutorStatus(_message.Message):
     def stalls(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """for people: runs without progress for long; a client is told of its own only"""
 
+    @_builtins.property
+    def unended_seconds(self) -> _containers.ScalarMap[_builtins.int, _builtins.float]:
+        """device time until now of runs that go on, by client; to a client, its own"""
+
     def __init__(
         self,
         *,
@@ -3922,10 +3947,11 @@ class ExecutorStatus(_message.Message):
         compile_seconds: _builtins.float = ...,
         num_entries: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
         stalls: _abc.Iterable[_builtins.str] | None = ...,
+        unended_seconds: _abc.Mapping[_builtins.int, _builtins.float] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "stalls", b"stalls", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["budget_bytes", b"budget_bytes", "buffer_bytes", b"buffer_bytes", "client_bytes", b"client_bytes", "compile_seconds", b"compile_seconds", "executor_id", b"executor_id", "fallback_counters", b"fallback_counters", "num_buffers", b"num_buffers", "num_compiled", b"num_compiled", "num_entries", b"num_entries", "num_messages", b"num_messages", "num_runs_in_flight", b"num_runs_in_flight", "rss_bytes", b"rss_bytes", "stalls", b"stalls", "unended_seconds", b"unended_seconds", "used_bytes", b"used_bytes", "waiting_for", b"waiting_for"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,6 +1,7 @@
 """What `torchways top` makes of two observations, and how a frame looks."""
 
 import io
+import itertools
 
 import pytest
 from rich.console import Console
@@ -78,3 +79,19 @@ def test_a_frame_of_an_empty_cluster_says_so():
     text = drawn(activity_between(pb.Observation(), pb.Observation(unreachable=["scheduler i0"])))
     assert "scheduler i0 does not answer" in text
     assert "none" in text
+
+
+def test_a_run_that_is_longer_than_the_interval_counts_as_it_goes_on():
+    """Schedulers know of its device time only when it has ended."""
+
+    def at(seconds, ended, unended):
+        found = observation(seconds, share(1, busy_seconds=ended, num_admitted=1))
+        found.executors[0].status.unended_seconds[1] = unended
+        return found
+
+    moments = [at(10, 5.0, 0.0), at(11, 5.0, 1.0), at(12, 5.0, 2.0), at(13, 8.0, 0.0)]
+    for before, after in itertools.pairwise(moments):
+        activity = activity_between(before, after)
+        assert activity.islands[0].utilisation == (pytest.approx(1.0), pytest.approx(1.0))
+        assert activity.clients[0].device_seconds == pytest.approx(2.0)  # of two devices
+        assert activity.clients[0].got == 1.0

@@ -1,5 +1,7 @@
 """An executor's spans: what a computation took, and what it waited for: inputs, memory, its grant."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from tests.unit.executor.test_stalls import double, enqueue, load, put
@@ -14,6 +16,13 @@ from torchways.ids import BufferId, RunId, RunPart
 RUN = RunId(BASE + 1)
 
 
+class Computation:
+    """What spans use of a task: whose run it is of."""
+
+    def __init__(self, client_id, device_ns=0):
+        self.run = SimpleNamespace(client_id=client_id, device_ns=device_ns)
+
+
 @pytest.fixture
 def clock(monkeypatch):
     """Sets the time, in nanoseconds."""
@@ -24,6 +33,20 @@ def clock(monkeypatch):
 
 def shown(spans):
     return [(span.kind, span.name, span.start_ns, span.end_ns) for span in spans.log.since(0)]
+
+
+def test_runs_that_go_on_have_device_time_until_now():
+    spans = Spans()
+    first, second = Computation(1, device_ns=7), Computation(2)
+    runs = [first.run, second.run]
+    spans.note_issued(first, 10)
+    spans.note_issued(second, 15)  # behind it
+    assert spans.unended_ns(runs, 30) == {1: 7 + 20, 2: 0}
+    spans.note_ended(first)
+    spans.note_computed("f", 1, 10, 40, RUN)
+    assert spans.unended_ns(runs, 45) == {1: 7, 2: 5}
+    spans.note_ended(second)
+    assert spans.unended_ns([], 50) == {}
 
 
 def test_computations_that_follow_each_other_share_no_time():
