@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +12,7 @@ from torchways.errors import ConfigError
 
 if TYPE_CHECKING:
     from torchways.rpc.operator import ClusterTrace, OperatorClient
+    from torchways.rpc.spans import Span
 
 _EXAMPLES = """\
   torchways trace                                  # five seconds, to trace.json.gz
@@ -82,12 +84,22 @@ def _collected(parsed: argparse.Namespace) -> dict[str, Any]:
         trace = write_chrome_trace(path, spans, names)
     except OSError as error:
         raise ConfigError(f"cannot write {path}: {error.strerror}") from error
-    num_spans = sum(map(len, spans.values()))
+    gone = {name: seconds for name, found in spans.items() if (seconds := _forgotten_seconds(found))}
+    num_spans = sum(map(len, spans.values())) - len(gone)
     processes = f"{_count(spans, 'executor')}, {_count(spans, 'scheduler')} and {_count(spans, 'client')}"
     print(f"{path}: {num_spans:,} spans of {processes} in {parsed.seconds:g} s; open it at https://ui.perfetto.dev")
+    for name, seconds in sorted(gone.items()):
+        print(f"without the first {seconds:.1f} s of {name}: it had more spans since than a process keeps")
     for name, reason in sorted(missing.items()):
         print(f"without {name}: {reason}")
     return trace
+
+
+def _forgotten_seconds(spans: Sequence[Span]) -> float:
+    """Returns for how long since the trace's begin a process has no spans any more."""
+    from torchways.rpc.spans import FORGOTTEN
+
+    return sum((span.end_ns - span.start_ns) / 1e9 for span in spans if span.kind == FORGOTTEN)
 
 
 def _count(processes: Any, role: str) -> str:

@@ -16,16 +16,17 @@ from typing import NamedTuple
 from torchways.errors import AccessDenied, DeadlineExceeded, SessionClosed, TorchwaysError, UserError
 from torchways.ids import ClientId, RunId, owner
 from torchways.rpc import torchways_pb2 as pb
-from torchways.rpc.spans import Span, collect
+from torchways.rpc.spans import FORGOTTEN, Span, collect
 
 #: How long a client may take for all that it is asked in one trace, and for one answer.
 ANSWER_SECONDS = 5.0
-#: The most that one answer may have. A client keeps 20,000 spans (controller/session/spans.py).
+#: The most that one answer may have. A client keeps 20,000 spans (controller/session/spans.py); one more tells that it
+#: had others.
 _MAX_BYTES = 8 << 20
-_MAX_SPANS = 20_000
+_MAX_SPANS = 20_001
 _MAX_NAME = 200
 #: The kinds of a client's spans; each has its own track.
-_KINDS = frozenset({"dispatch", "room", "read"})
+_KINDS = frozenset({"dispatch", "room", "read", FORGOTTEN})
 #: Times that a client may claim, in nanoseconds: those with which we can reckon.
 _MAX_NS = 1 << 62
 

@@ -21,6 +21,8 @@ from torchways.schedules.actions import parse_action
 #: Set to 0, processes record no spans: for benchmarks of what recording costs.
 SPANS_VARIABLE = "TORCHWAYS_SPANS"
 HIDDEN = "of another client"
+#: Kind and track of a span for the time of which a process has no spans any more.
+FORGOTTEN = "forgotten"
 
 _MAX_SPANS = 50_000
 _SPANS_PER_MESSAGE = 5_000
@@ -35,7 +37,7 @@ class Span(NamedTuple):
         part_of: the action of a loop's schedule that it is part of.
         sent_bytes: that it sent to other executors.
         kind: "dispatch", "room", "read", "held", "admitted", "compute", "input", "memory", "grant", "compile", "send",
-            "receive" or "sum".
+            "receive", "sum" or "forgotten".
         client_id: whose it is; 0: nobody's, or a client's that may not be named.
         edge_id: of a send, a receive or a sum.
     """
@@ -58,15 +60,27 @@ class SpanLog:
     def __init__(self, max_spans: int = _MAX_SPANS) -> None:
         self.is_on = os.environ.get(SPANS_VARIABLE) != "0"
         self._spans: collections.deque[Span] = collections.deque(maxlen=max_spans)
+        #: From the first span's begin to the end of the newest that is not kept any more, once there is one.
+        self._begin_ns = self._forgotten_ns = 0
 
     def note(self, span: Span) -> None:
         """Keeps a span."""
         if self.is_on:
+            if not self._spans:
+                self._begin_ns = span.start_ns
+            elif len(self._spans) == self._spans.maxlen:
+                self._forgotten_ns = max(self._forgotten_ns, self._spans[0].end_ns)
             self._spans.append(span)
 
     def since(self, start_ns: int) -> list[Span]:
-        """Returns the spans that ended at a time or later."""
-        return [span for span in self._spans.copy() if span.end_ns >= start_ns]
+        """Returns the spans that ended at a time or later; a first one, FORGOTTEN, is of those that are gone."""
+        forgotten_ns = self._forgotten_ns
+        found = [span for span in self._spans.copy() if span.end_ns >= start_ns]
+        if forgotten_ns < max(start_ns, 1):
+            return found
+        begin_ns = max(start_ns, self._begin_ns)
+        gone = Span("more spans than are kept", FORGOTTEN, min(begin_ns, forgotten_ns), forgotten_ns, 0, kind=FORGOTTEN)
+        return [gone, *found]
 
 
 def shown_to(client_id: ClientId, spans: Iterable[Span]) -> list[Span]:

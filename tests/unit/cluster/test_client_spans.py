@@ -146,7 +146,7 @@ def answer(wanted, number=None, **response):
         (
             lambda wanted: [answer(wanted)] + [answer(wanted, spans=[pb.Span()] * 5_000)] * 5,
             UserError,
-            "more than 20,000",
+            "more than 20,001",
         ),
         (
             lambda wanted: [answer(wanted)] + [answer(wanted, clock_id="x" * (1 << 20))] * 9,

@@ -8,6 +8,7 @@ from torchways.ir.part import LoopAction
 from torchways.rpc import spans as module
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.spans import (
+    FORGOTTEN,
     HIDDEN,
     Exchange,
     Span,
@@ -47,9 +48,12 @@ def test_a_client_sees_that_others_compute_and_not_what():
 def test_the_oldest_spans_go_first(monkeypatch):
     log = SpanLog(max_spans=2)
     for end in (1, 2, 3):
-        log.note(Span("f", "t", 0, end, 0))
-    assert [span.end_ns for span in log.since(0)] == [2, 3]
-    assert [span.end_ns for span in log.since(3)] == [3]
+        log.note(Span("f", "t", end - 1, end, 0))
+    assert [(span.kind, *span[2:4]) for span in log.since(0)] == [(FORGOTTEN, 0, 1), ("", 1, 2), ("", 2, 3)]
+    assert [span.end_ns for span in log.since(2)] == [2, 3]  # none is missing
+    log.note(Span("f", "t", 3, 4, 0))
+    assert [(span.kind, *span[2:4]) for span in log.since(1)] == [(FORGOTTEN, 1, 2), ("", 2, 3), ("", 3, 4)]
+    assert [span.end_ns for span in log.since(3)] == [3, 4]
     monkeypatch.setenv("TORCHWAYS_SPANS", "0")
     off = SpanLog()
     off.note(Span("f", "t", 0, 1, 0))
