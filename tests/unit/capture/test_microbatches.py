@@ -528,6 +528,32 @@ def test_results_that_no_microbatch_computes():
     agrees(step_of)
 
 
+@pytest.mark.parametrize("count", [9, 8])
+@pytest.mark.parametrize("split", [(), ("last",)])
+def test_results_that_were_there_before_the_loop_are_what_its_last_microbatch_leaves(count, split):
+    def step_of(module):
+        def step(x):
+            module(x).sum().backward()
+            number, rows_seen, newest = torch.tensor(0.0), torch.zeros(3), torch.zeros(())
+
+            def function(rows):
+                module(rows).square().sum().backward()
+                early = torch.empty(4)
+                early.copy_(module.total)
+                module.total[1] += rows.sum()
+                number.add_(1)
+                newest.copy_(number)
+                written = (module.total, module.total[1], module.total[1:].view(3, 1), number, newest)
+                whole = (rows_seen.index_add_(0, torch.tensor([2]), rows.new_ones(1)), module.last.weight.grad)
+                return *written, *whole, early, module.total.clone(), number * 2
+
+            return tw.microbatch(function, x, n_microbatches=3)
+
+        return step
+
+    agrees(step_of, split=split, count=count)
+
+
 class Running(Small):
     """A total that backward reads, too, when the next microbatch has gone on with it."""
 

@@ -8,7 +8,7 @@ of it (partitioning/loops.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,8 +57,8 @@ class _Result:
     """A tensor of the body's result.
 
     Attributes:
-        stacked: its rows of all turns; but where it has dimensions, not of a smaller last turn.
-        remainder: that of a smaller last turn.
+        stacked: its rows of all turns, but not of a smaller last turn.
+        remainder: that of a smaller last turn; at least one dimension.
     """
 
     stacked: torch.Tensor | None
@@ -126,6 +126,8 @@ class LoopTrace:
             turn = torch.ops.torchways.turn.default()
             result = call(turn)
             self._check_writes(writes, assigned)
+            # Before anything is handed on: a result has the value that it has at the end of the turn.
+            self._take_results(number, turn, result, changed, is_remainder=is_remainder)
             for memory, before in changed.items():
                 self._hand_on_memory(number, memory, before)
             for owner, before_gradient in self._gradients.changed_since(gradients):
@@ -135,7 +137,6 @@ class LoopTrace:
                         "microbatches: read, clip or clear gradients after the loop"
                     )
                 self._hand_on_gradient(number, owner, before_gradient)
-            self._take_results(number, turn, result, is_remainder=is_remainder)
 
     @contextmanager
     def _recording(self, number: int) -> Iterator[dict[Memory, torch.fx.Node]]:
@@ -249,7 +250,15 @@ class LoopTrace:
 
     # ---- results
 
-    def _take_results(self, number: int, turn: torch.Tensor, result: Any, *, is_remainder: bool) -> None:
+    def _take_results(
+        self,
+        number: int,
+        turn: torch.Tensor,
+        result: Any,
+        changed: Mapping[Memory, torch.fx.Node],
+        *,
+        is_remainder: bool,
+    ) -> None:
         leaves, spec = pytree.tree_flatten(result)
         if self._spec is None:
             self._spec = spec
@@ -269,13 +278,22 @@ class LoopTrace:
                     f"the last microbatch at {self._label.line}, which is smaller, returns a tensor of {value.dim()} "
                     f"dimensions and the others one of {stacked.dim() - 1}"
                 )
-            if value.dim() and is_remainder:
-                self._results[position].remainder = value.clone()  # where it is a view, its memory is of the turn
+            is_lasting = self._is_lasting(value, changed)
+            if is_remainder:
+                rows = value if value.dim() else value.unsqueeze(0)
+                # Where it is a view, its memory is of the turn.
+                self._results[position].remainder = rows if is_lasting else rows.clone()
+            elif is_lasting:  # as in eager PyTorch, where all microbatches return the same tensor; a view of it
+                self._results[position].stacked = value.unsqueeze(0).expand(self._num_whole, *value.shape)
             else:
-                num_rows = self._label.num_turns if value.dim() == 0 else self._num_whole
-                self._collect(number, position, turn, value, num_rows)
+                self._collect(number, position, turn, value)
 
-    def _collect(self, number: int, position: int, turn: torch.Tensor, value: torch.Tensor, num_rows: int) -> None:
+    def _is_lasting(self, value: torch.Tensor, changed: Mapping[Memory, torch.fx.Node]) -> bool:
+        """Whether a tensor was there before the loop: what is read behind the loop is what its last turn wrote."""
+        memory = place_of(value).memory
+        return not self._is_inside(changed.get(memory, memory.node))
+
+    def _collect(self, number: int, position: int, turn: torch.Tensor, value: torch.Tensor) -> None:
         """Writes a turn's result into the row of its number."""
         recorder = self._recorder
         node = recorder.node_of(value)
@@ -283,7 +301,7 @@ class LoopTrace:
         region, recorder.region = recorder.region, node.meta.get(REGION_KEY, recorder.region)
         carried = self._carried.get(("result", position))
         if carried is None:
-            shape = torch.Size((num_rows, *value.shape))
+            shape = torch.Size((self._num_whole, *value.shape))
             first = self._zeros(shape, value.dtype)
             rows = recorder.stands_for(first, shape, value.new_empty(shape).stride(), value.dtype)
             self._results[position].stacked = rows
