@@ -504,8 +504,8 @@ def generate(
         max_new_tokens: number of tokens to add; fewer if all rows end earlier.
         max_length: length of prompt and new tokens together, if `max_new_tokens` is not given.
         do_sample: True draws tokens; False takes the most likely token.
-        temperature, top_k, top_p: the logits warpers of transformers with these names, for sampling. None leaves one
-            out.
+        temperature, top_k, top_p: the logits warpers of transformers with these names, for sampling. If nothing gives
+            `top_k`, it is 50, as in transformers; 0 draws from the whole vocabulary.
         eos_token_id: tokens that end a row; () for none. If None, those of `model.generation_config`.
         pad_token_id: fills rows that have ended. If None, that of `model.generation_config`, or else the first
             `eos_token_id`.

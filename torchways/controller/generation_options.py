@@ -64,13 +64,15 @@ def merged(
         if name not in (*_NAMES, *_USERS) and not _has_no_effect(name, value):
             _refuse(name, value)
     result = {**given, **{name: value for name, value in others.items() if name in (*_NAMES, *_USERS)}}
-    for config in (generation_config, model_config):
+    # Configs give only what differs from transformers' defaults. Of these, this one alone has an effect.
+    configured: dict[str, Any] = {"top_k": _default_config().top_k}
+    for config in (model_config, generation_config):
         for name, value in {} if config is None else config.to_diff_dict().items():
             if name in _NAMES:
-                result[name] = value if result.get(name) is None else result[name]
+                configured[name] = value
             elif name not in _NO_OPTIONS and name not in others:
                 _refuse(name, value)
-    return result
+    return result | {name: value for name, value in configured.items() if result.get(name) is None}
 
 
 def token_choice(options: Mapping[str, Any], *, streams: bool) -> TokenChoice:
@@ -160,10 +162,14 @@ def repeated(
 
 def _has_no_effect(name: str, value: Any) -> bool:
     """Whether an option has the value that transformers gives it by default."""
+    default = _default_config()
+    return value is None or (hasattr(default, name) and getattr(default, name) == value)
+
+
+def _default_config() -> Any:
     from transformers import GenerationConfig
 
-    default = GenerationConfig()
-    return value is None or (hasattr(default, name) and getattr(default, name) == value)
+    return GenerationConfig()
 
 
 def _refuse(name: str, value: Any) -> None:

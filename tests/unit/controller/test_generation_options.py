@@ -12,13 +12,22 @@ from torchways.errors import UserError
 def test_a_generation_config_fills_in_what_the_call_does_not_name():
     config = GenerationConfig(max_new_tokens=5, do_sample=True, temperature=0.5, bos_token_id=1)
     found = merged({"max_new_tokens": 7, "do_sample": None, "temperature": None}, config, None, {})
-    assert found == {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5}
+    assert found == {"max_new_tokens": 7, "do_sample": True, "temperature": 0.5, "top_k": 50}
+
+
+def test_top_k_is_that_of_transformers_unless_something_names_it():
+    given = {"top_k": None}
+    assert merged(given, None, None, {})["top_k"] == 50
+    assert merged(given, GenerationConfig(top_k=50), GenerationConfig(), {})["top_k"] == 50
+    assert merged(given, GenerationConfig(), GenerationConfig(top_k=20), {})["top_k"] == 20
+    assert merged(given, GenerationConfig(top_k=None), GenerationConfig(top_k=20), {})["top_k"] is None
+    assert merged({"top_k": 0}, None, GenerationConfig(top_k=20), {})["top_k"] == 0
 
 
 def test_what_nobody_names_is_of_the_models_own_config():
     own = GenerationConfig(repetition_penalty=1.3, eos_token_id=5, temperature=0.5)
     found = merged({"eos_token_id": None, "temperature": None}, GenerationConfig(temperature=0.25), own, {})
-    assert found == {"repetition_penalty": 1.3, "eos_token_id": 5, "temperature": 0.25}
+    assert found == {"repetition_penalty": 1.3, "eos_token_id": 5, "temperature": 0.25, "top_k": 50}
     assert merged({}, None, own, {"repetition_penalty": 1.0})["repetition_penalty"] == 1.0
     with pytest.raises(UserError, match="does not take num_beam_groups=2"):
         merged({}, None, GenerationConfig(num_beam_groups=2), {})
@@ -44,7 +53,7 @@ def test_other_options_are_refused_by_name(config, options):
 
 
 def test_other_options_without_effect_are_taken():
-    assert merged({}, None, None, {"num_beam_groups": 1, "use_cache": True, "stop_strings": None}) == {}
+    assert merged({}, None, None, {"num_beam_groups": 1, "use_cache": True, "stop_strings": None}) == {"top_k": 50}
 
 
 def test_beams_do_not_go_with_everything():
