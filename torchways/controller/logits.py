@@ -70,7 +70,10 @@ class TokenChoice:
 
     def min_new_tokens(self, prompt_length: int) -> int:
         """Returns before how many new tokens rows may not end."""
-        return max(self.others.get("min_new_tokens") or 0, (self.others.get("min_length") or 0) - prompt_length)
+        min_new_tokens: int | None = self.others.get("min_new_tokens")
+        if min_new_tokens is not None:  # in transformers it takes precedence
+            return min_new_tokens
+        return max(0, (self.others.get("min_length") or 0) - prompt_length)
 
     @property
     def fill(self) -> int:

@@ -68,6 +68,17 @@ def test_beams_do_not_go_with_everything():
         token_choice({**given, "num_beams": 2}, streams=True)
 
 
+def test_min_new_tokens_takes_precedence_over_min_length():
+    given = dict.fromkeys(("do_sample", "temperature", "top_k", "top_p", "eos_token_id", "pad_token_id"))
+    for options, expected in (
+        ({"min_length": 12}, 4),
+        ({"min_length": 5}, 0),
+        ({"min_length": 12, "min_new_tokens": 2}, 2),
+        ({"min_length": 12, "min_new_tokens": 0}, 0),
+    ):
+        assert token_choice({**given, **options}, streams=False).min_new_tokens(prompt_length=8) == expected
+
+
 def test_max_length_counts_the_prompt():
     assert num_new_tokens(None, 12, 8) == 4
     assert num_new_tokens(3, 12, 8) == 3
