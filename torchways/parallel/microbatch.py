@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
+from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.objects import open_objects
 from torchways.errors import ShapeError, UserError
 from torchways.parallel.parts import is_split, merged
@@ -86,7 +87,7 @@ def run_microbatches(
             def whole(turn: torch.Tensor, number: int, leaf: torch.Tensor) -> torch.Tensor:
                 with trace.unplaced():
                     row = _row(leaf, chunks, turn if count == 1 else turn * count + number)
-                selected.append((row, _version_of(row)))
+                selected.append((row, place_of(row).memory.version))
                 return row
 
             def rest(number: int, leaf: torch.Tensor) -> torch.Tensor:
@@ -94,7 +95,7 @@ def run_microbatches(
                     return leaf[rows[number - count]]
 
             loop.body(lambda turn: turn_of(functools.partial(whole, turn)), is_remainder=False)
-            if any(_version_of(row) != version for row, version in selected):
+            if any(place_of(row).memory.version != version for row, version in selected):
                 raise UserError(
                     f"the function of tw.microbatch at {user_line()} writes to its microbatch in place, and so to the "
                     "batch: clone it first"
@@ -123,10 +124,6 @@ def _chunks_of(leaves: list[Any], n_microbatches: int) -> _Chunks:
         )
     size = -(-sizes[0] // n_microbatches)
     return _Chunks(size, sizes[0] // size, sizes[0] % size)
-
-
-def _version_of(row: torch.Tensor) -> int:
-    return 0 if row.is_inference() else row._version  # PyTorch counts no writes in inference mode
 
 
 def _row(leaf: torch.Tensor, chunks: _Chunks, turn: torch.Tensor) -> torch.Tensor:

@@ -316,6 +316,22 @@ def test_what_a_microbatch_may_not_do():
     refused(CaptureError, "within another loop over microbatches", nested)
 
 
+def test_a_microbatch_that_is_written_to_in_inference_mode_is_refused():
+    """PyTorch counts no writes there."""
+    session = LocalSession()
+    ours = make_function(nn.Linear(3, 2), session.mesh(), lambda: session)
+
+    @torch.inference_mode()
+    def step(x, write):
+        return tw.microbatch(lambda rows: ours(write(rows)), x, n_microbatches=2)
+
+    run = ProgramFunction(step, None, lambda: session)
+    for write in (lambda rows: rows.mul_(2), lambda rows: rows[0].zero_() + rows):
+        with pytest.raises(UserError, match=r"writes to its microbatch in place.*clone it first"):
+            run(torch.ones(4, 3), write)
+    assert run(torch.ones(4, 3), lambda rows: rows.clone().mul_(2)).shape == (4, 2)
+
+
 def test_arguments_that_do_not_fit():
     def total(model, x):
         return model(x).sum()
