@@ -51,6 +51,9 @@ class CurrentTrace(Protocol):
     def node_of(self, tensor: Any) -> torch.fx.Node | None:
         """Returns the node of a tensor's present value, or None if it is none of this trace's."""
 
+    def noting_writes_to_others(self) -> AbstractContextManager[dict[object, str]]:
+        """Notes memory that was there before and is written to inside, with the line that does; known at the end."""
+
     # ---- regions
 
     def unplaced(self) -> AbstractContextManager[None]:

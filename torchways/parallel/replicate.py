@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -23,6 +23,7 @@ from torchways.capture.python_state.gradients import GRAD, gradient_of
 from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.replica_trace import Leaf
 from torchways.capture.source import user_line
+from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.objects import open_objects
 from torchways.errors import CaptureError, PlacementError, ShapeError, UserError
 from torchways.mesh import VirtualSlice
@@ -103,9 +104,12 @@ def replica_call(
         if replicas.number is not None:
             return run(replicas.number % len(stages), args, kwargs)
         with mode.unplaced():
-            parts = _parts(args, kwargs, len(stages))
+            leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
+            parts = _parts(leaves, spec, len(stages))
             before = _writes()
-            results = [open_objects(run(0, *parts[0]))]
+            with mode.noting_writes_to_others() as written:
+                results = [open_objects(run(0, *parts[0]))]
+            _check_memory(mode, module, written, leaves)
             after_first = _writes()
             results += [open_objects(run(number, *part)) for number, part in enumerate(parts[1:], start=1)]
             _check_writes(module, before, after_first, _writes())
@@ -137,6 +141,31 @@ def _check_writes(
                 f"a replicated {type(module).__name__} assigns to {place} when it is called at {user_line()}: each "
                 "replica does, for its own part of the batch. Let it return the value"
             )
+
+
+def _check_memory(
+    mode: CurrentTrace, module: torch.nn.Module, written: Mapping[object, str], leaves: Sequence[Any]
+) -> None:
+    """Refuses writes to tensors that all replicas share: each would write, where the plain module does once.
+
+    Batch norms may: they take the parts one after the other. So may who writes to the batch: each part is another.
+    """
+    norms = [item for item in module.modules() if isinstance(item, torch.nn.modules.batchnorm._BatchNorm)]
+    allowed = [*(leaf for leaf in leaves if is_split(leaf)), *(buffer for item in norms for buffer in item.buffers())]
+    for memory, line in written.items():
+        if any(_is_of(mode, tensor, memory) for tensor in allowed):
+            continue
+        state = [*module.named_buffers(), *module.named_parameters()]
+        name = next((name for name, tensor in state if _is_of(mode, tensor, memory)), "a tensor")
+        raise CaptureError(
+            f"a replicated {type(module).__name__} writes to {name} in place at {line}: "
+            "each replica does, for its own part of the batch. Let it return the value, or call it in tw.microbatch"
+        )
+
+
+def _is_of(mode: CurrentTrace, tensor: torch.Tensor, memory: object) -> bool:
+    traced = mode.stand_in(tensor)
+    return mode.node_of(traced) is not None and place_of(traced).memory is memory
 
 
 def _state_of(
@@ -276,9 +305,8 @@ class _Copies(torch.autograd.Function):
         return SUM_REPLICAS(list(gradients), reduction.bucket_bytes, reduction.dtype), None, None, None
 
 
-def _parts(args: Any, kwargs: Any, count: int) -> list[tuple[Any, Any]]:
+def _parts(leaves: Sequence[Any], spec: pytree.TreeSpec, count: int) -> list[tuple[Any, Any]]:
     """Splits arguments into those of each replica, along dimension 0 of their tensors."""
-    leaves, spec = pytree.tree_flatten(open_objects((args, kwargs)))
     sizes = sorted({int(leaf.shape[0]) for leaf in leaves if is_split(leaf)})
     if len(sizes) != 1 or sizes[0] < count:
         raise ShapeError(

@@ -514,6 +514,48 @@ def test_wrong_uses_are_refused(session):
         program(session, lambda x: tw.microbatch(hidden.call, x, n_microbatches=4))(x)
 
 
+class Counting(nn.Module):
+    """Writes to a buffer of its own; to its batch, too, which each replica does for its own rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        x.mul_(2)
+        if self.training:
+            self.calls.add_(1)
+        return self.linear(x).relu_() / (1 + self.calls)
+
+
+def test_buffers_that_each_replica_would_write_are_refused(session):
+    line = r"test_replicate\.py:\d+ in forward"
+    counting = replicated(session, Counting())
+    with pytest.raises(CaptureError, match=rf"replicated Counting writes to calls in place at .*{line}.*return"):
+        program(session, lambda x: counting(x))(torch.ones(4, 2))
+    normed = replicated(session, nn.utils.parametrizations.spectral_norm(nn.Linear(2, 2)))
+    with pytest.raises(CaptureError, match=r"writes to parametrizations\.weight\.0\._u in place at "):
+        program(session, lambda x: normed(x))(torch.ones(4, 2))
+
+    def twice(x):
+        x = x.clone()
+        return counting(x), x
+
+    model = Counting().eval()
+    model.load_state_dict(counting.state_dict())
+    x = torch.randn(4, 2)
+    counting.eval()
+    found, written = program(session, twice)(x)
+    torch.testing.assert_close(written.cpu(), 2 * x)
+    torch.testing.assert_close(found.cpu(), model(x.clone()).detach())
+    # In microbatches, each call writes once.
+    counting.train()
+    run = program(session, lambda x: tw.microbatch(lambda rows: counting(rows.clone()), x, n_microbatches=4))
+    run(x)
+    assert counting.calls.item() == 4
+
+
 class Sum(nn.Module):
     def forward(self, x):
         return x.sum()

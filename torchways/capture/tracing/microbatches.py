@@ -143,12 +143,11 @@ class LoopTrace:
         recorder = self._recorder
         outer_region = recorder.region
         recorder.loop = (self._label, number)
-        changed: dict[Memory, torch.fx.Node] = {}
-        recorder.overwritten = changed
         try:
-            yield changed
+            with recorder.noting_writes() as changed:
+                yield changed
         finally:
-            recorder.loop, recorder.overwritten, recorder.region = None, None, outer_region
+            recorder.loop, recorder.region = None, outer_region
 
     def _is_inside(self, node: torch.fx.Node) -> bool:
         return node.meta.get(LOOP_KEY, (None,))[0] is self._label

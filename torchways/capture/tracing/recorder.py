@@ -24,6 +24,7 @@ from torchways.capture.source import user_line
 from torchways.capture.tracing.memory import Memory, Place, Step, place_of
 from torchways.capture.tracing.traits import Traits, is_composite, returned, traits_of
 from torchways.errors import CaptureError
+from torchways.graphs import SOURCE_KEY
 
 aten = torch.ops.aten
 
@@ -84,6 +85,31 @@ class Recorder(TorchDispatchMode):
 
     def label(self, node: torch.fx.Node) -> None:
         """Labels a new node."""
+
+    @contextmanager
+    def noting_writes(self) -> Iterator[dict[Memory, torch.fx.Node]]:
+        """Notes memory that is written to inside, with the node of its value before."""
+        outer, self.overwritten = self.overwritten, {}
+        found = self.overwritten
+        try:
+            yield found
+        finally:
+            self.overwritten = outer
+            if outer is not None:
+                for memory, before in found.items():
+                    outer.setdefault(memory, before)
+
+    @contextmanager
+    def noting_writes_to_others(self) -> Iterator[dict[object, str]]:
+        """Notes memory that was there before and is written to inside, with the line that does; known at the end."""
+        last = self.graph._root.prev
+        found: dict[object, str] = {}
+        with self.noting_writes() as written:
+            yield found
+        made = {node for node in _nodes_after(last, self.graph) if node.op != "placeholder"}
+        for memory, before in written.items():
+            if before not in made:
+                found[memory] = memory.node.meta.get(SOURCE_KEY, "")
 
     def is_current(self, view: torch.fx.Node) -> bool:
         """Whether a view that was taken before may be read where the trace is now."""
