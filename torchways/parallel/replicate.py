@@ -113,7 +113,10 @@ def replica_call(
             after_first = _writes()
             results += [open_objects(run(number, *part)) for number, part in enumerate(parts[1:], start=1)]
             _check_writes(module, before, after_first, _writes())
-            return merged(results, _merged_leaf, f"replicas return different structures at {user_line()}")
+            rows = [len(next(filter(is_split, pytree.tree_leaves(part)))) for part in parts]
+            return merged(
+                results, functools.partial(_merged_leaf, rows), f"replicas return different structures at {user_line()}"
+            )
 
     return call
 
@@ -318,7 +321,7 @@ def _parts(leaves: Sequence[Any], spec: pytree.TreeSpec, count: int) -> list[tup
     return [pytree.tree_unflatten([column[index] for column in columns], spec) for index in range(count)]
 
 
-def _merged_leaf(column: list[Any]) -> Any:
+def _merged_leaf(rows: Sequence[int], column: list[Any]) -> Any:
     if not isinstance(column[0], torch.Tensor):
         return column[0]
     if column[0].dim() == 0:
@@ -327,3 +330,15 @@ def _merged_leaf(column: list[Any]) -> Any:
             "its own: return values for each row and reduce them outside, or call the module in tw.microbatch"
         )
     return torch.cat(column)
+        if any(value != column[0] for value in column):
+            raise UserError(
+                f"replicas return different values that are no tensors at {user_line()}: {column[:4]}; each computes "
+                "its own from a part of the batch"
+            )
+    sizes = [int(value.shape[0]) for value in column]
+    if any(size % count for size, count in zip(sizes, rows, strict=True)):
+        raise UserError(
+            f"a replicated module returns a tensor at {user_line()} whose dimension 0 is not that of the batch: its "
+            f"replicas have {rows} rows, and tensors of shapes {[list(value.shape) for value in column]}. Return "
+            "values for each row, with the batch as dimension 0, or call the module in tw.microbatch"
+        )

@@ -556,6 +556,28 @@ def test_buffers_that_each_replica_would_write_are_refused(session):
     assert counting.calls.item() == 4
 
 
+class Router(nn.Module):
+    """Returns the load of its experts beside the probabilities of each row."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, x):
+        probabilities = self.linear(x).softmax(-1)
+        return probabilities, probabilities.mean(0)
+
+
+def test_results_without_the_batch_are_refused(session):
+    router = replicated(session, Router())
+    with pytest.raises(
+        UserError, match=r"test_replicate.py:\d+.*dimension 0 is not .*\[4, 4\] rows.*\[\[3\], \[3\]\].*microbatch"
+    ):
+        program(session, lambda x: router(x))(torch.rand(8, 2))
+    loads = program(session, lambda x: tw.microbatch(router, x, n_microbatches=2)[1])(torch.rand(8, 2))
+    assert loads.shape == (6,)
+
+
 class Sum(nn.Module):
     def forward(self, x):
         return x.sum()
