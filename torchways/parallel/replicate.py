@@ -93,7 +93,8 @@ def replica_call(
 
         def run(number: int, args: Any, kwargs: Any) -> Any:
             values = _state_of(mode, module, number, counterparts, homes, reduction)
-            with replicas.calling(module, number), mode.stage(stages[number][0], type(module).__name__, 0):
+            where = mode.stage(stages[number][0], type(module).__name__, 0)
+            with replicas.calling(module, number), where, _recurrent_layers_as_they_are(module):
                 return torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
 
         if replicas.leaves is None and mode.loop is not None:
@@ -119,6 +120,18 @@ def replica_call(
             )
 
     return call
+
+
+@contextmanager
+def _recurrent_layers_as_they_are(module: torch.nn.Module) -> Iterator[None]:
+    """Takes back that recurrent layers note the weights with which they are called: their own stay what they were."""
+    layers = [layer for layer in module.modules() if isinstance(layer, torch.nn.RNNBase)]
+    noted = [{name: vars(layer)[name] for name in ("_flat_weights", "_flat_weight_refs")} for layer in layers]
+    try:
+        yield
+    finally:
+        for layer, lists in zip(layers, noted, strict=True):
+            vars(layer).update(lists)
 
 
 def _writes() -> dict[Any, tuple[Any, Any]]:

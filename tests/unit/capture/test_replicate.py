@@ -578,6 +578,26 @@ def test_results_without_the_batch_are_refused(session):
     assert loads.shape == (6,)
 
 
+class Recurrent(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.embed, self.layer, self.head = nn.Embedding(17, 6), kind(6, 8, 2, batch_first=True), nn.Linear(8, 17)
+
+    def forward(self, x):
+        return self.head(self.layer(self.embed(x))[0])
+
+
+@pytest.mark.parametrize("make", [make_step, lambda model, opt: make_microbatched(model, opt, 4)])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layers(session, kind, make):
+    torch.manual_seed(0)
+    model = Recurrent(kind)
+    ours = replicated(session, model)
+    step = compare(session, model, ours, make, rtol=1e-4)
+    assert step.num_traces == 1
+    assert all(a is b for a, b in zip(ours.layer._flat_weights, ours.layer.parameters(), strict=True))
+
+
 class Sum(nn.Module):
     def forward(self, x):
         return x.sum()
