@@ -199,6 +199,11 @@ def _state_of(
     """
     found: dict[int, torch.Tensor] = {}
     for name, value in module.named_parameters():
+        if name not in homes:
+            raise PlacementError(
+                f"{name} of a replicated {type(module).__name__} was not there when tw.replicate was called: add it "
+                f"before ({user_line()})"
+            )
         slices = counterparts[homes[name].root]
 
         def copy_on(index: int, value: torch.Tensor = value, slices: Sequence[VirtualSlice] = slices) -> torch.Tensor:
@@ -336,18 +341,17 @@ def _parts(leaves: Sequence[Any], spec: pytree.TreeSpec, count: int) -> list[tup
 
 def _merged_leaf(rows: Sequence[int], column: list[Any]) -> Any:
     if not isinstance(column[0], torch.Tensor):
+        if any(value != column[0] for value in column):
+            raise UserError(
+                f"replicas return different values that are no tensors at {user_line()}: {column[:4]}; each computes "
+                "its own from a part of the batch"
+            )
         return column[0]
     if column[0].dim() == 0:
         raise UserError(
             f"a replicated module returns a tensor without dimensions at {user_line()}, and each replica has one of "
             "its own: return values for each row and reduce them outside, or call the module in tw.microbatch"
         )
-    return torch.cat(column)
-        if any(value != column[0] for value in column):
-            raise UserError(
-                f"replicas return different values that are no tensors at {user_line()}: {column[:4]}; each computes "
-                "its own from a part of the batch"
-            )
     sizes = [int(value.shape[0]) for value in column]
     if any(size % count for size, count in zip(sizes, rows, strict=True)):
         raise UserError(
@@ -355,3 +359,4 @@ def _merged_leaf(rows: Sequence[int], column: list[Any]) -> Any:
             f"replicas have {rows} rows, and tensors of shapes {[list(value.shape) for value in column]}. Return "
             "values for each row, with the batch as dimension 0, or call the module in tw.microbatch"
         )
+    return torch.cat(column)

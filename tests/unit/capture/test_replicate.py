@@ -598,6 +598,13 @@ def test_recurrent_layers(session, kind, make):
     assert all(a is b for a, b in zip(ours.layer._flat_weights, ours.layer.parameters(), strict=True))
 
 
+def test_a_layer_that_was_added_afterwards_is_refused(session):
+    ours = replicated(session, nn.Sequential(nn.Linear(2, 2)))
+    ours.append(nn.Linear(2, 2))
+    with pytest.raises(PlacementError, match=r"1\.weight of a replicated Sequential was not there.*add it before"):
+        program(session, lambda x: ours(x))(torch.rand(4, 2))
+
+
 class Sum(nn.Module):
     def forward(self, x):
         return x.sum()
