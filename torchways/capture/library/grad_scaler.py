@@ -17,20 +17,25 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from torchways.capture.current_trace import current_trace
 from torchways.capture.library.replacement import Replacement, replaced
+from torchways.capture.source import user_line
+from torchways.errors import CaptureError
 
 
 @contextmanager
-def scalers(start: Callable[[Any, str, torch.Tensor], None]) -> Iterator[None]:
+def scalers(
+    start: Callable[[Any, str, torch.Tensor], None], prepare: Callable[[torch.optim.Optimizer], None]
+) -> Iterator[None]:
     """While it is open, scalers select, and the state of one that is used for the first time is made of arrays.
 
     Args:
         start: called with a scaler, the name of an attribute, and the value that it begins with.
+        prepare: called with an optimizer before a step; makes its state arrays.
     """
     with ExitStack() as stack:
         for name, make in (
             ("scale", lambda original: _scaling(original, start)),
             ("step", _step_without_fused_scaling),
-            ("_maybe_opt_step", lambda original: _maybe_opt_step),
+            ("_maybe_opt_step", lambda original: _selecting(prepare)),
         ):
             stack.enter_context(replaced(Replacement(GradScaler, name, make)))
         yield
@@ -66,9 +71,17 @@ def _step_without_fused_scaling(original: Any) -> Any:
     return step
 
 
-def _maybe_opt_step(
-    self: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any
-) -> Any:
+def _selecting(prepare: Callable[[torch.optim.Optimizer], None]) -> Any:
+    def maybe_opt_step(
+        self: Any, optimizer: torch.optim.Optimizer, state: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        prepare(optimizer)
+        return _step_or_keep(optimizer, state, args, kwargs)
+
+    return maybe_opt_step
+
+
+def _step_or_keep(optimizer: torch.optim.Optimizer, state: dict[str, Any], args: Any, kwargs: Any) -> Any:
     """Does what `GradScaler._maybe_opt_step` does; it selects instead of asking."""
     mode = current_trace()
     assert mode is not None
@@ -86,8 +99,13 @@ def _maybe_opt_step(
         for tensor in _held(optimizer):
             is_good = (~is_bad).to(tensor.dtype)
             tensor.mul_(is_good)
-            if id(tensor) in before:  # what else this step made is a first average, which is zero before it
+            if id(tensor) in before:
                 tensor.add_(before[id(tensor)] * (1 - is_good))
+            else:
+                raise CaptureError(
+                    f"GradScaler.step at {user_line()} may skip the first step of {type(optimizer).__name__}, which "
+                    "makes state of what it computes: take that step without the scaler, or use another optimizer"
+                )
     return result
 
 

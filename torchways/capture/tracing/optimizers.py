@@ -61,7 +61,7 @@ class StateTracker:
             register_optimizer_step_post_hook(self._after_step),
         ]
         try:
-            with scalers(self._start_scaler):
+            with scalers(self._start_scaler, self._prepare):
                 yield
         finally:
             for hook in hooks:
@@ -104,19 +104,25 @@ class StateTracker:
         if mode.loop is not None:
             raise CaptureError(f"an optimizer steps within a microbatch at {user_line()}: step after the loop")
         mode.in_optimizer = self.watcher.in_optimizer = True
+        self._prepare(optimizer)
         with self.watcher.pause():
-            if optimizer not in self.optimizers:
-                self._check_parameters(optimizer)
-                self.optimizers.append(optimizer)
-                self._take_to_slice(optimizer)
-                self._start_momentum(optimizer)
-                self.watcher.note_container(self._place(optimizer, "param_groups"), free_numbers=True)
-                self.watcher.note_container(self._place(optimizer, "state"))
             self._saved_options = [
                 {name: group[name] for name in _TRACED_OPTIONS if name in group} for group in optimizer.param_groups
             ]
             for group in optimizer.param_groups:
                 group.update({name: value for name, value in _TRACED_OPTIONS.items() if name in group})
+
+    def _prepare(self, optimizer: torch.optim.Optimizer) -> None:
+        """Makes arrays of an optimizer's state before its first step in the trace."""
+        if optimizer in self.optimizers:
+            return
+        with self.watcher.pause():
+            self._check_parameters(optimizer)
+            self.optimizers.append(optimizer)
+            self._take_to_slice(optimizer)
+            self._start_momentum(optimizer)
+            self.watcher.note_container(self._place(optimizer, "param_groups"), free_numbers=True)
+            self.watcher.note_container(self._place(optimizer, "state"))
 
     def _check_parameters(self, optimizer: torch.optim.Optimizer) -> None:
         if isinstance(optimizer, torch.optim.Adafactor):
