@@ -27,6 +27,7 @@ from torchways.controller.scan import loop_in_python, run_scan
 from torchways.controller.session import Session
 from torchways.errors import ShapeError, UserError
 from torchways.mesh import DATA_AXIS, VirtualSlice
+from torchways.parallel.replicate import replicas_of
 
 #: The cache's length is a multiple of this, so that prompts of about one length share the compiled decoding step.
 _CACHE_STEP = 64
@@ -393,6 +394,10 @@ def _check(
         raise UserError(
             f"{name} is on no slice: place it with tw.function(model, mesh=...) or tw.parallelize_module before "
             "tw.generate"
+        )
+    if get_session is not None and replicas_of(model) > 1:
+        raise UserError(
+            f"{name} is replicated, and tw.generate takes no replicas: place a copy of it with tw.parallelize_module"
         )
     if input_ids.dim() != 2 or 0 in input_ids.shape or input_ids.dtype not in (torch.int64, torch.int32):
         dtype = str(input_ids.dtype).removeprefix("torch.")

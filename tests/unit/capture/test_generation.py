@@ -8,11 +8,12 @@ import torch
 import transformers
 
 from tests.local_session import LocalSession
-from torchways.controller.function import make_function
+from torchways.controller.function import make_function, make_replicated
 from torchways.controller.generation import draw, run_generate
 from torchways.controller.generation_options import merged, token_choice
 from torchways.controller.logits import TokenChoice
 from torchways.errors import ShapeError, UserError
+from torchways.parallel.replicate import Reduction
 
 #: One layer: most of a test's time goes into traces, and tests/cluster/test_generation.py has two.
 LLAMA = {
@@ -192,6 +193,13 @@ class EndsAfter(transformers.StoppingCriteria):
 
     def __call__(self, input_ids, scores, **kwargs):
         return (input_ids[:, -2:] == self.tokens).all(-1)
+
+
+def test_replicated_models_are_refused_by_name(session, llama):
+    stages = [[session.mesh()], [session.mesh()]]
+    ours = make_replicated(copy.deepcopy(llama), stages, {}, None, Reduction(0, ""), lambda: session)
+    with pytest.raises(UserError, match=r"LlamaForCausalLM is replicated, and tw\.generate takes no replicas"):
+        generate(session, ours, 4)
 
 
 PLAIN = {"max_new_tokens": 14, "pad_token_id": 0}
