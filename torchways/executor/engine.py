@@ -43,8 +43,8 @@ from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
 
-#: Called with the value on the host, which may be a buffer's own memory, or why there is none.
-OnFetched: TypeAlias = Callable[["torch.Tensor | Failure"], None]
+#: Called with a value that is computed, or why there is none.
+OnFetched: TypeAlias = Callable[["Fetched | Failure"], None]
 
 _T = TypeVar("_T")
 
@@ -64,6 +64,30 @@ class _Fetch(NamedTuple):
     buffer_id: BufferId
     on_fetched: OnFetched
     since: float
+
+
+class Fetched:
+    """A buffer that is computed, for who fetched it: nothing donates it until `end`. On the engine's thread.
+
+    Attributes:
+        nbytes: what its value takes on the host.
+    """
+
+    def __init__(self, buffer: Any, read: Callable[[Any], torch.Tensor | Failure], end: Callable[[], None]) -> None:
+        self.nbytes: int = buffer.numel() * buffer.element_size()
+        self._buffer = buffer
+        self._read = read
+        self._end: Callable[[], None] | None = end
+
+    def read(self) -> torch.Tensor | Failure:
+        """Returns the value on the host, where it may be the buffer's own memory; or why it cannot be read."""
+        return self._read(self._buffer)
+
+    def end(self) -> None:
+        """Lets the buffer go. Further calls do nothing."""
+        end, self._end, self._buffer = self._end, None, None
+        if end is not None:
+            end()
 
 
 class Engine:
@@ -159,7 +183,8 @@ class Engine:
 
         Args:
             buffer_id: the buffer.
-            on_fetched: called once on the engine's thread, unless the fetch is cancelled before.
+            on_fetched: called once on the engine's thread, unless the fetch is cancelled before. Who gets a `Fetched`
+                must end it.
         """
         fetch_id = next(self._fetch_ids)
         self.call(lambda: self._fetch(fetch_id, buffer_id, on_fetched))
@@ -602,15 +627,13 @@ class Engine:
         if cell.failure is not None:
             take(cell.failure)
             return
+        self.runtime.on_ready([cell.buffer], lambda: self._soon(lambda: take(self._on_host(cell.buffer))))
 
-        def copy() -> None:
-            try:
-                host: torch.Tensor | Failure = self.runtime.to_host(cell.buffer)
-            except Exception as error:
-                host = self.failure("RemoteError", f"a value could not be read from its devices: {error}", error)
-            take(host)
-
-        self.runtime.on_ready([cell.buffer], lambda: self._soon(copy))
+    def _on_host(self, buffer: Any) -> torch.Tensor | Failure:
+        try:
+            return self.runtime.to_host(buffer)
+        except Exception as error:
+            return self.failure("RemoteError", f"a value could not be read from its devices: {error}", error)
 
     def _fetch(self, fetch_id: int, buffer_id: BufferId, on_fetched: OnFetched) -> None:
         self._fetches[fetch_id] = _Fetch(buffer_id, on_fetched, time.monotonic())
@@ -623,11 +646,16 @@ class Engine:
     def _deliver(self, command: events.Deliver) -> None:
         on_fetched, cell = self._fetches.pop(command.fetch_id).on_fetched, command.cell
 
-        def take(value: torch.Tensor | Failure) -> None:
-            on_fetched(value)
-            self._handle(events.FetchEnded(cell=cell))
+        def end() -> None:
+            self._soon(events.FetchEnded(cell=cell))
 
-        self._when_on_host(cell, take)
+        if cell.failure is not None:
+            on_fetched(cell.failure)
+            end()
+            return
+        self.runtime.on_ready(
+            [cell.buffer], lambda: self._soon(lambda: on_fetched(Fetched(cell.buffer, self._on_host, end)))
+        )
 
     def _on_arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, value: torch.Tensor | Failure) -> None:
         if phase:

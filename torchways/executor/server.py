@@ -26,7 +26,7 @@ import torch
 from torchways.errors import Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
 from torchways.executor.checkpoint_writer import CheckpointWriter
-from torchways.executor.engine import Engine
+from torchways.executor.engine import Engine, Fetched
 from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
 from torchways.executor.reads import Reads
@@ -189,13 +189,17 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         """Has `keep` take a copy of a buffer's value, on the engine's thread: what comes next may donate the buffer."""
         future: asyncio.Future[Failure | None] = self.loop.create_future()
 
-        def fetched(value: torch.Tensor | Failure) -> None:
+        def fetched(found: Fetched | Failure) -> None:
+            value = found if isinstance(found, Failure) else found.read()
             failure = value if isinstance(value, Failure) else None
             try:
                 if not isinstance(value, Failure):
                     keep(value)
             except TorchwaysError as error:
                 failure = self._file_failure(error)
+            finally:
+                if not isinstance(found, Failure):
+                    found.end()
             self.loop.call_soon_threadsafe(_set_if_waiting, future, failure)
 
         fetch_id = self.engine.fetch(buffer_id, fetched)

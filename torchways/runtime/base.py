@@ -63,7 +63,13 @@ class BufferSpec:
 
 
 class Runtime(Protocol):
-    """The devices of one process, for slices of any mesh over them. One thread calls all methods but `compile`."""
+    """The devices of one process, for slices of any mesh over them. One thread calls all methods but `compile`.
+
+    Attributes:
+        shares_memory: what `to_host` returns may be a buffer's own memory; else it is nobody else's.
+    """
+
+    shares_memory: bool
 
     def put(self, host: torch.Tensor, spec: BufferSpec) -> Any:
         """Copies a CPU tensor of `spec`, which must not change any more, to the devices; returns the buffer."""
@@ -104,7 +110,7 @@ class Runtime(Protocol):
         """Does what `on_ready` waits for; returns whether it must be called again soon."""
 
     def to_host(self, buffer: Any) -> torch.Tensor:
-        """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
+        """Returns a computed buffer as a CPU tensor; see `shares_memory`."""
 
     def fallback_counters(self) -> dict[str, int]:
         """Operators that ran on the host since the start, with counts."""

@@ -68,6 +68,8 @@ class SimulatedRuntime:
         num_hosts: hosts of the set.
     """
 
+    shares_memory = True
+
     def __init__(self, address: str, set_name: str, devices: Sequence[int], num_hosts: int) -> None:
         self._socket = socket.create_connection(host_and_port(address))
         self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)

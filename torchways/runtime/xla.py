@@ -192,7 +192,7 @@ class XlaRuntime:
         #: Who waits for computations whose launch may be under way, in order.
         self._waiting: collections.deque[_Waiting] = collections.deque()
         #: Host memory can be a buffer, and a buffer host memory, without a copy.
-        self._shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
+        self.shares_memory = self._num_devices == 1 and xr.device_type() == "CPU"
         #: Host tensors whose memory is a buffer's, or was.
         self._loans: collections.deque[torch.Tensor] = collections.deque()
         self._large_loans: collections.deque[torch.Tensor] = collections.deque()
@@ -209,7 +209,7 @@ class XlaRuntime:
     def put(self, host: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
         """Puts a CPU tensor, which must not change any more, on the devices; returns the buffer."""
         host = host.contiguous()
-        if self._shares_memory and host.numel() and host.dtype != torch.bool:
+        if self.shares_memory and host.numel() and host.dtype != torch.bool:
             host = host if host.data_ptr() % _XLA_ALIGNMENT == 0 else host.clone()
             self._lend(host)
             return from_dlpack(torch.utils.dlpack.to_dlpack(host))
@@ -519,7 +519,7 @@ class XlaRuntime:
 
     def to_host(self, buffer: torch.Tensor) -> torch.Tensor:
         """Returns a computed buffer as a CPU tensor, which may share the buffer's memory."""
-        if self._shares_memory and buffer.numel():
+        if self.shares_memory and buffer.numel():
             return torch.utils.dlpack.from_dlpack(to_dlpack(buffer))  # `.cpu()` runs at 0.3 GB/s
         if self._num_devices == 1 or not _XLAC._get_xla_sharding_spec(buffer):
             return buffer.cpu()
