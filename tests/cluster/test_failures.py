@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import torchways as tw
+from tests.breaking import break_connections
 from tests.cluster.conftest import wait_gone
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer
@@ -21,7 +22,7 @@ def pid_of(name):
 
 def read_for_ever(run):
     while True:
-        run(torch.rand(64, 64)).cpu()
+        run(torch.rand(64, 64)).cpu(timedelta(seconds=60))
 
 
 def busy(x):
@@ -51,6 +52,32 @@ def test_executor_killed_mid_step_is_named_and_the_other_island_goes_on():
         # A new slice of the same island works.
         again = tw.init_device_mesh((2,), mesh_dim_names=("dp",), island=0)
         assert tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).tolist() == [1, 1]
+
+
+def test_an_executor_that_loses_its_scheduler_is_replaced():
+    """Neither can go on with it: what was sent between them is lost."""
+    with tw.init(islands=1, devices_per_island=1):
+        mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+        add = tw.function(lambda x: x + 1, mesh=mesh)
+        kept = add(torch.zeros(2))
+        assert kept.tolist() == [1, 1]
+        [name] = [name for name, _ in tw.cluster_info().processes if name.startswith("executor")]
+        pid = pid_of(name)
+        assert break_connections(pid, pid_of("scheduler i0"))
+        with pytest.raises((ExecutorLost, PlacementError), match=r"lost|closed|gone"):
+            read_for_ever(add)
+        deadline = time.monotonic() + 60
+        while True:  # until the executor has ended, a new mesh may still be refused
+            try:
+                again = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+                result = tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).cpu(timedelta(seconds=60))
+                break
+            except ExecutorLost:
+                assert time.monotonic() < deadline
+        assert result.tolist() == [1, 1]
+        assert wait_gone([pid]) == set()
+        with pytest.raises(ExecutorLost, match=name.removeprefix("executor ")):
+            kept.cpu(timedelta(seconds=60))
 
 
 def test_a_node_that_fails_is_reported_with_its_line_and_poisons_only_what_follows():

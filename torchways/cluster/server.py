@@ -176,9 +176,12 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
             await stub.AddSlice(request, metadata=self._metadata, timeout=_CALL_SECONDS)
             self.handle(core.SliceConnected(slice_id=item.slice_id))
         except grpc.aio.AioRpcError as error:
-            logger.error("the scheduler of island %d refused slice %d: %s", item.island_id, item.slice_id, error)
-            name = core.process_name(item.executor_ids[0])
-            self.handle(core.ProcessExited(name=name, reason="its scheduler cannot be reached"))
+            # Of a scheduler or an executor that has died its node tells, too.
+            is_gone = error.code() in (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNAVAILABLE)
+            level = logging.INFO if is_gone else logging.ERROR
+            logger.log(level, "the scheduler of island %d refused slice %d: %s", item.island_id, item.slice_id, error)
+            reason = f"its scheduler does not reach it ({error.details() or error.code().name})"
+            self.handle(core.ExecutorCutOff(executor_id=item.executor_ids[0], reason=reason))
 
     async def _disconnect_slice(self, command: core.DisconnectSlice) -> None:
         request = pb.RemoveSliceRequest(slice_id=command.slice.slice_id, reason=command.reason)

@@ -92,6 +92,14 @@ class ProcessExited:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ExecutorCutOff:
+    """An executor is of no use, though its process may live: its scheduler does not reach it."""
+
+    executor_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SliceReleased:
     """A client gives a slice back. `scheduler_knows` from the client, behind the slice's last run."""
 
@@ -122,6 +130,7 @@ Event: TypeAlias = (
     | DataProcessReady
     | SliceConnected
     | ProcessExited
+    | ExecutorCutOff
     | SliceReleased
     | IdleOver
     | ClientGone
@@ -612,6 +621,8 @@ class ClusterState:
                 return [SettleSlice(slice_id=event.slice_id)]
             case ProcessExited():
                 return self._exited(event)
+            case ExecutorCutOff():
+                return self._lose(event.executor_id, event.reason, has_ended=False)
             case SliceReleased():
                 return self._release(event.slice_id, "it was released", event.scheduler_knows)
             case IdleOver():
@@ -674,23 +685,27 @@ class ClusterState:
         if event.name.startswith("scheduler"):
             return self.close(f"{event.name} ended: {event.reason}")
         executor_id = event.name.removeprefix(process_name(""))
+        return self._lose(executor_id, event.reason, event.log_tail, has_ended=True)
+
+    def _lose(self, executor_id: str, reason: str, log_tail: str = "", *, has_ended: bool) -> list[Command]:
+        """Gives up an executor, with the others of its set and all slices that it has."""
         lost = self._set_of(executor_id)
         if lost is None:
             return []
         commands: list[Command] = []
         for slice_id in sorted(lost.slices):
             item = self.slices[slice_id]
-            message = f"executor {executor_id} is lost: {event.reason}"
-            if item.state == "starting" and event.log_tail:
-                message += f"; the last lines that it wrote:\n{event.log_tail.rstrip()}"
+            message = f"executor {executor_id} is lost: {reason}"
+            if item.state == "starting" and log_tail:
+                message += f"; the last lines that it wrote:\n{log_tail.rstrip()}"
             item.failure = Failure(kind="ExecutorLost", message=message)
             item.become("failed")
             commands.append(
-                TellLost(client_id=item.client_id, executor_id=executor_id, slice_id=slice_id, reason=event.reason)
+                TellLost(client_id=item.client_id, executor_id=executor_id, slice_id=slice_id, reason=reason)
             )
             commands.append(SettleSlice(slice_id=slice_id))
             commands += self._end_data_processes(slice_id)
-        return [*commands, *self._end_set(lost, event.reason, without=executor_id)]
+        return [*commands, *self._end_set(lost, reason, without=executor_id if has_ended else "")]
 
     def _release(self, slice_id: SliceId, reason: str, scheduler_knows: bool = False) -> list[Command]:
         item = self.slices.pop(slice_id, None)

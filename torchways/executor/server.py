@@ -14,6 +14,7 @@ import logging
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
@@ -46,6 +47,9 @@ logger = logging.getLogger(__name__)
 
 #: Of the runs in flight, those that the status says what they wait for.
 _MAX_WAITING_FOR = 1_000
+#: After that time without its scheduler an executor ends. Where its scheduler or its cluster has ended, or it is to end
+#: itself, somebody has told it to before.
+_ALONE_SECONDS = 5.0
 
 
 class ExecutorServer(pb_grpc.ExecutorServicer):
@@ -58,6 +62,8 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.engine: Engine
         #: For events, on the engine's thread.
         self._scheduler: Stream | None = None
+        #: Why the scheduler's stream has ended; "" while it has not.
+        self._alone_because = ""
         self._checkpoint_writer = CheckpointWriter()
         self._num_messages = 0
         self._reads = Reads(lambda: self.engine)
@@ -73,12 +79,28 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     async def Control(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
         """The scheduler's stream."""
+        if self._alone_because:
+            reason = f"it is ending, since the scheduler's stream has ended: {self._alone_because}"
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
         return offer(self._streams, self.engine.inbox, self._controlled)
 
     def _controlled(self) -> Stream:
-        stream = Stream(self.engine.inbox, parsing(pb.ExecutorCommand, self._take_command), _note_end)
+        def ended(reason: str) -> None:
+            self._note_end(stream, reason)
+
+        stream = Stream(self.engine.inbox, parsing(pb.ExecutorCommand, self._take_command), ended)
         self._scheduler = self._scheduler or stream  # the first; others may give commands
         return stream
+
+    def _note_end(self, stream: Stream, reason: str) -> None:
+        logger.info("the scheduler's stream has ended: %s", reason)
+        if stream is self._scheduler:
+            # What was sent on it is lost: whatever came next would be out of order, or wait for ever. As a process that
+            # has ended, this one is an error that users see, and is replaced.
+            self._alone_because = reason
+            timer = threading.Timer(_ALONE_SECONDS, _end_alone, [reason])
+            timer.daemon = True
+            timer.start()
 
     def _take_command(self, command: pb.ExecutorCommand) -> None:
         engine = self.engine
@@ -281,8 +303,9 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             yield response
 
 
-def _note_end(reason: str) -> None:
-    logger.info("the scheduler's stream has ended: %s", reason)
+def _end_alone(reason: str) -> None:
+    logger.error("the scheduler's stream has ended (%s), and nobody ended this executor: ending", reason)
+    os._exit(71)
 
 
 def _set_if_waiting(future: asyncio.Future[Any], value: Any) -> None:

@@ -62,6 +62,8 @@ class _ExecutorLink:
         self._server = server
         self.stream = LoopStream(parsing(pb.ExecutorEvent, self._take), self._lost)
         self._channel = channel.open_channel(executor.address)
+        #: Why it is lost.
+        self._broken = ""
         self._opening = asyncio.create_task(self._open(), name=f"executor {executor.executor_id}")
 
     async def _open(self) -> None:
@@ -70,19 +72,29 @@ class _ExecutorLink:
             opening = stub.Control(pb.OpenStream(), metadata=self._server.metadata, timeout=_OPEN_SECONDS)
             await open_offered(opening, self.stream)
         except grpc.aio.AioRpcError as error:
-            self._lost(f"it cannot be reached ({error.code().name})")
+            self._lost(f"it cannot be reached ({error.code().name}: {error.details()})")
         except LinkError as error:
             self._lost(f"it cannot be reached ({error})")
+        except Exception as error:
+            logger.exception("the stream to executor %s could not be opened", self.executor_id)
+            self._lost(f"it cannot be reached ({error})")
+
+    async def opened(self) -> str:
+        """Waits until the stream is open; returns why it is not to be had, or an empty text."""
+        await asyncio.wait({self._opening})
+        return self._broken
 
     def _take(self, event: pb.ExecutorEvent) -> None:
         self._server.on_executor_event(self.executor_id, event)
 
     def _lost(self, reason: str) -> None:
         logger.info("executor %s is gone: %s", self.executor_id, reason)
-        self._server.handle(core.ExecutorRemoved(executor_id=self.executor_id, reason=reason))
+        self._broken = reason
+        self._server.executor_lost(self, reason)
 
     async def close(self) -> None:
         """Ends the stream."""
+        self._broken = self._broken or "it was removed"
         self.stream.close()  # nobody waits for room in it any more
         self._opening.cancel()
         await self._channel.close(None)
@@ -137,7 +149,9 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         self._held_room: dict[ClientId, asyncio.Event] = {}
         me = Caller(Role.SCHEDULER)
         self.metadata = metadata(token, me, key.secret_of(me))
+        #: Those that are open, or being opened.
         self._links: dict[str, _ExecutorLink] = {}
+        self._closing: set[asyncio.Task[None]] = set()
         self._clients: dict[ClientId, LoopStream] = {}
 
     def handle(self, event: core.Event) -> None:
@@ -202,6 +216,16 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         stream = self._clients.get(client_id)
         if stream is not None:
             stream.send(message.SerializeToString())
+
+    def executor_lost(self, link: _ExecutorLink, reason: str) -> None:
+        """Forgets an executor whose stream has ended. It ends itself, which tells the resource manager."""
+        if self._links.get(link.executor_id) is not link:
+            return
+        del self._links[link.executor_id]
+        closing = asyncio.create_task(link.close(), name=f"closing the stream to executor {link.executor_id}")
+        self._closing.add(closing)
+        closing.add_done_callback(self._closing.discard)
+        self.handle(core.ExecutorRemoved(executor_id=link.executor_id, reason=reason))
 
     def on_executor_event(self, executor_id: str, event: pb.ExecutorEvent) -> None:
         """Takes what an executor reports."""
@@ -314,12 +338,14 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             self._tell(client_id, pb.SchedulerMessage(program_ready=ready))
 
     async def AddSlice(self, request: pb.AddSliceRequest, context: grpc.aio.ServicerContext) -> pb.AddSliceResponse:
-        """Connects to a new slice's executors."""
+        """Connects to a new slice's executors; fails where one of them cannot be reached."""
         slice_id, client_id = SliceId(request.slice_id), ClientId(request.client_id)
         ids = tuple(executor.executor_id for executor in request.executors)
+        links: list[_ExecutorLink] = []
         for executor in request.executors:
             if executor.executor_id not in self._links:
                 self._links[executor.executor_id] = _ExecutorLink(self, executor)
+            links.append(self._links[executor.executor_id])
         devices = tuple(request.device_indices)
         share = Share(
             client_id=client_id, name=request.client_name, weight=request.weight or 1.0, priority=request.priority
@@ -330,6 +356,11 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             )
         )
         logger.info("slice %d has executors %s", slice_id, ", ".join(ids))
+        for link in links:
+            if broken := await link.opened():
+                await context.abort(
+                    grpc.StatusCode.FAILED_PRECONDITION, f"executor {link.executor_id} is gone: {broken}"
+                )
         return pb.AddSliceResponse()
 
     async def RemoveSlice(

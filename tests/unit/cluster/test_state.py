@@ -293,3 +293,17 @@ def test_a_slice_over_several_hosts_has_an_executor_on_each_and_is_ready_with_al
     assert lost[0].executor_id == "i0.e1.h1"
     ended = [c.name for c in lost if isinstance(c, core.EndProcess)]
     assert ended == ["executor i0.e1.h0", "executor i0.e1.h2"]
+
+
+def test_an_executor_that_its_scheduler_does_not_reach_is_ended_and_replaced():
+    cluster = make_cluster(2)
+    first, second = reserve(cluster, 2), reserve(cluster, 2, client=2)
+    make_ready(cluster, first)
+    assert second.is_connecting
+    commands = cluster.handle(core.ExecutorCutOff(executor_id="i0.e1", reason="its scheduler does not reach it"))
+    assert [c.client_id for c in commands if isinstance(c, core.TellLost)] == [1, 2]
+    assert core.EndProcess(node_id=0, name="executor i0.e1") in commands
+    assert second.failure.message == "executor i0.e1 is lost: its scheduler does not reach it"
+    third, commands = cluster.reserve(1, (2,), ("dp",), None)
+    assert (third.executor_ids, [type(command) for command in commands]) == (("i0.e2",), [core.StartExecutor])
+    assert cluster.handle(core.ExecutorCutOff(executor_id="i0.e1", reason="again")) == []
