@@ -442,6 +442,32 @@ def malformed_parts(slice_id):
     }
 
 
+def test_a_client_chooses_no_address_of_an_executor(victim):
+    """An executor that believed one would give up its link to a peer, for all clients."""
+
+    async def action(client_id, mine, manager, scheduler, executor):
+        request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])
+        slice_id = (await manager.ReserveSlice(request, metadata=mine)).reservation.slice_id
+        info = await manager.WaitSlice(pb.WaitSliceRequest(slice_id=slice_id), metadata=mine)
+        stream = await connect(scheduler, mine)
+        signed = info.executors[0].data_address
+        address, _, proof = signed.rpartition("/")
+        part = pb.Part(
+            slots=[pb.TensorSpec(**SPEC)], num_args=1, instructions=[pb.Instruction(send=pb.Send(slot=0, peer=1))]
+        )
+        for number, data_address in enumerate(("127.0.0.1:1", f"127.0.0.1:1/{proof}", address, signed, "")):
+            program = pb.RegisterProgram(program_id=(client_id << 40) + number, name="p")
+            program.slices.add(slice_id=slice_id, mesh_shape=[1], part=part)
+            program.slices[0].peers.add(slice_index=1, executor_id="i0.e99", data_address=data_address)
+            stream.send(pb.ClientMessage(register_program=program))
+            failure = (await stream.read()).program_ready.failure
+            assert failure.kind == "AccessDenied"
+            assert "is not where an executor 'i0.e99' of this cluster listens" in failure.message
+        stream.close()
+
+    attack(victim, action)
+
+
 def test_malformed_programs_and_arguments_fail_their_client_alone(victim):
     async def action(client_id, mine, manager, scheduler, executor):
         request = pb.ReserveSliceRequest(shape=[1], axis_names=["x"])

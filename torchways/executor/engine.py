@@ -395,14 +395,18 @@ class Engine:
             return
         try:
             program, code = read_program(message, self.executor_id, self.num_devices, self.core.memory.limit_bytes)
+            addresses = {
+                peer: self.data_plane.checked_address(peer, signed)
+                for peer, signed in code.peers
+                if peer != self.executor_id
+            }
+            for peer, address in addresses.items():
+                self.data_plane.connect(peer, address)
         except Exception as error:  # whatever is wrong with it, others go on
             failure = failure_from(error, process=f"executor {self.executor_id}")
             self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))
             return
         self._codes[part] = code
-        for peer, address in code.peers:
-            if peer != self.executor_id:
-                self.data_plane.connect(peer, address)
         self._handle(events.ProgramArrived(program=program))
 
     def _compile_soon(self, program: LoadedProgram) -> None:

@@ -363,7 +363,7 @@ async def serve(arguments: argparse.Namespace) -> None:
     ready = {
         "executor_id": arguments.executor_id,
         "address": address,
-        "data_address": executor.engine.data_plane.address,
+        "data_address": executor.engine.data_plane.signed_address,
         "local_address": local_values.address,
         "pid": os.getpid(),
         "host": socket.gethostname(),

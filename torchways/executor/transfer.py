@@ -10,11 +10,12 @@ from typing import Any, TypeAlias
 import psutil
 import torch
 
-from torchways.errors import Failure
+from torchways.errors import AccessDenied, Failure
 from torchways.ids import RunId
 from torchways.link.connection import Frame
 from torchways.link.frames import FrameError, Header, Limits
 from torchways.link.inbox import Inbox
+from torchways.link.key import checked_address, signed_address
 from torchways.link.link import SMALL_BYTES, Link
 from torchways.link.opening import Listener
 
@@ -65,9 +66,23 @@ class DataPlane:
         self.on_lost = on_lost
         self._inbox = inbox
         self._on_arrived = on_arrived
+        self._link_key = link_key
         self._listener = Listener(executor_id, host, link_key)
         self.address = self._listener.address
+        #: For the peers, which get it from clients: these cannot make one up.
+        self.signed_address = signed_address(link_key, executor_id, self.address)
         self._links: dict[str, Link] = {}
+
+    def checked_address(self, peer: str, signed: str) -> str:
+        """Returns the address in a peer's signed one, as a client sent it.
+
+        Raises:
+            AccessDenied: the peer has not signed it.
+        """
+        address = checked_address(self._link_key, peer, signed)
+        if address is None:
+            raise AccessDenied(f"{signed[:100]!r} is not where an executor {peer[:100]!r} of this cluster listens")
+        return address
 
     def connect(self, peer: str, address: str) -> None:
         """Opens the link to a peer in the background, if there is none."""

@@ -32,7 +32,7 @@ class InlineValue:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HostAddress:
-    """The executor of one host of a slice, and the address at which it accepts links."""
+    """The executor of one host of a slice, and the address at which it accepts links, as it has signed it."""
 
     executor_id: str
     data_address: str

@@ -684,7 +684,7 @@ class ExecutorInfo(_message.Message):
     address: _builtins.str
     """gRPC host:port"""
     data_address: _builtins.str
-    """host:port that its links are accepted at"""
+    """host:port that its links are accepted at, / and its proof of that"""
     pid: _builtins.int
     host: _builtins.str
     num_devices: _builtins.int
@@ -2540,6 +2540,7 @@ class Peer(_message.Message):
     """hosts of one slice are in their order"""
     executor_id: _builtins.str
     data_address: _builtins.str
+    """as the executor signed it"""
     def __init__(
         self,
         *,

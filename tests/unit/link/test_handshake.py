@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
-from torchways.link.key import link_secret
+from torchways.link.key import checked_address, link_secret, signed_address
 
 KEY = bytes(range(32))
 ids = st.text(st.characters(codec="utf-8"), min_size=1, max_size=20)
@@ -173,3 +173,13 @@ def test_every_pair_has_its_own_secret():
     secrets = {link_secret(KEY, *pair) for pair in (("a", "b"), ("a", "c"), ("b", "c"), ("ab", "c"))}
     assert len(secrets) == 4
     assert link_secret(KEY, "b", "a") in secrets
+
+
+def test_an_address_is_good_for_the_process_that_signed_it():
+    signed = signed_address(KEY, "a", "127.0.0.1:5")
+    assert checked_address(KEY, "a", signed) == "127.0.0.1:5"
+    proof = signed.rpartition("/")[2]
+    for forged in ("127.0.0.1:5", f"127.0.0.1:6/{proof}", "127.0.0.1:5/", "", "/", "127.0.0.1:5/\ud800", f"{signed} "):
+        assert checked_address(KEY, "a", forged) is None
+    assert checked_address(KEY, "b", signed) is None
+    assert checked_address(bytes(32), "a", signed) is None
