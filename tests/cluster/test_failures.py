@@ -1,5 +1,6 @@
 """Processes that die, and sessions that end."""
 
+import contextlib
 import os
 import signal
 import time
@@ -78,6 +79,37 @@ def test_an_executor_that_loses_its_scheduler_is_replaced():
         assert wait_gone([pid]) == set()
         with pytest.raises(ExecutorLost, match=name.removeprefix("executor ")):
             kept.cpu(timedelta(seconds=60))
+
+
+def test_a_link_that_breaks_between_two_executors_is_opened_anew():
+    """What was under way fails; what comes after it works, on the same meshes, and the executors stay."""
+    with tw.init():
+        a, b = (tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=island) for island in (0, 1))
+        first = tw.function(lambda x: x + 1, mesh=a)
+        second = tw.function(lambda x: x * 2, mesh=b)
+        small, large = torch.zeros(2), torch.zeros(1 << 16)
+
+        def there_and_back(x):
+            return first(second(first(x)))
+
+        assert there_and_back(small).tolist() == [3, 3]
+        processes = tw.cluster_info().processes
+        pids = [pid for name, pid in processes if name.startswith("executor")]
+        for _ in range(3):
+            under_way = [there_and_back(x) for x in (small, large)]
+            assert break_connections(*pids)
+            for array in under_way:  # right, or lost
+                with contextlib.suppress(ExecutorLost):
+                    assert torch.equal(array.cpu(timedelta(seconds=60)), torch.full(array.shape, 3.0))
+            deadline = time.monotonic() + 60
+            for x in (small, large):
+                while True:
+                    try:
+                        assert torch.equal(there_and_back(x).cpu(timedelta(seconds=60)), torch.full(x.shape, 3.0))
+                        break
+                    except ExecutorLost:
+                        assert time.monotonic() < deadline
+        assert tw.cluster_info().processes == processes
 
 
 def test_a_node_that_fails_is_reported_with_its_line_and_poisons_only_what_follows():

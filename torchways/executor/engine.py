@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
@@ -131,7 +131,16 @@ class Engine:
         self.core = ExecutorState(executor_id, budget_bytes=budget_bytes, client_bytes=client_bytes, gang=gang)
         #: Where the thread waits.
         self.inbox: Inbox[events.Event | Callable[[], None]] = Inbox()
-        self.data_plane = DataPlane(executor_id, host, link_key, self.inbox, self._on_arrived, self._on_lost)
+        self.data_plane = DataPlane(
+            executor_id,
+            host,
+            link_key,
+            self.inbox,
+            self._on_arrived,
+            self._on_lost,
+            self._newest_broken,
+            self._on_broken,
+        )
         self.reducer = Reducer(executor_id, self._send_piece)
         self.compiler = Compiler(runtime, self._on_thread, self.failure)
         self.spans = Spans()
@@ -336,6 +345,8 @@ class Engine:
             self._handle(item)
 
     def _handle(self, event: events.Event) -> None:
+        if isinstance(event, events.RunEnqueued):
+            self._connect(event.part)
         outer, self._handling = self._handling, True
         for command in self.core.handle(event):
             match command:
@@ -406,8 +417,15 @@ class Engine:
             failure = failure_from(error, process=f"executor {self.executor_id}")
             self._report_later(program_loaded=pb.ProgramLoaded(**part._asdict(), failure=_optional(failure)))
             return
+        code.peers = list(addresses.items())
         self._codes[part] = code
         self._handle(events.ProgramArrived(program=program))
+
+    def _connect(self, part: PartId) -> None:
+        """Has links opened to a program's peers where there are none: before a run is there that needs them."""
+        code = self._codes.get(part)
+        for peer, address in code.peers if code is not None else ():
+            self.data_plane.connect(peer, address)
 
     def _compile_soon(self, program: LoadedProgram) -> None:
         client_id = owner(program.part.program_id)
@@ -580,6 +598,9 @@ class Engine:
                     self._on_arrived(peer, run_id, edge, 0, as_sent(value))
                     sent(None)
                     continue
+                if (broken := self.core.broken.failure(peer, run_id)) is not None:
+                    sent(broken)  # it may have failed there, and what is sent over a new link would lie there for ever
+                    continue
                 outgoing = Outgoing(run_id=run_id, edge_id=edge, phase=0, value=value, on_sent=sent)
                 self.data_plane.send(peer, outgoing)
 
@@ -620,11 +641,16 @@ class Engine:
 
     def _send_piece(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
         outgoing = Outgoing(run_id=run_id, edge_id=edge_id, phase=phase, value=piece)
+
+        def send() -> None:
+            if self.core.broken.failure(peer, run_id) is None:
+                self.data_plane.send(peer, outgoing)
+
         if threading.get_ident() == self._thread.ident:
-            self.data_plane.send(peer, outgoing)
+            send()
             self.data_plane.flush()  # before the sum, and what follows it here: the others need it as soon
         else:
-            self.inbox.put(lambda: self.data_plane.send(peer, outgoing))
+            self.inbox.put(send)
 
     def _when_on_host(self, cell: Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
         """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""
@@ -671,9 +697,18 @@ class Engine:
         self._soon(events.TransferArrived(peer=peer, run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 
     def _on_lost(self, peer: str, reason: str) -> None:
-        failure = self.failure("ExecutorLost", f"executor {peer} is lost: {reason}")
-        self.reducer.lose(peer, failure)
-        self.inbox.put(events.PeerLost(peer=peer, failure=failure))
+        failure = self.failure("ExecutorLost", f"executor {peer} is lost, or the link to it: {reason}")
+        newest = dict(self.core.newest_runs)
+        self._handle(events.PeerLost(peer=peer, failure=failure))
+        self.reducer.lose(peer, newest, failure)
+
+    def _newest_broken(self, peer: str) -> Mapping[ClientId, RunId]:
+        return self.core.broken.newest(peer)
+
+    def _on_broken(self, peer: str, newest: Mapping[ClientId, RunId]) -> None:
+        failure = self.failure("ExecutorLost", f"the link to executor {peer} broke; it is there again for later runs")
+        self._handle(events.PeerReopened(peer=peer, newest=newest, failure=failure))
+        self.reducer.lose(peer, self.core.broken.newest(peer), failure)
 
     # ---- helpers
 

@@ -6,7 +6,7 @@ which the shell carries them out.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -125,9 +125,18 @@ class Reduced:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeerLost:
-    """Nothing more will come from a peer."""
+    """The link to a peer broke: nothing more will come of the runs that are here."""
 
     peer: str
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerReopened:
+    """The link to a peer is there again. Nothing will come of runs up to `newest` of each client: it has lost them."""
+
+    peer: str
+    newest: Mapping[ClientId, RunId]
     failure: Failure
 
 
@@ -201,6 +210,7 @@ Event: TypeAlias = (
     | TransferArrived
     | Reduced
     | PeerLost
+    | PeerReopened
     | FetchRequested
     | FetchCancelled
     | FetchEnded

@@ -25,8 +25,8 @@ class PartCode:
     Attributes:
         functions: its compiled functions; their graphs are dropped once these are compiled.
         slots: what the runtime must know of each slot's buffer.
-        peers: (executor id, signed data address, as the client sent it) of all executors that it exchanges values with,
-            and of this one.
+        peers: (executor id, data address) of all executors that it exchanges values with; as they were sent, with this
+            executor among them, the addresses are signed.
         calls: by number of the unit, the computations of each unit that computes; empty until they are compiled.
         compiled_ns: when they were; Unix time.
         schedules: by number of a pipeline's loop, the name of its schedule.

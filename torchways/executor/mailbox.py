@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TypeAlias
 
 from torchways.errors import Failure
+from torchways.executor.broken import BrokenLinks
 from torchways.executor.events import TransferArrived
 from torchways.executor.runs import Task
 from torchways.ids import ClientId, RunId, owner
@@ -20,12 +22,12 @@ class Mailbox:
     def __init__(self) -> None:
         self._arrived: dict[_Key, TransferArrived] = {}
         self._receiving: dict[_Key, Task] = {}
-        self._lost_peers: dict[str, Failure] = {}
+        self.broken = BrokenLinks()
 
     def receive(self, task: Task, edge_id: EdgeId) -> TransferArrived | Failure | None:
         """Returns the value for a task, or why none will come, if that is known; else call `expect`."""
         key = _key(task, edge_id)
-        return self._arrived.pop(key, None) or self._lost_peers.get(key[0])
+        return self._arrived.pop(key, None) or self.broken.failure(key[0], key[1])
 
     def expect(self, task: Task, edge_id: EdgeId) -> None:
         """Lets a task wait for its value."""
@@ -43,13 +45,14 @@ class Mailbox:
         """Returns the edges over which a run waits for values."""
         return [edge_id for _, known, edge_id in self._receiving if known == run_id]
 
-    def lose(self, peer: str, failure: Failure) -> list[Task]:
-        """Takes note that nothing more comes from a peer; returns the tasks that wait for it."""
-        self._lost_peers[peer] = failure
-        return self._give_up([key for key in self._receiving if key[0] == peer])
+    def lose(self, peer: str, newest: Mapping[ClientId, RunId], failure: Failure) -> list[Task]:
+        """Takes note that of runs up to these nothing more comes from a peer; returns the tasks that wait for it."""
+        self.broken.note(peer, newest, failure)
+        return self._give_up([key for key in self._receiving if key[0] == peer and self.broken.failure(peer, key[1])])
 
     def drop_client(self, client_id: ClientId) -> list[Task]:
         """Forgets the values of a client's runs; returns the tasks that wait for some."""
+        self.broken.drop_client(client_id)
         for key in [key for key in self._arrived if owner(key[1]) == client_id]:
             del self._arrived[key]
         return self._give_up([key for key in self._receiving if owner(key[1]) == client_id])

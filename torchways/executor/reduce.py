@@ -21,6 +21,7 @@ from typing import TypeAlias
 import torch
 
 from torchways.errors import Failure
+from torchways.executor.broken import BrokenLinks
 from torchways.executor.names import remember
 from torchways.ids import ClientId, RunId, owner
 
@@ -105,7 +106,7 @@ class Reducer:
         self._me = executor_id
         self._send = send
         self._reductions: dict[_Key, _Reduction] = {}
-        self._lost: dict[str, Failure] = {}
+        self._broken = BrokenLinks()
         self._gone: dict[ClientId, Failure] = {}
         self._lock = threading.Lock()
 
@@ -145,15 +146,17 @@ class Reducer:
     def arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, piece: torch.Tensor | Failure) -> None:
         """Takes a peer's piece, bytes or a failure; `phase` counts its rounds from 1."""
         with self._lock:
+            if self._broken.failure(peer, run_id) is not None:
+                return  # its sum does not wait for it any more
             if owner(run_id) in self._gone and (run_id, edge_id) not in self._reductions:
                 return  # no sum of this client starts any more, or it fails when it does
             self._reductions.setdefault((run_id, edge_id), _Reduction()).arrived[phase - 1, peer] = piece
         self._go_on((run_id, edge_id))
 
-    def lose(self, peer: str, failure: Failure) -> None:
-        """Fails every sum that still waits for a peer, now and later."""
+    def lose(self, peer: str, newest: Mapping[ClientId, RunId], failure: Failure) -> None:
+        """Fails every sum that still waits for a peer, now and later, of runs up to these; see broken.py."""
         with self._lock:
-            self._lost[peer] = failure
+            self._broken.note(peer, newest, failure)
             keys = list(self._reductions)
         for key in keys:
             self._go_on(key)
@@ -164,6 +167,7 @@ class Reducer:
         Another executor may have learned of the client's end before it started its part, and will not.
         """
         with self._lock:
+            self._broken.drop_client(client_id)
             remember(self._gone, client_id, failure, _MAX_GONE)
             keys = [key for key in self._reductions if owner(key[0]) == client_id]
             for key in [key for key in keys if not self._reductions[key].rounds]:
@@ -190,13 +194,12 @@ class Reducer:
                 item.is_sent = True
                 if item.me in group:
                     for peer in others:
-                        if peer not in self._lost:
+                        if self._broken.failure(peer, key[0]) is None:
                             piece = item.piece_for(peer)
                             item.sent_bytes += piece.nbytes if isinstance(piece, torch.Tensor) else 0
                             self._send(peer, *key, 1 + item.round, piece)
             with self._lock:
-                gone = self._gone.get(owner(key[0]))
-                known = {peer: item.arrived.get((item.round, peer), self._lost.get(peer, gone)) for peer in others}
+                known = {peer: self._piece_of(item, peer, key[0]) for peer in others}
                 if any(piece is None for piece in known.values()):
                     item.is_claimed = False
                     return
@@ -210,6 +213,12 @@ class Reducer:
             item.done(None, item.value, item.sent_bytes)
         else:
             item.done(item.value, None, item.sent_bytes)
+
+    def _piece_of(self, item: _Reduction, peer: str, run_id: RunId) -> _Piece | None:
+        piece = item.arrived.get((item.round, peer))
+        if piece is not None:
+            return piece
+        return self._broken.failure(peer, run_id) or self._gone.get(owner(run_id))
 
 
 def _small_rounds(members: tuple[str, ...], me: str) -> tuple[tuple[str, ...], ...]:

@@ -19,10 +19,11 @@ when its turn comes, whether it has arrived or not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, assert_never
 
 from torchways.errors import Failure
+from torchways.executor.broken import BrokenLinks
 from torchways.executor.events import (
     BufferPut,
     BuffersDropped,
@@ -38,6 +39,7 @@ from torchways.executor.events import (
     GrantsNeeded,
     MemoryStalled,
     PeerLost,
+    PeerReopened,
     Place,
     ProgramArrived,
     ProgramCompiled,
@@ -62,7 +64,7 @@ from torchways.executor.memory import Memory, Taker
 from torchways.executor.names import Names
 from torchways.executor.plan import LoadedProgram
 from torchways.executor.runs import Cell, KnownProgram, Placing, Run, Task, lowest
-from torchways.ids import BufferId, ClientId, PartId, RunPart, SliceId, owner
+from torchways.ids import BufferId, ClientId, PartId, RunId, RunPart, SliceId, owner
 from torchways.ir.part import NO_BUFFER, ComputeInstruction, ReceiveInstruction, SendInstruction
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
@@ -102,6 +104,8 @@ class ExecutorState:
         #: Those that were dropped stay until their last run is over.
         self.programs: dict[PartId, KnownProgram] = {}
         self.grants = Grants(gang)
+        #: Of each client, the newest run that has come.
+        self.newest_runs: dict[ClientId, RunId] = {}
         self._mailbox = Mailbox()
         #: Computations and sends that have not ended; while there are some, memory may yet be freed.
         self._in_flight = 0
@@ -150,8 +154,10 @@ class ExecutorState:
             case ProgramCompiled():
                 self._program_compiled(event)
             case PeerLost():
-                for task in self._mailbox.lose(event.peer, event.failure):
-                    self._fail_task(task, event.failure)
+                self._lose(event.peer, self.newest_runs, event.failure)
+            case PeerReopened():
+                known = {client: run for client, run in event.newest.items() if not self.names.is_gone(client)}
+                self._lose(event.peer, known, event.failure)
             case ProgramDropped():
                 program_id = event.program_id
                 self._drop_programs(lambda part: part.program_id == program_id)
@@ -167,6 +173,11 @@ class ExecutorState:
             self._issue_ready()
         commands, self._commands = self._commands, []
         return commands
+
+    @property
+    def broken(self) -> BrokenLinks:
+        """Which runs exchange no values with which peers."""
+        return self._mailbox.broken
 
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has: one that grows with the number of runs leaks."""
@@ -212,6 +223,8 @@ class ExecutorState:
     def _enqueue(self, event: RunEnqueued) -> None:
         known, part = self.programs.get(event.part), RunPart(event.run_id, event.part.slice_id)
         client_id = owner(event.run_id)
+        if not self.names.is_gone(client_id):
+            self.newest_runs[client_id] = max(event.run_id, self.newest_runs.get(client_id, event.run_id))
         if known is None or known.is_dropped:
             failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
             self._commands.append(ReportEnded(run=part, failure=failure))
@@ -789,7 +802,13 @@ class ExecutorState:
         for known in [known for part, known in self.programs.items() if is_meant(part)]:
             self._drop_program(known)
 
+    def _lose(self, peer: str, newest: Mapping[ClientId, RunId], failure: Failure) -> None:
+        for task in self._mailbox.lose(peer, newest, failure):
+            self._fail_task(task, failure)
+
     def _transfer_arrived(self, event: TransferArrived) -> None:
+        if self.broken.failure(event.peer, event.run_id) is not None:
+            return  # who would receive it has failed
         task = self._mailbox.arrive(event)
         if task is not None:
             self._receive(task, event)
@@ -837,6 +856,7 @@ class ExecutorState:
 
     def _drop_client(self, client_id: ClientId) -> None:
         self.names.forget_client(client_id)
+        self.newest_runs.pop(client_id, None)
         for buffer_id in self.names.of_client(client_id):
             self._drop(buffer_id, "belonged to a client that is gone")
         self._drop_programs(lambda part: owner(part.program_id) == client_id)

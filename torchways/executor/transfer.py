@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable
+import struct
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, TypeAlias
 
@@ -11,7 +14,7 @@ import psutil
 import torch
 
 from torchways.errors import AccessDenied, Failure
-from torchways.ids import RunId
+from torchways.ids import ClientId, RunId
 from torchways.link.connection import Frame
 from torchways.link.frames import FrameError, Header, Limits
 from torchways.link.inbox import Inbox
@@ -19,7 +22,14 @@ from torchways.link.key import checked_address, signed_address
 from torchways.link.link import SMALL_BYTES, Link
 from torchways.link.opening import Listener
 
-_VALUE, _FAILURE = 0, 1
+#: `_BROKEN`: the newest run of each client of which earlier links have taken values (broken.py).
+_VALUE, _FAILURE, _BROKEN = 0, 1, 2
+#: A client's id and its newest run.
+_NEWEST = struct.Struct("<QQ")
+_MAX_NEWEST = SMALL_BYTES // _NEWEST.size
+#: After a link has broken, its peer is looked for again so soon; where it broke at once, later.
+_AGAIN_SECONDS, _SLOWLY_SECONDS = 0.1, 5.0
+_SHORT_SECONDS = 1.0
 #: In longer failures texts are shortened, to so many characters that they fit into a small frame in any script.
 _LONG_BYTES = 16 << 10
 _MAX_CHARACTERS = 1500
@@ -49,7 +59,11 @@ class DataPlane:
         inbox: where that thread waits; callables among its items are called.
         on_arrived: called for each value, of a large one on another thread; `phase` is the sender's. A value is a flat
             uint8 tensor of whatever size came: whoever uses it must check that.
-        on_lost: called with (peer, reason), on some thread, when a link breaks.
+        on_lost: called with (peer, reason) when a link breaks. After that nothing comes over it but what is on its way
+            to `on_arrived`, and `connect` opens another.
+        newest: returns, for a peer, the newest run of each client that is broken between this end and the peer.
+        on_broken: called with (peer, newest run of each client that is broken at the peer's end), which is what the
+            peer's `newest` returned when the link was opened.
     """
 
     def __init__(
@@ -60,18 +74,27 @@ class DataPlane:
         inbox: Inbox[Any],
         on_arrived: OnArrived,
         on_lost: Callable[[str, str], None],
+        newest: Callable[[str], Mapping[ClientId, RunId]] = lambda peer: {},
+        on_broken: Callable[[str, Mapping[ClientId, RunId]], None] = lambda peer, newest: None,
     ) -> None:
         #: A value may come before the program that says how large it is: none is larger than this machine's memory.
-        self.limits: Limits = {_VALUE: psutil.virtual_memory().total, _FAILURE: SMALL_BYTES}
-        self.on_lost = on_lost
+        self.limits: Limits = {_VALUE: psutil.virtual_memory().total, _FAILURE: SMALL_BYTES, _BROKEN: SMALL_BYTES}
+        self._on_lost = on_lost
+        self._newest = newest
+        self._on_broken = on_broken
         self._inbox = inbox
         self._on_arrived = on_arrived
         self._link_key = link_key
         self._listener = Listener(executor_id, host, link_key)
+        self._listener.on_anew = lambda peer, number: inbox.put(lambda: self._open_anew(peer, number))
         self.address = self._listener.address
         #: For the peers, which get it from clients: these cannot make one up.
         self.signed_address = signed_address(link_key, executor_id, self.address)
+        #: Those that are open, or being opened.
         self._links: dict[str, Link] = {}
+        #: When each was opened, monotonic seconds.
+        self._opened: dict[Link, float] = {}
+        self._me = executor_id
 
     def checked_address(self, peer: str, signed: str) -> str:
         """Returns the address in a peer's signed one, as a client sent it.
@@ -104,14 +127,53 @@ class DataPlane:
             payload=memoryview(encode_failure(value)) if isinstance(value, Failure) else _bytes_of(value),
             on_sent=sent if on_sent is not None else None,
         )
-        self._links[peer].send(frame)
+        link = self._links.get(peer)
+        if link is not None:
+            link.send(frame)
+        elif frame.on_sent is not None:
+            frame.on_sent("there is no link to it")
 
     def flush(self) -> None:
         """Sends what is queued, small values together."""
         for link in self._links.values():
             link.flush()
 
+    def _open_anew(self, peer: str, number: int) -> None:
+        """Takes the link that a peer has opened in place of one that this end has taken for whole."""
+        link = self._links.get(peer)
+        if link is not None and link.number is not None and link.number < number:
+            link.lose("its peer has given it up")
+            self._forget(link, "its peer has given it up")
+            self.connect(peer, link.address)
+
+    def _forget(self, link: Link, reason: str) -> None:
+        """Takes note, on this thread, that a link is lost."""
+        peer = link.peer
+        if self._links.get(peer) is not link:
+            return
+        del self._links[peer]
+        opened = self._opened.pop(link, None)
+        self._on_lost(peer, reason)
+        if opened is not None and self._me > peer:
+            # The peer waits until this end connects, and may have a run already that has failed here. If it is gone,
+            # that is known at once.
+            is_short = time.monotonic() < opened + _SHORT_SECONDS
+            again = functools.partial(self.connect, peer, link.address)
+            self._inbox.later(_SLOWLY_SECONDS if is_short else _AGAIN_SECONDS, again)
+
     # ---- what links call (link.Receiver)
+
+    def on_open(self, link: Link) -> None:
+        """See `Receiver`."""
+        self._opened[link] = time.monotonic()
+        entries = [_NEWEST.pack(*entry) for entry in self._newest(link.peer).items()]
+        for begin in range(0, len(entries), _MAX_NEWEST):
+            data = b"".join(entries[begin : begin + _MAX_NEWEST])
+            link.send(Frame(kind=_BROKEN, label=(0, 0, 0), payload=data))
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        """See `Receiver`."""
+        self._inbox.put(lambda: self._forget(link, reason))
 
     def allocate(self, size: int) -> tuple[torch.Tensor, memoryview]:
         """See `Receiver`."""
@@ -121,6 +183,11 @@ class DataPlane:
     def on_frame(self, peer: str, header: Header, payload: bytearray | torch.Tensor) -> None:
         """See `Receiver`."""
         phase, run_id, edge_id = header.label
+        if header.kind == _BROKEN:
+            if len(payload) % _NEWEST.size or not isinstance(payload, bytearray):
+                raise FrameError(f"it sent {len(payload)} bytes of broken runs")
+            self._on_broken(peer, {ClientId(client): RunId(run) for client, run in _NEWEST.iter_unpack(payload)})
+            return
         if header.kind == _FAILURE:
             assert isinstance(payload, bytearray)
             value: torch.Tensor | Failure = decode_failure(payload)
@@ -169,7 +236,7 @@ def _fits(value: str | int) -> bool:
 
 
 def _lost(peer: str, reason: str) -> Failure:
-    return Failure(kind="ExecutorLost", message=f"executor {peer} is lost ({reason})")
+    return Failure(kind="ExecutorLost", message=f"executor {peer} is lost, or the link to it ({reason})")
 
 
 def _bytes_of(value: torch.Tensor) -> memoryview:

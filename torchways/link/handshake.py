@@ -2,7 +2,7 @@
 
 Four messages go to and fro:
 
-    connecting -> accepting    magic, channel, both ids, a nonce
+    connecting -> accepting    magic, channel, both ids, the link's number, a nonce
     connecting <- accepting    a nonce, proof
     connecting -> accepting    proof
     connecting <- accepting    whether the connection is admitted
@@ -21,8 +21,9 @@ from collections.abc import Callable
 
 from torchways.link.key import link_secret
 
-_MAGIC = b"tw-link1"
+_MAGIC = b"tw-link2"
 _FIXED = struct.Struct("<8sBBB")  # magic, channel, bytes of the connecting and of the accepting end's id
+_NUMBER = struct.Struct("<Q")
 _NONCE_BYTES = 32
 _PROOF_BYTES = 32
 
@@ -39,6 +40,7 @@ class Handshake:
     Attributes:
         peer: id of the other end; of an accepting end once it is known.
         channel: which of the link's connections this is; of an accepting end once it is known.
+        number: the link's: the connecting end opens each under a higher one; of an accepting end once it is known.
         num_wanted: how many more bytes the message that comes next has, at least one until it is done.
         is_done: the other end has proved who it is.
     """
@@ -47,6 +49,7 @@ class Handshake:
         self.me = me
         self.peer = peer
         self.channel = channel
+        self.number = 0
         self.num_wanted = num_wanted
         self.is_done = False
         self._secret = b""
@@ -87,11 +90,12 @@ class Handshake:
 class Connecting(Handshake):
     """The end that connects; send `first` to begin."""
 
-    def __init__(self, me: str, peer: str, channel: int, key: bytes) -> None:
+    def __init__(self, me: str, peer: str, channel: int, key: bytes, number: int = 0) -> None:
         super().__init__(me, peer, channel, 0)
+        self.number = number
         self._secret = link_secret(key, me, peer)
         mine, theirs = me.encode(), peer.encode()
-        self._hello = _FIXED.pack(_MAGIC, channel, len(mine), len(theirs)) + mine + theirs
+        self._hello = _FIXED.pack(_MAGIC, channel, len(mine), len(theirs)) + mine + theirs + _NUMBER.pack(number)
         self._nonces = secrets.token_bytes(_NONCE_BYTES)
         self.first = self._hello + self._nonces
         self._expect(_NONCE_BYTES + _PROOF_BYTES, self._answered)
@@ -126,12 +130,15 @@ class Accepting(Handshake):
         if magic != _MAGIC:
             raise HandshakeError("it does not speak this protocol")
         self._hello = message
-        self._expect(num_theirs + num_mine + _NONCE_BYTES, lambda rest: self._named(rest, num_theirs, num_mine))
+        size = num_theirs + num_mine + _NUMBER.size + _NONCE_BYTES
+        self._expect(size, lambda rest: self._named(rest, num_theirs, num_mine))
         return b""
 
     def _named(self, message: bytes, num_theirs: int, num_mine: int) -> bytes:
-        ids, self._nonces = message[:-_NONCE_BYTES], message[-_NONCE_BYTES:]
-        self._hello += ids
+        named, self._nonces = message[:-_NONCE_BYTES], message[-_NONCE_BYTES:]
+        self._hello += named
+        ids = named[: -_NUMBER.size]
+        [self.number] = _NUMBER.unpack(named[-_NUMBER.size :])
         if ids[num_theirs:] != self.me.encode():
             raise HandshakeError("it looks for another process")
         try:

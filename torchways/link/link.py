@@ -4,12 +4,13 @@ Small frames go from and to the thread that waits at the inbox (connection.py). 
 direction, which copies from and to where they lie without the GIL, and hold up no small ones. Both ends always drain
 both connections, so that no order of sends can deadlock. Frames of one connection keep their order.
 
-Whatever is wrong with a link loses the link, with a reason, and nothing else.
+Whatever is wrong with a link loses the link, with a reason, and nothing else. Another may be opened in its place.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import queue
 import socket
@@ -48,8 +49,11 @@ class Receiver(Protocol):
             FrameError: the payload is wrong, which loses the link.
         """
 
-    def on_lost(self, peer: str, reason: str) -> None:
-        """Notes that the link is lost, once. Called on some thread."""
+    def on_open(self, link: Link) -> None:
+        """Notes that a link is open, on the inbox's thread."""
+
+    def on_lost(self, link: Link, reason: str) -> None:
+        """Notes that a link is lost, once. Called on some thread."""
 
 
 class Link:
@@ -61,12 +65,16 @@ class Link:
         address: host:port of its listener.
         inbox: where that thread waits; it must call the callables among its items.
         receiver: takes the frames.
+
+    Attributes:
+        number: what it was opened under; None before.
     """
 
     def __init__(self, listener: Listener, peer: str, address: str, inbox: Inbox[Any], receiver: Receiver) -> None:
         self.peer = peer
+        self.address = address
+        self.number: int | None = None
         self._listener = listener
-        self._address = address
         self._inbox = inbox
         self._receiver = receiver
         limits = {kind: min(limit, SMALL_BYTES) for kind, limit in receiver.limits.items()}
@@ -81,7 +89,10 @@ class Link:
         #: Large frames; None: there will be no more.
         self._large: queue.SimpleQueue[Frame | None] = queue.SimpleQueue()
         self._sender = threading.Thread(target=self._send_large, name=f"send to {peer}", daemon=True)
-        threading.Thread(target=self._open, name=f"open link to {peer}", daemon=True).start()
+        try:
+            threading.Thread(target=self._open, name=f"open link to {peer}", daemon=True).start()
+        except RuntimeError as error:  # there are too many
+            self._lose(f"no link could be opened: {error}")
 
     def send(self, frame: Frame) -> None:
         """Queues a frame; it goes out with `flush` at the latest, or fails then where the link is lost."""
@@ -98,19 +109,34 @@ class Link:
 
     def _open(self) -> None:
         try:
-            prompt, self._bulk = open_channels(self._listener, self.peer, self._address)
+            prompt, bulk, number = open_channels(self._listener, self.peer, self.address)
         except LinkError as error:
             self._lose(str(error))
+            return
         except Exception as error:
             logger.exception("opening the link to %s failed", self.peer)
             self._lose(f"no link could be opened: {error}")
-        else:
-            self._bulk.setblocking(True)
+            return
+        try:
+            bulk.setblocking(True)
+            self._bulk = bulk
             self._sender.start()
             threading.Thread(target=self._receive_large, name=f"receive from {self.peer}", daemon=True).start()
-            self._inbox.put(lambda: self._prompt.open(prompt))
+        except (OSError, RuntimeError) as error:
+            prompt.close()
+            self._lose(f"no link could be opened: {error}")
             return
-        self._sender.start()  # what is queued fails
+        self._inbox.put(functools.partial(self._opened, prompt, number))
+
+    def _opened(self, prompt: socket.socket, number: int) -> None:
+        self.number = number
+        self._prompt.open(prompt)
+        if self._prompt.is_open:
+            self._receiver.on_open(self)
+
+    def lose(self, reason: str) -> None:
+        """Gives it up."""
+        self._lose(reason)
 
     def _end(self, reason: str) -> None:
         """Notes that nothing more comes on a connection; what the peer sent before its end still counts."""
@@ -134,12 +160,14 @@ class Link:
                     self._bulk.shutdown(socket.SHUT_RDWR)  # ends the threads' waits
         # No more than that: peers end with their slices too, and what waits for this one fails with the reason.
         logger.info("link to %s: %s", self.peer, reason)
-        self._receiver.on_lost(self.peer, reason)
+        self._receiver.on_lost(self, reason)
         self._inbox.put(lambda: self._close(reason))
 
     def _close(self, reason: str) -> None:
         self._is_closed = True
         self._large.put(None)
+        if self._sender.ident is None:  # it was never open
+            self._send_large()  # what is queued fails
         self._prompt.close(reason)
 
     # ---- small frames

@@ -4,10 +4,13 @@ The end with the larger id connects. A link has two connections, its channels. E
 (handshake.py). Whoever connects and does not prove who it is costs its own connection: others are in handshake at the
 same time, each has a deadline, and where there are too many, the oldest goes. A peer whose connection went so connects
 again.
+
+A link that broke can be opened again, under a higher number: what was admitted under a lower one is not mixed with it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 import selectors
@@ -15,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torchways.addresses import address_of, family_of, host_and_port
 from torchways.link.handshake import ADMITTED, REFUSED, Accepting, Connecting, HandshakeError
@@ -34,10 +38,30 @@ _DIAL_SECONDS = 5.0
 _STRANGER_SECONDS = 5.0
 _MAX_STRANGERS = 64
 _RETRY_SECONDS = (0.02, 1.0)
+#: Peers whose links' numbers are remembered beside those whose connections wait here.
+_MAX_NUMBERS = 1_000
 
 
 class LinkError(Exception):
     """No link to a peer could be opened; says why."""
+
+
+class Channels(NamedTuple):
+    """A link's connections, and its number."""
+
+    prompt: socket.socket
+    bulk: socket.socket
+    number: int
+
+
+@dataclasses.dataclass(slots=True)
+class _Arrival:
+    """A peer's connections for one link: which were admitted, and those that nobody has taken yet."""
+
+    number: int
+    admitted: set[int] = dataclasses.field(default_factory=set)
+    connections: dict[int, socket.socket] = dataclasses.field(default_factory=dict)
+    is_taken: bool = False
 
 
 class Acceptor:
@@ -72,7 +96,7 @@ class Acceptor:
         """
         raise NotImplementedError
 
-    def admit(self, peer: str, channel: int) -> Callable[[socket.socket], None] | None:
+    def admit(self, peer: str, channel: int, number: int) -> Callable[[socket.socket], None] | None:
         """Returns what takes a connection whose other end has proved who it is; None: it is refused."""
         raise NotImplementedError
 
@@ -131,7 +155,7 @@ class Acceptor:
             self._dismiss(connection, str(error))
 
     def _admit(self, connection: socket.socket, handshake: Accepting) -> None:
-        take = self.admit(handshake.peer, handshake.channel)
+        take = self.admit(handshake.peer, handshake.channel, handshake.number)
         if take is None:
             connection.send(REFUSED)
             self._dismiss(connection, f"{handshake.peer} needs no other for channel {handshake.channel}")
@@ -158,20 +182,27 @@ class Listener(Acceptor):
 
     def __init__(self, me: str, host: str, key: bytes, *, stranger_seconds: float = _STRANGER_SECONDS) -> None:
         self.key = key
-        #: What was admitted; None: it is on its way here, or the link has it.
-        self._admitted: dict[tuple[str, int], socket.socket | None] = {}
+        #: Called with a peer and a number, on some thread, when the peer opens its link anew under this number, though
+        #: the one before was taken: the peer has given that up.
+        self.on_anew: Callable[[str, int], None] = lambda peer, number: None
+        #: The newest of each peer.
+        self._arrivals: dict[str, _Arrival] = {}
         self._changed = threading.Condition()
         super().__init__(me, host, stranger_seconds=stranger_seconds)
 
-    def take(self, peer: str, timeout: float) -> list[socket.socket] | None:
-        """Waits for a peer's connections; returns one for each channel, or None after `timeout` seconds."""
-        keys = [(peer, channel) for channel in _CHANNELS]
+    def take(self, peer: str, timeout: float) -> Channels | None:
+        """Waits for a peer's connections; returns them, or None after `timeout` seconds."""
         with self._changed:
-            if not self._changed.wait_for(lambda: all(self._admitted.get(key) for key in keys), timeout):
+            if not self._changed.wait_for(lambda: self._is_complete(peer), timeout):
                 return None
-            taken = [self._admitted[key] for key in keys]
-            self._admitted.update(dict.fromkeys(keys))
-        return [connection for connection in taken if connection is not None]
+            arrival = self._arrivals[peer]
+            arrival.is_taken = True
+            prompt, bulk = (arrival.connections.pop(channel) for channel in _CHANNELS)
+        return Channels(prompt, bulk, arrival.number)
+
+    def _is_complete(self, peer: str) -> bool:
+        arrival = self._arrivals.get(peer)
+        return arrival is not None and len(arrival.connections) == len(_CHANNELS)
 
     def key_of(self, peer: str) -> bytes:
         """See `Acceptor`."""
@@ -179,23 +210,41 @@ class Listener(Acceptor):
             raise HandshakeError(f"it calls itself {peer!r}, which does not connect to {self.me}")
         return self.key
 
-    def admit(self, peer: str, channel: int) -> Callable[[socket.socket], None] | None:
+    def admit(self, peer: str, channel: int, number: int) -> Callable[[socket.socket], None] | None:
         """See `Acceptor`."""
-        key = peer, channel
-        if channel not in _CHANNELS or key in self._admitted:
-            return None
-        self._admitted[key] = None
+        with self._changed:
+            arrival = self._arrivals.get(peer)
+            if channel not in _CHANNELS or (arrival is not None and number < arrival.number):
+                return None
+            if arrival is None or number > arrival.number:
+                arrival = self._begin(peer, number)
+            if channel in arrival.admitted:
+                return None
+            arrival.admitted.add(channel)
+        admitted = arrival
 
         def keep(connection: socket.socket) -> None:
             with self._changed:
-                self._admitted[key] = connection
+                admitted.connections[channel] = connection
                 self._changed.notify_all()
 
         return keep
 
+    def _begin(self, peer: str, number: int) -> _Arrival:
+        old = self._arrivals.pop(peer, None)
+        if old is not None:
+            for connection in old.connections.values():
+                connection.close()
+            if old.is_taken:
+                self.on_anew(peer, number)
+        for other in [key for key, item in self._arrivals.items() if not item.connections][:-_MAX_NUMBERS]:
+            del self._arrivals[other]
+        new = self._arrivals[peer] = _Arrival(number)
+        return new
 
-def open_channels(listener: Listener, peer: str, address: str) -> list[socket.socket]:
-    """Waits for the link between the listener's process and a peer; returns a connected socket for each channel.
+
+def open_channels(listener: Listener, peer: str, address: str) -> Channels:
+    """Waits for the link between the listener's process and a peer; returns its connections.
 
     Args:
         address: host:port of the peer's listener, which exists for as long as the peer.
@@ -205,13 +254,13 @@ def open_channels(listener: Listener, peer: str, address: str) -> list[socket.so
     """
     deadline = time.monotonic() + _OPEN_SECONDS
     if listener.me < peer:
-        opened = _await(listener, peer, address, deadline)
-    else:
-        opened = [
-            connect(functools.partial(Connecting, listener.me, peer, channel, listener.key), address, deadline)
-            for channel in _CHANNELS
-        ]
-    return opened
+        return _await(listener, peer, address, deadline)
+    number = time.monotonic_ns()  # an id is one process's, and so rises with each of its links
+    prompt, bulk = (
+        connect(functools.partial(Connecting, listener.me, peer, channel, listener.key, number), address, deadline)
+        for channel in _CHANNELS
+    )
+    return Channels(prompt, bulk, number)
 
 
 def tune(connection: socket.socket) -> None:
@@ -230,7 +279,7 @@ def tune(connection: socket.socket) -> None:
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def _await(listener: Listener, peer: str, address: str, deadline: float) -> list[socket.socket]:
+def _await(listener: Listener, peer: str, address: str, deadline: float) -> Channels:
     while time.monotonic() < deadline:
         taken = listener.take(peer, _LOOK_SECONDS)
         if taken is not None:

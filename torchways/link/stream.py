@@ -195,7 +195,7 @@ class StreamServer(Acceptor):
             raise HandshakeError("nothing is offered to it")
         return offer.secret
 
-    def admit(self, peer: str, channel: int) -> Callable[[socket.socket], None] | None:
+    def admit(self, peer: str, channel: int, number: int) -> Callable[[socket.socket], None] | None:
         """See `Acceptor`."""
         offer = self._offers.pop(peer, None) if channel == _CHANNEL else None
         if offer is None:

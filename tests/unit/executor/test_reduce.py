@@ -126,7 +126,7 @@ def test_a_lost_member_fails_sums_now_and_later(count, shape):
     for name in others:
         world.start(name, torch.ones(shape), shape)
     for name in others:
-        world.members[name].lose("e2", lost)
+        world.members[name].lose("e2", {ClientId(0): RunId(2)}, lost)
         world.start(name, torch.ones(shape), shape, run_id=2)
     while world.messages:
         peer, name, *rest = world.messages.pop(0)

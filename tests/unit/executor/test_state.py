@@ -265,31 +265,53 @@ def test_a_dropped_client_leaves_nothing(data, num_runs):
         assert state.programs == {}
 
 
-def test_a_lost_peer_fails_receives_now_and_later():
+def test_a_broken_link_fails_the_runs_that_either_end_had_and_no_later_one():
     state = ExecutorState("b")
     state.handle(events.ProgramArrived(program=train_parts()["b"]))
     state.handle(events.ProgramCompiled(part=PART, failure=None))
-    state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-    lost = Failure(kind="ExecutorLost", message="executor a is lost")
+    v = BufferId(BASE + 3)
+    state.handle(events.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
+    ours, theirs = (Failure(kind="ExecutorLost", message=f"noticed {where}") for where in ("here", "there"))
     commands = []
-    for number in range(2):
-        run_id = RunId(BASE + 50 + number)
-        commands += state.handle(
+
+    def enqueue(number):
+        return state.handle(
             events.RunEnqueued(
                 part=PART,
-                run_id=run_id,
+                run_id=RunId(BASE + 50 + number),
                 sequence=number,
                 first_buffer_id=BufferId(BASE + 60 + 10 * number),
-                arguments=Arguments([BufferId(BASE + 3 if number == 0 else BASE + 62)]),
+                arguments=Arguments([v if number == 0 else BufferId(BASE + 52 + 10 * number)]),
             )
         )
-        if number == 0:
-            commands += state.handle(events.PeerLost(peer="a", failure=lost))
-    for command in [command for command in commands if isinstance(command, events.Send)]:
-        assert command.cell.failure == lost
-        commands += state.handle(events.UnitFinished(task=command.task))
-    ended = [command for command in commands if isinstance(command, events.ReportEnded)]
-    assert [command.failure for command in ended] == [lost, lost]
+
+    def arrive(number):
+        item = events.TransferArrived(peer="a", run_id=RunId(BASE + 50 + number), edge_id=0, data=_Buffer(5))
+        return state.handle(item)
+
+    def ended():
+        return {c.run.run_id - BASE - 50: c.failure for c in commands if isinstance(c, events.ReportEnded)}
+
+    def send_all(begin):
+        for command in [command for command in commands[begin:] if isinstance(command, events.Send)]:
+            commands.extend(state.handle(events.UnitFinished(task=command.task)))
+
+    commands += enqueue(0)
+    commands += state.handle(events.PeerLost(peer="a", failure=ours))
+    commands += enqueue(1)  # waits for the next link
+    begin = len(commands)
+    send_all(0)
+    assert ended() == {0: ours}
+    newest = {ClientId(CLIENT): RunId(BASE + 52)}  # the peer had one more, whose value is lost
+    commands += state.handle(events.PeerReopened(peer="a", newest=newest, failure=theirs))
+    commands += enqueue(2)
+    send_all(begin)
+    assert ended() == {0: ours, 1: theirs, 2: theirs}
+    assert arrive(1) == []
+    assert state.num_entries()["arrived"] == 0  # nobody would take it
+    assert state.broken.failure("a", RunId(BASE + 53)) is None
+    state.handle(events.ClientDropped(client_id=ClientId(CLIENT)))
+    assert (state.broken.newest("a"), state.newest_runs) == ({}, {})
 
 
 def test_a_program_that_cannot_be_compiled_donates_nothing():

@@ -5,6 +5,7 @@ import queue
 import socket
 import subprocess
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from tests.unit.link.inboxes import serve
 from torchways.errors import Failure
 from torchways.executor.transfer import DataPlane, Outgoing, decode_failure, encode_failure
-from torchways.ids import RunId
+from torchways.ids import ClientId, RunId
 from torchways.link.connection import Frame
 from torchways.link.frames import FrameError
 from torchways.link.inbox import Inbox
@@ -31,8 +32,16 @@ class End:
     def __init__(self, name):
         self.arrived, self.lost, self.sent = queue.Queue(), queue.Queue(), queue.Queue()
         self.name, self.inbox = name, Inbox()
+        self.newest, self.broken = {}, queue.Queue()
         self.plane = DataPlane(
-            name, "127.0.0.1", KEY, self.inbox, lambda *event: self.arrived.put(event), self.note_lost
+            name,
+            "127.0.0.1",
+            KEY,
+            self.inbox,
+            lambda *event: self.arrived.put(event),
+            self.note_lost,
+            lambda peer: self.newest.get(peer, {}),
+            lambda *event: self.broken.put(event),
         )
         serve(self.inbox, self.plane.flush)
 
@@ -216,3 +225,82 @@ def test_a_wrong_failure_loses_the_link_and_nothing_else():
     c.connect("a", a.plane.address)
     a.send("c", 1, torch.ones(2))
     assert c.arrived.get(timeout=20)[:2] == ("a", 1)
+
+
+def break_link(end, peer):
+    """Breaks a link as a network does."""
+    broken = threading.Event()
+
+    def shutdown():
+        end.plane._links[peer]._prompt._socket.shutdown(socket.SHUT_RDWR)
+        broken.set()
+
+    end.inbox.put(shutdown)
+    assert broken.wait(20)
+
+
+@pytest.mark.parametrize("times", [1, 5])
+def test_a_link_that_broke_is_opened_anew_and_leaves_nothing(times):
+    a, b = End("a"), End("b")
+    a.newest["b"] = {ClientId(3): RunId(7)}
+    for _ in range(times):
+        a.connect("b", b.plane.address)
+        b.connect("a", a.plane.address)
+        for sender, peer, receiver in ((a, "b", b), (b, "a", a)):
+            sender.send(peer, 1, torch.ones(2))
+            assert receiver.arrived.get(timeout=20)[:2] == (sender.name, 1)
+            assert sender.sent.get(timeout=20) is None
+        assert b.broken.get(timeout=20) == ("a", {ClientId(3): RunId(7)})
+        break_link(a, "b")
+        assert [a.lost.get(timeout=20)[0], b.lost.get(timeout=20)[0]] == ["b", "a"]
+    assert a.plane._links.keys() <= {"b"}
+    assert a.broken.empty()
+
+
+def test_the_end_that_connects_looks_for_its_peer_by_itself():
+    """What the peer waits for may have failed here, and only a link tells."""
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    a.send("b", 1, torch.ones(2))
+    assert b.arrived.get(timeout=20)[:2] == ("a", 1)
+    b.newest["a"] = {ClientId(3): RunId(7)}
+    b.inbox.put(lambda: b.plane._opened.update(dict.fromkeys(b.plane._opened, 0.0)))  # it was good for a while
+    break_link(b, "a")
+    assert a.lost.get(timeout=20)[0] == "b"
+    a.connect("b", b.plane.address)
+    assert a.broken.get(timeout=20) == ("b", {ClientId(3): RunId(7)})
+
+
+def test_an_end_that_has_noticed_nothing_takes_the_new_link():
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    a.send("b", 1, torch.ones(2))
+    assert b.arrived.get(timeout=20)[:2] == ("a", 1)
+    silent = End("b")  # as if nothing of the old link's end had come to `a`
+    silent.connect("a", a.plane.address)
+    assert a.lost.get(timeout=20) == ("b", "its peer has given it up")
+    silent.send("a", 2, torch.ones(2))
+    assert a.arrived.get(timeout=20)[:2] == ("b", 2)
+
+
+def test_a_link_that_no_thread_can_be_started_for_is_lost(monkeypatch):
+    a = End("a")
+    started = threading.Event()
+
+    def connect():
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            a.plane.connect("b", "127.0.0.1:1")
+            a.plane.send("b", outgoing)
+        started.set()
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    outgoing = Outgoing(run_id=RunId(1), edge_id=7, phase=1, value=torch.ones(100_000), on_sent=a.sent.put)
+    a.inbox.put(connect)
+    assert started.wait(20)
+    assert a.lost.get(timeout=20) == ("b", "no link could be opened: can't start new thread")
+    assert a.sent.get(timeout=20).kind == "ExecutorLost"

@@ -17,7 +17,7 @@ from torchways.link.frames import FrameError, Header, encode_header
 from torchways.link.handshake import Accepting, Connecting, HandshakeError
 from torchways.link.inbox import Inbox
 from torchways.link.link import SMALL_BYTES, Link
-from torchways.link.opening import BULK, PROMPT, LinkError, Listener, open_channels
+from torchways.link.opening import BULK, PROMPT, Listener, open_channels
 
 KEY = bytes(range(32))
 TIMEOUT = 30
@@ -60,8 +60,11 @@ class End:
             raise FrameError("it sent something bad")
         self.arrived.put((peer, header, payload))
 
-    def on_lost(self, peer, reason):
-        self.lost.put((peer, reason))
+    def on_open(self, link):
+        pass
+
+    def on_lost(self, link, reason):
+        self.lost.put((link.peer, reason))
 
 
 def linked(one="a", other="b"):
@@ -167,11 +170,9 @@ def test_a_replayed_handshake_opens_nothing():
 def test_a_second_connection_for_a_link_that_is_up_is_refused():
     a, b = linked()
     assert_linked(a, b)
-    with pytest.raises(LinkError, match="refuses another connection of b"):
-        open_channels(Listener("b", "127.0.0.1", KEY), "a", a.listener.address)
-    assert_linked(a, b)
-    for channel in (BULK, 7):
-        connection, end = dial(a), Connecting("b", "a", channel, KEY)
+    [number] = {a.links["b"].number, b.links["a"].number}
+    for channel, other in ((PROMPT, number), (BULK, number), (PROMPT, number - 1), (7, number), (7, number + 1)):
+        connection, end = dial(a), Connecting("b", "a", channel, KEY, other)
         connection.sendall(end.first)
         connection.sendall(end.receive(connection.recv(64, socket.MSG_WAITALL)))
         with pytest.raises(HandshakeError, match="refuses"):
@@ -195,6 +196,23 @@ def test_a_listener_that_is_not_the_peer_is_found_out():
     b.send("a", 1, (0, 0, 0), b"secret")
     assert b.lost.get(timeout=TIMEOUT) == ("a", "it does not know the link's secret")
     assert b.sent.get(timeout=TIMEOUT) == "it does not know the link's secret"
+
+
+def test_a_link_that_is_opened_anew_is_not_mixed_with_the_one_before():
+    a, b = linked()
+    assert_linked(a, b)
+    anew = []
+    a.listener.on_anew = lambda *event: anew.append(event)
+    given_up = open_channels(Listener("b", "127.0.0.1", KEY), "a", a.listener.address)
+    second = open_channels(Listener("b", "127.0.0.1", KEY), "a", a.listener.address)
+    assert is_closed(given_up.prompt)
+    assert is_closed(given_up.bulk)
+    taken = a.listener.take("b", TIMEOUT)
+    assert taken.number == second.number
+    second.bulk.sendall(b"bulk")
+    assert taken.bulk.recv(4, socket.MSG_WAITALL) == b"bulk"
+    assert anew == [("b", given_up.number)]  # nobody had taken the one before the second
+    assert_linked(a, b)
 
 
 @pytest.mark.parametrize("name", ["a", "A"])
@@ -263,8 +281,8 @@ def fuzz(count, seed):
             large = bytearray(encode_header(Header(1, (0, 0, 0), 100_000)) + bytes(100_000))
             large[dice.randrange(34)] ^= 1 << dice.randrange(8)
             channels[BULK].sendall(large)
-        for channel in channels:
-            channel.close()
+        for channel in (PROMPT, BULK):
+            channels[channel].close()
         assert a.lost.get(timeout=TIMEOUT)[0] == f"b{number}"
     a.send("c", 1, (0, 0, 1), b"to c")
     assert c.arrived.get(timeout=TIMEOUT)[2] == b"to c"
