@@ -121,7 +121,7 @@ class InfraError(TorchwaysError):
 
 
 class ExecutorLost(InfraError):
-    """An executor process ended or cannot be reached; its buffers are gone."""
+    """An executor ended or cannot be reached, and its buffers are gone; or a link to it broke under a run."""
 
 
 class ClusterLost(InfraError):
