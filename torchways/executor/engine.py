@@ -7,6 +7,7 @@ completion callbacks) only posts events.
 
 from __future__ import annotations
 
+import collections
 import concurrent.futures
 import functools
 import itertools
@@ -90,6 +91,31 @@ class Fetched:
             end()
 
 
+class _Launch:
+    """A unit's computations that are being started, one after the other.
+
+    Attributes:
+        command: the core's.
+        issued: when the first was started, nanoseconds; 0: none is.
+        next: the number of computations that are started, or failed.
+        values: by slot.
+        poisoned: failures, by slot.
+        leaves: what to wait for.
+        fills: what to do once its output cells are filled.
+    """
+
+    __slots__ = ("command", "fills", "issued", "leaves", "next", "poisoned", "values")
+
+    def __init__(self, command: events.Execute) -> None:
+        self.command = command
+        self.issued = 0
+        self.next = 0
+        self.values: dict[int, Any] = {}
+        self.poisoned: dict[int, Failure] = {}
+        self.leaves: list[Sequence[Any]] = []
+        self.fills: list[Callable[[], None]] = []
+
+
 class Engine:
     """See the module's docstring.
 
@@ -156,6 +182,10 @@ class Engine:
         #: Of the parts that the core knows: it says when one can go.
         self._codes: dict[PartId, PartCode] = {}
         self._local_sums = LocalSums()
+        #: Units whose computations are not all started, for lack of room on the devices; in the order of the commands.
+        self._launches: collections.deque[_Launch] = collections.deque()
+        #: Who fills an output cell of these, by the cell's id.
+        self._filling: dict[int, _Launch] = {}
         #: What waits for a buffer that no known run makes yet, oldest first.
         self._fetches: dict[int, _Fetch] = {}
         #: Those whose buffers may be named in reads long before the run that makes them is here.
@@ -223,7 +253,13 @@ class Engine:
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has, of the core and of the engine. On the engine's thread."""
         sums = self.reducer.num_open + len(self._local_sums)
-        mine = {"fetches": len(self._fetches), "loaded": len(self._codes), "sums": sums}
+        mine = {
+            "fetches": len(self._fetches),
+            "loaded": len(self._codes),
+            "sums": sums,
+            "launches": len(self._launches),
+            "filling": len(self._filling),
+        }
         return {**self.core.num_entries(), **mine}
 
     def _on_thread(self, work: Callable[[], _T], /) -> _T:
@@ -237,7 +273,10 @@ class Engine:
             if cell is not None and cell.failure is not None:
                 callback()
             elif cell is not None and cell.scheduled:
-                self.runtime.on_ready([cell.buffer], callback)
+                self._when_filled(
+                    cell,
+                    lambda: callback() if cell.failure is not None else self.runtime.on_ready([cell.buffer], callback),
+                )
 
         self.inbox.put(ask)
 
@@ -248,14 +287,19 @@ class Engine:
         while True:
             try:
                 busy = self.runtime.progress()
+                can_launch = bool(self._launches) and self._launch_some()
                 self._give_out()
                 timeout = self._idle_seconds()
-                if busy:
+                if can_launch:
+                    timeout = 0
+                elif busy:
                     now = time.monotonic()
                     idle_since = idle_since or now
                     timeout = 0 if now < idle_since + _YIELD_SECONDS else poll
                 if not self.inbox.wait(timeout):
-                    if timeout == 0:
+                    if can_launch:
+                        pass
+                    elif timeout == 0:
                         os.sched_yield()  # unlike time.sleep(0), which takes longer than most launches
                     else:
                         poll = min(poll * 2, _POLL_SECONDS[1])
@@ -465,47 +509,114 @@ class Engine:
     # ---- computations
 
     def _execute(self, command: events.Execute) -> None:
+        """Starts a unit's computations: at once where the devices have room, behind those that wait for room.
+
+        All hosts of a gang start what was granted, in that order, and say so; and so do executors that share a device.
+        There nothing waits here, but in the runtime.
+        """
+        launch = _Launch(command)
+        if self._is_gang or self.core.grants.needed:
+            while self._launches:
+                self._go_on(self._launches[0], is_waiting=True)
+                self._launched()
+            self._go_on(launch, is_waiting=True)
+            self._fill_outputs(launch)
+        elif not self._launches and self._go_on(launch):
+            self._fill_outputs(launch)
+        else:
+            self._launches.append(launch)
+            for cell in command.outputs:
+                self._filling[id(cell)] = launch
+
+    def _launch_some(self) -> bool:
+        """Starts a few computations that waited for room; returns whether there is room for more that wait.
+
+        Between them the engine does what else has come.
+        """
+        for _ in range(_BATCH):
+            if not self._launches or not self._go_on(self._launches[0]):
+                return False
+            self._launched()
+        return bool(self._launches)
+
+    def _launched(self) -> None:
+        """All computations of the first unit that waited are started."""
+        launch = self._launches[0]
+        self._fill_outputs(launch)
+        self._launches.popleft()
+        for cell in launch.command.outputs:
+            del self._filling[id(cell)]
+        for work in launch.fills:
+            work()
+
+    def _when_filled(self, cell: Cell, work: Callable[[], None]) -> None:
+        """Does something with a scheduled cell: now, or once the computation that fills it is started."""
+        launch = self._filling.get(id(cell)) if self._filling else None
+        if launch is None:
+            work()
+        else:
+            launch.fills.append(work)
+
+    def _go_on(self, launch: _Launch, *, is_waiting: bool = False) -> bool:
+        """Starts a unit's next computations while the devices have room, or waits for it; returns whether all are."""
+        command = launch.command
         task = command.task
-        run_id = task.run.run_id
-        code = self._codes[task.run.program.part]
+        run = task.run
+        code = self._codes[run.program.part]
         calls = code.calls[task.number]
-        key = f"{run_id}.{task.run.program.part.slice_id}"
-        issued = time.time_ns()
-        self.spans.note_granted(task, issued)
-        poisoned: dict[int, Failure] = {}
-        values: dict[int, Any] = {}
-        for slot, cell in zip(task.unit.reads, command.inputs, strict=True):
-            values[slot] = cell.buffer
-            if cell.failure is not None:
-                poisoned[slot] = cell.failure
-        leaves: list[Sequence[Any]] = []
-        execute = self.runtime.execute
-        for number, call in enumerate(calls):
+        if not launch.issued:
+            if not is_waiting and run.cancelled is None and not self.runtime.has_room(self._wake):
+                return False
+            launch.issued = time.time_ns()
+            self.spans.note_granted(task, launch.issued)
+            for slot, cell in zip(task.unit.reads, command.inputs, strict=True):
+                launch.values[slot] = cell.buffer
+                if cell.failure is not None:
+                    launch.poisoned[slot] = cell.failure
+        values, poisoned = launch.values, launch.poisoned
+        key = f"{run.run_id}.{run.program.part.slice_id}"
+        runtime = self.runtime
+        for number in range(launch.next, len(calls)):
+            if number and not is_waiting and run.cancelled is None and not runtime.has_room(self._wake):
+                launch.next = number
+                return False
+            call = calls[number]
             failure = lowest([poisoned.get(slot) for slot in call.inputs]) if poisoned else None
+            if failure is None and not self._is_gang:
+                # Of several hosts, one that left something out would leave the others waiting for it.
+                failure = run.cancelled
             if failure is None:
                 try:
                     inputs = [values[slot] for slot in call.inputs]
-                    outputs, computed = execute(call.executable, inputs, f"{key}.{task.number}.{number}")
+                    outputs, computed = runtime.execute(call.executable, inputs, f"{key}.{task.number}.{number}")
                     # Of several hosts, one that stopped here would leave the others waiting for it.
-                    if task.run.checks_values and not self._is_gang:
-                        wait_computed(self.runtime, computed)
+                    if run.checks_values and not self._is_gang:
+                        wait_computed(runtime, computed)
                         failure = self._check_values(task, call, outputs)
                     for slot, buffer in zip(call.outputs, outputs, strict=True):
                         values[slot] = buffer
                     if call.is_leaf and computed:
-                        leaves.append(computed)
+                        launch.leaves.append(computed)
                 except Exception as error:
                     function = code.functions[call.function_index]
                     message = f"compiled function {function.name} failed: {error}"
-                    failure = self.failure("RemoteError", message, error, function.name, function.source, run_id)
+                    failure = self.failure("RemoteError", message, error, function.name, function.source, run.run_id)
             if failure is not None:
                 for slot in call.outputs:
                     poisoned[slot], values[slot] = failure, None
             for slot in call.dead:
                 values.pop(slot, None)
-        for slot, cell in zip(task.unit.writes, command.outputs, strict=True):
-            cell.buffer, cell.failure = values[slot], poisoned.get(slot)
-        self._await_leaves(task, leaves, lowest(list(poisoned.values())) if poisoned else None, issued)
+        return True
+
+    def _fill_outputs(self, launch: _Launch) -> None:
+        task, poisoned = launch.command.task, launch.poisoned
+        for slot, cell in zip(task.unit.writes, launch.command.outputs, strict=True):
+            cell.buffer, cell.failure = launch.values[slot], poisoned.get(slot)
+        self._await_leaves(task, launch.leaves, lowest(list(poisoned.values())) if poisoned else None, launch.issued)
+
+    def _wake(self) -> None:
+        """There may be room for computations; on any thread."""
+        self.inbox.put(_nothing)
 
     def _check_values(self, task: Task, call: Call, outputs: Sequence[Any]) -> Failure | None:
         """Returns the failure of a computation that made NaN or infinity; it has ended."""
@@ -654,10 +765,14 @@ class Engine:
 
     def _when_on_host(self, cell: Cell, take: Callable[[torch.Tensor | Failure], None]) -> None:
         """Calls `take` on this thread with a cell's value on the host, once it is computed, or its failure."""
-        if cell.failure is not None:
-            take(cell.failure)
-            return
-        self.runtime.on_ready([cell.buffer], lambda: self._soon(lambda: take(self._on_host(cell.buffer))))
+
+        def filled() -> None:
+            if cell.failure is not None:
+                take(cell.failure)
+                return
+            self.runtime.on_ready([cell.buffer], lambda: self._soon(lambda: take(self._on_host(cell.buffer))))
+
+        self._when_filled(cell, filled)
 
     def _on_host(self, buffer: Any) -> torch.Tensor | Failure:
         try:
@@ -679,13 +794,16 @@ class Engine:
         def end() -> None:
             self._soon(events.FetchEnded(cell=cell))
 
-        if cell.failure is not None:
-            on_fetched(cell.failure)
-            end()
-            return
-        self.runtime.on_ready(
-            [cell.buffer], lambda: self._soon(lambda: on_fetched(Fetched(cell.buffer, self._on_host, end)))
-        )
+        def filled() -> None:
+            if cell.failure is not None:
+                on_fetched(cell.failure)
+                end()
+                return
+            self.runtime.on_ready(
+                [cell.buffer], lambda: self._soon(lambda: on_fetched(Fetched(cell.buffer, self._on_host, end)))
+            )
+
+        self._when_filled(cell, filled)
 
     def _on_arrived(self, peer: str, run_id: RunId, edge_id: int, phase: int, value: torch.Tensor | Failure) -> None:
         if phase:
@@ -732,6 +850,10 @@ class Engine:
             run_id=run_id,
             process=f"executor {self.executor_id}",
         )
+
+
+def _nothing() -> None:
+    """Only wakes."""
 
 
 def _ids(run: RunPart) -> dict[str, int]:

@@ -100,6 +100,12 @@ class Runtime(Protocol):
         `gang_key` is the same on all hosts of a gang.
         """
 
+    def has_room(self, wake: Callable[[], None]) -> bool:
+        """Whether `execute` can start a computation without waiting for others to end.
+
+        If not, calls `wake` once or more, on some thread, when there may be room. `progress` must be called meanwhile.
+        """
+
     def on_ready(self, buffers: Sequence[Any], callback: Callable[[], None]) -> None:
         """Calls back, on some thread, when the computation of which these are outputs has ended.
 

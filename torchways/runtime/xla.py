@@ -168,6 +168,22 @@ class _Waiting:
     callback: Callable[[], None]
 
 
+class _Marker:
+    """Tells when an execution has ended."""
+
+    __slots__ = ("ended", "wake")
+
+    def __init__(self) -> None:
+        self.ended = threading.Event()
+        self.wake: Callable[[], None] | None = None
+
+    def end(self) -> None:
+        """On some thread."""
+        self.ended.set()
+        if self.wake is not None:  # set before `ended` is looked at for the last time
+            self.wake()
+
+
 class XlaRuntime:
     """The `num_devices` devices of this process's PJRT client. A computation's mesh comes with it."""
 
@@ -183,8 +199,7 @@ class XlaRuntime:
         self._device = torch_xla.device()
         #: By the sizes of their axes, which are named by number.
         self._meshes: dict[tuple[int, ...], xs.Mesh] = {}
-        #: Set when the execution of each marker has ended.
-        self._markers: collections.deque[threading.Event] = collections.deque()
+        self._markers: collections.deque[_Marker] = collections.deque()
         self._since_marker = 0
         #: A buffer whose launch is under way, and since when that is known.
         self._launching: torch.Tensor | None = None
@@ -420,7 +435,8 @@ class XlaRuntime:
         if executable.seeding is not None:
             seeding, positions = executable.seeding
             given = [*inputs, *self.execute(seeding, [inputs[position] for position in positions])[0]]
-        self._wait_for_room()
+        else:  # one more, that of which the seed is, has room too
+            self._wait_for_room()
         self._pass_device_lock()
         arguments = [given[item] if isinstance(item, int) else item for item in executable.inputs]
         try:
@@ -436,9 +452,9 @@ class XlaRuntime:
         self._since_marker += 1
         if self._since_marker == _MARKER_EVERY:
             self._since_marker = 0
-            marker = threading.Event()
+            marker = _Marker()
             self._markers.append(marker)
-            self.on_ready(results, marker.set)
+            self.on_ready(results, marker.end)
             self.progress()
         return [results[source] if source >= 0 else inputs[~source] for source in executable.outputs], results
 
@@ -458,6 +474,17 @@ class XlaRuntime:
         for item in self._waiting:
             item.buffers = [buffer for buffer in item.buffers if id(buffer) not in taken] or results
 
+    def has_room(self, wake: Callable[[], None]) -> bool:
+        """Whether a computation can be started now; see `Runtime.has_room`."""
+        markers = self._markers
+        while len(markers) * _MARKER_EVERY >= _MAX_IN_FLIGHT:
+            oldest = markers[0]
+            oldest.wake = wake
+            if not oldest.ended.is_set():
+                return False
+            markers.popleft()
+        return True
+
     def _wait_for_room(self) -> None:
         markers = self._markers
         deadline, pause = time.monotonic() + 30, 0.00002
@@ -466,7 +493,7 @@ class XlaRuntime:
                 time.sleep(pause)
                 pause = min(2 * pause, 0.001)
             elif markers:
-                markers[0].wait(timeout=1.0)
+                markers[0].ended.wait(timeout=1.0)
             if time.monotonic() > deadline:
                 logger.warning("waiting for a computation; some %d are in flight", len(markers) * _MARKER_EVERY)
                 deadline += 30
@@ -484,7 +511,7 @@ class XlaRuntime:
         # all computations, and holds up launches meanwhile).
         waiting = self._waiting
         markers = self._markers
-        while markers and markers[0].is_set():
+        while markers and markers[0].ended.is_set():
             markers.popleft()
         if waiting:
             self._pass_device_lock()

@@ -2,12 +2,18 @@
 
 import queue
 import threading
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from torchways.executor import engine as module
+from torchways.executor.compiler import Call
 from torchways.executor.engine import Engine
-from torchways.ids import BufferId, client_range, owner
+from torchways.executor.events import Execute
+from torchways.executor.runs import Cell
+from torchways.ids import BufferId, PartId, client_range, owner
+from torchways.ir.part import ComputeInstruction
 
 
 class Idle:
@@ -50,3 +56,136 @@ def test_who_waits_for_a_buffer_that_nothing_makes_is_told_in_the_end(monkeypatc
     assert held.empty()  # though it is older: its run may be here soon
     assert given_up.empty()
     assert engine.run(engine.num_entries).result(30)["fetches"] == 1
+
+
+class WithRoom(Idle):
+    """A runtime whose devices take as many computations as the test lets them; `started` are their keys."""
+
+    shares_memory = True
+
+    def __init__(self):
+        self.room = queue.Queue()
+        self.started = []
+        self.wake = None
+
+    def has_room(self, wake):
+        self.wake = wake
+        return not self.room.empty()
+
+    def give_room(self, count):
+        for _ in range(count):
+            self.room.put(None)
+        if self.wake is not None:
+            self.wake()
+
+    def execute(self, executable, inputs, key):
+        self.room.get_nowait()
+        self.started.append(key)
+        outputs = [torch.tensor(float(executable) + sum(float(value) for value in inputs))]
+        return outputs, outputs
+
+    def on_ready(self, buffers, callback):
+        callback()
+
+    def to_host(self, buffer):
+        return buffer
+
+
+class Hashable(SimpleNamespace):
+    """As a task is: by its identity."""
+
+    __hash__ = object.__hash__
+
+
+class Launching:
+    """An engine, and units of computations in a chain for it."""
+
+    def __init__(self, gang=""):
+        self.runtime = WithRoom()
+        self.engine = Engine(
+            "i0.e1", self.runtime, 1, "127.0.0.1", lambda reported: None, link_key=bytes(32), gang=gang
+        )
+        self.ended = []
+        self.on_thread(lambda: setattr(self.engine.core, "handle", self.handle))
+
+    def handle(self, event):
+        self.ended.append(event)
+        return []
+
+    def on_thread(self, work):
+        return self.engine.run(work).result(30)
+
+    def unit(self, run_id, source, count):
+        """Issues a unit of so many computations, each of which adds 1; returns its run and its output's cell."""
+        target = Cell(scheduled=True)
+        calls = [Call(1, (slot,), (slot + 1,), (slot,), 0, slot == count - 1) for slot in range(count)]
+        part = PartId(run_id, 1)
+        instruction = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,))
+        unit = SimpleNamespace(reads=(0,), writes=(count,), instructions=[instruction])
+        run = SimpleNamespace(
+            run_id=run_id,
+            program=SimpleNamespace(part=part, name="program"),
+            cancelled=None,
+            checks_values=False,
+            came_ns=0,
+            device_ns=0,
+        )
+        task = Hashable(run=run, unit=unit, number=0, awaited_input=False, held_for=None)
+        function = SimpleNamespace(name="function", source="")
+        self.engine._codes[part] = SimpleNamespace(calls={0: calls}, functions=[function], compiled_ns=0, schedules={})
+        self.on_thread(lambda: self.engine._execute(Execute(task=task, inputs=[source], outputs=[target])))
+        return run, target
+
+    def read(self, cell):
+        """Reads a cell; returns where its value will be."""
+        found = queue.Queue()
+        self.on_thread(lambda: self.engine._when_on_host(cell, found.put))
+        return found
+
+
+def test_what_comes_while_computations_wait_for_room_is_done_before_them():
+    launching = Launching()
+    runtime = launching.runtime
+    given = Cell(scheduled=True, buffer=torch.tensor(5.0))
+    runtime.give_room(2)
+    _, first = launching.unit(1, given, 5)
+    _, second = launching.unit(2, first, 1)
+    assert runtime.started == ["1.1.0.0", "1.1.0.1"]
+    assert launching.read(given).get(timeout=30) == 5.0
+    of_second, of_first = launching.read(second), launching.read(first)
+    assert launching.on_thread(launching.engine.num_entries)["launches"] == 2
+    assert of_first.empty()
+    runtime.give_room(3)
+    assert of_first.get(timeout=30) == 10.0
+    assert of_second.empty()
+    runtime.give_room(1)
+    assert of_second.get(timeout=30) == 11.0
+    assert runtime.started == [*(f"1.1.0.{number}" for number in range(5)), "2.1.0.0"]
+    assert launching.on_thread(launching.engine.num_entries)["launches"] == 0
+    assert launching.on_thread(launching.engine.num_entries)["filling"] == 0
+
+
+def test_computations_of_a_cancelled_run_that_wait_for_room_are_left_out():
+    launching = Launching()
+    runtime = launching.runtime
+    runtime.give_room(2)
+    cancelled, first = launching.unit(1, Cell(scheduled=True, buffer=torch.tensor(5.0)), 5)
+    _, second = launching.unit(2, Cell(scheduled=True, buffer=torch.tensor(7.0)), 1)
+    found = launching.read(first)
+    failure = launching.engine.failure("Cancelled", "its user wants it no more")
+
+    def cancel():
+        cancelled.cancelled = failure
+
+    launching.on_thread(cancel)
+    assert found.get(timeout=30) == failure
+    runtime.give_room(1)
+    assert launching.read(second).get(timeout=30) == 8.0
+    assert runtime.started == ["1.1.0.0", "1.1.0.1", "2.1.0.0"]
+
+
+def test_a_host_of_a_gang_starts_all_that_was_granted_at_once():
+    launching = Launching(gang="leader")
+    launching.runtime.give_room(3)
+    cell = Cell(scheduled=True, buffer=torch.tensor(5.0))
+    assert launching.read(launching.unit(1, cell, 3)[1]).get(timeout=30) == 8.0
