@@ -249,7 +249,7 @@ def main_job(steps: int, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Entry point."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--seconds", type=float, default=1.0, help="length of one measurement, by the slowest system")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of one measurement, by the slowest system")
     parser.add_argument("--quick", action="store_true", help="three small workloads, without the recipe")
     parser.add_argument("--devices", type=int, nargs="+", default=(1, 2, 4), help="numbers of devices")
     parser.add_argument("--main-job-steps", type=int, default=100, help="of the recipe; 0 leaves it out")
