@@ -114,7 +114,7 @@ def replica_call(
             after_first = _writes()
             results += [open_objects(run(number, *part)) for number, part in enumerate(parts[1:], start=1)]
             _check_writes(module, before, after_first, _writes())
-            rows = [len(next(filter(is_split, pytree.tree_leaves(part)))) for part in parts]
+            rows = [len(next(filter(is_split, pytree.tree_leaves(open_objects(part))))) for part in parts]
             return merged(
                 results, functools.partial(_merged_leaf, rows), f"replicas return different structures at {user_line()}"
             )
