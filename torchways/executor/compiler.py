@@ -3,8 +3,7 @@
 Programs are compiled in order; the computations of one program are compiled at the same time, as cores allow.
 
 torch-xla's lazy trace must not run beside computations; it takes a few milliseconds and runs on the engine's thread.
-(On several devices, it places zeros of the inputs' sizes: seconds per GB.) Everything else takes
-longer and runs here. Reading a graph is Python and shares the GIL with the engine. XLA's
+Everything else takes longer and runs here. Reading a graph is Python and shares the GIL with the engine. XLA's
 compilation takes neither the GIL nor the device lock, so computations are launched and end meanwhile.
 """
 

@@ -16,7 +16,6 @@ import hashlib
 import logging
 import threading
 import time
-import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -110,22 +109,6 @@ _ON_THE_HOST = frozenset(
         "prims::zeta",
     }
 )
-
-
-def _refuse_reading(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """What operators that torch-xla runs on the host begin with: `aten::_to_cpu`.
-
-    While a graph is traced, such an operator would read what has no value, and that ends the process: torch-xla checks
-    it by an assertion. Nothing else comes here: a buffer is read by `to_host`.
-    """
-    raise RuntimeError(f"an operator reads {len(tensors)} tensors on the host")
-
-
-#: It lasts as long as this object.
-_ON_XLA = torch.library.Library("aten", "IMPL")
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # that there is another, as is meant
-    _ON_XLA.impl("_to_cpu", _refuse_reading, "XLA", allow_override=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,9 +266,8 @@ class XlaRuntime:
     ) -> _Executable:
         """Compiles a serialized graph, without running it; see `Runtime.compile`.
 
-        Only torch-xla's lazy trace, which takes milliseconds, is made on the device's thread. (On several
-        devices it takes as long as to place zeros of the inputs' sizes: see `_stand_in`.) What takes long is
-        not: to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
+        Only torch-xla's lazy trace, which takes milliseconds, is made on the device's thread. What takes long is not:
+        to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
         """
         source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
         kinds = repr((source.inputs, source.outputs, source.donated))
@@ -342,16 +324,14 @@ class XlaRuntime:
         self, graph: torch.fx.Graph, seed: int | None, source: _Source
     ) -> tuple[_Executable, list[torch.Tensor]]:
         """Traces a graph lazily; returns the executable to be, and the tensors whose pending graph it is."""
-        arguments = [self._stand_in(spec) for spec in source.inputs]
+        arguments = [self.fill(spec, 0) for spec in source.inputs]
         if seed is not None:
             xm.set_rng_state(0)  # it begins with the seed, not with what an earlier trace made of it
         for position in source.donated:
             _XLAC._set_buffer_donation(arguments[position], True)  # no public call marks a donor
         before = self.fallback_counters()
-        try:
-            results = list(_ExactTypes(graph).run(*arguments))
-        finally:  # on the host, there is nothing to read of what stands in
-            self._refuse_fallbacks(before, graph)
+        results = list(_ExactTypes(graph).run(*arguments))
+        self._refuse_fallbacks(before, graph)
         is_placed = self._num_devices > 1
         argument_of = {
             (id(arguments[position]), spec.placements if is_placed else ()): position
@@ -393,17 +373,6 @@ class XlaRuntime:
         taken = tuple(position_of.get(tensor_id, data) for tensor_id, data in zip(tensor_ids, device_data, strict=True))
         graph_hash = _XLAC._get_graph_hash(computed)  # its key in torch-xla's cache, which no public call gives
         return _Executable(source, graph_hash, taken, tuple(sources), source.donated), computed
-
-    def _stand_in(self, spec: BufferSpec) -> torch.Tensor:
-        """Returns what a graph is traced on in place of a buffer; on one device it takes no memory.
-
-        On several devices every input needs a sharding, also one that is whole on each: XLA would choose another for
-        it. torch-xla cannot give a placeholder one: `mark_sharding` reads the value, to place it anew, and
-        `_load_local_shards` checks the sizes of shards. So zeros are placed there.
-        """
-        if self._num_devices > 1:
-            return self.fill(spec, 0)
-        return xla_builder.create_placeholder_tensor(spec.shape, spec.torch_dtype)
 
     def _constrain(self, value: torch.Tensor, placements: str, *, mesh: tuple[int, ...]) -> torch.Tensor:
         """What the operator of this name is on these devices."""
