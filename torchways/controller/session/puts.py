@@ -64,7 +64,8 @@ class Puts:
         if error is not None:
             if not isinstance(error, TorchwaysError):
                 error = InternalError(f"a value could not be put: {error!r}")
-            self._errors[buffer_id] = error.with_traceback(None)  # whose frames have the value
+            # Not the error itself, with which who waits for the future raises: its frames have the buffer.
+            self._errors[buffer_id] = copy.copy(error).with_traceback(None)
         self._under_way.pop(buffer_id, None)
         if error is not None:
             self._failed(buffer_id)
