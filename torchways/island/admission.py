@@ -208,6 +208,7 @@ class Lane:
         queues: of each client that has something here, in its order.
         admitted: of each client that has some, its runs that have not ended.
         busy_until: when what is admitted should have ended.
+        totals: what clients have had.
         num_admitted: runs since the lane's beginning.
     """
 

@@ -78,7 +78,7 @@ class Link:
         self._inbox = inbox
         self._receiver = receiver
         limits = {kind: min(limit, SMALL_BYTES) for kind, limit in receiver.limits.items()}
-        self._prompt = Connection(inbox, limits, self._on_small, self._lose, self._end)
+        self._prompt = Connection(inbox, limits, self._on_small, self.lose, self._end)
         self._bulk: socket.socket | None = None
         #: Why the link is lost.
         self._broken: str | None = None
@@ -92,7 +92,7 @@ class Link:
         try:
             threading.Thread(target=self._open, name=f"open link to {peer}", daemon=True).start()
         except RuntimeError as error:  # there are too many
-            self._lose(f"no link could be opened: {error}")
+            self.lose(f"no link could be opened: {error}")
 
     def send(self, frame: Frame) -> None:
         """Queues a frame; it goes out with `flush` at the latest, or fails then where the link is lost."""
@@ -111,11 +111,11 @@ class Link:
         try:
             prompt, bulk, number = open_channels(self._listener, self.peer, self.address)
         except LinkError as error:
-            self._lose(str(error))
+            self.lose(str(error))
             return
         except Exception as error:
             logger.exception("opening the link to %s failed", self.peer)
-            self._lose(f"no link could be opened: {error}")
+            self.lose(f"no link could be opened: {error}")
             return
         try:
             bulk.setblocking(True)
@@ -124,7 +124,7 @@ class Link:
             threading.Thread(target=self._receive_large, name=f"receive from {self.peer}", daemon=True).start()
         except (OSError, RuntimeError) as error:
             prompt.close()
-            self._lose(f"no link could be opened: {error}")
+            self.lose(f"no link could be opened: {error}")
             return
         self._inbox.put(functools.partial(self._opened, prompt, number))
 
@@ -134,23 +134,20 @@ class Link:
         if self._prompt.is_open:
             self._receiver.on_open(self)
 
-    def lose(self, reason: str) -> None:
-        """Gives it up."""
-        self._lose(reason)
-
     def _end(self, reason: str) -> None:
         """Notes that nothing more comes on a connection; what the peer sent before its end still counts."""
         with self._breaking:
             self._num_ended += 1
             is_over = self._num_ended > 1
         if is_over:
-            self._lose(reason)
+            self.lose(reason)
             return
-        timer = threading.Timer(_LAST_FRAMES_SECONDS, self._lose, [reason])
+        timer = threading.Timer(_LAST_FRAMES_SECONDS, self.lose, [reason])
         timer.daemon = True
         timer.start()
 
-    def _lose(self, reason: str) -> None:
+    def lose(self, reason: str) -> None:
+        """Gives it up. Any thread; the first reason counts."""
         with self._breaking:
             if self._broken is not None:
                 return
@@ -186,7 +183,7 @@ class Link:
                     self._bulk.sendall(encode_header(header), socket.MSG_MORE)
                     self._bulk.sendall(frame.payload)
                 except OSError as error:
-                    self._lose(f"sending failed: {error}")
+                    self.lose(f"sending failed: {error}")
             if frame.on_sent is not None:
                 frame.on_sent(self._broken)
             del frame  # its memory may be needed
@@ -208,10 +205,10 @@ class Link:
         except OSError as error:
             self._end(f"the connection broke: {error}")
         except FrameError as error:
-            self._lose(str(error))
+            self.lose(str(error))
         except Exception as error:  # no memory for it, or a bug of ours: nobody else would notice
             logger.exception("receiving from %s failed", self.peer)
-            self._lose(f"receiving failed: {error}")
+            self.lose(f"receiving failed: {error}")
         self._sender.join()
         self._bulk.close()
 

@@ -266,8 +266,10 @@ class XlaRuntime:
     ) -> _Executable:
         """Compiles a serialized graph, without running it; see `Runtime.compile`.
 
-        Only torch-xla's lazy trace, which takes milliseconds, is made on the device's thread. What takes long is not:
-        to read the graph, which is Python, and XLA's compilation, which has neither the GIL nor the device lock.
+        Only torch-xla's lazy trace is made on the device's thread. It is quick, but places zeros of the inputs' sizes,
+        which for gigabytes takes seconds. (On placeholders in their place, torch-xla holds the device lock while XLA
+        compiles.) What takes long is not made there: to read the graph, which is Python, and XLA's compilation, which
+        has neither the GIL nor the device lock.
         """
         source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
         kinds = repr((source.inputs, source.outputs, source.donated))

@@ -67,6 +67,18 @@ def train_parts():
     return {"a": a, "b": b}
 
 
+def enqueued(run, first, arguments, *, sequence, cancelled=None):
+    """The event of a run of PART; `run` and `first` (of its results) count from BASE."""
+    return events.RunEnqueued(
+        part=PART,
+        run_id=RunId(BASE + run),
+        sequence=sequence,
+        first_buffer_id=BufferId(BASE + first),
+        arguments=Arguments(arguments),
+        cancelled=cancelled,
+    )
+
+
 class World:
     """Executors, and everything that is under way between them, in no particular order."""
 
@@ -276,12 +288,11 @@ def test_a_broken_link_fails_the_runs_that_either_end_had_and_no_later_one():
 
     def enqueue(number):
         return state.handle(
-            events.RunEnqueued(
-                part=PART,
-                run_id=RunId(BASE + 50 + number),
+            enqueued(
+                50 + number,
+                60 + 10 * number,
+                [v if number == 0 else BufferId(BASE + 52 + 10 * number)],
                 sequence=number,
-                first_buffer_id=BufferId(BASE + 60 + 10 * number),
-                arguments=Arguments([v if number == 0 else BufferId(BASE + 52 + 10 * number)]),
             )
         )
 
@@ -351,14 +362,7 @@ def test_a_run_that_comes_cancelled_gives_up_what_it_would_have_donated():
             state.handle(events.ProgramCompiled(part=PART, failure=None))
         v = BufferId(BASE + 3)
         state.handle(events.BufferPut(buffer_id=v, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-        run = events.RunEnqueued(
-            part=PART,
-            run_id=RunId(BASE + 50),
-            sequence=1,
-            first_buffer_id=BufferId(BASE + 51),
-            arguments=Arguments([v]),
-            cancelled=Failure(kind="RunCancelled", message="cancelled"),
-        )
+        run = enqueued(50, 51, [v], sequence=1, cancelled=Failure(kind="RunCancelled", message="cancelled"))
         state.handle(run)
         assert state.memory.used_bytes == 0
         [delivered] = state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 53)))
@@ -382,13 +386,7 @@ def test_a_run_of_a_dropped_program_is_refused_while_an_earlier_one_goes_on():
     state.handle(events.ProgramCompiled(part=PART, failure=None))
 
     def run(number):
-        return events.RunEnqueued(
-            part=PART,
-            run_id=RunId(BASE + 50 + number),
-            sequence=number,
-            first_buffer_id=BufferId(BASE + 60 + 10 * number),
-            arguments=Arguments([BufferId(BASE + 3)]),
-        )
+        return enqueued(50 + number, 60 + 10 * number, [BufferId(BASE + 3)], sequence=number)
 
     state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     state.handle(run(0))
@@ -406,13 +404,7 @@ def test_a_donated_buffer_cannot_be_read_again():
     state.handle(events.ProgramArrived(program=train_parts()["b"]))
     state.handle(events.ProgramCompiled(part=PART, failure=None))
     state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 50),
-        sequence=0,
-        first_buffer_id=BufferId(BASE + 60),
-        arguments=Arguments([BufferId(BASE + 3)]),
-    )
+    run = enqueued(50, 60, [BufferId(BASE + 3)], sequence=0)
     state.handle(run)
     [delivered] = state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 3)))
     assert "was donated to a later computation" in delivered.cell.failure.message
@@ -421,13 +413,7 @@ def test_a_donated_buffer_cannot_be_read_again():
 def test_status_says_what_a_run_waits_for():
     state = ExecutorState("b")
     state.handle(events.ProgramArrived(program=train_parts()["b"]))
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 7),
-        sequence=0,
-        first_buffer_id=BufferId(BASE + 60),
-        arguments=Arguments([BufferId(BASE + 3)]),
-    )
+    run = enqueued(7, 60, [BufferId(BASE + 3)], sequence=0)
     state.handle(run)
     assert state.waiting_for() == [f"run {BASE + 7} of step: its compilation"]
     state.handle(events.ProgramCompiled(part=PART, failure=None))
@@ -472,13 +458,7 @@ def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewh
             buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=8, form="float16[2]"
         )
         state.handle(put)
-        run = events.RunEnqueued(
-            part=PART,
-            run_id=RunId(BASE + 7),
-            sequence=0,
-            first_buffer_id=BufferId(BASE + 60),
-            arguments=Arguments([BufferId(BASE + 2)]),
-        )
+        run = enqueued(7, 60, [BufferId(BASE + 2)], sequence=0)
         [command] = state.handle(run)
         failure = command.failure if kind else command.cell.failure
         assert failure.kind == "UserError"
@@ -523,13 +503,7 @@ def _starving(budget, slot_bytes):
     state.handle(
         events.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=slot_bytes[0])
     )
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 3),
-        sequence=1,
-        first_buffer_id=BufferId(BASE + 4),
-        arguments=Arguments([BufferId(BASE + 2)]),
-    )
+    run = enqueued(3, 4, [BufferId(BASE + 2)], sequence=1)
     return state, state.handle(run)
 
 
@@ -555,13 +529,7 @@ def test_a_computation_waits_for_memory_and_status_says_so():
 def test_a_released_array_lets_the_next_computation_go():
     state, _ = _starving(100, [50, 10])
     state.handle(events.BufferPut(buffer_id=BufferId(BASE + 20), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=40))
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 21),
-        sequence=2,
-        first_buffer_id=BufferId(BASE + 22),
-        arguments=Arguments([BufferId(BASE + 2)]),
-    )
+    run = enqueued(21, 22, [BufferId(BASE + 2)], sequence=2)
     assert state.handle(run) == []
     commands = state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 20)]))
     assert [type(command) for command in commands] == [events.Execute]
@@ -574,13 +542,7 @@ def test_a_value_for_a_run_has_a_place_when_the_run_has_come():
     put = events.BufferPut(buffer_id=value, data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=50, for_run=True)
     assert state.handle(put) == []
     assert state.memory.used_bytes == used
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 21),
-        sequence=2,
-        first_buffer_id=BufferId(BASE + 22),
-        arguments=Arguments([value]),
-    )
+    run = enqueued(21, 22, [value], sequence=2)
     placed, executed = state.handle(run)
     assert (type(placed), type(executed)) == (events.Place, events.Execute)
     assert state.memory.used_bytes == used + 60
@@ -673,13 +635,7 @@ def test_a_buffer_is_put_once_and_a_run_makes_new_ones():
     assert state.memory.used_bytes == 300
     state.handle(events.ProgramArrived(program=_one_call([300, 100])))
     state.handle(events.ProgramCompiled(part=PART, failure=None))
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 10),
-        sequence=1,
-        first_buffer_id=BufferId(BASE + 3),
-        arguments=Arguments([BufferId(BASE + 3)]),
-    )
+    run = enqueued(10, 3, [BufferId(BASE + 3)], sequence=1)
     [ended] = state.handle(run)
     assert "it makes buffers that are there already" in ended.failure.message
     state.handle(events.ClientDropped(client_id=CLIENT))
@@ -724,15 +680,7 @@ def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
         )
         asked = []
         for number in range(2):
-            asked += state.handle(
-                events.RunEnqueued(
-                    part=PART,
-                    run_id=RunId(BASE + 30 + number),
-                    sequence=number,
-                    first_buffer_id=BufferId(BASE + 40 + number),
-                    arguments=Arguments([BufferId(BASE + 2)]),
-                )
-            )
+            asked += state.handle(enqueued(30 + number, 40 + number, [BufferId(BASE + 2)], sequence=number))
         expected = [events.ReportReady] * 2 if role == "leader" else []
         assert [type(command) for command in asked] == expected
         # Granted the other way round.
@@ -750,13 +698,7 @@ def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():
     state.handle(events.ProgramCompiled(part=PART, failure=None))
     state.handle(events.BufferPut(buffer_id=BufferId(BASE + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=10))
     assert state.handle(events.FetchRequested(fetch_id=1, buffer_id=BufferId(BASE + 60))) == []
-    run = events.RunEnqueued(
-        part=PART,
-        run_id=RunId(BASE + 7),
-        sequence=0,
-        first_buffer_id=BufferId(BASE + 60),
-        arguments=Arguments([BufferId(BASE + 3)]),
-    )
+    run = enqueued(7, 60, [BufferId(BASE + 3)], sequence=0)
     delivered = [command for command in state.handle(run) if isinstance(command, events.Deliver)]
     assert [command.fetch_id for command in delivered] == [1]
 

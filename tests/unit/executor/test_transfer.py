@@ -227,6 +227,16 @@ def test_a_wrong_failure_loses_the_link_and_nothing_else():
     assert c.arrived.get(timeout=20)[:2] == ("a", 1)
 
 
+def linked():
+    """Returns two ends whose link has carried a value."""
+    a, b = End("a"), End("b")
+    a.connect("b", b.plane.address)
+    b.connect("a", a.plane.address)
+    a.send("b", 1, torch.ones(2))
+    assert b.arrived.get(timeout=20)[:2] == ("a", 1)
+    return a, b
+
+
 def break_link(end, peer):
     """Breaks a link as a network does."""
     broken = threading.Event()
@@ -259,11 +269,7 @@ def test_a_link_that_broke_is_opened_anew_and_leaves_nothing(times):
 
 def test_the_end_that_connects_looks_for_its_peer_by_itself():
     """What the peer waits for may have failed here, and only a link tells."""
-    a, b = End("a"), End("b")
-    a.connect("b", b.plane.address)
-    b.connect("a", a.plane.address)
-    a.send("b", 1, torch.ones(2))
-    assert b.arrived.get(timeout=20)[:2] == ("a", 1)
+    a, b = linked()
     b.newest["a"] = {ClientId(3): RunId(7)}
     b.inbox.put(lambda: b.plane._opened.update(dict.fromkeys(b.plane._opened, 0.0)))  # it was good for a while
     break_link(b, "a")
@@ -273,11 +279,7 @@ def test_the_end_that_connects_looks_for_its_peer_by_itself():
 
 
 def test_an_end_that_has_noticed_nothing_takes_the_new_link():
-    a, b = End("a"), End("b")
-    a.connect("b", b.plane.address)
-    b.connect("a", a.plane.address)
-    a.send("b", 1, torch.ones(2))
-    assert b.arrived.get(timeout=20)[:2] == ("a", 1)
+    a, _b = linked()
     silent = End("b")  # as if nothing of the old link's end had come to `a`
     silent.connect("a", a.plane.address)
     assert a.lost.get(timeout=20) == ("b", "its peer has given it up")

@@ -42,8 +42,6 @@ class Puts:
         self._failed = failed
         self._under_way: dict[BufferId, concurrent.futures.Future[None]] = {}
         self._errors: dict[BufferId, TorchwaysError] = {}
-        #: Those under way that nobody has any more, but a run that was sent.
-        self._unwanted: set[BufferId] = set()
         #: Of runs in flight, and of the run that is made.
         self._run_bytes = self._next_run_bytes = 0
 
@@ -69,9 +67,6 @@ class Puts:
         self._under_way.pop(buffer_id, None)
         if error is not None:
             self._failed(buffer_id)
-        if buffer_id in self._unwanted:
-            self._unwanted.discard(buffer_id)
-            self._errors.pop(buffer_id, None)
         if len(self._under_way) == _MAX_PUTS - 1:
             self._changed()
 
@@ -89,11 +84,8 @@ class Puts:
             raise copy.copy(error)  # the frames that it passes stay with the copy: they have the buffer
 
     def forget(self, buffer_id: BufferId) -> None:
-        """Nobody has the buffer any more. Any thread."""
-        self._unwanted.add(buffer_id)
+        """Nobody has the buffer any more."""
         self._errors.pop(buffer_id, None)
-        if buffer_id not in self._under_way:  # else what ends it takes it out
-            self._unwanted.discard(buffer_id)
 
     # ---- runs
 
