@@ -17,10 +17,10 @@ test: check
 	$(BIN)/pytest -m "not slow" -n $(TEST_PROCESSES) --dist worksteal
 
 test-all: check
-	$(BIN)/pytest --ignore tests/architectures
+	XLA_FLAGS= $(BIN)/pytest --ignore tests/architectures
 
 test-architectures: $(STAMP)
-	$(BIN)/pytest tests/architectures -n $(TEST_PROCESSES) --dist worksteal
+	XLA_FLAGS= $(BIN)/pytest tests/architectures -n $(TEST_PROCESSES) --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff check .
