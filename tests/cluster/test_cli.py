@@ -52,6 +52,16 @@ tw.shutdown()
 )
 
 
+@pytest.fixture(autouse=True)
+def signals():
+    """Signals act as usual: a background job and nohup ignore some, and what they start honours that."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture
 def environment(monkeypatch, tmp_path):
     """The environment of a user without clusters; state files go to a folder of the test's."""
