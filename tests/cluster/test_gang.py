@@ -58,9 +58,29 @@ def island(scheduling, tmp_path):
         cluster.close()
 
 
+@pytest.fixture(scope="module")
+def gang(tmp_path_factory):
+    """The environment of clients of one such cluster, whose executors serve one test after the other."""
+    with island("gang", tmp_path_factory.mktemp("logs")) as environment:
+        yield environment
+
+
+@pytest.fixture
+def session(gang, monkeypatch):
+    """This process is a client of it."""
+    for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE):
+        monkeypatch.setenv(name, gang[name])
+    with tw.init():
+        yield tw
+
+
+def executors():
+    return {name for name, _ in tw.cluster_info().processes if name.startswith("executor")}
+
+
 @contextlib.contextmanager
-def clients(environment, count):
-    """Three clients of two overlapping slices each, at work."""
+def clients(environment, count, slices=((4, 2), (4, 3), (3, 2))):
+    """Three clients of overlapping slices, at work."""
     running = [
         subprocess.Popen(
             [sys.executable, "-c", CLIENT, str(seed), str(count), ",".join(map(str, sizes))],
@@ -70,7 +90,7 @@ def clients(environment, count):
             stderr=subprocess.PIPE,
             text=True,
         )
-        for seed, sizes in enumerate([(4, 2), (4, 3), (3, 2)])
+        for seed, sizes in enumerate(slices)
     ]
     try:
         for client in running:
@@ -83,10 +103,50 @@ def clients(environment, count):
             client.communicate()
 
 
+def test_slices_of_several_hosts_exchange_values_and_sums(session):
+    before = executors()
+    wide, narrow = (tw.init_device_mesh((size,), mesh_dim_names=("dp",)) for size in (4, 2))
+    assert len(executors() - before) <= 6
+    double = tw.function(lambda x: x * 2, mesh=wide)
+    add = tw.function(lambda x, y: x + y, mesh=narrow)
+
+    @tw.program
+    def step(x):
+        y = add(double(x), x)
+        first, second = tw.all_reduce([double(y), add(y, y)])
+        return double(first), add(second, second)
+
+    for x in (torch.randn(4), torch.randn(40_000)):
+        first, second = step(x)
+        torch.testing.assert_close(first.cpu(timeout=timedelta(seconds=60)), x * 24)
+        torch.testing.assert_close(second.cpu(timeout=timedelta(seconds=60)), x * 24)
+    assert len(tw.executor_status()) == 6
+
+
+def test_each_host_writes_its_part_of_a_checkpoint(session, tmp_path):
+    mesh = tw.init_device_mesh((4,), mesh_dim_names=("dp",))
+    double = tw.function(lambda x: x * 2, mesh=mesh)
+    values = {f"value{n}": torch.full((4, 4), float(n)) for n in range(8)}
+    state = {name: double(value) for name, value in values.items()}
+    tw.checkpoint.save(tmp_path / "checkpoint", state).result()
+    hosts = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "checkpoint").glob("__i*")}
+    assert len(hosts) == 4
+    state = {name: tw.distribute_tensor(torch.zeros_like(value), mesh) for name, value in values.items()}
+    tw.checkpoint.load(tmp_path / "checkpoint", state)
+    for name, value in values.items():
+        torch.testing.assert_close(state[name].cpu(timeout=timedelta(seconds=60)), 2 * value)
+
+
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("computations", [10, pytest.param(1000, marks=pytest.mark.slow)])
-def test_computations_of_three_clients_over_four_hosts_never_deadlock(tmp_path, computations):
-    with island("gang", tmp_path) as environment, clients(environment, computations) as running:
+@pytest.mark.parametrize(
+    ("computations", "slices"),
+    [
+        pytest.param(10, [(4, 2), (4,), (3,)], id="10"),  # each more is a process of each of its hosts
+        pytest.param(1000, [(4, 2), (4, 3), (3, 2)], id="1000", marks=pytest.mark.slow),
+    ],
+)
+def test_computations_of_three_clients_over_four_hosts_never_deadlock(gang, computations, slices):
+    with clients(gang, computations, slices) as running:
         printed = [client.communicate(timeout=200 + computations) for client in running]
     assert [out for out, _ in printed] == ["done\n"] * 3, printed
 
@@ -101,47 +161,6 @@ def test_they_deadlock_in_the_order_of_arrival(tmp_path):
             assert any(client.poll() is None for client in running)
             time.sleep(0.5)
         assert any(client.poll() is None for client in running)
-
-
-def test_slices_of_several_hosts_exchange_values_and_sums(monkeypatch, tmp_path):
-    with island("gang", tmp_path) as environment:
-        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE):
-            monkeypatch.setenv(name, environment[name])
-        with tw.init():
-            wide, narrow = (tw.init_device_mesh((size,), mesh_dim_names=("dp",)) for size in (4, 2))
-            assert len([1 for name, _ in tw.cluster_info().processes if name.startswith("executor")]) <= 6
-            double = tw.function(lambda x: x * 2, mesh=wide)
-            add = tw.function(lambda x, y: x + y, mesh=narrow)
-
-            @tw.program
-            def step(x):
-                y = add(double(x), x)
-                first, second = tw.all_reduce([double(y), add(y, y)])
-                return double(first), add(second, second)
-
-            for x in (torch.randn(4), torch.randn(40_000)):
-                first, second = step(x)
-                torch.testing.assert_close(first.cpu(timeout=timedelta(seconds=60)), x * 24)
-                torch.testing.assert_close(second.cpu(timeout=timedelta(seconds=60)), x * 24)
-            assert len(tw.executor_status()) == 6
-
-
-def test_each_host_writes_its_part_of_a_checkpoint(monkeypatch, tmp_path):
-    with island("gang", tmp_path / "logs") as environment:
-        for name in ("TORCHWAYS_ADDRESS", TOKEN_VARIABLE):
-            monkeypatch.setenv(name, environment[name])
-        with tw.init():
-            mesh = tw.init_device_mesh((4,), mesh_dim_names=("dp",))
-            double = tw.function(lambda x: x * 2, mesh=mesh)
-            values = {f"value{n}": torch.full((4, 4), float(n)) for n in range(8)}
-            state = {name: double(value) for name, value in values.items()}
-            tw.checkpoint.save(tmp_path / "checkpoint", state).result()
-            hosts = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "checkpoint").glob("__i*")}
-            assert len(hosts) == 4
-            state = {name: tw.distribute_tensor(torch.zeros_like(value), mesh) for name, value in values.items()}
-            tw.checkpoint.load(tmp_path / "checkpoint", state)
-            for name, value in values.items():
-                torch.testing.assert_close(state[name].cpu(timeout=timedelta(seconds=60)), 2 * value)
 
 
 def test_settings_that_cannot_be():
