@@ -18,6 +18,7 @@ import torchways as tw
 from benchmarks.input_pipeline import controller_bytes
 from tests import datasets
 from tests.cluster.conftest import status_of, wait_gone
+from tests.unit.data.test_batches import REFUSED
 from torchways.api import _current as current_session
 from torchways.controller import data_loader
 from torchways.errors import (
@@ -180,7 +181,7 @@ def test_slices_share_the_rows_of_each_batch(meshes):
         tw.data_loader("tests.datasets:Counting", meshes, args=[4], batch_size=2)
 
 
-@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # each has 0 and 2
 def test_after_load_the_next_batch_is_the_one_that_would_have_come(meshes, num_workers):
     """Shuffled, with random numbers in `__getitem__`, in the middle and at the end of an epoch."""
     options = {"batch_size": 4, "shuffle": True, "seed": 3}
@@ -262,33 +263,20 @@ def test_a_state_that_cannot_be_written_down_fails_where_it_is_asked_for(meshes)
             batches.state_dict()
 
 
-def test_what_cannot_be_made_says_why(meshes):
-    def refused(error, match, name, *args, **options):
-        with pytest.raises(error, match=match) as caught:
-            tw.data_loader(name, meshes[0], args=args, **options)
-        return caught.value
-
-    error = refused(
-        DataError, "dataset 'tests.nothing:Rows' cannot be imported .*ModuleNotFoundError", "tests.nothing:Rows"
-    )
-    assert "Traceback (most recent call last)" in error.remote_traceback
-    refused(
-        DataError, "'tests.datasets:Nothing' cannot be imported .*has no attribute 'Nothing'", "tests.datasets:Nothing"
-    )
-    refused(
-        ConfigError, "'tests.datasets:NOT_CALLABLE' is a int, which cannot be called", "tests.datasets:NOT_CALLABLE"
-    )
-    error = refused(
-        DataError, "cannot be made: FileNotFoundError: no such text", "tests.datasets:Refusing", "no such text"
-    )
-    assert "in __init__" in error.remote_traceback
-    assert "in __init__" in str(error)
-    refused(
-        DataError, "'tests.datasets:Rows' cannot be made: TypeError: .*unexpected keyword", ROWS, kwargs={"rows": 3}
-    )
-    refused(ConfigError, "a Shapeless, has no __getitem__ and __len__", "tests.datasets:Shapeless")
-    refused(DataError, "the length of dataset .* cannot be known: TypeError", ROWS, "four")
-    refused(ConfigError, "decides its own order: leave shuffle=False", "tests.datasets:Counting", 4, shuffle=True)
+@pytest.mark.parametrize(
+    "refused",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name not in ("import", "raises", "shape"))) for name in REFUSED],
+)
+def test_what_cannot_be_made_says_why(meshes, refused):
+    """The reasons come from a data process; tests/unit/data/test_batches.py has all of them."""
+    error, match, name, args, options = REFUSED[refused]
+    with pytest.raises(error, match=match) as caught:
+        tw.data_loader(name, meshes[0], args=args, **options)
+    if refused == "import":
+        assert "Traceback (most recent call last)" in caught.value.remote_traceback
+    if refused == "raises":
+        assert "in __init__" in caught.value.remote_traceback
+        assert "in __init__" in str(caught.value)
     assert wait_gone(data_processes().values()) == set()
 
 

@@ -108,3 +108,59 @@ def test_iterable_datasets_hear_of_the_epoch():
     assert made.num_batches is None
     assert [batch.tolist() for batch, _ in made.begin(Position(epoch=2))] == [[2000, 2001], [2002, 2003]]
     assert datasets.Counting(4).epoch == 0
+
+
+#: Error, its text, dataset, arguments and options.
+REFUSED = {
+    "import": (
+        DataError,
+        "dataset 'tests.nothing:Rows' cannot be imported .*ModuleNotFoundError",
+        "tests.nothing:Rows",
+        (),
+        {},
+    ),
+    "name": (
+        DataError,
+        "'tests.datasets:Nothing' cannot be imported .*has no attribute 'Nothing'",
+        "tests.datasets:Nothing",
+        (),
+        {},
+    ),
+    "type": (
+        ConfigError,
+        "'tests.datasets:NOT_CALLABLE' is a int, which cannot be called",
+        "tests.datasets:NOT_CALLABLE",
+        (),
+        {},
+    ),
+    "raises": (
+        DataError,
+        "cannot be made: FileNotFoundError: no such text",
+        "tests.datasets:Refusing",
+        ("no such text",),
+        {},
+    ),
+    "argument": (
+        DataError,
+        "'tests.datasets:Rows' cannot be made: TypeError: .*unexpected keyword",
+        "tests.datasets:Rows",
+        (),
+        {"kwargs": {"rows": 3}},
+    ),
+    "shape": (ConfigError, "a Shapeless, has no __getitem__ and __len__", "tests.datasets:Shapeless", (), {}),
+    "length": (DataError, "the length of dataset .* cannot be known: TypeError", "tests.datasets:Rows", ("four",), {}),
+    "order": (
+        ConfigError,
+        "decides its own order: leave shuffle=False",
+        "tests.datasets:Counting",
+        (4,),
+        {"shuffle": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_what_cannot_be_made_says_why(refused):
+    error, match, name, args, options = REFUSED[refused]
+    with pytest.raises(error, match=match):
+        Batches(LoaderSpec(dataset=name, args=args, **{"kwargs": {}, "rules": {}, **options}))
