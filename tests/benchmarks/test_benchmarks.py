@@ -49,7 +49,7 @@ ROOT = Path(__file__).parents[2]
             marks=pytest.mark.slow,
         ),
         pytest.param("first_step", ["--models", "1", "--systems", "torchways", "lazy"], "rows", marks=pytest.mark.slow),
-        ("conditions", ["--layers", "1"], "rows"),
+        pytest.param("conditions", ["--layers", "1"], "rows", marks=pytest.mark.slow),
         ("transfer", ["--sizes", "4096"], "latency"),
         pytest.param(
             "checkpoints",
@@ -57,7 +57,12 @@ ROOT = Path(__file__).parents[2]
             "rows",
             marks=pytest.mark.slow,
         ),
-        ("tenancy", ["throughput", "--clients", "1,2", "--lengths", "0.3", "--seconds", "0.3"], "throughput"),
+        pytest.param(
+            "tenancy",
+            ["throughput", "--clients", "1,2", "--lengths", "0.3", "--seconds", "0.3"],
+            "throughput",
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             "tenancy", ["shares", "latency", "start", "--share-seconds", "6"], "shares", marks=pytest.mark.slow
         ),

@@ -74,6 +74,8 @@ def test_script_is_ended(start, sent):
 
 
 TWRUN = [sys.executable, "-m", "torchways.run", "--islands", "1", "--devices_per_island=2"]
+#: twrun passes the signals that it can handle to its script: test_launch.py.
+TWRUN_SIGNALS = [pytest.param(signal.SIGINT, marks=_slow), pytest.param(signal.SIGTERM, marks=_slow), signal.SIGKILL]
 
 
 @pytest.mark.slow
@@ -85,7 +87,7 @@ def test_twrun_returns_the_scripts_code(start, how, code):
     assert wait_gone(pids) == set()
 
 
-@pytest.mark.parametrize("sent", SIGNALS, ids=lambda sent: sent.name)
+@pytest.mark.parametrize("sent", TWRUN_SIGNALS, ids=lambda sent: sent.name)
 def test_twrun_is_ended(start, sent):
     script = start("wait", TWRUN)
     pids = pids_of(script)

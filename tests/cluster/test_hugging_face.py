@@ -263,7 +263,10 @@ def check_training(model, place, data, num_steps=5, eps=1e-8, atol=1e-5):
         assert status.fallback_counters == {}
 
 
-@pytest.mark.parametrize("name", MAIN)
+#: GPT-2 is also trained in test_activation_checkpointing and test_balanced_stages.py.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "GPT2LMHeadModel")) for name in MAIN]
+)
 def test_five_steps_agree_with_eager(mesh, place, name):
     config, data = MAIN[name]
     check_forward(build(name, config), mesh, data(torch.Generator().manual_seed(0)))

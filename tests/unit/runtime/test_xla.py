@@ -20,7 +20,7 @@ def check(num_devices, num_executions):
     assert done.stdout == "all right\n", done.stderr
 
 
-@pytest.mark.parametrize("num_devices", [1, 2, 4])
+@pytest.mark.parametrize("num_devices", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_runtime(num_devices):
     check(num_devices, 300)
 
