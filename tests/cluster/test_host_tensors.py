@@ -140,7 +140,12 @@ def test_they_have_no_place_before_their_run(monkeypatch):
         mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
         program = tw.program(lambda x: (x * 2).sum(), mesh=mesh)
 
-        before = tw.program(lambda x: torch.linalg.matrix_power(x, (1 << 60) - 1).sum(), mesh=mesh)
+        @tw.program(mesh=mesh)
+        def before(x):
+            for _ in range(8):
+                x = torch.linalg.matrix_power(x, (1 << 60) - 1)  # over a hundred products
+            return x.sum()
+
         program(torch.zeros(MEGABYTE)).cpu()
         busy = before(torch.eye(720))  # all values come while it computes
         results = [program(torch.full((MEGABYTE,), float(number))) for number in range(10)]
