@@ -106,7 +106,7 @@ class NodeAgent:
             self._start(self._watch_owner(), "watching the owner")
         if self._arguments.owner_pid is not None:
             self._watch_owner_pid(self._arguments.owner_pid)
-        if self._arguments.platform != "simulated" and can_fork():
+        if can_fork():
             environment = executor_environment(self._arguments.platform, [0], os.environ)
             self._template = Template({**environment, "TMPDIR": self._new_folder()})
             asyncio.get_running_loop().add_signal_handler(signal.SIGCHLD, self._reap_orphans)
