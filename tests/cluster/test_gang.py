@@ -124,13 +124,13 @@ def test_slices_of_several_hosts_exchange_values_and_sums(session):
 
 
 def test_each_host_writes_its_part_of_a_checkpoint(session, tmp_path):
-    mesh = tw.init_device_mesh((4,), mesh_dim_names=("dp",))
+    mesh = tw.init_device_mesh((2,), mesh_dim_names=("dp",))
     double = tw.function(lambda x: x * 2, mesh=mesh)
     values = {f"value{n}": torch.full((4, 4), float(n)) for n in range(8)}
     state = {name: double(value) for name, value in values.items()}
     tw.checkpoint.save(tmp_path / "checkpoint", state).result()
     hosts = {path.name.rsplit("_", 1)[0] for path in (tmp_path / "checkpoint").glob("__i*")}
-    assert len(hosts) == 4
+    assert len(hosts) == 2
     state = {name: tw.distribute_tensor(torch.zeros_like(value), mesh) for name, value in values.items()}
     tw.checkpoint.load(tmp_path / "checkpoint", state)
     for name, value in values.items():
