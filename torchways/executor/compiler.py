@@ -2,10 +2,10 @@
 
 Programs are compiled in order; the computations of one program are compiled at the same time, as cores allow.
 
-torch-xla's lazy trace must not run beside computations, so it runs on the engine's thread. It is quick, but places
-zeros of the inputs' sizes, which for gigabytes takes seconds. Everything else runs here. Reading a graph is Python and
-shares the GIL with the engine. XLA's compilation takes neither the GIL nor the device lock, so computations are
-launched and end meanwhile.
+torch-xla's lazy trace must not run beside computations, so it runs on the engine's thread. It is quick, but of several
+devices places zeros of the inputs' sizes, which for gigabytes takes seconds. Everything else runs here. Reading a graph
+is Python and shares the GIL with the engine. XLA's compilation takes neither the GIL nor the device lock, so
+computations are launched and end meanwhile.
 """
 
 from __future__ import annotations

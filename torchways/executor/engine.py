@@ -40,6 +40,7 @@ from torchways.ir.part import ComputeInstruction
 from torchways.link.inbox import Inbox
 from torchways.rpc import convert
 from torchways.rpc import torchways_pb2 as pb
+from torchways.runtime import heap
 from torchways.runtime.base import Runtime
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,9 @@ _POLL_SECONDS = (0.00005, 0.002)
 _UNKNOWN_BUFFER_SECONDS = 60.0
 #: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
 _YIELD_SECONDS = 0.0001
+#: What is free of the process's memory goes back to the kernel when nothing was computed for the first, and at the
+#: latest after the second: to take it anew costs time.
+_IDLE_SECONDS, _KEPT_SECONDS = 1.0, 60.0
 
 
 class _Fetch(NamedTuple):
@@ -192,6 +196,8 @@ class Engine:
         self.clients_with_held_runs: set[ClientId] = set()
         self._fetch_ids = itertools.count()
         self._starved_since = 0.0
+        #: Monotonic, of the last launch or value that was placed, and when memory was given back.
+        self._used_memory = self._gave_memory_back = time.monotonic()
         #: An event is being handled: its commands come before what they lead to.
         self._handling = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -320,7 +326,9 @@ class Engine:
         """Returns when to look again though nothing came; None: whenever something comes."""
         if self.core.memory.starved:
             return min(1.0, self._stall_seconds)
-        return self._stall_seconds if self.core.runs or self._fetches or self.stalls.lines() else None
+        if self.core.runs or self._fetches or self.stalls.lines():
+            return self._stall_seconds
+        return _IDLE_SECONDS if self._used_memory > self._gave_memory_back else None
 
     def _check_stalls(self, now: float) -> None:
         self._stalls_checked = now
@@ -374,6 +382,10 @@ class Engine:
         self.spans.note_asking(self.core.grants.waiting)
         if not self.core.memory.starved:
             self._starved_since = 0.0
+        used, gave_back = self._used_memory, self._gave_memory_back
+        if used > gave_back and now > min(used + _IDLE_SECONDS, gave_back + _KEPT_SECONDS):
+            self._gave_memory_back = now
+            heap.give_back()
 
     def _soon(self, item: events.Event | Callable[[], None]) -> None:
         """Takes an item at once on the engine's thread, where no event is being handled; else queues it."""
@@ -514,6 +526,7 @@ class Engine:
         All hosts of a gang start what was granted, in that order, and say so; and so do executors that share a device.
         There nothing waits here, but in the runtime.
         """
+        self._used_memory = time.monotonic()
         launch = _Launch(command)
         if self._is_gang or self.core.grants.needed:
             while self._launches:
@@ -666,6 +679,7 @@ class Engine:
         )
 
     def _place(self, command: events.Place) -> None:
+        self._used_memory = time.monotonic()
         cell = command.cell
         spec = command.spec
         if spec is None:

@@ -14,6 +14,8 @@ import collections
 import functools
 import hashlib
 import logging
+import math
+import mmap
 import threading
 import time
 import weakref
@@ -27,6 +29,7 @@ import torch
 from torchways.errors import CaptureError, InternalError
 from torchways.graphs import SOURCE_KEY, computation_of, deserialize_graph, serialize_graph
 from torchways.operators import ALIGNMENTS, ALIGNMENTS_BACKWARD, BARRIER, CONSTRAIN, MANUAL_SEED, NEVER, QR, SVD
+from torchways.runtime import heap
 from torchways.runtime.base import BufferSpec, OnDevice, at_once
 from torchways.runtime.left_out import left_out
 from torchways.runtime.products import turn_products
@@ -194,6 +197,7 @@ class XlaRuntime:
         #: Host tensors whose memory is a buffer's, or was.
         self._loans: collections.deque[torch.Tensor] = collections.deque()
         self._large_loans: collections.deque[torch.Tensor] = collections.deque()
+        self._zeros = _untouched_memory(mmap.PAGESIZE)
         #: Executables that a program still has, to be shared by equal functions; by a digest of their source.
         self._compiled: weakref.WeakValueDictionary[bytes, _Executable] = weakref.WeakValueDictionary()
         #: Those that were asked for last: a program that comes again, from whichever client, finds them.
@@ -233,6 +237,15 @@ class XlaRuntime:
         """Returns a buffer with one value everywhere."""
         return self._place(torch.full(spec.shape, value, dtype=spec.torch_dtype), spec)
 
+    def _untouched(self, spec: BufferSpec) -> torch.Tensor:
+        """Returns a CPU tensor of zeros that takes no memory as long as nobody writes to it: all share one mapping."""
+        size = spec.torch_dtype.itemsize * math.prod(spec.shape)
+        if not size:
+            return torch.empty(spec.shape, dtype=spec.torch_dtype)
+        if size > len(self._zeros):
+            self._zeros = _untouched_memory(size)
+        return torch.frombuffer(self._zeros, dtype=spec.torch_dtype, count=math.prod(spec.shape)).view(spec.shape)
+
     def _place(self, host: torch.Tensor, spec: BufferSpec) -> torch.Tensor:
         # Split on the host: mark_sharding on a placed tensor would compile and run a resharding graph. `.to(device)`
         # would upload only at the first use.
@@ -266,10 +279,10 @@ class XlaRuntime:
     ) -> _Executable:
         """Compiles a serialized graph, without running it; see `Runtime.compile`.
 
-        Only torch-xla's lazy trace is made on the device's thread. It is quick, but places zeros of the inputs' sizes,
-        which for gigabytes takes seconds. (On placeholders in their place, torch-xla holds the device lock while XLA
-        compiles.) What takes long is not made there: to read the graph, which is Python, and XLA's compilation, which
-        has neither the GIL nor the device lock.
+        Only torch-xla's lazy trace is made on the device's thread. It is quick, but of several devices places zeros of
+        the inputs' sizes, which for gigabytes takes seconds. (On placeholders in their place, torch-xla holds the
+        device lock while XLA compiles.) What takes long is not made there: to read the graph, which is Python, and
+        XLA's compilation, which has neither the GIL nor the device lock.
         """
         source = _Source(graph, tuple(inputs), tuple(outputs), tuple(donated))
         kinds = repr((source.inputs, source.outputs, source.donated))
@@ -306,6 +319,7 @@ class XlaRuntime:
                 _XLAC._xla_warm_up_cache(pending, [])
             finally:
                 on_device(pending.clear)  # the graph goes with its tensors
+                heap.give_back()  # it had arguments as large as the real ones
         return executable
 
     def _compile_again(self, executable: _Executable) -> None:
@@ -326,7 +340,7 @@ class XlaRuntime:
         self, graph: torch.fx.Graph, seed: int | None, source: _Source
     ) -> tuple[_Executable, list[torch.Tensor]]:
         """Traces a graph lazily; returns the executable to be, and the tensors whose pending graph it is."""
-        arguments = [self.fill(spec, 0) for spec in source.inputs]
+        arguments = [self.put(self._untouched(spec), spec) for spec in source.inputs]
         if seed is not None:
             xm.set_rng_state(0)  # it begins with the seed, not with what an earlier trace made of it
         for position in source.donated:
@@ -600,6 +614,10 @@ def _barrier(value: torch.Tensor) -> torch.Tensor:
     copy = value.clone()
     xm.optimization_barrier_([copy])
     return copy
+
+
+def _untouched_memory(size: int) -> mmap.mmap:
+    return mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
 
 
 def _qr(value: torch.Tensor, reduced: bool) -> tuple[torch.Tensor, torch.Tensor]:

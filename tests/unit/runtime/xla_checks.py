@@ -1,5 +1,6 @@
 """Run by test_xla.py in a process of its own: torch-xla's SPMD mode is process-wide. Arguments: devices, executions."""
 
+import resource
 import sys
 import threading
 
@@ -181,6 +182,17 @@ def check_kept_operators(runtime):
     assert lowered == KEPT | set(reasoned)
 
 
+def check_memory_of_compilation(runtime):
+    """On one device, what is compiled takes no memory for its arguments."""
+    size, count = 8192, 8
+    arguments = [torch.empty(size, size) for _ in range(count)]
+    data = graph(lambda *values: (sum(values).sum(),), *arguments)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    runtime.compile(data, [spec("float32", size, size)] * count, [spec("float32")], [])
+    grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10) - before
+    assert grown < arguments[0].nbytes, grown
+
+
 def check_failed_launch(runtime):
     """A launch that torch-xla fails to make raises its reason, where what waits for it would wait for ever."""
     data = graph(lambda x: (x * 2,), torch.empty(4))
@@ -202,6 +214,8 @@ def main():
     check_ends_of_donated(runtime)
     check_operators(runtime)
     check_kept_operators(runtime)
+    if NUM_DEVICES == 1:
+        check_memory_of_compilation(runtime)
     check_failed_launch(runtime)  # the last: nothing can be launched after it
     print("all right")
 
