@@ -573,7 +573,11 @@ class _ExactTypes(torch.fx.Interpreter):
     """Runs a graph; where torch-xla makes another type than what it declares, it converts the value.
 
     Positions declared as int64 may have 32 bits, and numbers declared as float32 64. Otherwise later operators fail,
-    and buffers have other sizes than computations that take them expect.
+    and buffers have other sizes than computations that take them expect. Of what the graph says, torch-xla must declare
+    the same: where it does not, it has computed something else.
+
+    Raises:
+        CaptureError: so it has.
     """
 
     def __init__(self, graph: torch.fx.Graph) -> None:
@@ -581,9 +585,10 @@ class _ExactTypes(torch.fx.Interpreter):
 
     def run_node(self, n: torch.fx.Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, (tuple, list)):
-            return [self._exact(item) for item in result] if n.op == "call_function" else result
-        return self._exact(result)
+        if n.op != "call_function":
+            return result if isinstance(result, (tuple, list)) else self._exact(result)
+        _check_type(n, result)
+        return [self._exact(item) for item in result] if isinstance(result, (tuple, list)) else self._exact(result)
 
     def _exact(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor) or value.device.type != "xla":
@@ -594,6 +599,21 @@ class _ExactTypes(torch.fx.Interpreter):
         if value.dtype == torch.float32 and actual == "f64":
             return value.to(torch.float64).to(torch.float32)
         return value
+
+
+def _check_type(node: torch.fx.Node, result: Any) -> None:
+    """Raises where an operator's result has another dtype or shape than the graph says."""
+    said = node.meta.get("val")  # not of nodes that were added here
+    pairs = zip(result, said, strict=True) if isinstance(said, tuple) else ((result, said),)
+    for found, expected in pairs:
+        if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+            continue
+        if found.dtype != expected.dtype or found.shape != expected.shape:
+            forms = [f"{form.dtype} of shape {tuple(form.shape)}" for form in (found, expected)]
+            raise CaptureError(
+                f"{node.target} makes {forms[0]} on XLA, and {forms[1]} in eager PyTorch; used at "
+                f"{node.meta.get(SOURCE_KEY) or 'an unknown line'}. Write it with other operators"
+            )
 
 
 def _partition_spec(placements: Sequence[str], ndim: int) -> tuple[Any, ...]:

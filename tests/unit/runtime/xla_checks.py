@@ -193,6 +193,14 @@ def check_memory_of_compilation(runtime):
     assert grown < arguments[0].nbytes, grown
 
 
+def check_other_results(runtime):
+    """An operator of which torch-xla declares another result than PyTorch is refused: it computes something else."""
+    shape = ("complex64", 3)
+    data = graph(lambda left, right: (torch.dist(left, right),), *torch.zeros(2, 3, dtype=torch.complex64))
+    with pytest.raises(CaptureError, match=r"dist.* makes torch.complex64 of shape .* and torch.float32"):
+        runtime.compile(data, [spec(*shape), spec(*shape)], [spec("float32")], [])
+
+
 def check_failed_launch(runtime):
     """A launch that torch-xla fails to make raises its reason, where what waits for it would wait for ever."""
     data = graph(lambda x: (x * 2,), torch.empty(4))
@@ -216,6 +224,7 @@ def main():
     check_kept_operators(runtime)
     if NUM_DEVICES == 1:
         check_memory_of_compilation(runtime)
+    check_other_results(runtime)
     check_failed_launch(runtime)  # the last: nothing can be launched after it
     print("all right")
 
