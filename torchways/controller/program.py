@@ -94,12 +94,16 @@ class ProgramFunction:
             return self._function(*args, **kwargs)  # part of the program that is being traced
         session = self._get_session()
         session.check()
+        given = None
         if self._padding is not None:
+            given = self._without_unread(args, kwargs) if self._unread else (args, kwargs)
             args, kwargs = self._padding.pad(self._function, args, kwargs)
         if self._unread:
             args, kwargs = self._without_unread(args, kwargs)
         with session.lock:  # to other threads a call is one step: tracing, binding, sending, and what it writes
             signature = signature_of(args, kwargs, self._function)
+            if given is not None:
+                signature.given = given
             variant = self._variants.find(signature.key, lambda variant: variant.holds(session, signature))
             reason = None
             if variant is not None and checks_traces():

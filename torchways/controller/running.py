@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
@@ -15,6 +16,7 @@ from torchways.capture.python_state.host_numbers import number_bytes
 from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.source import user_line
+from torchways.capture.tracing.containers import containers_in, fill
 from torchways.capture.tracing.objects import set_attributes
 from torchways.controller.bindings import (
     Binding,
@@ -33,7 +35,9 @@ from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.controller.variant import (
     COMPUTED,
+    ArgumentContainer,
     ArgumentObject,
+    ArgumentTensor,
     BoundPiece,
     Effect,
     KnownObject,
@@ -112,9 +116,16 @@ class _Run:
                     variant.session.runs.wait_for(run_ids[-1])
             variant.note_call(run_ids, started_ns)
         result, changed = pytree.tree_unflatten(self._outputs, variant.captured.out_spec)
-        for number, item in changed.items():
-            set_attributes(self._signature.objects[number], item)
+        for key, item in changed.items():
+            if isinstance(key, ArgumentContainer):
+                fill(self._containers[key.number], item)
+            else:
+                set_attributes(self._signature.objects[key], item)
         return result
+
+    @functools.cached_property
+    def _containers(self) -> list[Any]:
+        return containers_in(self._signature.given)
 
     def _run_piece(self, piece: BoundPiece, num_results: int, *, is_last: bool) -> tuple[RunId, list[RemoteBuffer]]:
         """Sends a run of a piece, and puts the first of its results where they go: one step to signals."""
@@ -160,6 +171,10 @@ class _Run:
             return value.source.tensor
         if isinstance(value, KnownObject):
             return value.value
+        if isinstance(value, ArgumentContainer):
+            return self._containers[value.number]
+        if isinstance(value, ArgumentTensor):
+            return self._signature.leaves[value.position]
         return self._signature.objects[value.number] if isinstance(value, ArgumentObject) else value
 
     def _carry_out(self, number: int, effect: Effect) -> None:

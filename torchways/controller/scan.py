@@ -143,7 +143,10 @@ def _unbind(tensor: torch.Tensor) -> list[torch.Tensor]:
 def _unrolled(body: Captured, name: str, init: Any, length: int, donate: bool) -> Captured:
     """Returns all turns as one program; see `unroll`."""
     result, changed = pytree.tree_unflatten(list(range(body.out_spec.num_leaves)), body.out_spec)
-    assert not changed  # only argument objects can be, and there are none
+    if changed:
+        raise CaptureError(
+            f"{name}, the body of tw.scan, changes a list or dict that it is given: return it in the carry"
+        )
     if not isinstance(result, tuple) or len(result) != 2:
         raise UserError(f"{name}, the body of tw.scan, must return the tuple (next carry, y)")
     carry, y = result

@@ -40,6 +40,7 @@ class Signature:
             number or an object its type, since a trace has conditions on those; that of another constant its type and
             value. Of tensors that share their memory, which do.
         function: that is called: it names the arguments.
+        given: the arguments as the caller gave them, in containers of the caller's.
     """
 
     arguments: tuple[Any, Any]
@@ -50,6 +51,7 @@ class Signature:
     tensor_positions: list[int] = field(default_factory=list)
     key: Any = None
     function: Callable[..., Any] | None = None
+    given: tuple[Any, Any] = ((), {})
     _names: list[str] | None = None
 
     def name_of(self, position: int) -> str:
@@ -94,7 +96,7 @@ def signature_of(args: Any, kwargs: Any, function: Callable[..., Any] | None = N
         if any(opened):
             arguments = open_objects(arguments)
             leaves, spec = pytree.tree_flatten(arguments)
-    signature = Signature(arguments, leaves, spec, objects, opened, function=function)
+    signature = Signature(arguments, leaves, spec, objects, opened, function=function, given=(args, kwargs))
     key: list[Any] = []
     for position, leaf in enumerate(leaves):
         if isinstance(leaf, Array):

@@ -27,6 +27,7 @@ from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixe
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain, memory_of
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import is_users_error, line_of_error, user_line
+from torchways.capture.tracing.containers import Containers, containers_in, content_of
 from torchways.capture.tracing.objects import may_open, open_objects
 from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import separate_results, tidy
@@ -41,7 +42,9 @@ from torchways.controller.session import Session
 from torchways.controller.signatures import Signature
 from torchways.controller.variant import (
     COMPUTED,
+    ArgumentContainer,
     ArgumentObject,
+    ArgumentTensor,
     Captured,
     Dispatch,
     Effect,
@@ -356,9 +359,10 @@ class _Tracing:
         if self._mesh is not None:
             mode.enter_stage(self._mesh)
         objects = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if may_open(leaf)]
+        containers = Containers((args, kwargs))
         before = [_content(item) for item in objects]
         result = self._function(*args, **kwargs)
-        changed = {
+        changed: dict[Any, Any] = {
             number: open_objects(item)
             for number, item in enumerate(objects)
             if signature.opened[number] and _content(item) != before[number]
@@ -371,7 +375,30 @@ class _Tracing:
                 return ArgumentObject(numbers[id(leaf)])
             return KnownObject(leaf) if self._watcher.is_known(leaf) else leaf
 
+        container_of = {id(item): ArgumentContainer(number) for number, item in enumerate(containers.items)}
+        tensor_of = {
+            id(leaf): ArgumentTensor(position) for position, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)
+        }
+        of_call = {**tensor_of, **container_of}
+        written = containers.changed()
+        for number in written:
+            self._check_container(number)
+            content = _replaced(content_of(containers.items[number]), of_call)
+            changed[ArgumentContainer(number)] = open_objects(content, existing)
+        of_written = {id(containers.items[number]) for number in written}
+        returned = [item for item in containers.items if any(id(inner) in of_written for inner in containers_in(item))]
+        result = _replaced(result, {id(item): container_of[id(item)] for item in returned})
         return open_objects(result, existing), changed
+
+    def _check_container(self, number: int) -> None:
+        """Refuses a change to one of the call's containers that the function also has by another name."""
+        given = containers_in(self._signature.given)
+        container = given[number]
+        if self._watcher.is_known(container) or sum(item is container for item in given) > 1:
+            raise CaptureError(
+                f"{self._name} changes a {type(container).__name__} that it is given as an argument and also finds in "
+                f"another place, at {user_line()}: give it the {type(container).__name__} once"
+            )
 
     def _argument(self, position: int, fake: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a tensor argument: a leaf that needs gradients where it is one."""
@@ -486,6 +513,13 @@ def _adopted(source: TensorSource, value: torch.Tensor) -> Array | None:
 def _constant(value: Any) -> Any:
     node = node_of(value)
     return value if node is None else NumberResult(node.step)
+
+
+def _replaced(tree: Any, by_identity: Mapping[int, Any]) -> Any:
+    """Returns a tree with some of its nodes and leaves replaced."""
+    return pytree.tree_map(
+        lambda value: by_identity.get(id(value), value), tree, is_leaf=lambda value: id(value) in by_identity
+    )
 
 
 def _content(item: Any) -> Any:

@@ -99,7 +99,8 @@ class Captured:
         bindings: what the inputs of the traced function are bound to, by `TracedInput.position`.
         targets: what becomes of each of its results.
         num_returned: the first so many results are what the function returned.
-        out_spec: the structure of what it returned, ahead of the argument objects that it changed.
+        out_spec: the structure of what it returned, ahead of the objects and containers among its arguments that it
+            changed: by the number of an object, and by `ArgumentContainer`.
         constants: positions in the flattened result, and the values there, that are not tensors.
         effects: what each run writes to Python's state.
         numbers: what each call computes on the host.
@@ -343,6 +344,20 @@ class ArgumentObject:
     """Stands in a result for one of the call's own argument objects."""
 
     number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentContainer:
+    """Stands in a result for one of the call's own lists or dictionaries."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class ArgumentTensor:
+    """Stands in a container that the function changed for one of the call's own tensors."""
+
+    position: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import torch.utils._pytree as pytree
 
 from torchways.capture.current_trace import current_trace
 from torchways.capture.source import user_line
+from torchways.capture.tracing.containers import Containers, containers_in
 from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.objects import open_objects
 from torchways.errors import ShapeError, UserError
@@ -56,7 +57,15 @@ def run_microbatches(
 
     def call(select: Callable[[torch.Tensor], torch.Tensor]) -> Any:
         mine, mine_kwargs = pytree.tree_unflatten([select(leaf) if is_split(leaf) else leaf for leaf in leaves], spec)
-        return open_objects(function(*mine, **mine_kwargs))
+        whole = Containers([item for item in containers_in((mine, mine_kwargs)) if not _holds_rows(item)])
+        result = function(*mine, **mine_kwargs)
+        if changed := whole.changed():
+            kind = type(whole.items[changed[0]]).__name__
+            raise UserError(
+                f"the function of tw.microbatch at {user_line()} changes a {kind} that it is given whole: return the "
+                "value, and put it there after the loop"
+            )
+        return open_objects(result)
 
     rows = [slice(number * chunks.size, (number + 1) * chunks.size) for number in range(chunks.num_chunks)]
     if trace is None:
@@ -110,6 +119,11 @@ def check_schedule(schedule: str | Schedule) -> None:
     names = [*SCHEDULES, AUTO]
     if isinstance(schedule, str) and schedule.lower() not in map(str.lower, names):
         raise UserError(f"tw.microbatch: there is no schedule {schedule!r}; there are {', '.join(names)}")
+
+
+def _holds_rows(container: Any) -> bool:
+    """Whether a container is part of the batch: each microbatch has one of its own."""
+    return any(map(is_split, pytree.tree_leaves(container)))
 
 
 def _chunks_of(leaves: list[Any], n_microbatches: int) -> _Chunks:

@@ -23,6 +23,7 @@ from torchways.capture.python_state.gradients import GRAD, gradient_of
 from torchways.capture.python_state.watcher import active_watcher
 from torchways.capture.replica_trace import Leaf
 from torchways.capture.source import user_line
+from torchways.capture.tracing.containers import Containers
 from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.objects import open_objects
 from torchways.errors import CaptureError, PlacementError, ShapeError, UserError
@@ -94,8 +95,16 @@ def replica_call(
         def run(number: int, args: Any, kwargs: Any) -> Any:
             values = _state_of(mode, module, number, counterparts, homes, reduction)
             where = mode.stage(stages[number][0], type(module).__name__, 0)
+            given = Containers((args, kwargs))
             with replicas.calling(module, number), where, _recurrent_layers_as_they_are(module):
-                return torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
+                result = torch.func.functional_call(module, values, args, kwargs, tie_weights=False)
+            if replicas.number is None and (changed := given.changed()):
+                kind = type(given.items[changed[0]]).__name__
+                raise CaptureError(
+                    f"a replicated {type(module).__name__} changes a {kind} that it is given when it is called at "
+                    f"{user_line()}: each replica has one of its own. Let it return the value"
+                )
+            return result
 
         if replicas.leaves is None and mode.loop is not None:
             raise CaptureError(
