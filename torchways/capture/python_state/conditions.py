@@ -181,8 +181,18 @@ class Conditions:
             if not group.lists and all(isinstance(place, Attribute) for place, _ in group.reads):
                 self._groups.remove(group)
                 self._direct.extend(group.reads)
+                self._ask_always({place.key for place, _ in group.reads})
         self._refresh(call)
         return True
+
+    def _ask_always(self, keys: set[Any]) -> None:
+        """Has tensors at or below places looked up at each call: no version is watched that tells of others there."""
+        known = set(map(id, self._path_sources))
+        self._path_sources += [
+            source
+            for source in self._sources
+            if id(source) not in known and any(not keys.isdisjoint(_keys_above(place)) for place in source.places)
+        ]
 
     def _compare(self, reads: list[tuple[Place, Token]], call: Call) -> bool:
         for place, token in reads:
@@ -298,6 +308,13 @@ def _changed_numbers(place: Place, token: Token, call: Call) -> Iterator[Any]:
     elif isinstance(token, Contents) and type(value) is token.type and keys_of(value) == token.keys:
         for key, item in zip(token.keys, token.items, strict=False):  # the items of a set are its keys
             yield from _changed_numbers(Entry(place, key_of(key)), item, call)
+
+
+def _keys_above(place: Any) -> Iterator[Any]:
+    """Returns the keys of a place and of those that it is in."""
+    while place is not None:
+        yield place.key
+        place = getattr(place, "parent", None)
 
 
 def _fits(source: TensorSource, tensor: Any) -> bool:
