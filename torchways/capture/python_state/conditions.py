@@ -40,7 +40,7 @@ _NOTHING = torch.empty(0)
 _NO_CALL: Any = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Group:
     """Places that are kept in the same dictionaries."""
 

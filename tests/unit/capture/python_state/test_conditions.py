@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from tests.local_session import LocalSession
+from torchways.controller.function import make_parallel
 from torchways.controller.program import ProgramFunction
 
 
@@ -55,3 +57,17 @@ def test_another_tensor_is_found_however_often_there_is_another(make):
         change(torch.full((3,), float(number)))
         for _ in range(2):
             assert torch.equal(program(x).cpu(), function(x)), number
+
+
+def test_layers_of_other_shapes_have_state_that_is_not_read():
+    session = LocalSession()
+    model = make_parallel(nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3)), session.mesh(), None, lambda: session)
+    program = ProgramFunction(lambda x: model(x).sum(), None, lambda: session)
+    x = torch.ones(2, 3)
+    for layer in model:
+        layer.note = 0
+    plain = program(x).item()
+    for number, layer in enumerate(reversed(model)):
+        layer.note = number + 1
+        assert program(x).item() == plain
+    assert program.num_traces == 1
