@@ -101,6 +101,12 @@ class CurrentTrace(Protocol):
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a tensor of Python's state."""
 
+    def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Gives a tensor the memory of another, as assigning to its `data` does."""
+
+    def assigned_data(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the arrays whose `data` were assigned, each with what stands for it now."""
+
     def value_of(self, tensor: torch.Tensor) -> object:
         """Returns what a tensor's value is now: the same object until it is written to."""
 

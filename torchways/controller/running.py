@@ -42,6 +42,7 @@ from torchways.controller.variant import (
     Effect,
     KnownObject,
     NumberResult,
+    Sharing,
     SourceResult,
     Variant,
     WrittenValue,
@@ -160,8 +161,7 @@ class _Run:
             self._assign(piece, buffers[:num_results])
             if is_last:
                 self._assign_copies()
-                for number, effect in enumerate(self._variant.captured.effects):
-                    self._carry_out(number, effect)
+                self._carry_out_effects()
         return run_id, buffers
 
     def _value_of(self, value: Any) -> Any:
@@ -169,6 +169,9 @@ class _Run:
             return self._numbers[value.step]
         if isinstance(value, SourceResult):
             return value.source.tensor
+        if isinstance(value, Sharing):
+            owner = self._written[value.owner] if isinstance(value.owner, WrittenValue) else value.owner.tensor
+            return owner if value.is_owner else owner.detach()
         if isinstance(value, KnownObject):
             return value.value
         if isinstance(value, ArgumentContainer):
@@ -177,13 +180,24 @@ class _Run:
             return self._signature.leaves[value.position]
         return self._signature.objects[value.number] if isinstance(value, ArgumentObject) else value
 
-    def _carry_out(self, number: int, effect: Effect) -> None:
-        """Writes what the function wrote to a place of Python's state."""
-        leaves = [
-            self._written[WrittenValue(number, index)] if leaf is COMPUTED else self._value_of(leaf)
-            for index, leaf in enumerate(effect.leaves)
+    def _carry_out_effects(self) -> None:
+        """Writes what the function wrote to Python's state."""
+        effects = self._variant.captured.effects
+        values = [
+            pytree.tree_unflatten(
+                [
+                    self._written[WrittenValue(number, index)] if leaf is COMPUTED else self._value_of(leaf)
+                    for index, leaf in enumerate(effect.leaves)
+                ],
+                effect.spec,
+            )
+            for number, effect in enumerate(effects)
         ]
-        value = pytree.tree_unflatten(leaves, effect.spec)
+        for effect, value in zip(effects, values, strict=True):  # one may change what the value of another is made of
+            self._carry_out(effect, value)
+
+    def _carry_out(self, effect: Effect, value: Any) -> None:
+        """Writes a value to a place of Python's state."""
         if isinstance(effect.place, Gradient):
             _set_gradient(effect.place.parent.get(self._signature), None if value is MISSING else value)
         elif effect.kind == "set":
@@ -220,8 +234,7 @@ class _Run:
         with uninterrupted():
             self._assign(piece, buffers)
             self._assign_copies()
-            for number, effect in enumerate(variant.captured.effects):
-                self._carry_out(number, effect)
+            self._carry_out_effects()
 
     def _host_values(self, piece: BoundPiece) -> dict[ValueIndex, torch.Tensor]:
         """Returns the values of a piece's arguments that are still on the host."""

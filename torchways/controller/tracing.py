@@ -20,14 +20,15 @@ from torchways.capture.partitioning.placed_graph import PlaceholderSpec
 from torchways.capture.partitioning.replicas import Copy, separate_replicas
 from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
-from torchways.capture.python_state.gradients import Gradients
+from torchways.capture.python_state.gradients import Bound, Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
 from torchways.capture.python_state.kept_state import Write
-from torchways.capture.python_state.places import MISSING, Argument, Entry, Fixed, Gradient, Place
+from torchways.capture.python_state.places import MISSING, Argument, Attribute, Entry, Fixed, Gradient, Place
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain, memory_of
 from torchways.capture.python_state.watcher import Watcher
 from torchways.capture.source import is_users_error, line_of_error, user_line
 from torchways.capture.tracing.containers import Containers, containers_in, content_of
+from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.objects import may_open, open_objects
 from torchways.capture.tracing.optimizers import StateTracker
 from torchways.capture.tracing.pure_graph import separate_results, tidy
@@ -50,6 +51,7 @@ from torchways.controller.variant import (
     Effect,
     KnownObject,
     NumberResult,
+    Sharing,
     SourceResult,
     Variant,
     WrittenValue,
@@ -442,16 +444,42 @@ class _Tracing:
                 found.extend(self._tracker.writes_to_new_state(write))
             else:
                 found.append(write)
-        self._writes = [*found, *self._gradients.writes()]
+        mode = current_trace()
+        assert mode is not None
+        found += self._gradients.writes()
+        assigned: dict[int, Any] = {}
+        for array, now in mode.assigned_data():
+            assigned[len(found)] = array
+            found.append(Write("set", Attribute(Bound(self._watcher.source(array)), "data"), now))
+        self._writes = found
         outputs: list[torch.Tensor] = []
+        inputs: Any = mode.inputs
+        #: Of memory that is there after the run, and views of it: whose it is, and what stands for that.
+        owners: dict[Any, tuple[WrittenValue | TensorSource, Any]] = {
+            (place_of(item.fake).memory,): (item.source, None)
+            for item in inputs
+            if isinstance(item.source, TensorSource) and item.source.is_array
+        }
         with self._watcher.pause():
             for number, write in enumerate(self._writes):
                 effect = self._effect(write)
                 for index, leaf in enumerate(effect.leaves):
-                    if isinstance(leaf, FakeTensor):
-                        outputs.append(leaf)
-                        self._written.append(WrittenValue(number, index))
-                        effect.leaves[index] = COMPUTED
+                    if not isinstance(leaf, FakeTensor):
+                        continue
+                    here = WrittenValue(number, index)
+                    place = getattr(leaf, "_tw_place", None)
+                    if place is not None:
+                        key = (place.memory, *map(id, place.steps))
+                        owner, stand_in = owners.setdefault(key, (here, leaf))
+                        if owner is not here:
+                            effect.leaves[index] = Sharing(owner, is_owner=leaf is stand_in)
+                            continue
+                    home = assigned.get(number)
+                    if home is not None and home.mesh is not None:  # it stays where it is
+                        leaf = mode.constrain(leaf, home.mesh, home.sharding)
+                    outputs.append(leaf)
+                    self._written.append(here)
+                    effect.leaves[index] = COMPUTED
                 self._effects.append(effect)
         return outputs
 

@@ -58,6 +58,19 @@ class SourceResult:
     source: TensorSource
 
 
+@dataclass(frozen=True, slots=True)
+class Sharing:
+    """A tensor that shares its memory with another that a run leaves in Python's state, or that is there already.
+
+    Attributes:
+        owner: the other.
+        is_owner: it is the same object.
+    """
+
+    owner: WrittenValue | TensorSource
+    is_owner: bool = False
+
+
 #: Stands among an effect's leaves for a tensor that the run computes.
 COMPUTED = object()
 

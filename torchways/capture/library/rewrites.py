@@ -3,7 +3,7 @@
 - `x[mask] = value` finds the selected elements first, and how many these are depends on values. `torch.where` gives the
   same result in one shape for all masks.
 - `x.fill_diagonal_` writes through strides, for which no pure form is known. `torch.where` has one.
-- `x.data` makes a tensor behind the tracer's back. `x.detach()` makes the same tensor.
+- `x.data = value` gives a tensor other memory behind the tracer's back, which is told of it.
 - `tensor_split` reads its sizes from a tensor; here they are asked for as numbers.
 """
 
@@ -16,14 +16,16 @@ import torch
 import torch.utils._pytree as pytree
 from torch.overrides import TorchFunctionMode
 
+from torchways.capture.current_trace import current_trace
+
 
 class Rewrites(TorchFunctionMode):
     """While it is active, calls run in a form that can be captured, if it gives the same result."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is _DATA:
-            return args[0].detach()
+        if func == _SET_DATA and (trace := current_trace()) is not None:
+            return trace.set_data(*args)
         if func in (torch.tensor, torch.as_tensor) and isinstance(args[0], (list, tuple)) and _holds_tensors(args[0]):
             result = _stacked(args[0]).detach()
             return result.to(kwargs["dtype"]) if kwargs.get("dtype") else result
@@ -66,8 +68,8 @@ def _fill_diagonal(target: torch.Tensor, value: float) -> torch.Tensor:
 
 _SPLITS = {torch.tensor_split, torch.Tensor.tensor_split}
 
-#: What reads the attribute `data`.
-_DATA = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+#: What sets the attribute `data`.
+_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 def _is_mask(index: Any) -> bool:

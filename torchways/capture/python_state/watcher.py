@@ -120,6 +120,8 @@ class Watcher:
         if found is None:
             found = self.sources[id(tensor)] = source_of(tensor)
             self._alive.append(tensor)
+            for hook in found.hooks:
+                self.note_object_or_function(Fixed(hook, "a hook of a gradient"), hook)
         return found
 
     def note(self, place: Place, value: Any) -> Any:

@@ -45,6 +45,7 @@ from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.tracing.labels import LabellingRecorder
+from torchways.capture.tracing.memory import place_of
 from torchways.capture.tracing.microbatches import LoopTrace, check_loops
 from torchways.capture.tracing.random_numbers import RandomNumbers
 from torchways.capture.tracing.repeated_layers import repeated_layers
@@ -103,6 +104,8 @@ class _TraceMode(LabellingRecorder):
         #: Constants made by an optimizer's step, by storage (autograd may rewrap tensors): tensor, node and value.
         self._constants: dict[int, tuple[torch.Tensor, torch.fx.Node, float]] = {}
         self._by_memory: dict[int, GraphInput] = {}
+        #: Arrays that were given other memory: by identity, the array and what stands for it now.
+        self._assigned: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         #: Keeps lifted tensors alive, so that an id in `_by_memory` is never reused.
         self._alive: list[torch.Tensor] = []
         self.value_reads = ValueReads(
@@ -240,6 +243,8 @@ class _TraceMode(LabellingRecorder):
         """Returns the fake tensor that stands for `tensor` in this trace."""
         if isinstance(tensor, FakeTensor) and not isinstance(tensor, Array):
             return tensor
+        if (assigned := self._assigned.get(id(tensor))) is not None:
+            return assigned[1]
         known = self._by_memory.get(memory_of(tensor))
         return known.fake if known is not None else self._lift(tensor)
 
@@ -261,6 +266,7 @@ class _TraceMode(LabellingRecorder):
     def forget_tensors(self) -> None:
         """The trace is over: the tensors that it lifted are not to wait for the garbage collector."""
         self._by_memory.clear()
+        self._assigned.clear()
         self._alive.clear()
 
     def add_graph_input(self, source: Any, shape: tuple[int, ...], dtype: torch.dtype) -> GraphInput:
@@ -283,6 +289,41 @@ class _TraceMode(LabellingRecorder):
     def stand_in(self, tensor: torch.Tensor) -> torch.Tensor:
         """Returns what stands for a tensor of Python's state."""
         return self._as_traced(tensor)
+
+    def set_data(self, tensor: torch.Tensor, value: torch.Tensor) -> None:
+        """Gives a tensor the memory of another, as assigning to its `data` does.
+
+        Raises:
+            CaptureError: it has another shape or dtype, the tensor is an argument of the program, or this is within a
+                microbatch or a call of a replicated module.
+        """
+        if value is tensor:
+            return
+        now = self._as_traced(value)
+        if now.shape != tensor.shape or now.dtype != tensor.dtype:
+            raise CaptureError(
+                f"a tensor of shape {list(now.shape)} and dtype {now.dtype} is assigned to the data of one of shape "
+                f"{list(tensor.shape)} and dtype {tensor.dtype} at {user_line()}: do it outside the program"
+            )
+        within = "a microbatch" if self.loop is not None else "a replicated module" if self.replicas.running else ""
+        if within or any(item.fake is tensor for item in self.inputs):
+            what = f"within {within}" if within else "of an argument, which its caller would not see"
+            raise CaptureError(f"data is assigned at {user_line()} {what}: copy the value with .data.copy_(value)")
+        with torch.no_grad():
+            alias: Any = now.detach()
+        if not isinstance(tensor, Array):
+            with torch._C.DisableTorchFunctionSubclass():
+                tensor.data = alias
+            tensor._tw_place = alias._tw_place  # type: ignore[attr-defined]
+            return
+        self._assigned.pop(id(tensor), None)
+        own, place = place_of(self._as_traced(tensor)), place_of(alias)
+        if place.memory is not own.memory or place.steps:
+            self._assigned[id(tensor)] = tensor, alias
+
+    def assigned_data(self) -> Sequence[tuple[torch.Tensor, torch.Tensor]]:
+        """Returns the arrays whose `data` were assigned, each with what stands for it now."""
+        return list(self._assigned.values())
 
     def value_of(self, tensor: torch.Tensor) -> object:
         """Returns what a tensor's value is now: the same object until it is written to."""

@@ -4,6 +4,7 @@ No processes: tests/local_session.py runs the programs.
 """
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch import nn
 from tests.local_session import LocalSession
 from torchways.controller.function import make_parallel, make_replicated
 from torchways.controller.program import ProgramFunction
+from torchways.errors import CaptureError
+from torchways.parallel.microbatch import run_microbatches
 from torchways.parallel.replicate import Reduction
 
 
@@ -158,6 +161,102 @@ def gradient_of_the_detached(place):
     yield place.kept
 
 
+def kept_by_two_names(place):
+    """A run leaves one array at two places of Python's state, and the memory of a parameter at a third."""
+    state = SimpleNamespace(first=None, second=None, weight=None)
+
+    @torch.no_grad()
+    def keep(x):
+        state.first = state.second = place.model(x)
+        state.weight = place.model.weight.detach()
+        return state.first.sum()
+
+    @torch.no_grad()
+    def change():
+        state.first.add_(1.0)
+        place.model.weight.mul_(0.5)
+        return state.second.sum(), state.weight.sum()
+
+    keep, change = place.program(keep), place.program(change)
+    for _ in range(3):
+        yield keep(X)
+        yield from change()
+        yield from change()
+        state.weight.zero_()
+        yield place.model.weight
+
+
+def data_assigned(place):
+    """As optimizers of users do: the new value is computed, or one that was put aside."""
+    aside, outside = {}, place.model.weight.detach()
+
+    def step(x):
+        place.model(x).square().mean().backward()
+        with torch.no_grad():
+            for parameter in place.model.parameters():
+                aside[parameter] = parameter.data.clone()
+                parameter.add_(parameter.grad)
+        place.optimizer.zero_grad()
+        loss = place.model(x).square().mean()
+        loss.backward()
+        for parameter in place.model.parameters():
+            parameter.data = aside[parameter]
+            parameter.data = parameter.data - 0.1 * parameter.grad
+        place.model.bias.data = aside[place.model.bias]
+        place.optimizer.step()
+        place.optimizer.zero_grad()
+        return loss
+
+    step = place.program(step)
+    for _ in range(4):
+        yield step(X)
+        yield outside
+        yield from place.model.parameters()
+        yield from aside.values()
+
+
+def data_exchanged(place):
+    other = copy.deepcopy(place.model)
+    for parameter in other.parameters():
+        parameter.data.add_(1.0)
+
+    def exchange():
+        for first, second in zip(place.model.parameters(), other.parameters(), strict=True):
+            first.data, second.data = second.data, first.data
+
+    @torch.no_grad()
+    def step(x):
+        exchange()
+        result = place.model(x).sum()
+        place.model.bias.mul_(2.0)
+        return result
+
+    @torch.no_grad()
+    def there_and_back(x):
+        exchange()
+        result = place.model(x).sum()
+        exchange()
+        return result + place.model(x).sum()
+
+    step, there_and_back = place.program(step), place.program(there_and_back)
+    for _ in range(3):
+        yield step(X)
+        yield there_and_back(X)
+        yield from [*place.model.parameters(), *other.parameters()]
+
+
+def data_of_what_the_program_makes(place):
+    @torch.no_grad()
+    def step(x):
+        first, second = x * place.model.bias.sum(), x * 3
+        view = first[0]
+        first.data = second
+        second.add_(1.0)
+        return first, view, second.t()
+
+    yield from place.program(step)(X)
+
+
 @pytest.mark.parametrize(
     "steps",
     [
@@ -168,12 +267,52 @@ def gradient_of_the_detached(place):
         kept_apart_later,
         written_arguments,
         gradient_of_the_detached,
+        kept_by_two_names,
+        data_assigned,
+        data_exchanged,
+        data_of_what_the_program_makes,
     ],
 )
 def test_it_is_one_array_as_in_eager_pytorch(steps):
     eager, ours = Place(False), Place(True)
     for expected, found in zip(steps(eager), steps(ours), strict=True):
         torch.testing.assert_close(ours.value(found), eager.value(expected))
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (lambda place, x: setattr(place.model.weight, "data", x), r"shape \[4, 3\].*test_shared_arrays.py.*outside"),
+        (lambda place, x: setattr(x, "data", x * 2), r"test_shared_arrays.py.*of an argument.*data.copy_"),
+        (
+            lambda place, x: run_microbatches(
+                lambda x: setattr(place.model.weight, "data", place.model.weight * x.sum()), (x,), {}, 2, "1F1B"
+            ),
+            r"test_shared_arrays.py.* within a microbatch: .*data.copy_",
+        ),
+    ],
+)
+def test_data_that_cannot_be_assigned(step, message):
+    place = Place(True)
+    before = place.value(place.model.weight)
+    with pytest.raises(CaptureError, match=message):
+        place.program(lambda x: step(place, x))(X.clone())
+    assert torch.equal(place.value(place.model.weight), before)
+
+
+def test_hooks_of_gradients_write_to_what_is_theirs():
+    place, seen = Place(True), []
+    place.model.weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.sum()))
+    place.model.bias.register_hook(lambda gradient: seen.append(gradient.sum()))
+
+    def step(x):
+        place.model(x).sum().backward()
+        place.optimizer.zero_grad()
+
+    step = place.program(step)
+    for _ in range(2):
+        step(X)
+    assert sorted(value.item() for value in seen) == pytest.approx(sorted([2 * X.sum().item(), 8.0] * 2), abs=1e-5)
 
 
 def test_a_program_keeps_no_argument():
