@@ -70,6 +70,11 @@ class CodeReads:
     only_added_to: frozenset[str]
     all_loads: frozenset[str]
 
+    @property
+    def asks_for_classes(self) -> bool:
+        """Whether it may read attributes of the classes of objects that it has."""
+        return "type" in self.variables or "__class__" in self.attributes
+
 
 @functools.lru_cache(maxsize=4096)
 def reads_of(code: types.CodeType) -> CodeReads:
@@ -139,10 +144,13 @@ def is_user_module(name: str | None) -> bool:
 
 
 def unread_parameters(function: Any) -> frozenset[str]:
-    """Returns the parameters of a function that its code never loads, so that their values are no condition."""
-    code = getattr(function, "__code__", None)
-    if not isinstance(code, types.CodeType) or hasattr(function, "__wrapped__"):
+    """Returns the parameters of a function that its code never loads, so that their values are no condition.
+
+    Of methods of an object none: the first of their code's parameters is no argument of a call.
+    """
+    if not isinstance(function, types.FunctionType) or hasattr(function, "__wrapped__"):
         return frozenset()
+    code = function.__code__
     reads = reads_of(code)
     if not reads.variables.isdisjoint({"locals", "vars", "eval", "exec", "super"}):
         return frozenset()

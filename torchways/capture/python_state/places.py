@@ -138,6 +138,34 @@ class Attribute:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class OwnAttribute:
+    """An attribute that a class may have itself, beside those of its bases."""
+
+    owner: type
+    name: str
+
+    @property
+    def key(self) -> Hashable:
+        return (id(self.owner), "attribute", self.name)
+
+    @property
+    def is_fixed(self) -> bool:
+        return True
+
+    def get(self, call: Call) -> Any:
+        return vars(self.owner).get(self.name, MISSING)
+
+    def set(self, call: Call, value: Any) -> None:
+        if value is MISSING:
+            type.__delattr__(self.owner, self.name)
+        else:
+            type.__setattr__(self.owner, self.name, value)
+
+    def __str__(self) -> str:
+        return f"{self.owner.__name__}.{self.name}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Entry:
     """An item of a dict or list."""
 

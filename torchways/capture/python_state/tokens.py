@@ -116,6 +116,18 @@ class Same(Token):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class SameAs(Token):
+    """A number that is that of another place, as an object's attribute may be that of its class."""
+
+    other: Place
+
+    def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
+        if same_plain(value, found := self.other.get(call)):
+            return None
+        return place, f"is {short(value)}, and {self.other} is {short(found)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class OfType(Token):
     """Anything of a type; all else that matters of it is compared elsewhere."""
 

@@ -40,6 +40,7 @@ from torchways.capture.python_state.places import (
     Cell,
     Entry,
     Fixed,
+    OwnAttribute,
     Place,
     Variable,
 )
@@ -49,6 +50,7 @@ from torchways.capture.python_state.tokens import (
     OfType,
     OneOf,
     Same,
+    SameAs,
     TensorSource,
     Token,
     is_container,
@@ -92,6 +94,8 @@ class Watcher:
     _kept: KeptState = field(default_factory=KeptState)
     _functions: set[int] = field(default_factory=set)
     _codes: list[CodeReads] = field(default_factory=list)
+    #: The user's classes, with what messages call them, and whether only code that asks objects for theirs has them.
+    _classes: dict[type, tuple[str, bool]] = field(default_factory=dict)
     _patches: AttributePatches = field(default_factory=AttributePatches)
     _is_over: bool = False
     #: Tuples of numbers that stand in for a place's own.
@@ -139,7 +143,10 @@ class Watcher:
         return value
 
     def _token(self, place: Place, value: Any, *, free_numbers: bool = False) -> tuple[Token | None, Any]:
-        if node_of(value) is not None:
+        if (node := node_of(value)) is not None:
+            known_place = node.numbers.steps[node.step].place
+            if isinstance(place, Attribute) and known_place is not None and not self._is_its_own(place):
+                return SameAs(known_place), value
             return None, value
         if isinstance(value, torch.Tensor):
             if isinstance(value, FakeTensor) and not isinstance(value, Array):
@@ -225,6 +232,7 @@ class Watcher:
         if not is_tracked_class(cls):
             return
         self._patches.patch(cls)
+        self._note_class(cls, cls.__name__, is_asked_for=True)
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
             self._kept.keep(Attribute(owner, "__dict__"), attributes)
@@ -286,6 +294,8 @@ class Watcher:
             for item in (function.func, *function.args, function.keywords):
                 self.note_object_or_function(Fixed(item, "an argument of functools.partial"), item)
             return
+        if isinstance(function, type):
+            self._note_class(function, function.__name__, is_asked_for=False)
         function = getattr(function, "traced_function", function)
         if not isinstance(function, types.FunctionType) or id(function) in self._functions:
             return
@@ -294,7 +304,7 @@ class Watcher:
         is_users = is_user_code(function.__code__.co_filename)
         reads = reads_of(function.__code__)
         if is_users:
-            self._codes.append(reads)
+            self._note_code(reads)
             names = function.__code__.co_names
             if self.symbolic and "type" in names and ("int" in names or "float" in names):
                 raise CaptureError(f"{function.__qualname__} may ask for a number's own type, which no stand-in has")
@@ -325,17 +335,50 @@ class Watcher:
     def _note_variable(self, place: Place, value: Any, reads: CodeReads) -> None:
         self._kept.keep_single(place, value)
         self.note(place, value)
-        names: Any = ()
-        if isinstance(value, type) and is_user_module(value.__module__):
-            names = [name for name in reads.attributes if not name.startswith("__") and hasattr(value, name)]
+        if isinstance(value, type):
+            self._note_class(value, str(place), is_asked_for=False)
         elif isinstance(value, types.ModuleType) and is_user_module(value.__name__):
-            names = [name for name in reads.attributes if name in vars(value)]
-        for name in names:
-            found = getattr(value, name)
-            inner = Attribute(Fixed(value, str(place)), name)
-            if not isinstance(found, (property, types.ModuleType)):
-                self._kept.keep_single(inner, found)
-                self.note(inner, found)
+            for name in [name for name in reads.attributes if name in vars(value)]:
+                inner = Attribute(Fixed(value, str(place)), name)
+                self._kept.keep_single(inner, inner.get(self.call))
+                self._note_name(value, str(place), name)
+
+    def _note_class(self, cls: type, name: str, *, is_asked_for: bool) -> None:
+        """Notes that code may read, or write to, attributes of a class: those that it names.
+
+        Args:
+            name: what messages call it.
+            is_asked_for: only code that asks an object for its class has it.
+        """
+        known = self._classes.get(cls)
+        if not is_user_module(cls.__module__) or (known is not None and (is_asked_for or not known[1])):
+            return
+        self._classes[cls] = name, is_asked_for
+        for reads in list(self._codes):
+            self._note_names_of_class(cls, reads)
+
+    def _note_code(self, reads: CodeReads) -> None:
+        self._codes.append(reads)
+        for cls in list(self._classes):
+            self._note_names_of_class(cls, reads)
+
+    def _note_names_of_class(self, cls: type, reads: CodeReads) -> None:
+        cls_name, is_asked_for = self._classes[cls]
+        if is_asked_for and not reads.asks_for_classes:
+            return
+        for name in reads.attributes:
+            if name.startswith("__") or not hasattr(cls, name):
+                continue
+            for owner in cls.__mro__:
+                if owner is cls or name in vars(owner):
+                    own = OwnAttribute(owner, name)
+                    self._kept.keep_single(own, own.get(self.call))
+            self._note_name(cls, cls_name, name)
+
+    def _note_name(self, owner: Any, owner_name: str, name: str) -> None:
+        found = getattr(owner, name)
+        if not isinstance(found, (property, types.ModuleType)):
+            self.note(Attribute(Fixed(owner, owner_name), name), found)
 
     def note_container(self, place: Place, *, free_numbers: bool = False, is_new: bool = False) -> None:
         """Notes all that a container holds, as it is now.

@@ -15,6 +15,9 @@ class Derived(Base):
         self.seen.append(x)
         return super().forward(x) * self.factor
 
+    def ignores_itself(self, x):
+        return x
+
 
 def two_arguments(x, y, unused):
     return x + y
@@ -44,6 +47,8 @@ def test_parameters_that_are_read_together_are_read():
     assert unread_parameters(two_arguments) == {"unused"}
     assert unread_parameters(copies) == set()
     assert unread_parameters(closes_over) == set()
+    assert unread_parameters(Derived().ignores_itself) == set()
+    assert unread_parameters(Derived.ignores_itself) == {"self"}
     assert {"x", "found"} <= reads_of(perhaps_unbound.__code__).locals
 
 
