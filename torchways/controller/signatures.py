@@ -18,6 +18,8 @@ from torchways.array import Array
 from torchways.capture.python_state.ambient import ambient_modes, modes_changed
 from torchways.capture.python_state.functions import is_tracked_class
 from torchways.capture.python_state.tokens import is_container, is_plain, memory_of
+from torchways.capture.source import user_line
+from torchways.capture.tensor_kinds import check_tensor_kind, is_plain_tensor
 from torchways.capture.tracing.objects import holds_program, holds_tensors, may_open, open_objects
 from torchways.mesh import tensor_text
 
@@ -107,6 +109,8 @@ def signature_of(args: Any, kwargs: Any, function: Callable[..., Any] | None = N
             key.append((*kind, *_gradient_key(leaf)) if leaf.requires_grad else kind)
         elif isinstance(leaf, torch.Tensor):
             signature.tensor_positions.append(position)
+            if not is_plain_tensor(leaf):
+                check_tensor_kind(signature.name_of(position), leaf, user_line())
             key.append((tuple(leaf.shape), leaf.dtype, *_gradient_key(leaf)))
         else:
             key.append(_constant_key(leaf))

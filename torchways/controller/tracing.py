@@ -22,10 +22,10 @@ from torchways.capture.python_state.ambient import no_host_randomness
 from torchways.capture.python_state.conditions import Conditions
 from torchways.capture.python_state.gradients import Bound, Gradients
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
-from torchways.capture.python_state.kept_state import Write
+from torchways.capture.python_state.kept_state import Write, has_hidden_state
 from torchways.capture.python_state.places import MISSING, Argument, Attribute, Entry, Fixed, Gradient, Place
 from torchways.capture.python_state.tokens import TensorSource, Token, is_container, is_function, is_plain, memory_of
-from torchways.capture.python_state.watcher import Watcher
+from torchways.capture.python_state.watcher import Watcher, check_iterator
 from torchways.capture.source import is_users_error, line_of_error, user_line
 from torchways.capture.tracing.containers import Containers, containers_in, content_of
 from torchways.capture.tracing.memory import place_of
@@ -428,9 +428,10 @@ class _Tracing:
             return leaf
         if is_function(leaf):
             watcher.note_function(leaf)
-        elif is_container(leaf):
+        elif is_container(leaf) or has_hidden_state(leaf):
             watcher.note(place, leaf)
         else:
+            check_iterator(place, leaf)
             watcher.note_object(place if self._signature.is_by_path(position) else Fixed(leaf, str(place)), leaf)
         return leaf
 

@@ -4,6 +4,7 @@
   same result in one shape for all masks.
 - `x.fill_diagonal_` writes through strides, for which no pure form is known. `torch.where` has one.
 - `x.data = value` gives a tensor other memory behind the tracer's back, which is told of it.
+- `f"{x:.3f}"` formats a number, which is asked for as `x.item()` is.
 - `tensor_split` reads its sizes from a tensor; here they are asked for as numbers.
 """
 
@@ -40,6 +41,8 @@ class Rewrites(TorchFunctionMode):
                 mask = mask.reshape(*mask.shape, *[1] * rest)
                 target.copy_(torch.where(mask, value, target))
                 return None
+        if func is torch.Tensor.__format__ and len(args) == 2 and args[1] and args[0].dim() == 0:
+            return format(args[0].item(), args[1])
         if func in _SPLITS and len(args) > 1 and isinstance(args[1], torch.Tensor):
             args = (args[0], args[1].tolist(), *args[2:])
         if func is torch.Tensor.fill_diagonal_ and len(args) == 2 and args[0].dim() == 2 and not kwargs.get("wrap"):

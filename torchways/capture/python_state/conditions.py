@@ -263,7 +263,8 @@ class Conditions:
                 behind = []
             if isinstance(place, Attribute) and place.is_fixed:
                 classes.update(dict.fromkeys(type(place.parent.get(call)).__mro__))
-            if behind is None or not place.is_fixed or any(id(item) in self._written for item in (*behind, *inner)):
+            is_counted = token.is_counted and place.is_fixed
+            if behind is None or not is_counted or any(id(item) in self._written for item in (*behind, *inner)):
                 self._direct.append((place, token))
                 continue
             if inner or lists or behind:  # a container's group is of its own: it may hold lists

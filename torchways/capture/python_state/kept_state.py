@@ -6,11 +6,13 @@ The writes of the trace are found by comparison with the copies, and undone. It 
 from __future__ import annotations
 
 import collections
+import random
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from torchways.capture.python_state.places import MISSING, Attribute, Call, Entry, Place, dict_class
@@ -39,6 +41,18 @@ class _Kept:
     content: Any
 
 
+@dataclass(slots=True)
+class _Hidden:
+    """What keeps its state in C, as it was when it was reached."""
+
+    place: Place
+    value: Any
+    state: Any
+
+    def is_written(self) -> bool:
+        return not _is_same_state(_hidden_state(self.value), self.state)
+
+
 class KeptState:
     """Copies of the containers that one trace reached, and the values of other places."""
 
@@ -47,6 +61,8 @@ class KeptState:
         self._kept: dict[int, _Kept] = {}
         #: Places that are no part of a container, by their keys.
         self._singles: dict[Any, tuple[Place, Any]] = {}
+        #: What keeps its state in C, by identity.
+        self._hidden: dict[int, _Hidden] = {}
 
     def __contains__(self, container: Any) -> bool:
         return id(container) in self._kept
@@ -62,6 +78,16 @@ class KeptState:
     def keep_single(self, place: Place, value: Any) -> None:
         """Keeps the value of a place that is no part of a container."""
         self._singles.setdefault(place.key, (place, value))
+
+    def keep_hidden(self, place: Place, value: Any) -> Any:
+        """Copies the state, which it keeps in C, of a value that was reached at a place; returns it."""
+        if id(value) not in self._hidden:
+            self._hidden[id(value)] = _Hidden(place, value, _hidden_state(value))
+        return self._hidden[id(value)].state
+
+    def hidden_writes(self) -> list[tuple[Place, Any]]:
+        """Returns the values whose state in C is another now, with their places."""
+        return [(item.place, item.value) for item in self._hidden.values() if item.is_written()]
 
     def set_before(self, attributes: dict[str, Any], name: str, value: Any) -> None:
         """Changes an object's attribute in what was kept, so that it stays."""
@@ -117,6 +143,9 @@ class KeptState:
             now = place.get(call)
             if now is not before and not _is_same_method(now, before):
                 place.set(call, before)
+        for item in self._hidden.values():
+            if item.is_written():
+                _set_hidden_state(item.value, item.state)
 
 
 def _writes_to(kept: _Kept, stands_in: Callable[[Place, Any], bool]) -> Iterator[Write]:
@@ -139,6 +168,38 @@ def _writes_to(kept: _Kept, stands_in: Callable[[Place, Any], bool]) -> Iterator
             yield Write("replace", kept.place, items)
     elif container != before:
         yield Write("replace", kept.place, set(container))
+
+
+def has_hidden_state(value: Any) -> bool:
+    """Whether a value keeps its state in C, and can tell it: a numpy array, or a generator of random numbers."""
+    if isinstance(value, np.ndarray):
+        return not value.dtype.hasobject
+    return isinstance(value, (random.Random, np.random.Generator, np.random.RandomState))
+
+
+def _hidden_state(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tobytes()
+    if isinstance(value, random.Random):
+        return value.getstate()
+    return value.bit_generator.state if isinstance(value, np.random.Generator) else value.get_state(legacy=False)
+
+
+def _set_hidden_state(value: Any, state: Any) -> None:
+    if isinstance(value, np.ndarray):
+        value[...] = np.frombuffer(state, value.dtype).reshape(value.shape)
+    elif isinstance(value, random.Random):
+        value.setstate(state)
+    elif isinstance(value, np.random.Generator):
+        value.bit_generator.state = state
+    else:
+        value.set_state(state)
+
+
+def _is_same_state(now: Any, before: Any) -> bool:
+    if isinstance(now, dict):
+        return all(_is_same_state(item, before[key]) for key, item in now.items())
+    return np.array_equal(now, before) if isinstance(now, np.ndarray) else bool(now == before)
 
 
 def _copy_of(container: Any) -> Any:

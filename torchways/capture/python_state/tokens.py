@@ -69,9 +69,17 @@ def _hooks_of(tensor: torch.Tensor) -> tuple[Any, ...]:
 
 
 class Token:
-    """Describes the value at a place."""
+    """Describes the value at a place.
+
+    Attributes:
+        is_counted: dictionaries, identities and lengths tell of all changes; if not, it is compared at each call.
+    """
 
     __slots__ = ()
+
+    @property
+    def is_counted(self) -> bool:
+        return True
 
     def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
         """Returns where, and how, what is there now differs; None where it does not."""
@@ -113,6 +121,23 @@ class Same(Token):
         elif isinstance(self.value, types.BuiltinMethodType) and value == self.value:
             return None
         return place, f"is {short(value)}, was {short(self.value)}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SameElements(Token):
+    """A numpy array: it must be the same one, with the same elements, which may have been read as numbers."""
+
+    value: Any
+    elements: bytes = field(repr=False)
+
+    @property
+    def is_counted(self) -> bool:
+        return False
+
+    def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
+        if value is not self.value:
+            return place, "is another array than before"
+        return None if value.tobytes() == self.elements else (place, "has other elements than before")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -176,6 +201,10 @@ class Contents(Token):
     keys: tuple[Any, ...]
     items: tuple[Token, ...] = field(repr=False)
     is_ordered: bool = True
+
+    @property
+    def is_counted(self) -> bool:
+        return all(item.is_counted for item in self.items)
 
     def change(self, place: Place, value: Any, call: Call) -> tuple[Place, str] | None:
         if type(value) is not self.type:

@@ -9,6 +9,7 @@ how they were made. Then all is put back, and each run makes the writes again.
 from __future__ import annotations
 
 import functools
+import io
 import sys
 import threading
 import types
@@ -17,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -31,7 +33,7 @@ from torchways.capture.python_state.functions import (
     reads_of,
 )
 from torchways.capture.python_state.host_numbers import HostNumbers, node_of
-from torchways.capture.python_state.kept_state import KeptState, Write
+from torchways.capture.python_state.kept_state import KeptState, Write, has_hidden_state
 from torchways.capture.python_state.places import (
     MISSING,
     Argument,
@@ -51,6 +53,7 @@ from torchways.capture.python_state.tokens import (
     OneOf,
     Same,
     SameAs,
+    SameElements,
     TensorSource,
     Token,
     is_container,
@@ -61,6 +64,8 @@ from torchways.capture.python_state.tokens import (
     keys_of,
     source_of,
 )
+from torchways.capture.source import user_line
+from torchways.capture.tensor_kinds import check_tensor_kind
 from torchways.errors import CaptureError
 
 #: Attributes of an optimizer: of groups, numbers are inputs; state that its own step reads is noted after the trace.
@@ -151,6 +156,8 @@ class Watcher:
         if isinstance(value, torch.Tensor):
             if isinstance(value, FakeTensor) and not isinstance(value, Array):
                 return None, value
+            if value.is_nested:  # it has no shape
+                check_tensor_kind(str(place), value, user_line())
             source = self.source(value)
             if all(known.key != place.key for known in source.places):
                 source.places.append(place)
@@ -174,6 +181,10 @@ class Watcher:
             if is_tracked_class(type(value)):
                 self.note_object(place, value)
             return self._contents(place, value, free_numbers), value
+        if has_hidden_state(value):
+            state = self._kept.keep_hidden(place, value)
+            return (SameElements(value, state) if isinstance(value, np.ndarray) else Same(value)), value
+        check_iterator(place, value)
         self.note_object(place, value)
         is_path = not self._owners.get(id(value), place).is_fixed
         return (OfType(type(value)) if is_path else Same(value)), value
@@ -413,8 +424,20 @@ class Watcher:
     # ---- afterwards
 
     def writes(self) -> list[Write]:
-        """Returns what differs from what was there when it was reached."""
+        """Returns what differs from what was there when it was reached.
+
+        Raises:
+            CaptureError: an array of numpy's does, or a generator of random numbers.
+        """
         with self.pause():
+            for place, value in self._kept.hidden_writes():
+                what, remedy = "draws from", "draw outside the program and pass the numbers, or use torch.rand"
+                if isinstance(value, np.ndarray):
+                    what, remedy = "writes to", "write to a tensor, such as a buffer of a module"
+                raise CaptureError(
+                    f"a program, called at {user_line()}, {what} {place} ({type(value).__name__}), which a run cannot "
+                    f"do again: {remedy}"
+                )
             return list(self._kept.writes(self.call, self._stands_in))
 
     def _stands_in(self, place: Place, value: Any) -> bool:
@@ -446,6 +469,21 @@ class Watcher:
                 key = write.place.key
                 if key in self.reads:
                     self.reads[key] = write.place, OfType(type(write.place.get(self.call)))
+
+
+def check_iterator(place: Place, value: Any) -> None:
+    """Refuses iterators that are made in C and generators: nothing tells where they are, or sets them back.
+
+    Raises:
+        CaptureError: the value at the place is one.
+    """
+    cls = type(value)
+    is_seen = is_tracked_class(cls) or cls.__module__.split(".")[0] == "torchways" or isinstance(value, io.IOBase)
+    if isinstance(value, Iterator) and not is_seen:
+        raise CaptureError(
+            f"{place} is a {cls.__name__}, of which a program cannot tell how far it is, at {user_line()}: call next() "
+            "outside the program and pass what it gives, or pass a list"
+        )
 
 
 class _Anything(Token):

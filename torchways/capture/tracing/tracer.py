@@ -43,6 +43,7 @@ from torchways.capture.rows.rules import RowRules
 from torchways.capture.rows.tensor_methods import RowsInPython
 from torchways.capture.rows.windows import Windows
 from torchways.capture.source import user_line
+from torchways.capture.tensor_kinds import check_tensor_kind
 from torchways.capture.tracing.host_scalars import NumbersAsTensors, call_with_numbers, has_numbers
 from torchways.capture.tracing.labels import LabellingRecorder
 from torchways.capture.tracing.memory import place_of
@@ -256,6 +257,7 @@ class _TraceMode(LabellingRecorder):
             )
         with self.watcher.pause(), _disable_current_modes():
             source = self.watcher.source(tensor)
+            check_tensor_kind(source.name, tensor, user_line())
             if tensor.requires_grad:
                 self.gradients.note(tensor)
         lifted = self.add_graph_input(source, tuple(tensor.shape), tensor.dtype)

@@ -4,6 +4,7 @@ import torch
 
 from tests.local_session import LocalSession
 from torchways.controller.function import make_function
+from torchways.controller.program import ProgramFunction
 
 
 def test_assignments_by_mask():
@@ -47,3 +48,13 @@ def test_a_tensor_is_made_of_traced_ones():
     ours = make_function(function, session.mesh(), lambda: session)
     for result, expected in zip(ours(x), function(x), strict=True):
         torch.testing.assert_close(result.cpu(), expected)
+
+
+def test_a_formatted_number_is_read():
+    session = LocalSession()
+
+    def function(x, count):
+        return f"{x.sum():.2f} of {count:03d}"
+
+    x, count = torch.ones(3), torch.tensor(7)
+    assert ProgramFunction(function, session.mesh(), lambda: session)(x, count) == "3.00 of 007"
