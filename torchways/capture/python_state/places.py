@@ -323,7 +323,9 @@ def dicts_behind(place: Place, call: Call) -> list[dict[Any, Any]] | None:
             return None
         found: list[dict[Any, Any]] = [attributes]
         if isinstance(owner, torch.nn.Module):
-            found.extend(attributes[name] for name in _MODULE_DICTS if place.name in attributes.get(name, ()))
+            parts = [attributes[name] for name in _MODULE_DICTS if name in attributes]
+            is_missing = place.get(call) is MISSING  # it may come to be in any of them
+            found.extend(part for part in parts if is_missing or place.name in part)
         return found
     if isinstance(place, Entry):
         container = place.parent.get(call)

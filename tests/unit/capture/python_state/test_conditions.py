@@ -47,12 +47,24 @@ def of_a_module():
     return lambda x: x * owner.value + owner.plain, change
 
 
-@pytest.mark.parametrize("make", [of_an_object, of_a_dict_of_an_object, of_a_namespace, of_a_module])
+def of_a_name_that_was_missing():
+    owner = torch.nn.Module()
+
+    def change(value):
+        owner.register_buffer("value", value)
+
+    return lambda x: x * getattr(owner, "value", 7.0), change
+
+
+@pytest.mark.parametrize(
+    "make", [of_an_object, of_a_dict_of_an_object, of_a_namespace, of_a_module, of_a_name_that_was_missing]
+)
 def test_another_tensor_is_found_however_often_there_is_another(make):
     session = LocalSession()
     function, change = make()
     program = ProgramFunction(function, session.mesh(), lambda: session)
     x = torch.ones(3)
+    program(x)
     for number in range(6):
         change(torch.full((3,), float(number)))
         for _ in range(2):
