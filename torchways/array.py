@@ -152,11 +152,7 @@ class Array(torch.Tensor):
             return
         if value is self:
             return
-        new = value if isinstance(value, Array) else None
-        if new is None or isinstance(new._storage, ViewStorage):
-            _check_device(value.device)
-            host = _read(value) if isinstance(value, Array) else value.detach().clone()
-            new = Array(self._buffer.with_value(host.contiguous()), tuple(value.shape), value.dtype)
+        new = _with_whole_storage(value, self)
         _DATA.__set__(self, new)
         self._storage = new._storage
         _note_change()
@@ -347,6 +343,15 @@ def _note_change() -> None:
         Array.num_changes += 1
 
 
+def _with_whole_storage(value: torch.Tensor, home: Array) -> Array:
+    """Returns an array whose storage `home` may share: the value itself, or a copy that lives where `home` does."""
+    if isinstance(value, Array) and not isinstance(value._storage, ViewStorage):
+        return value
+    _check_device(value.device)
+    host = _read(value) if isinstance(value, Array) else value.detach().clone()
+    return Array(home._buffer.with_value(host.contiguous()), tuple(value.shape), value.dtype)
+
+
 def _read(array: Array) -> torch.Tensor:
     return array.cpu()
 
@@ -410,6 +415,10 @@ def _written(func: Any, args: Any, kwargs: Any) -> list[Array]:
 
 def _change(func: Any, args: Any, kwargs: Any, written: list[Array]) -> Any:
     """Calls an operator that changes arrays in place: on the host, from where the new values go back at their use."""
+    if func is torch.ops.aten.set_.source_Tensor and args[0].shape == args[1].shape and args[0].dtype == args[1].dtype:
+        args[0]._storage = _with_whole_storage(args[1], args[0])._storage
+        _note_change()
+        return args[0]
     if torch.Tag.inplace_view in func.tags or func._schema.name in _MEMORY_CHANGES:
         raise UserError(
             f"{func} would change the shape or the memory of {written[0]!r}, which is the slice's: assign the new "

@@ -250,7 +250,7 @@ def test_a_view_is_a_programs_argument_and_what_a_program_writes_to_it_reaches_i
 
 def test_what_would_change_an_arrays_shape_is_refused():
     weight = placed_and_used().inner.weight.detach()
-    for change in (lambda: weight.t_(), lambda: weight.resize_(9), lambda: weight.set_(torch.ones(3, 3))):
+    for change in (lambda: weight.t_(), lambda: weight.resize_(9), lambda: weight.set_(torch.ones(3, 4))):
         with pytest.raises(UserError, match=r"would change the shape or the memory of tw\.Array.*assign the new value"):
             change()
     with (
@@ -258,6 +258,36 @@ def test_what_would_change_an_arrays_shape_is_refused():
         pytest.raises(UserError, match=r"writes a value of shape \(4,\) to tw.Array\(fp32\[3,3\]"),
     ):
         torch.add(torch.ones(4), 1, out=weight)
+
+
+def test_an_array_is_given_the_memory_of_another():
+    model, plain = placed_and_used(), build()
+    for owner in (model, plain):
+        weight, bias = owner.inner.weight.data, owner.inner.bias.data
+        other = weight.clone() if owner is plain else copy.deepcopy(weight)
+        weight.set_(other)
+        other.mul_(2)
+        assert torch.equal(weight + 0, other + 0)
+        bias.set_(torch.ones(3))
+        assert torch.equal(bias + 0, torch.ones(3))
+    same(model, plain)
+
+
+def test_a_parametrization_is_registered_later():
+    class Doubled(nn.Module):
+        def forward(self, value):
+            return value * 2
+
+        def right_inverse(self, value):
+            return value / 2
+
+    model, plain = placed_and_used(), build()
+    x = torch.ones(2, 3)
+    expected = plain(x)
+    torch.nn.utils.parametrize.register_parametrization(model.inner, "weight", Doubled())
+    torch.testing.assert_close(model(x).cpu(), expected)
+    torch.nn.utils.parametrize.remove_parametrizations(model.inner, "weight")
+    torch.testing.assert_close(model(x).cpu(), expected)
 
 
 def test_host_tensors_may_be_changed_by_arrays():
