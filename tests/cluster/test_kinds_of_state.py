@@ -274,7 +274,13 @@ def test_dtypes_are_those_of_pytorch(meshes, name, default):
 def test_complex_numbers_keep_both_parts(meshes):
     x = torch.complex(torch.tensor([[1.0, 2.0], [3.0, 5.0]]), torch.tensor([[1.0, 0.0], [2.0, 1.0]]))
     places = torch.tensor([0.0, 2.0])
-    functions = [lambda x: x.cumsum(0), lambda x: x.cumprod(1), torch.trapezoid, lambda x: x @ x + x.abs()]
+    functions = [
+        lambda x: x.cumsum(0),
+        lambda x: x.cumprod(1),
+        torch.trapezoid,
+        lambda x: x @ x + x.abs(),
+        lambda x: x.abs() + 1,
+    ]
     functions += [lambda x: torch.trapezoid(x, places), lambda x: torch.gradient(x, spacing=(places, places))[0]]
     for function in functions:
         found = tw.program(function, mesh=meshes[0])(x)

@@ -573,8 +573,8 @@ class _ExactTypes(torch.fx.Interpreter):
     """Runs a graph; where torch-xla makes another type than what it declares, it converts the value.
 
     Positions declared as int64 may have 32 bits, and numbers declared as float32 64. Otherwise later operators fail,
-    and buffers have other sizes than computations that take them expect. Of what the graph says, torch-xla must declare
-    the same: where it does not, it has computed something else.
+    and buffers have other sizes than computations that take them expect. Where a result is complex though the graph
+    says that it is real, or has another shape, something else was computed.
 
     Raises:
         CaptureError: so it has.
@@ -587,6 +587,8 @@ class _ExactTypes(torch.fx.Interpreter):
         result = super().run_node(n)
         if n.op != "call_function":
             return result if isinstance(result, (tuple, list)) else self._exact(result)
+        if n.target is torch.ops.aten.abs.default and result.is_complex():
+            result = result.to(result.dtype.to_real())  # torch-xla's has an imaginary part, of zeros
         _check_type(n, result)
         return [self._exact(item) for item in result] if isinstance(result, (tuple, list)) else self._exact(result)
 
@@ -602,17 +604,18 @@ class _ExactTypes(torch.fx.Interpreter):
 
 
 def _check_type(node: torch.fx.Node, result: Any) -> None:
-    """Raises where an operator's result has another dtype or shape than the graph says."""
+    """Raises where an operator's result is complex or real, or has another shape, unlike what the graph says."""
     said = node.meta.get("val")  # not of nodes that were added here
     pairs = zip(result, said, strict=True) if isinstance(said, tuple) else ((result, said),)
     for found, expected in pairs:
-        if not isinstance(found, torch.Tensor) or not isinstance(expected, torch.Tensor):
+        if not isinstance(expected, torch.Tensor) or not isinstance(found, torch.Tensor) or found.device.type != "xla":
             continue
-        if found.dtype != expected.dtype or found.shape != expected.shape:
-            forms = [f"{form.dtype} of shape {tuple(form.shape)}" for form in (found, expected)]
+        actual = _XLAC._get_xla_tensor_shape_type(found)  # what torch-xla declares may be another type
+        if actual.startswith("c") != expected.is_complex() or found.shape != expected.shape:
             raise CaptureError(
-                f"{node.target} makes {forms[0]} on XLA, and {forms[1]} in eager PyTorch; used at "
-                f"{node.meta.get(SOURCE_KEY) or 'an unknown line'}. Write it with other operators"
+                f"{node.target} makes {actual} of shape {tuple(found.shape)} on XLA, and {expected.dtype} of shape "
+                f"{tuple(expected.shape)} in eager PyTorch; used at {node.meta.get(SOURCE_KEY) or 'an unknown line'}. "
+                "Write it with other operators"
             )
 
 
