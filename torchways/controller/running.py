@@ -16,7 +16,7 @@ from torchways.capture.python_state.host_numbers import number_bytes
 from torchways.capture.python_state.places import MISSING, Gradient
 from torchways.capture.python_state.tokens import TensorSource
 from torchways.capture.source import user_line
-from torchways.capture.tracing.containers import containers_in, fill
+from torchways.capture.tracing.containers import containers_in, extend, fill
 from torchways.capture.tracing.objects import set_attributes
 from torchways.controller.bindings import (
     Binding,
@@ -204,9 +204,7 @@ class _Run:
             effect.place.set(self._signature, value)
         else:
             container = effect.place.get(self._signature)
-            if effect.kind == "replace":
-                container.clear()
-            (container.update if isinstance(container, set) else container.extend)(value)
+            (fill if effect.kind == "replace" else extend)(container, value)
 
     def _run_observed(self, report: ParityReport) -> None:
         """Runs the program in parity mode; where it diverges, all state stays as it was."""

@@ -64,7 +64,12 @@ def _is_changed(container: Any, before: Any) -> bool:
     return len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True))
 
 
+def extend(container: Any, content: Any) -> None:
+    """Adds what another container has to a list, a set or a dictionary."""
+    (container.update if isinstance(container, (dict, set)) else container.extend)(content)
+
+
 def fill(container: Any, content: Any) -> None:
-    """Makes a container hold what `content_of` returned of another."""
+    """Makes a container hold what another has."""
     container.clear()
-    (container.update if isinstance(container, dict) else container.extend)(content)
+    extend(container, content)
