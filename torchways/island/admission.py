@@ -3,7 +3,9 @@
 A *lane* is a set of devices with a queue of runs for each client. A run is admitted, which sends it to its executors,
 when it is the next of its client on all of its lanes, and these have room: less work is admitted than the *window*, in
 device time, which covers the way to the executors and back. Which client is next, a lane's policy says. So devices
-always have work, and what is decided is decided late.
+always have work, and what is decided is decided late. While one client alone uses a lane there is nothing to decide,
+and more is admitted: runs do not take exactly the time that is expected, and a gap between two costs training steps on
+several devices up to a fifth.
 
 What is admitted counts as done once its device time has passed, or once something that was admitted later has ended, so
 what waits for anything but the devices (values from elsewhere, memory, its program's compilation) does not keep others
@@ -37,6 +39,8 @@ _UNKNOWN_SECONDS = 0.01
 #: Windows of work that a client may have admitted beside its oldest run: enough for a way to the executors and back
 #: that takes much longer than the window, on a machine that is overloaded.
 _WINDOWS_OF_CLIENT = 8
+#: Windows of work that are admitted while one client alone uses a lane: who comes then waits so long, once.
+_WINDOWS_ALONE = 50
 #: Unfinished runs that a client may have of a program whose time is not known: one that computes, and the next, so that
 #: the devices have work until the end of the first is known here.
 _MAX_UNKNOWN = 2
@@ -219,6 +223,11 @@ class Lane:
     busy_until: float = 0.0
     totals: Totals = field(default_factory=Totals)
     num_admitted: int = 0
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether several clients that are there have asked for runs."""
+        return len(self.totals.usage) > 1
 
     def unfinished_seconds(self, now: float) -> float:
         """Returns the device time that should be left of what is admitted."""
@@ -450,7 +459,7 @@ class Admission:
     def wake_time(self, now: float) -> float | None:
         """Returns when something may be decided that cannot be now, if nothing happens until then."""
         times = [
-            lane.busy_until - self.window
+            lane.busy_until - self._window_of(lane)
             for lane in self.lanes.values()
             if lane.queues and not self._has_room(lane, now)
         ]
@@ -602,10 +611,13 @@ class Admission:
         is_alone = len(lane.queues) == 1
         if num_unfinished >= (_MAX_UNKNOWN if is_alone else 1) and not run.program.is_known(lane.devices):
             return False
-        return seconds <= _WINDOWS_OF_CLIENT * self.window
+        return seconds <= (_WINDOWS_OF_CLIENT if lane.is_shared else _WINDOWS_ALONE) * self.window
+
+    def _window_of(self, lane: Lane) -> float:
+        return self.window if lane.is_shared else _WINDOWS_ALONE * self.window
 
     def _has_room(self, lane: Lane, now: float) -> bool:
-        return lane.unfinished_seconds(now) <= self.window
+        return lane.unfinished_seconds(now) <= self._window_of(lane)
 
     def _have_room(self, run: HeldRun, now: float) -> bool:
         return all(self._has_room(lane, now) for lane in run.lanes)

@@ -27,6 +27,8 @@ from torchways.island.policy import (
 from torchways.island.state import SchedulerState
 
 WINDOW = 0.005
+#: What is admitted while one client alone uses the devices.
+ALONE = 50 * WINDOW
 
 
 class Cluster:
@@ -319,10 +321,27 @@ def test_shares_are_within_one_computation_of_ideal(weights, lengths, late):
             begin, lambda c=client, p=program: flood(cluster, c, p, lengths[c - 1], until=1.5, ahead=int(0.02 / 0.0003))
         )
     cluster.go(1.5)
+    begin = late + ALONE + 0.05 if late and len(weights) == 2 else late + 0.05
     for until in (0.8, 1.1, 1.5):
-        passes = [device_time(cluster, c, late + 0.05, until) / weights[c - 1] for c in clients]
+        passes = [device_time(cluster, c, begin, until) / weights[c - 1] for c in clients]
         slack = max((2 * lengths[c - 1] + WINDOW) / weights[c - 1] for c in clients)
         assert max(passes) - min(passes) <= 2 * slack
+
+
+def test_while_a_client_is_alone_more_is_admitted():
+    cluster = Cluster(["a"])
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    alone, other = cluster.program(1, 0, "a"), cluster.program(2, 0, "a")
+    admitted = lambda: len(cluster.admitted[0]) - len(cluster.computed)  # noqa: E731
+    flood(cluster, 1, alone, 0.01, until=2.0, ahead=64)
+    cluster.go(1.0)
+    assert ALONE <= 0.01 * admitted() <= ALONE + 0.02
+    cluster.at(1.0, lambda: cluster.run(other, 2 * 10**6, 0.01))
+    cluster.go(2.0)
+    [start] = [start for start, _, _, run_id in cluster.computed if run_id == 2 * 10**6]
+    assert start <= 1.0 + ALONE + 0.02
+    assert 0.01 * admitted() <= WINDOW + 0.02  # the other may come again
 
 
 def test_with_ageing_nobody_starves():
@@ -347,7 +366,7 @@ def test_a_client_that_runs_ahead_does_not_age():
     cluster.at(15.0, lambda: flood(cluster, 1, mine, 0.2, until=40.0, ahead=1))
     cluster.go(40.0)
     starts = [start for start, _, _, run_id in cluster.computed if run_id // 10**6 == 1]
-    assert starts[0] - 15.0 < 0.21
+    assert starts[0] - 15.0 < 0.21 + ALONE  # what was admitted while the other was alone
     assert device_time(cluster, 1, 15.5, 40.0) >= 0.49 * 24.5  # every other run: it asks for one at a time
     assert len(starts) > 40
 

@@ -34,6 +34,15 @@ class Island:
                 part = PartId(client, self.slices[client, executor])
                 self.handle(core.ProgramLoaded(executor_id=executor, part=part, failure=None))
 
+    def share(self):
+        """Each client has a run that ends at once: no longer is one of them alone."""
+        for client, executor in self.slices:
+            self.run(client, 100 + client, executor)
+            self.end(client, 100 + client, executor)
+        self.held_for.clear()
+        for program in self.scheduler.programs.values():
+            program.times.seconds.clear()
+
     def handle(self, event, now=None):
         self.now = self.now if now is None else now
         asked = []
@@ -59,6 +68,7 @@ class Island:
 
 def test_room_a_turn_and_earlier_runs():
     island = Island("a")
+    island.share()
     island.run(1, 11, "a")
     for run_id in (12, 13):
         island.run(1, run_id, "a")
@@ -73,6 +83,7 @@ def test_room_a_turn_and_earlier_runs():
 
 def test_a_clients_runs_that_do_not_end():
     island = Island("a")
+    island.share()
     island.scheduler.programs[1].times.measured(("a",), RUN_SECONDS)
     for number in range(8):
         island.run(1, number + 1, "a", now=RUN_SECONDS * number)
