@@ -292,9 +292,9 @@ class Engine:
         poll, idle_since = _POLL_SECONDS[0], 0.0
         while True:
             try:
-                busy = self.runtime.progress()
                 can_launch = bool(self._launches) and self._launch_some()
                 self._give_out()
+                busy = self.runtime.progress()  # of what was just launched, too: nothing else asks when it has ended
                 timeout = self._idle_seconds()
                 if can_launch:
                     timeout = 0
