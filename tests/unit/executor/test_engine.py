@@ -91,6 +91,28 @@ class WithRoom(Idle):
         return buffer
 
 
+class Asked(WithRoom):
+    """A runtime that tells of no end that it is not asked for after the launch, as torch-xla; it has room for four."""
+
+    def __init__(self):
+        super().__init__()
+        self.give_room(4)
+        self.waiting = []
+
+    def execute(self, executable, inputs, key):
+        self.waiting.append(lambda: self.give_room(1))
+        return super().execute(executable, inputs, key)
+
+    def on_ready(self, buffers, callback):
+        self.waiting.append(callback)
+
+    def progress(self):
+        waiting, self.waiting = self.waiting, []
+        for callback in waiting:
+            threading.Timer(0.01, callback).start()
+        return False
+
+
 class Hashable(SimpleNamespace):
     """As a task is: by its identity."""
 
@@ -100,8 +122,8 @@ class Hashable(SimpleNamespace):
 class Launching:
     """An engine, and units of computations in a chain for it."""
 
-    def __init__(self, gang=""):
-        self.runtime = WithRoom()
+    def __init__(self, gang="", runtime=None):
+        self.runtime = runtime or WithRoom()
         self.engine = Engine(
             "i0.e1", self.runtime, 1, "127.0.0.1", lambda reported: None, link_key=bytes(32), gang=gang
         )
@@ -163,6 +185,13 @@ def test_what_comes_while_computations_wait_for_room_is_done_before_them():
     assert runtime.started == [*(f"1.1.0.{number}" for number in range(5)), "2.1.0.0"]
     assert launching.on_thread(launching.engine.num_entries)["launches"] == 0
     assert launching.on_thread(launching.engine.num_entries)["filling"] == 0
+
+
+def test_ends_of_what_waited_for_room_are_asked_for(monkeypatch):
+    monkeypatch.setattr(Engine, "_idle_seconds", lambda self: None)  # nothing wakes it but what comes
+    launching = Launching(runtime=Asked())
+    _, target = launching.unit(1, Cell(scheduled=True, buffer=torch.tensor(0.0)), 30)
+    assert launching.read(target).get(timeout=30) == 30.0
 
 
 def test_computations_of_a_cancelled_run_that_wait_for_room_are_left_out():
