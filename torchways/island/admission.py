@@ -12,7 +12,7 @@ what waits for anything but the devices (values from elsewhere, memory, its prog
 out. A client may have a few windows of work admitted that has not ended, and no more.
 
 Of a program of which no run has ended on a lane, a client may have one unfinished run there while others wait for the
-lane, and two while it is alone: such a run may take any time, and all who come later wait behind it.
+lane, and two while none does: such a run may take any time, and all who come later wait behind it.
 
 Runs that span islands are admitted in one order on all of them (cluster/run_order.py): a run whose turn has come is
 *asked* for, and is admitted when its order comes, whatever has been admitted meanwhile. What its client sent behind it
@@ -608,10 +608,10 @@ class Admission:
                     break
                 seconds += lane.pending(item).seconds
                 num_unfinished += item.program is run.program
-        is_alone = len(lane.queues) == 1
-        if num_unfinished >= (_MAX_UNKNOWN if is_alone else 1) and not run.program.is_known(lane.devices):
+        others_wait = len(lane.queues) > 1
+        if num_unfinished >= (1 if others_wait else _MAX_UNKNOWN) and not run.program.is_known(lane.devices):
             return False
-        return seconds <= (_WINDOWS_OF_CLIENT if lane.is_shared else _WINDOWS_ALONE) * self.window
+        return seconds <= max(_WINDOWS_OF_CLIENT * self.window, self._window_of(lane))
 
     def _window_of(self, lane: Lane) -> float:
         return self.window if lane.is_shared else _WINDOWS_ALONE * self.window
