@@ -198,8 +198,6 @@ class Engine:
         self._starved_since = 0.0
         #: Monotonic, of the last launch or value that was placed, and when memory was given back.
         self._used_memory = self._gave_memory_back = time.monotonic()
-        #: An event is being handled: its commands come before what they lead to.
-        self._handling = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -289,12 +287,17 @@ class Engine:
     # ---- the thread
 
     def _run(self) -> None:
+        """Takes items, and does what they lead to, in this order: launches ask to be told of their ends, sends go out.
+
+        Nothing of this takes a further item, but puts it into the inbox: then there is no wait before it is taken, and
+        nothing that it leads to is left lying during one.
+        """
         poll, idle_since = _POLL_SECONDS[0], 0.0
         while True:
             try:
                 can_launch = bool(self._launches) and self._launch_some()
+                busy = self.runtime.progress()
                 self._give_out()
-                busy = self.runtime.progress()  # of what was just launched, too: nothing else asks when it has ended
                 timeout = self._idle_seconds()
                 if can_launch:
                     timeout = 0
@@ -334,7 +337,8 @@ class Engine:
         self._stalls_checked = now
         for line in self.stalls.check(self.core, now):
             logger.warning("%s", line)
-        self._check_fetches(now)
+        if self._fetches:
+            self.call(functools.partial(self._check_fetches, now))
 
     def _check_fetches(self, now: float) -> None:
         """Ends fetches that have waited for long for what nothing makes."""
@@ -387,13 +391,6 @@ class Engine:
             self._gave_memory_back = now
             heap.give_back()
 
-    def _soon(self, item: events.Event | Callable[[], None]) -> None:
-        """Takes an item at once on the engine's thread, where no event is being handled; else queues it."""
-        if self._handling or threading.get_ident() != self._thread.ident:
-            self.inbox.put(item)
-        else:
-            self._take(item)
-
     def _take(self, item: events.Event | Callable[[], None]) -> None:
         if callable(item):
             item()
@@ -403,7 +400,6 @@ class Engine:
     def _handle(self, event: events.Event) -> None:
         if isinstance(event, events.RunEnqueued):
             self._connect(event.part)
-        outer, self._handling = self._handling, True
         for command in self.core.handle(event):
             match command:
                 case events.Execute():
@@ -437,7 +433,6 @@ class Engine:
                     self._report_later(unit_passed=pb.UnitPassed(**_ids(command.run), unit=command.unit))
                 case events.ReportIdle():
                     self._report_later(idle=pb.Idle(epoch=command.epoch))
-        self._handling = outer
 
     def _report_later(self, **event: Any) -> None:
         self._events.append(pb.ExecutorEvent(**event))
@@ -660,7 +655,7 @@ class Engine:
             left, last = left - 1, max(last, ended)
             if left == 0:
                 self._note_computed(task, issued, last)
-                self._soon(events.UnitFinished(task=task, failure=failure))
+                self._handle(events.UnitFinished(task=task, failure=failure))
 
         # Some call back on a thread of the runtime's, others at once: the inbox keeps the order of their ends.
         for buffers in leaves:
@@ -701,17 +696,20 @@ class Engine:
         peers = task.run.program.routes.targets[edge]
 
         left = len(peers)
-        started = sent_bytes = 0
+        started = last = sent_bytes = 0
         failures: list[Failure] = []
 
-        def sent(failure: Failure | None) -> None:
-            nonlocal left
-            left -= 1
+        def ended(failure: Failure | None, now: int) -> None:
+            nonlocal left, last
+            left, last = left - 1, max(last, now)
             failures.extend([failure] if failure is not None else [])
             if left == 0:
                 name = f"send edge {edge} to {', '.join(peers)}"
-                self.spans.note("send", name, started, time.time_ns(), run_id, edge_id=edge, sent_bytes=sent_bytes)
-                self._soon(events.UnitFinished(task=task, failure=lowest(failures)))
+                self.spans.note("send", name, started, last, run_id, edge_id=edge, sent_bytes=sent_bytes)
+                self._handle(events.UnitFinished(task=task, failure=lowest(failures)))
+
+        def sent(failure: Failure | None) -> None:
+            self.call(functools.partial(ended, failure, time.time_ns()))  # on the thread of each peer's link
 
         def send(value: torch.Tensor | Failure) -> None:
             nonlocal started, sent_bytes
@@ -757,7 +755,7 @@ class Engine:
                     self.reducer.give(peer, run_id, edge, result)
                 for number, member in enumerate(local.tasks):
                     own = total if number == 0 or total is None else total.clone()
-                    self._soon(events.Reduced(task=member, data=own, failure=failure))
+                    self.post(events.Reduced(task=member, data=own, failure=failure))
 
             members = tuple(dict.fromkeys(route.members))
             self.reducer.start(run_id, edge, members, local.total, spec.shape, spec.torch_dtype, done)
@@ -784,7 +782,7 @@ class Engine:
             if cell.failure is not None:
                 take(cell.failure)
                 return
-            self.runtime.on_ready([cell.buffer], lambda: self._soon(lambda: take(self._on_host(cell.buffer))))
+            self.runtime.on_ready([cell.buffer], lambda: self.call(lambda: take(self._on_host(cell.buffer))))
 
         self._when_filled(cell, filled)
 
@@ -806,7 +804,7 @@ class Engine:
         on_fetched, cell = self._fetches.pop(command.fetch_id).on_fetched, command.cell
 
         def end() -> None:
-            self._soon(events.FetchEnded(cell=cell))
+            self.post(events.FetchEnded(cell=cell))
 
         def filled() -> None:
             if cell.failure is not None:
@@ -814,7 +812,7 @@ class Engine:
                 end()
                 return
             self.runtime.on_ready(
-                [cell.buffer], lambda: self._soon(lambda: on_fetched(Fetched(cell.buffer, self._on_host, end)))
+                [cell.buffer], lambda: self.call(lambda: on_fetched(Fetched(cell.buffer, self._on_host, end)))
             )
 
         self._when_filled(cell, filled)
@@ -826,7 +824,7 @@ class Engine:
         now = time.time_ns()
         self.spans.note("receive", f"receive edge {edge_id}", now, now, run_id, edge_id=edge_id)
         data, failure = (None, value) if isinstance(value, Failure) else (value, None)
-        self._soon(events.TransferArrived(peer=peer, run_id=run_id, edge_id=edge_id, data=data, failure=failure))
+        self.post(events.TransferArrived(peer=peer, run_id=run_id, edge_id=edge_id, data=data, failure=failure))
 
     def _on_lost(self, peer: str, reason: str) -> None:
         failure = self.failure("ExecutorLost", f"executor {peer} is lost, or the link to it: {reason}")

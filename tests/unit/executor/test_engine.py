@@ -14,6 +14,7 @@ from torchways.executor.events import Execute
 from torchways.executor.runs import Cell
 from torchways.ids import BufferId, PartId, client_range, owner
 from torchways.ir.part import ComputeInstruction
+from torchways.rpc.torchways_pb2 import Idle as IdleMessage
 
 
 class Idle:
@@ -113,6 +114,23 @@ class Asked(WithRoom):
         return False
 
 
+class Ended(WithRoom):
+    """A runtime whose computations have ended when it is asked: it calls back in `progress`, as torch-xla may."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = []
+
+    def on_ready(self, buffers, callback):
+        self.waiting.append(callback)
+
+    def progress(self):
+        waiting, self.waiting = self.waiting, []
+        for callback in waiting:
+            callback()
+        return False
+
+
 class Hashable(SimpleNamespace):
     """As a task is: by its identity."""
 
@@ -124,9 +142,8 @@ class Launching:
 
     def __init__(self, gang="", runtime=None):
         self.runtime = runtime or WithRoom()
-        self.engine = Engine(
-            "i0.e1", self.runtime, 1, "127.0.0.1", lambda reported: None, link_key=bytes(32), gang=gang
-        )
+        self.reported = queue.Queue()
+        self.engine = Engine("i0.e1", self.runtime, 1, "127.0.0.1", self.reported.put, link_key=bytes(32), gang=gang)
         self.ended = []
         self.on_thread(lambda: setattr(self.engine.core, "handle", self.handle))
 
@@ -192,6 +209,19 @@ def test_ends_of_what_waited_for_room_are_asked_for(monkeypatch):
     launching = Launching(runtime=Asked())
     _, target = launching.unit(1, Cell(scheduled=True, buffer=torch.tensor(0.0)), 30)
     assert launching.read(target).get(timeout=30) == 30.0
+
+
+def test_what_an_end_leads_to_goes_out_at_once(monkeypatch):
+    monkeypatch.setattr(Engine, "_idle_seconds", lambda self: None)  # nothing wakes it but what comes
+    launching = Launching(runtime=Ended())
+    engine = launching.engine
+    cell = Cell(scheduled=True, buffer=torch.tensor(5.0))
+
+    def send(value):
+        engine._report_later(idle=IdleMessage(epoch=int(value)))
+
+    launching.on_thread(lambda: engine._when_on_host(cell, send))
+    assert [event.idle.epoch for event in launching.reported.get(timeout=30)] == [5]
 
 
 def test_computations_of_a_cancelled_run_that_wait_for_room_are_left_out():
