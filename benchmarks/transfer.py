@@ -133,14 +133,16 @@ def draw(results: dict[str, Any]) -> Axes:
         rows = results["bandwidth"]
         key = f"{kind.replace(' ', '_')}_gb_per_s"
         right.plot([r["bytes"] for r in rows], [r[key] for r in rows], "o-", label=kind)
-    left.set_ylabel("microseconds, one way")
-    right.set_ylabel("GB/s")
-    for axes in (left, right):
-        axes.set_xscale("log", base=2)
+    for axes, name, label in ((left, "latency", "microseconds, one way"), (right, "bandwidth", "GB/s")):
+        if not results[name]:  # of these sizes
+            axes.set_axis_off()
+            continue
+        axes.set_ylabel(label)
         axes.set_xlabel("bytes")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log" if axes is left else "linear")
         axes.grid(True, alpha=0.3)
         axes.legend()
-    left.set_yscale("log")
     shown: Axes = left
     return shown
 

@@ -389,6 +389,7 @@ class Engine:
         used, gave_back = self._used_memory, self._gave_memory_back
         if used > gave_back and now > min(used + _IDLE_SECONDS, gave_back + _KEPT_SECONDS):
             self._gave_memory_back = now
+            self.data_plane.give_memory_back()
             heap.give_back()
 
     def _take(self, item: events.Event | Callable[[], None]) -> None:

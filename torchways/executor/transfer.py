@@ -14,6 +14,7 @@ import psutil
 import torch
 
 from torchways.errors import AccessDenied, Failure
+from torchways.executor.received_memory import ReceivedMemory
 from torchways.ids import ClientId, RunId
 from torchways.link.connection import Frame
 from torchways.link.frames import FrameError, Header, Limits
@@ -95,6 +96,7 @@ class DataPlane:
         #: When each was opened, monotonic seconds.
         self._opened: dict[Link, float] = {}
         self._me = executor_id
+        self._memory = ReceivedMemory()
 
     def checked_address(self, peer: str, signed: str) -> str:
         """Returns the address in a peer's signed one, as a client sent it.
@@ -138,6 +140,10 @@ class DataPlane:
         for link in self._links.values():
             link.flush()
 
+    def give_memory_back(self) -> None:
+        """Gives what is kept for values to come back to the kernel."""
+        self._memory.clear()
+
     def _open_anew(self, peer: str, number: int) -> None:
         """Takes the link that a peer has opened in place of one that this end has taken for whole."""
         link = self._links.get(peer)
@@ -177,7 +183,7 @@ class DataPlane:
 
     def allocate(self, size: int) -> tuple[torch.Tensor, memoryview]:
         """See `Receiver`."""
-        value = torch.empty(size, dtype=torch.uint8)
+        value = self._memory.take(size)
         return value, value.numpy().data
 
     def on_frame(self, peer: str, header: Header, payload: bytearray | torch.Tensor) -> None:
