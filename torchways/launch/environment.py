@@ -78,9 +78,8 @@ def executor_environment(
     environment.setdefault("MALLOC_MMAP_THRESHOLD_", str(1 << 32))
     environment.setdefault("MALLOC_TRIM_THRESHOLD_", str(1 << 32))
     # XLA's threads allocate for each of their computations. With one arena for all they waited for its lock: training
-    # steps on four devices took up to 1.4 times as long. (Blocks that are too large for a thread's arena, of 64 MB, do
-    # go back to the kernel. Huge pages make it cheaper to take them anew: a transfer of 64 MB has 1.3 GB/s instead of
-    # 3.0.)
+    # steps on four devices took up to 1.4 times as long. Blocks that are too large for a thread's arena, of 64 MB, go
+    # back to the kernel: huge pages make it cheaper to take them anew.
     environment.setdefault("MALLOC_ARENA_MAX", "16")
     environment.setdefault("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1")
     if platform == "tpu":
