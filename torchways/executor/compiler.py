@@ -18,9 +18,10 @@ import time
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from torchways.errors import CaptureError, Failure, failure_from
+from torchways.executor.failures import Failures
 from torchways.executor.plan import Unit
 from torchways.ir.part import ComputeInstruction, Slot
 from torchways.ir.program import Function
@@ -49,15 +50,6 @@ class Call:
     is_leaf: bool
 
 
-class MakeFailure(Protocol):
-    """`Engine.failure`."""
-
-    def __call__(
-        self, kind: str, message: str, error: BaseException | None = None, function: str = "", source: str = ""
-    ) -> Failure:
-        """Returns a failure of this process."""
-
-
 class Compiler:
     """See the module's docstring.
 
@@ -71,7 +63,7 @@ class Compiler:
         seconds: time spent on that.
     """
 
-    def __init__(self, runtime: Runtime, on_device: OnDevice, failure: MakeFailure) -> None:
+    def __init__(self, runtime: Runtime, on_device: OnDevice, failure: Failures) -> None:
         self._runtime = runtime
         self._on_device = on_device
         self._failure = failure

@@ -12,6 +12,7 @@ import torch
 from torchways.errors import Failure, UserError
 from torchways.executor.checks import check_spec
 from torchways.executor.events import BufferPut
+from torchways.executor.failures import Failures
 from torchways.ids import BufferId, ClientId, SliceId
 from torchways.rpc import torchways_pb2 as pb
 from torchways.rpc.identity import check_owner
@@ -92,6 +93,14 @@ def to_device(runtime: Runtime, data: pb.HostValue | torch.Tensor | int, spec: B
     if data.WhichOneof("content") == "fill":
         return runtime.fill(spec, data.fill)
     return runtime.put(_typed(_bytes_tensor(data.data), spec), spec)
+
+
+def to_host(runtime: Runtime, buffer: Any, failure: Failures) -> torch.Tensor | Failure:
+    """Returns a computed buffer as a CPU tensor, which may be its own memory, or why it cannot be read."""
+    try:
+        return runtime.to_host(buffer)
+    except Exception as error:
+        return failure("RemoteError", f"a value could not be read from its devices: {error}", error)
 
 
 def as_sent(value: torch.Tensor | Failure) -> torch.Tensor | Failure:

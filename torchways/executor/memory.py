@@ -7,7 +7,8 @@ always begin.
 What one client's values and runs take may have a limit of its own. A client that has reached it holds up its own runs
 and values only, until it gives something back.
 
-Pure: it counts bytes. The core (state.py) decides what happens to a task or value that has no room.
+Pure: it counts bytes, and says what has waited in vain. The core (state.py) decides what happens to such tasks, values
+and runs.
 """
 
 from __future__ import annotations
@@ -138,6 +139,40 @@ class Memory:
         """Returns a key that sorts by the order of runs, then by that of the program."""
         run = self.run_of(taker)
         return (run.sequence if run is not None else 0, taker.unit.position if isinstance(taker, Task) else -1)
+
+    # ---- what waits in vain
+
+    def why_never(self, taker: Taker) -> str:
+        """Returns why a task or value will never have room; "" if it may."""
+        need = self.need_bytes(taker)
+        if need <= self.limit_bytes:
+            return ""
+        whose = "the whole budget" if self.limit_bytes == self.budget_bytes else "what one client may have"
+        return f"it needs {need:,} bytes a device at once, and {whose} is {self.limit_bytes:,} bytes"
+
+    def stalled_at_limits(self, seconds: float, now_ns: int) -> list[tuple[Run | Taker, str]]:
+        """Returns what waits for its own client to give something back if that has long not happened, and why."""
+        found: dict[Run | Taker, str] = {}
+        for item in filter(self.is_at_limit, self.starved):
+            run = self.run_of(item)
+            client_id = item.cell.client_id if isinstance(item, Placing) else item.run.client_id
+            if self.may_get_back(client_id) or (run is not None and now_ns - run.came_ns < seconds * 1e9):
+                continue
+            need = item.need_bytes if run is None else run.reserved_bytes
+            found[item if run is None else run] = (
+                f"it waited {seconds:g} s for {need:,} bytes a device while its client has "
+                f"{self.used_by_client[client_id]:,} of the {self.client_bytes:,} that this cluster allows one client; "
+                "drop arrays that you no longer need"
+            )
+        return list(found.items())
+
+    def stalled(self, seconds: float, now_ns: int) -> list[Taker]:
+        """Returns what to refuse when nothing runs that could make room, though it will not be too large for ever."""
+        starved = [item for item in self.starved if not self.is_at_limit(item)]
+        # All values of no run that have waited so long: to refuse one makes no room for another.
+        values = [item for item in starved if isinstance(item, Placing) and self.run_of(item) is None]
+        long: list[Taker] = [item for item in values if now_ns - item.came_ns >= seconds * 1e9]
+        return long or ([min(starved, key=self.priority)] if starved else [])
 
     # ---- bytes in use
 

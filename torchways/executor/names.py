@@ -37,10 +37,6 @@ class Names:
         self._gone_clients: dict[ClientId, None] = {}
         self._gone_slices: dict[SliceId, None] = {}
 
-    def reason_gone(self, buffer_id: BufferId) -> str:
-        """Returns why a buffer is gone, as the end of a sentence; "" if it is not known to be."""
-        return self._gone.get(buffer_id, "")
-
     def owner_of(self, cell: Cell) -> ClientId:
         """Returns the client that can name a cell; 0: none can."""
         named = (*self.cells.items(), *self._expected.items())
@@ -65,6 +61,16 @@ class Names:
                 return Cell(scheduled=True, failure=self.client_gone())
             cell = self.cells[buffer_id] = Cell(holders=1, names=1, awaits_put=True, client_id=owner(buffer_id))
         return cell
+
+    def find_for_fetch(self, buffer_id: BufferId) -> Cell:
+        """Returns the cell that a read is for: an empty one if nobody has made it yet, a poisoned one if it is gone."""
+        if reason := self._gone.get(buffer_id):
+            message = (
+                f"the array's buffer {reason}; read an array before the program that replaces it runs, or keep what "
+                "the program returns"
+            )
+            return Cell(scheduled=True, failure=self._failure("UserError", message))
+        return self.find(buffer_id)
 
     def give(self, buffer_id: BufferId, cell: Cell) -> None:
         """Names a cell; reads and runs that overtook the run that makes it wait for it from now on."""

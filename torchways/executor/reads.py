@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 import torch
 
 from torchways.errors import Failure, failure_from
-from torchways.executor.engine import Engine, Fetched
+from torchways.executor.engine import Engine
+from torchways.executor.fetches import Fetched
 from torchways.ids import BufferId, ClientId
 from torchways.link.handshake import HandshakeError
 from torchways.link.stream import Stream

@@ -27,10 +27,12 @@ import torch
 from torchways.errors import Failure, TorchwaysError, UserError, failure_from
 from torchways.executor import checkpoint_files, events
 from torchways.executor.checkpoint_writer import CheckpointWriter
-from torchways.executor.engine import Engine, Fetched
+from torchways.executor.engine import Engine
+from torchways.executor.fetches import Fetched
 from torchways.executor.host_values import checked_put, checked_spec, put_event
 from torchways.executor.local_values import LocalValues
 from torchways.executor.reads import Reads
+from torchways.executor.stalls import waiting_for
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.link.stream import Stream, StreamServer
 from torchways.observability.process import die_with_parent, precise_timers, setup_process
@@ -114,7 +116,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 failure = convert.failure_from_proto(cancel.failure)
                 engine.post(events.RunCancelled(run=run, failure=failure))
             case "held_runs":
-                engine.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
+                engine.fetches.clients_with_held_runs = {ClientId(c) for c in command.held_runs.client_ids}
             case "grant":
                 run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                 held_for = command.grant.held_for
@@ -274,7 +276,7 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
             num_compiled=self.engine.compiler.num_compiled,
             compile_seconds=self.engine.compiler.seconds,
             fallback_counters=self.engine.runtime.fallback_counters(),
-            waiting_for=state.waiting_for(asking)[:_MAX_WAITING_FOR],
+            waiting_for=waiting_for(state, asking)[:_MAX_WAITING_FOR],
             budget_bytes=state.memory.budget_bytes,
             used_bytes=state.memory.used_bytes,
             stalls=[line for client_id, line in self.engine.stalls.lines() if asking in (0, client_id)],

@@ -130,6 +130,38 @@ class Stalls:
         return ""
 
 
+def waiting_for(state: ExecutorState, client_id: int = 0) -> list[str]:
+    """Returns, for people, what each run in flight waits for: those of a client, or (0) of all."""
+    memory = state.memory
+    lines = [
+        f"{item} waits for {item.need_bytes:,} bytes of device memory: {memory.used_bytes:,} of "
+        f"{memory.budget_bytes:,} are used"
+        for item in memory.starved
+        if client_id in (0, _owner_of(state, item))
+    ]
+    for run in state.runs.values():
+        if client_id not in (0, owner(run.run_id)):
+            continue
+        if not run.known.is_compiled:
+            lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
+            continue
+        empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.scheduled]
+        receives, ungranted = state.mailbox.edges_of(run.run_id), state.grants.units_of(run.part)
+        lines.append(
+            f"run {run.run_id} of {run.program.name}: {run.units_left} units left; empty slots {empty[:8]}; "
+            f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
+        )
+    return lines
+
+
+def _owner_of(state: ExecutorState, item: Taker) -> ClientId:
+    """Returns whose a task or value is; 0 if a value has no name any more."""
+    if isinstance(item, Task):
+        return owner(item.run.run_id)
+    payer = item.cell.payer
+    return owner(payer.run_id) if payer is not None else state.names.owner_of(item.cell)
+
+
 def action_text(task: Task, schedules: Mapping[int, str]) -> str:
     """Returns what a computation is of a pipeline's schedule, for people; "" where it is of none.
 

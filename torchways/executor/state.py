@@ -19,18 +19,18 @@ when its turn comes, whether it has arrived or not.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, assert_never
 
 from torchways.errors import Failure
-from torchways.executor.broken import BrokenLinks
+from torchways.executor.agenda import Agenda
+from torchways.executor.binding import bind, refusal
+from torchways.executor.cells import Cells
 from torchways.executor.events import (
     BufferPut,
     BuffersDropped,
     ClientDropped,
     Command,
-    Compile,
-    Deliver,
     Event,
     Execute,
     FetchCancelled,
@@ -47,7 +47,6 @@ from torchways.executor.events import (
     Reduce,
     Reduced,
     ReportEnded,
-    ReportLoaded,
     ReportReady,
     RunCancelled,
     RunEnqueued,
@@ -56,24 +55,22 @@ from torchways.executor.events import (
     TransferArrived,
     UnitFinished,
     UnitGranted,
-    Unload,
 )
+from torchways.executor.failures import Failures
 from torchways.executor.grants import Grants
 from torchways.executor.mailbox import Mailbox
 from torchways.executor.memory import Memory, Taker
 from torchways.executor.names import Names
-from torchways.executor.plan import LoadedProgram
-from torchways.executor.runs import Cell, KnownProgram, Placing, Run, Task, lowest
-from torchways.ids import BufferId, ClientId, PartId, RunId, RunPart, SliceId, owner
-from torchways.ir.part import NO_BUFFER, ComputeInstruction, ReceiveInstruction, SendInstruction
+from torchways.executor.programs import Programs
+from torchways.executor.runs import Cell, Placing, Run, Task, lowest
+from torchways.ids import BufferId, ClientId, RunId, RunPart, SliceId, owner
+from torchways.ir.part import ComputeInstruction, ReceiveInstruction, SendInstruction
 
 #: Ids of dropped buffers that are remembered, to tell "gone" from "not there yet".
 _MAX_REMEMBERED = 200_000
 #: Values of a client that may wait for memory on the devices, and their bytes.
 _MAX_WAITING, _MAX_WAITING_BYTES = 10_000, 1 << 30
 _TAKEN = "was an argument of one call"
-#: What may be kept of a client's values that came before the runs that they are for; what is above has a place at once.
-_MAX_KEPT_BYTES = 1 << 30
 
 
 class ExecutorState:
@@ -96,25 +93,20 @@ class ExecutorState:
         gang: str = "",
         max_remembered: int = _MAX_REMEMBERED,
     ) -> None:
-        self._executor_id = executor_id
+        self._failure = Failures(executor_id)
         #: Runs that are not over, in their order.
         self.runs: dict[RunPart, Run] = {}
         self.memory = Memory(budget_bytes, self.runs, client_bytes)
         self.names = Names(self._failure, max_remembered)
-        #: Those that were dropped stay until their last run is over.
-        self.programs: dict[PartId, KnownProgram] = {}
         self.grants = Grants(gang)
+        self.mailbox = Mailbox()
+        self._agenda = Agenda()
+        self._cells = Cells(self._agenda, self.memory, self.names)
+        self.programs = Programs(self._agenda, self._cells)
         #: Of each client, the newest run that has come.
         self.newest_runs: dict[ClientId, RunId] = {}
-        self._mailbox = Mailbox()
         #: Computations and sends that have not ended; while there are some, memory may yet be freed.
         self._in_flight = 0
-        self._commands: list[Command] = []
-        self._ready: list[Taker] = []
-        #: Bytes of values that wait for the runs that they are for, by client.
-        self._kept_bytes: dict[ClientId, int] = {}
-        #: The cells that fetches wait for.
-        self._fetching: dict[int, Cell] = {}
 
     def handle(self, event: Event) -> list[Command]:
         """Takes an event; returns what to do, in order."""
@@ -135,24 +127,23 @@ class ExecutorState:
                 self._issue_granted()
             case GrantsNeeded():
                 commands, freed = self.grants.set_needed(event.needed, event.epoch)
-                self._commands += commands
-                self._ready += freed
+                self._agenda.commands += commands
+                self._agenda.ready += freed
             case FetchRequested():
-                self._fetch(event)
+                self._cells.fetch(event)
             case FetchCancelled():
-                self._cancel_fetch(event.fetch_id)
+                self._cells.cancel_fetch(event.fetch_id)
             case FetchEnded():
-                self._end_reader(event.cell)
-                self._let_go(event.cell)
+                self._cells.end_fetch(event.cell)
             case BufferPut():
                 self._put(event)
             case BuffersDropped():
                 for buffer_id in event.buffer_ids:
-                    self._drop(buffer_id, "was released")
+                    self._cells.drop(buffer_id, "was released")
             case ProgramArrived():
-                self._take_program(event.program)
+                self.programs.take(event.program)
             case ProgramCompiled():
-                self._program_compiled(event)
+                self.programs.compiled(event)
             case PeerLost():
                 self._lose(event.peer, self.newest_runs, event.failure)
             case PeerReopened():
@@ -160,7 +151,7 @@ class ExecutorState:
                 self._lose(event.peer, known, event.failure)
             case ProgramDropped():
                 program_id = event.program_id
-                self._drop_programs(lambda part: part.program_id == program_id)
+                self.programs.drop(lambda part: part.program_id == program_id)
             case SliceDropped():
                 self._drop_slice(event.slice_id)
             case ClientDropped():
@@ -169,128 +160,59 @@ class ExecutorState:
                 self._memory_stalled(event.seconds, event.time_ns)
             case _:
                 assert_never(event)
-        if self._ready:
+        if self._agenda.ready:
             self._issue_ready()
-        commands, self._commands = self._commands, []
-        return commands
-
-    @property
-    def broken(self) -> BrokenLinks:
-        """Which runs exchange no values with which peers."""
-        return self._mailbox.broken
+        return self._agenda.take_commands()
 
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has: one that grows with the number of runs leaks."""
+        holders = (self, self.memory, self.names, self.grants, self.mailbox, self.programs, self._cells, self._agenda)
         return {
             name.strip("_"): len(value)
-            for holder in (self, self.memory, self.names, self.grants, self._mailbox)
+            for holder in holders
             for name, value in vars(holder).items()
             if isinstance(value, dict | list | deque | set)
         }
 
-    def waiting_for(self, client_id: int = 0) -> list[str]:
-        """Returns, for people, what each run in flight waits for: those of a client, or (0) of all."""
-        memory = self.memory
-        lines = [
-            f"{item} waits for {item.need_bytes:,} bytes of device memory: {memory.used_bytes:,} of "
-            f"{memory.budget_bytes:,} are used"
-            for item in memory.starved
-            if client_id in (0, self._owner_of(item))
-        ]
-        for run in self.runs.values():
-            if client_id not in (0, owner(run.run_id)):
-                continue
-            if not run.known.is_compiled:
-                lines.append(f"run {run.run_id} of {run.program.name}: its compilation")
-                continue
-            empty = [slot for slot, cell in enumerate(run.cells) if cell is not None and not cell.scheduled]
-            receives, ungranted = self._mailbox.edges_of(run.run_id), self.grants.units_of(run.part)
-            lines.append(
-                f"run {run.run_id} of {run.program.name}: {run.units_left} units left; empty slots {empty[:8]}; "
-                f"receives edges {receives[:8]}" + (f"; grants of units {ungranted[:8]}" if ungranted else "")
-            )
-        return lines
-
-    def _owner_of(self, item: Taker) -> ClientId:
-        """Returns whose a task or value is; 0 if a value has no name any more."""
-        if isinstance(item, Task):
-            return owner(item.run.run_id)
-        payer = item.cell.payer
-        return owner(payer.run_id) if payer is not None else self.names.owner_of(item.cell)
-
     # ---- runs
 
     def _enqueue(self, event: RunEnqueued) -> None:
-        known, part = self.programs.get(event.part), RunPart(event.run_id, event.part.slice_id)
+        known, part = self.programs.known.get(event.part), RunPart(event.run_id, event.part.slice_id)
         client_id = owner(event.run_id)
         if not self.names.is_gone(client_id):
             self.newest_runs[client_id] = max(event.run_id, self.newest_runs.get(client_id, event.run_id))
         if known is None or known.is_dropped:
             failure = self._failure("InternalError", f"run {event.run_id} names {event.part}, which is not loaded")
-            self._commands.append(ReportEnded(run=part, failure=failure))
+            self._agenda.commands.append(ReportEnded(run=part, failure=failure))
             return
         program = known.program
-        reason = _refusal(event, program)
+        reason = refusal(event, program)
         results = [BufferId(event.first_buffer_id + number) for _, number in program.results]
         if not reason and any(map(self.names.is_made, results)):
             reason = "it makes buffers that are there already"
         if reason:
             failure = self._failure("AccessDenied", f"run {event.run_id} of {program.name} is refused: {reason}")
             for buffer_id in results:
-                if owner(buffer_id) == owner(event.run_id) and not self.names.is_made(buffer_id):
-                    self._name(buffer_id, Cell(scheduled=True, failure=failure, slice_id=part.slice_id))
-            self._commands.append(ReportEnded(run=part, failure=failure))
+                if owner(buffer_id) == client_id and not self.names.is_made(buffer_id):
+                    self._cells.name(buffer_id, Cell(scheduled=True, failure=failure, slice_id=part.slice_id))
+            self._agenda.commands.append(ReportEnded(run=part, failure=failure))
             return
-        arguments = event.arguments
-        assert arguments is not None
-        sizes = program.slot_bytes
-        forms = program.slot_forms or [""] * len(sizes)
-        slice_id = part.slice_id
-        cells: list[Cell | None] = [None] * len(sizes)
-        reserved = program.peak_bytes if event.cancelled is None else 0
-        for unit in program.units:
-            for slot in unit.writes:
-                cells[slot] = Cell(
-                    sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
-                )
-        inline: list[Placing] = []
-        taken: list[BufferId] = []
-        values = iter(arguments.values)
-        for slot, buffer_id in enumerate(arguments.buffer_ids):
-            if buffer_id != NO_BUFFER:
-                cell = self.names.find(buffer_id)
-                cell.holders += 1
-                if not cell.is_charged and not cell.scheduled and cell.payer is None:  # a Put that has no place yet
-                    cell.payer = part
-                    reserved += sizes[slot]
-                    if cell.kept is not None:
-                        inline.append(cell.kept)
-                        self._forget_kept(cell)
-                        taken.append(buffer_id)
-            else:
-                cell = Cell(
-                    sizes[slot], holders=1, form=forms[slot], slice_id=slice_id, client_id=client_id, payer=part
-                )
-                inline.append(Placing(cell, Place(cell=cell, part=event.part, slot=slot, data=next(values))))
-                reserved += sizes[slot]
-            cells[slot] = cell
-        for slot, cell in known.numbers.items():
-            cell.holders += 1
-            cells[slot] = cell
+        bound = bind(event, known, self.names, self._cells)
         for slot, number in program.results:
-            result = cells[slot]
+            result = bound.cells[slot]
             assert result is not None
-            self._name(BufferId(event.first_buffer_id + number), result)
+            self._cells.name(BufferId(event.first_buffer_id + number), result)
         reads_left = dict(program.read_counts)
+        peak_bytes = program.peak_bytes if event.cancelled is None else 0
         run = Run(
             program,
             known,
             event.run_id,
             event.sequence,
-            cells,
+            bound.cells,
             reads_left,
             len(program.units),
-            reserved_bytes=max(0, reserved),
+            reserved_bytes=max(0, peak_bytes + bound.value_bytes),
             cancelled=event.cancelled,
             checks_values=event.checks_values,
             came_ns=event.time_ns,
@@ -298,23 +220,24 @@ class ExecutorState:
         self.runs[part] = run
         known.num_runs += 1
         self.memory.enqueue(run)
-        for item in inline:
-            self._try_place(item)
+        for value in bound.values:
+            self._try_place(value)
         for slot, count in program.read_counts:
-            cells[slot].readers += count  # type: ignore[union-attr]
+            run.cells[slot].readers += count  # type: ignore[union-attr]
         for slot in (*range(program.num_args), *known.numbers):
             if slot not in reads_left:
-                self._leave(run, slot)
-        for buffer_id in taken:
-            self._drop(buffer_id, _TAKEN)
-        self._drop_donated(known, arguments.buffer_ids, is_cancelled=event.cancelled is not None)
+                self._cells.leave(run, slot)
+        for buffer_id in bound.taken:
+            self._cells.drop(buffer_id, _TAKEN)
+        assert event.arguments is not None
+        self.programs.drop_donated(known, event.arguments.buffer_ids, is_cancelled=event.cancelled is not None)
         if not program.units:
             self._end_run(run)
             return
         run.tasks = [Task(run, unit, number) for number, unit in enumerate(program.units)]
         run.in_order = [task for task in run.tasks if _takes_memory(task)]
         if known.is_compiled or event.cancelled is not None:
-            self._ready.extend(run.tasks)
+            self._agenda.ready += run.tasks
         else:
             known.waiting.extend(run.tasks)
 
@@ -327,7 +250,7 @@ class ExecutorState:
     def _end_early(self, run: Run, failure: Failure) -> None:
         """Fails what a run has not begun."""
         run.cancelled = failure
-        self._ready += [task for task in run.tasks if not task.issued]
+        self._agenda.ready += [task for task in run.tasks if not task.issued]
 
     @staticmethod
     def _is_next(task: Task) -> bool:
@@ -343,42 +266,11 @@ class ExecutorState:
         while run.num_passed < len(run.in_order) and run.in_order[run.num_passed].has_passed:
             run.num_passed += 1
         if run.num_passed < len(run.in_order):
-            self._ready.append(run.in_order[run.num_passed])
-
-    def _drop_donated(self, known: KnownProgram, buffer_ids: Sequence[BufferId], *, is_cancelled: bool) -> None:
-        """Gives up the names that a run donates: now, or when its program is compiled; never if that failed.
-
-        A run that came cancelled does so, too: the controller, which does not wait for word of that, has given them up.
-        """
-        program = known.program
-        donated = [
-            buffer_ids[slot]
-            for unit in program.units
-            for slot in unit.donated
-            if slot < program.num_args and buffer_ids[slot] != NO_BUFFER
-        ]
-        if is_cancelled:
-            self._drop_all_donated(donated)
-        elif not known.is_compiled:
-            known.to_donate.extend(donated)
-        elif known.failure is None:
-            self._drop_all_donated(donated)
-
-    def _drop_all_donated(self, buffer_ids: list[BufferId]) -> None:
-        for buffer_id in buffer_ids:
-            self._drop(buffer_id, "was donated to a later computation")
-
-    def _name(self, buffer_id: BufferId, cell: Cell) -> None:
-        self.names.give(buffer_id, cell)
-        for fetch_id in cell.fetches:  # those that came earlier
-            self._fetching[fetch_id] = cell
-        if cell.scheduled:  # an argument: nothing else will schedule it
-            self._answer_fetches(cell)
+            self._agenda.ready.append(run.in_order[run.num_passed])
 
     def _issue_ready(self) -> None:
         """Issues every task that can be; a poisoned one poisons what it fills, at once."""
-        while self._ready:
-            batch, self._ready = self._ready, []
+        while batch := self._agenda.take_ready():
             if len(batch) > 1:
                 batch.sort(key=self.memory.priority)
             for item in batch:
@@ -420,9 +312,9 @@ class ExecutorState:
         if failure is not None and (failure is misfit or not cell.scheduled):
             cell = Cell(scheduled=True, failure=failure)
         if isinstance(instruction, SendInstruction):
-            self._commands.append(Send(task=task, instruction=instruction, cell=cell))
+            self._agenda.commands.append(Send(task=task, instruction=instruction, cell=cell))
         else:
-            self._commands.append(Reduce(task=task, instruction=instruction, cell=cell))
+            self._agenda.commands.append(Reduce(task=task, instruction=instruction, cell=cell))
             self._try_take_memory(task)
 
     def _misfit(self, task: Task) -> Failure | None:
@@ -463,7 +355,7 @@ class ExecutorState:
             return
         if self.grants.needed:
             if self.grants.ask(task):
-                self._commands.append(ReportReady(run=task.run.part, unit=task.number))
+                self._agenda.commands.append(ReportReady(run=task.run.part, unit=task.number))
             self._issue_granted()
         else:
             self._issue_compute(task)
@@ -487,7 +379,7 @@ class ExecutorState:
                 if not task.issued:
                     self._issue_compute(task)
                     is_issued = True
-            self._commands += grants.take_first(is_issued=is_issued)
+            self._agenda.commands += grants.take_first(is_issued=is_issued)
 
     def _issue_compute(self, task: Task) -> None:
         task.issued = True
@@ -497,15 +389,15 @@ class ExecutorState:
         outputs = task.cells_of(unit.writes)
         self.memory.begin_compute(task, outputs)
         inputs = task.cells_of(unit.reads)
-        self._commands.append(Execute(task=task, inputs=inputs, outputs=outputs))
+        self._agenda.commands.append(Execute(task=task, inputs=inputs, outputs=outputs))
         for cell in outputs:
-            self._schedule(cell)
+            self._cells.schedule(cell)
         for cell in inputs:  # a donation that is issued later also runs later: it need not wait
-            self._end_reader(cell)
+            self._cells.end_reader(cell)
         self._pass(task)
 
     def _issue_receive(self, task: Task, instruction: ReceiveInstruction) -> None:
-        found = self._mailbox.receive(task, instruction.edge_id)
+        found = self.mailbox.receive(task, instruction.edge_id)
         if isinstance(found, TransferArrived):
             self._receive(task, found)
         elif found is not None:
@@ -513,7 +405,7 @@ class ExecutorState:
         elif self.names.is_gone(owner(task.run.run_id)):
             self._fail_task(task, self.names.client_gone())
         else:
-            self._mailbox.expect(task, instruction.edge_id)
+            self.mailbox.expect(task, instruction.edge_id)
 
     def _receive(self, task: Task, arrived: TransferArrived) -> None:
         if task.has_ended:
@@ -537,8 +429,8 @@ class ExecutorState:
 
     def _place_arrived(self, task: Task) -> None:
         assert task.arrived is not None
-        self._commands.append(task.arrived)
-        self._schedule(task.arrived.cell)
+        self._agenda.commands.append(task.arrived)
+        self._cells.schedule(task.arrived.cell)
         task.arrived = None
         self._end_unit(task, None)
 
@@ -562,7 +454,7 @@ class ExecutorState:
         if task.has_ended:
             return
         for cell in task.cells_of(task.unit.reads):
-            self._end_reader(cell)
+            self._cells.end_reader(cell)
         if event.failure is not None:
             self._fail_task(task, event.failure, end_readers=False)
         else:
@@ -573,10 +465,10 @@ class ExecutorState:
         unit = task.unit
         if isinstance(unit.instructions[0], SendInstruction):
             for cell in task.cells_of(unit.reads):
-                self._end_reader(cell)
+                self._cells.end_reader(cell)
         else:
             self.memory.end_compute(task)
-            self._commands += self.grants.end(task)
+            self._agenda.commands += self.grants.end(task)
         self._end_unit(task, failure)
 
     def _fail_task(self, task: Task, failure: Failure, *, end_readers: bool = True) -> None:
@@ -584,11 +476,10 @@ class ExecutorState:
         for slot in task.unit.writes:
             cell = task.run.cells[slot]
             if cell is not None:  # else all that would read it has failed already
-                cell.failure = failure
-                self._schedule(cell)
+                self._cells.poison(cell, failure)
         if end_readers:
             for read in task.cells_of(task.unit.reads):
-                self._end_reader(read)
+                self._cells.end_reader(read)
         self._pass(task)
         self._end_unit(task, failure)
 
@@ -600,78 +491,31 @@ class ExecutorState:
         for slot in unit.reads:
             run.reads_left[slot] -= 1
             if run.reads_left[slot] == 0:
-                self._leave(run, slot)
+                self._cells.leave(run, slot)
         for slot in unit.writes:
             if run.reads_left.get(slot, 0) == 0:
-                self._leave(run, slot)
+                self._cells.leave(run, slot)
         run.units_left -= 1
         if run.units_left == 0:
             self._end_run(run)
-        self._memory_freed()
+        self._cells.memory_freed()
 
     def _end_run(self, run: Run) -> None:
         del self.runs[run.part]
         self.memory.end(run)
-        self._commands.append(ReportEnded(run=run.part, failure=run.failure, device_ns=run.device_ns))
-        run.known.num_runs -= 1
-        if run.known.is_dropped:
-            self._drop_program(run.known)
-
-    def _leave(self, run: Run, slot: int) -> None:
-        cell = run.cells[slot]
-        if cell is not None:
-            run.cells[slot] = None
-            self._let_go(cell)
-
-    # ---- cells
-
-    def _schedule(self, cell: Cell) -> None:
-        """What fills a cell was commanded, or it is poisoned: what reads it can follow."""
-        cell.scheduled = True
-        if cell.waiters:
-            self._ready.extend(cell.waiters)
-            cell.waiters = []
-        self._answer_fetches(cell)
-
-    def _answer_fetches(self, cell: Cell) -> None:
-        fetches, cell.fetches = cell.fetches, []
-        for fetch_id in fetches:
-            del self._fetching[fetch_id]
-            self._commands.append(Deliver(fetch_id=fetch_id, cell=cell))
-
-    def _end_reader(self, cell: Cell) -> None:
-        cell.readers -= 1
-        if cell.waiters and cell.scheduled:  # a donation may have waited for this
-            self._ready.extend(cell.waiters)
-            cell.waiters = []
-
-    def _let_go(self, cell: Cell) -> None:
-        cell.holders -= 1
-        if cell.holders == 0 and cell.kept is not None:
-            self._forget_kept(cell)
-        if cell.holders == 0 and not cell.scheduled:
-            self.memory.forget_value(cell)
-        if cell.holders == 0 and cell.is_charged:
-            self.memory.release(cell)
-            self._memory_freed()
+        self._agenda.commands.append(ReportEnded(run=run.part, failure=run.failure, device_ns=run.device_ns))
+        self.programs.end_run(run)
 
     # ---- memory
 
-    def _memory_freed(self) -> None:
-        """Looks again at whatever waits for memory."""
-        self._ready += self.memory.freed()
-
     def _may_allocate(self, item: Taker) -> bool:
         """Whether an item fits into the budget; if not, it waits, or fails because it never will."""
-        memory = self.memory
-        if memory.has_room(item):
+        if self.memory.has_room(item):
             return True
-        need = memory.need_bytes(item)
-        if need > memory.limit_bytes:
-            whose = "the whole budget" if memory.limit_bytes == memory.budget_bytes else "what one client may have"
-            self._refuse(item, f"it needs {need:,} bytes a device at once, and {whose} is {memory.limit_bytes:,} bytes")
+        if reason := self.memory.why_never(item):
+            self._refuse(item, reason)
         else:
-            memory.starved.append(item)
+            self.memory.starved.append(item)
         return False
 
     def _refuse(self, item: Taker, reason: str) -> None:
@@ -681,23 +525,22 @@ class ExecutorState:
         if isinstance(item, Task):
             self._fail_task(item, failure)
         else:
-            item.cell.failure = failure
-            self._schedule(item.cell)
+            self._cells.poison(item.cell, failure)
 
     def _memory_stalled(self, seconds: float, now_ns: int) -> None:
         memory = self.memory
-        for item in [item for item in memory.starved if memory.is_at_limit(item)]:
-            self._refuse_at_limit(item, seconds, now_ns)
-        starved = [item for item in memory.starved if not memory.is_at_limit(item)]
-        if not starved or self._in_flight:
+        for item, reason in memory.stalled_at_limits(seconds, now_ns):
+            if not isinstance(item, Run):
+                memory.starved.remove(item)
+                self._refuse(item, reason)
+            elif item.cancelled is None:
+                message = f"run {item.run_id} of {item.program.name} is refused: {reason}"
+                self._end_early(item, self._failure("ResourceExhausted", message))
+        if self._in_flight:
             return
-        # All values of no run that have waited so long: to refuse one makes no room for another.
-        values = [item for item in starved if isinstance(item, Placing) and memory.run_of(item) is None]
-        long = [item for item in values if now_ns - item.came_ns >= seconds * 1e9]
         owned = sorted(self.names.client_bytes().items())
         held = ", ".join(f"client {client}: {size:,} bytes" for client, size in owned)
-        refused: Sequence[Taker] = long or [min(starved, key=memory.priority)]
-        for item in refused:
+        for item in memory.stalled(seconds, now_ns):
             memory.starved.remove(item)
             self._refuse(
                 item,
@@ -705,25 +548,6 @@ class ExecutorState:
                 f"use (arrays that clients hold: {held or 'none'}); drop arrays that you no longer need. The budget is "
                 f"{memory.budget_bytes:,} bytes",
             )
-
-    def _refuse_at_limit(self, item: Taker, seconds: float, now_ns: int) -> None:
-        """Refuses what waits for its own client to give something back, if that has long not happened."""
-        memory, run = self.memory, self.memory.run_of(item)
-        client_id = item.cell.client_id if isinstance(item, Placing) else item.run.client_id
-        if memory.may_get_back(client_id) or (run is not None and now_ns - run.came_ns < seconds * 1e9):
-            return
-        need = item.need_bytes if run is None else run.reserved_bytes
-        reason = (
-            f"it waited {seconds:g} s for {need:,} bytes a device while its client has "
-            f"{memory.used_by_client[client_id]:,} of the {memory.client_bytes:,} that this cluster allows one client; "
-            "drop arrays that you no longer need"
-        )
-        if run is None:
-            memory.starved.remove(item)
-            self._refuse(item, reason)
-        elif run.cancelled is None:
-            message = f"run {run.run_id} of {run.program.name} is refused: {reason}"
-            self._end_early(run, self._failure("ResourceExhausted", message))
 
     def _try_place(self, item: Placing) -> None:
         if item.cell.holders == 0:  # released before it had a place
@@ -733,8 +557,8 @@ class ExecutorState:
             return
         item.issued = True
         self.memory.charge(item.cell)
-        self._commands.append(item.command)
-        self._schedule(item.cell)
+        self._agenda.commands.append(item.command)
+        self._cells.schedule(item.cell)
 
     def _put(self, event: BufferPut) -> None:
         cell = self.names.find_for_put(event.buffer_id, event.slice_id)
@@ -745,13 +569,10 @@ class ExecutorState:
         cell.slice_id = event.slice_id
         cell.client_id = owner(event.buffer_id)
         placing = Placing(cell, Place(cell=cell, data=event.data, spec=event.spec), came_ns=event.time_ns)
-        kept_bytes = self._kept_bytes.get(cell.client_id, 0) + cell.nbytes
         if event.for_run and cell.payer is not None:  # its run is here, and all that has it
-            self._drop(event.buffer_id, _TAKEN)
-        elif event.for_run and not cell.scheduled and cell.kept is None and kept_bytes <= _MAX_KEPT_BYTES:
-            cell.kept = placing  # before its run it has no place: it would take what earlier runs need
-            self._kept_bytes[cell.client_id] = kept_bytes
-            return
+            self._cells.drop(event.buffer_id, _TAKEN)
+        elif event.for_run and not cell.scheduled and cell.kept is None and self._cells.keep(placing):
+            return  # before its run it has no place: it would take what earlier runs need
         if cell.payer is None and self._waits_too_much(placing):
             self._refuse(placing, f"its client has {_MAX_WAITING_BYTES:,} bytes of values that wait for memory already")
             return
@@ -765,125 +586,41 @@ class ExecutorState:
         sizes = [other.need_bytes for other in waiting if other.cell.client_id == item.cell.client_id]
         return len(sizes) >= _MAX_WAITING or sum(sizes) + item.need_bytes > _MAX_WAITING_BYTES
 
-    def _forget_kept(self, cell: Cell) -> None:
-        cell.kept = None
-        self._kept_bytes[cell.client_id] -= cell.nbytes
-        if not self._kept_bytes[cell.client_id]:
-            del self._kept_bytes[cell.client_id]
-
-    # ---- programs, transfers, fetches, drops
-
-    def _take_program(self, program: LoadedProgram) -> None:
-        known = self.programs[program.part] = KnownProgram(program)
-        for slot, number in program.numbers:
-            cell = known.numbers[slot] = Cell(scheduled=True, holders=1, slice_id=program.part.slice_id)
-            self._commands.append(Place(cell=cell, part=program.part, slot=slot, data=number))
-        self._commands.append(Compile(program=program))
-
-    def _program_compiled(self, event: ProgramCompiled) -> None:
-        known = self.programs.get(event.part)
-        if known is not None:
-            known.is_compiled, known.failure = True, event.failure
-            if event.failure is None:
-                self._drop_all_donated(known.to_donate)
-            self._ready.extend(known.waiting)
-            known.to_donate, known.waiting = [], []
-        self._commands.append(ReportLoaded(part=event.part, failure=event.failure))
-
-    def _drop_program(self, known: KnownProgram) -> None:
-        """Lets a program's part go, now or when its last run is over."""
-        known.is_dropped = True
-        if known.num_runs == 0:
-            part = known.program.part
-            del self.programs[part]
-            self._commands.append(Unload(part=part))
-
-    def _drop_programs(self, is_meant: Callable[[PartId], bool]) -> None:
-        for known in [known for part, known in self.programs.items() if is_meant(part)]:
-            self._drop_program(known)
+    # ---- transfers and drops
 
     def _lose(self, peer: str, newest: Mapping[ClientId, RunId], failure: Failure) -> None:
-        for task in self._mailbox.lose(peer, newest, failure):
+        for task in self.mailbox.lose(peer, newest, failure):
             self._fail_task(task, failure)
 
     def _transfer_arrived(self, event: TransferArrived) -> None:
-        if self.broken.failure(event.peer, event.run_id) is not None:
+        if self.mailbox.broken.failure(event.peer, event.run_id) is not None:
             return  # who would receive it has failed
-        task = self._mailbox.arrive(event)
+        task = self.mailbox.arrive(event)
         if task is not None:
             self._receive(task, event)
         elif not self.names.is_gone(owner(event.run_id)):
-            self._mailbox.keep(event)
-
-    def _fetch(self, event: FetchRequested) -> None:
-        if reason := self.names.reason_gone(event.buffer_id):
-            cell = Cell(
-                scheduled=True,
-                failure=self._failure(
-                    "UserError",
-                    f"the array's buffer {reason}; read an array before the program that "
-                    "replaces it runs, or keep what the program returns",
-                ),
-            )
-        else:
-            cell = self.names.find(event.buffer_id)
-        cell.readers += 1
-        cell.holders += 1
-        if cell.scheduled:
-            self._commands.append(Deliver(fetch_id=event.fetch_id, cell=cell))
-        else:
-            cell.fetches.append(event.fetch_id)
-            self._fetching[event.fetch_id] = cell
-
-    def _cancel_fetch(self, fetch_id: int) -> None:
-        cell = self._fetching.pop(fetch_id, None)
-        if cell is not None:
-            cell.fetches.remove(fetch_id)
-            self._end_reader(cell)
-            self._let_go(cell)
-
-    def _drop(self, buffer_id: BufferId, reason: str) -> None:
-        cell = self.names.drop(buffer_id, reason)
-        if cell is not None:
-            self._let_go(cell)
+            self.mailbox.keep(event)
 
     def _drop_slice(self, slice_id: SliceId) -> None:
         """Frees the buffers and programs on a slice; runs that are in flight on it go on."""
         self.names.forget_slice(slice_id)
         for buffer_id in self.names.on_slice(slice_id):
-            self._drop(buffer_id, "was on a mesh that is closed")
-        self._drop_programs(lambda part: part.slice_id == slice_id)
+            self._cells.drop(buffer_id, "was on a mesh that is closed")
+        self.programs.drop(lambda part: part.slice_id == slice_id)
 
     def _drop_client(self, client_id: ClientId) -> None:
         self.names.forget_client(client_id)
         self.newest_runs.pop(client_id, None)
         for buffer_id in self.names.of_client(client_id):
-            self._drop(buffer_id, "belonged to a client that is gone")
-        self._drop_programs(lambda part: owner(part.program_id) == client_id)
-        receiving = self._mailbox.drop_client(client_id)
+            self._cells.drop(buffer_id, "belonged to a client that is gone")
+        self.programs.drop(lambda part: owner(part.program_id) == client_id)
+        receiving = self.mailbox.drop_client(client_id)
         for cell in self.names.give_up_expected(client_id):
-            self._schedule(cell)
+            self._cells.schedule(cell)
         for task in receiving:
             self._fail_task(task, self.names.client_gone())
-
-    def _failure(self, kind: str, message: str) -> Failure:
-        return Failure(kind=kind, message=message, process=f"executor {self._executor_id}")
 
 
 def _takes_memory(task: Task) -> bool:
     """Whether a task has a turn in its run's order."""
     return bool(task.unit.writes) or isinstance(task.unit.instructions[0], ComputeInstruction)
-
-
-def _refusal(event: RunEnqueued, program: LoadedProgram) -> str:
-    """Returns why a run cannot be, or is none of its client's; empty if all is well."""
-    client, arguments = owner(event.run_id), event.arguments
-    if arguments is None:
-        return "its arguments cannot be read"
-    named: list[int] = [buffer_id for buffer_id in arguments.buffer_ids if buffer_id != NO_BUFFER]
-    named += [event.first_buffer_id + number for _, number in program.results]
-    if owner(event.part.program_id) != client or any(owner(identity) != client for identity in named):
-        return "it names what belongs to another client"
-    if len(arguments.buffer_ids) != program.num_args:
-        return f"it has {len(arguments.buffer_ids)} arguments, and its program takes {program.num_args}"
-    return ""

@@ -32,7 +32,7 @@ class BreakingWorld(World):
         self.links[name] = number
         peer, state = other(name), self.states[name]
         self.tell(name, events.PeerLost(peer=peer, failure=LOST))
-        newest = dict(state.broken.newest(peer))  # as the next link begins
+        newest = dict(state.mailbox.broken.newest(peer))  # as the next link begins
         reopened = events.PeerReopened(peer=name, newest=newest, failure=LOST)
         self.post(None, peer, lambda: self.come(peer, number, reopened))
 
@@ -47,7 +47,7 @@ class BreakingWorld(World):
 
     def send(self, name, command):
         run_id, peer = command.task.run.run_id, other(name)
-        broken = self.states[name].broken.failure(peer, run_id)
+        broken = self.states[name].mailbox.broken.failure(peer, run_id)
         if broken is None:
             failure = command.cell.failure
             data = None if failure else _Buffer(command.cell.buffer.read())

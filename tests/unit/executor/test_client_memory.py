@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from torchways.executor import events
 from torchways.executor.plan import load_program
+from torchways.executor.stalls import waiting_for
 from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, SliceId, client_range
 from torchways.ir.part import Arguments, ComputeInstruction
@@ -88,7 +89,7 @@ def test_a_client_at_its_limit_waits_and_others_go_on():
     other, _ = two.put(60)
     _, commands = two.run(two.load(60, 30), other, 2)
     assert "Execute" in _kinds(_finish(state, commands))
-    assert any("its own client" in line or "waits for 50 bytes" in line for line in state.waiting_for())
+    assert any("its own client" in line or "waits for 50 bytes" in line for line in waiting_for(state))
     # It never fits beside its own argument. Its client gives nothing back: it is refused, after a while.
     assert state.handle(events.MemoryStalled(seconds=3, time_ns=2 * SECOND)) == []
     [ended] = state.handle(events.MemoryStalled(seconds=3, time_ns=4 * SECOND))

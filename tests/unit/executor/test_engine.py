@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from torchways.executor import engine as module
+from torchways.executor import fetches as module
 from torchways.executor.compiler import Call
 from torchways.executor.engine import Engine
 from torchways.executor.events import Execute
@@ -46,7 +46,7 @@ def test_who_waits_for_a_buffer_that_nothing_makes_is_told_in_the_end(monkeypatc
     monkeypatch.setattr(module, "_UNKNOWN_BUFFER_SECONDS", 0.2)
     engine = Engine("i0.e1", Idle(), 1, "127.0.0.1", lambda reported: None, link_key=bytes(32), stall_warning=0.1)
     mine, other = (BufferId(client_range(client)[0] + 1) for client in (1, 2))
-    engine.run(lambda: engine.clients_with_held_runs.add(owner(other))).result(30)
+    engine.run(lambda: engine.fetches.clients_with_held_runs.add(owner(other))).result(30)
     told, held, given_up = queue.Queue(), queue.Queue(), queue.Queue()
     engine.fetch(other, held.put)
     engine.cancel_fetch(engine.fetch(mine, given_up.put))
@@ -172,13 +172,15 @@ class Launching:
         task = Hashable(run=run, unit=unit, number=0, awaited_input=False, held_for=None)
         function = SimpleNamespace(name="function", source="")
         self.engine._codes[part] = SimpleNamespace(calls={0: calls}, functions=[function], compiled_ns=0, schedules={})
-        self.on_thread(lambda: self.engine._execute(Execute(task=task, inputs=[source], outputs=[target])))
+        self.on_thread(
+            lambda: self.engine._launches.start(Execute(task=task, inputs=[source], outputs=[target]), is_granted=False)
+        )
         return run, target
 
     def read(self, cell):
         """Reads a cell; returns where its value will be."""
         found = queue.Queue()
-        self.on_thread(lambda: self.engine._when_on_host(cell, found.put))
+        self.on_thread(lambda: self.engine._exchange._when_on_host(cell, found.put))
         return found
 
 
@@ -220,7 +222,7 @@ def test_what_an_end_leads_to_goes_out_at_once(monkeypatch):
     def send(value):
         engine._report_later(idle=IdleMessage(epoch=int(value)))
 
-    launching.on_thread(lambda: engine._when_on_host(cell, send))
+    launching.on_thread(lambda: engine._exchange._when_on_host(cell, send))
     assert [event.idle.epoch for event in launching.reported.get(timeout=30)] == [5]
 
 

@@ -15,6 +15,7 @@ from torchways.executor import events
 from torchways.executor.plan import load_program
 from torchways.executor.routes import Routes
 from torchways.executor.runs import lowest
+from torchways.executor.stalls import waiting_for
 from torchways.executor.state import ExecutorState
 from torchways.ids import BufferId, ClientId, PartId, ProgramId, RunId, RunPart, SliceId
 from torchways.ir.part import NO_BUFFER, Arguments, ComputeInstruction, ReceiveInstruction, SendInstruction
@@ -215,7 +216,7 @@ def test_any_order_of_events_gives_the_same_values(data, num_runs, drop_program)
         ]
         assert all(failure is None for _, failure in world.ended[name])
         assert world.states[name].runs == {}
-        assert list(world.states[name].programs) == ([] if drop_program else [PART])
+        assert list(world.states[name].programs.known) == ([] if drop_program else [PART])
         assert world.unloaded[name] == ([PART] if drop_program else [])
         # Donated state is gone: what is named is what the last run left, and the y's that were not dropped.
         assert len(world.states[name].names.cells) == (num_runs + 1 if name == "a" else 1)
@@ -274,7 +275,7 @@ def test_a_dropped_client_leaves_nothing(data, num_runs):
     for state in world.states.values():
         state.handle(events.ClientDropped(client_id=ClientId(CLIENT)))
         assert state.names.cells == {}
-        assert state.programs == {}
+        assert state.programs.known == {}
 
 
 def test_a_broken_link_fails_the_runs_that_either_end_had_and_no_later_one():
@@ -320,9 +321,9 @@ def test_a_broken_link_fails_the_runs_that_either_end_had_and_no_later_one():
     assert ended() == {0: ours, 1: theirs, 2: theirs}
     assert arrive(1) == []
     assert state.num_entries()["arrived"] == 0  # nobody would take it
-    assert state.broken.failure("a", RunId(BASE + 53)) is None
+    assert state.mailbox.broken.failure("a", RunId(BASE + 53)) is None
     state.handle(events.ClientDropped(client_id=ClientId(CLIENT)))
-    assert (state.broken.newest("a"), state.newest_runs) == ({}, {})
+    assert (state.mailbox.broken.newest("a"), state.newest_runs) == ({}, {})
 
 
 def test_a_program_that_cannot_be_compiled_donates_nothing():
@@ -415,9 +416,9 @@ def test_status_says_what_a_run_waits_for():
     state.handle(events.ProgramArrived(program=train_parts()["b"]))
     run = enqueued(7, 60, [BufferId(BASE + 3)], sequence=0)
     state.handle(run)
-    assert state.waiting_for() == [f"run {BASE + 7} of step: its compilation"]
+    assert waiting_for(state) == [f"run {BASE + 7} of step: its compilation"]
     state.handle(events.ProgramCompiled(part=PART, failure=None))
-    assert "receives edges [0]" in state.waiting_for()[0]
+    assert "receives edges [0]" in waiting_for(state)[0]
 
 
 def test_status_tells_a_client_of_its_own_waits_alone():
@@ -435,7 +436,7 @@ def test_status_tells_a_client_of_its_own_waits_alone():
     state.handle(run)
     state.handle(events.BufferPut(buffer_id=BufferId(other + 3), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=70))
     state.handle(events.BufferPut(buffer_id=BufferId(other + 4), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=80))
-    mine, theirs = state.waiting_for(CLIENT), state.waiting_for(2)
+    mine, theirs = waiting_for(state, CLIENT), waiting_for(state, 2)
     assert [line.partition(" waits")[0].partition(":")[0] for line in theirs] == [
         "a value from a host",
         "a value from a host",
@@ -443,8 +444,8 @@ def test_status_tells_a_client_of_its_own_waits_alone():
     ]
     assert len(mine) == 2
     assert not any("theirs" in line or "a value" in line for line in mine)
-    assert sorted(state.waiting_for()) == sorted(mine + theirs)
-    assert state.waiting_for(3) == []
+    assert sorted(waiting_for(state)) == sorted(mine + theirs)
+    assert waiting_for(state, 3) == []
 
 
 def test_an_argument_of_another_dtype_fails_its_run_and_what_waits_for_it_elsewhere():
@@ -519,7 +520,7 @@ def test_a_computation_larger_than_the_budget_is_refused_at_once_with_sizes():
 def test_a_computation_waits_for_memory_and_status_says_so():
     state, commands = _starving(100, [50, 60])
     assert commands == []
-    assert "waits for 60 bytes of device memory: 50 of 100 are used" in state.waiting_for()[0]
+    assert "waits for 60 bytes of device memory: 50 of 100 are used" in waiting_for(state)[0]
     # Its input stays in memory until it has run: only another array's end can help. There is none, so it fails.
     [ended] = state.handle(events.MemoryStalled(seconds=3))
     assert ended.failure.kind == "ResourceExhausted"
@@ -561,7 +562,7 @@ def test_a_value_for_a_run_has_a_place_when_the_run_has_come():
 
 
 def test_a_value_whose_run_never_comes_goes_with_its_name_and_what_is_kept_has_a_limit(monkeypatch):
-    monkeypatch.setattr("torchways.executor.state._MAX_KEPT_BYTES", 100)
+    monkeypatch.setattr("torchways.executor.cells._MAX_KEPT_BYTES", 100)
     state = ExecutorState("a", budget_bytes=1000)
     puts = [
         events.BufferPut(
