@@ -47,8 +47,9 @@ _POLL_SECONDS = (0.00005, 0.002)
 #: Before that, the processor is only offered to others for so long: most launches take less, and to sleep takes more.
 _YIELD_SECONDS = 0.0001
 #: What is free of the process's memory goes back to the kernel when nothing was computed for the first, and at the
-#: latest after the second: to take it anew costs time.
-_IDLE_SECONDS, _KEPT_SECONDS = 1.0, 60.0
+#: latest after the second. To take it anew costs about a second per gigabyte, which whoever waits between steps for
+#: something else should not pay at each.
+_IDLE_SECONDS, _KEPT_SECONDS = 30.0, 60.0
 
 
 class Engine:
