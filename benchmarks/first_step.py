@@ -6,6 +6,7 @@ How to read it: README.md beside this file. `python -m benchmarks.first_step --h
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -96,7 +97,11 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS, help="numbers of layers, or resnet18")
     parser.add_argument("--systems", nargs="+", default=NAMES, choices=NAMES)
     arguments = parser.parse_args()
-    results = run(arguments.systems, arguments.models, arguments.repeats)
+    models = list(arguments.models)
+    if "resnet18" in models and importlib.util.find_spec("torchvision") is None:
+        print("resnet18: torchvision is not installed; run pip install -e '.[models]'", file=sys.stderr)
+        models.remove("resnet18")
+    results = run(arguments.systems, models, arguments.repeats)
     rows = results["rows"]
     print_table(*table(rows, arguments.systems))
     enough = sum(row["ours_over_plain"] <= WANTED for row in rows)

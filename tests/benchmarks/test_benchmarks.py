@@ -32,6 +32,7 @@ ROOT = Path(__file__).parents[2]
         ("pipeline_dispatch", ["--stages", "1,2", "--seconds", "0.05"], "rows"),
         pytest.param("spmd", ["--quick", "--devices", "1", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param("spmd", ["--quick", "--devices", "2", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
+        pytest.param("products", ["--threads", "1"], "rows", marks=pytest.mark.slow),
         pytest.param("islands", ["--quick", "--seconds", "0.05"], "rows", marks=pytest.mark.slow),
         pytest.param(
             "pipeline", ["--quick", "--parts", "training", "--seconds", "0.05"], "rows", marks=pytest.mark.slow
