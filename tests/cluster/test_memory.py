@@ -41,12 +41,13 @@ def status(waits, seconds=10):
     raise AssertionError(found)
 
 
+@pytest.mark.slow  # tests/unit/executor/test_engine.py has when; here is that it is the kernel that gets it
 def test_memory_goes_back_when_nothing_is_computed(mesh):
     arrays = [tw.program(make, mesh=mesh)(torch.tensor(2.0)) for _ in range(3)]
     tw.synchronize()
     before = tw.executor_status()[0].rss_bytes
     del arrays
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60
     while tw.executor_status()[0].rss_bytes > before - 80 * MEGABYTE:
         assert time.monotonic() < deadline
         time.sleep(0.1)

@@ -215,7 +215,7 @@ def _executors(before: pb.Observation, after: pb.Observation, seconds: float) ->
             budget_bytes=status.budget_bytes,
             rss_bytes=status.rss_bytes,
             num_runs=status.num_runs_in_flight,
-            num_programs=status.num_entries.get("programs", 0),
+            num_programs=status.num_entries.get("loaded", 0),
             num_compiled=status.num_compiled,
             num_compiling=len({line.rpartition(" of ")[2] for line in status.waiting_for if line.endswith(_COMPILES)}),
             compiling=_part(compile_seconds, seconds),

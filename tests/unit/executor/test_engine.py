@@ -2,11 +2,13 @@
 
 import queue
 import threading
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from torchways.executor import engine as engine_module
 from torchways.executor import fetches as module
 from torchways.executor.compiler import Call
 from torchways.executor.engine import Engine
@@ -224,6 +226,21 @@ def test_what_an_end_leads_to_goes_out_at_once(monkeypatch):
 
     launching.on_thread(lambda: engine._exchange._when_on_host(cell, send))
     assert [event.idle.epoch for event in launching.reported.get(timeout=30)] == [5]
+
+
+def test_free_memory_goes_back_once_nothing_is_computed(monkeypatch):
+    monkeypatch.setattr(engine_module, "_IDLE_SECONDS", 0.3)
+    given_back = queue.Queue()
+    monkeypatch.setattr(engine_module.heap, "give_back", lambda: given_back.put(time.monotonic()))
+    launching = Launching()
+    launching.runtime.give_room(1)
+    launched = time.monotonic()
+    _, target = launching.unit(1, Cell(scheduled=True, buffer=torch.tensor(1.0)), 1)
+    launching.on_thread(lambda: setattr(launching.engine, "_used_memory", time.monotonic()))
+    assert launching.read(target).get(timeout=30) == 2.0
+    assert given_back.get(timeout=30) > launched + 0.3
+    assert launching.on_thread(lambda: "still") == "still"
+    assert given_back.empty()  # there is nothing new to give
 
 
 def test_computations_of_a_cancelled_run_that_wait_for_room_are_left_out():
