@@ -28,7 +28,7 @@ def observation(seconds, *shares, **fields):
         budget_bytes=10_000,
         num_compiled=3,
         compile_seconds=0.25 * seconds,
-        num_entries={"programs": 2},
+        num_entries={"loaded": 2},
         waiting_for=["run 9 of step: its compilation", "run 10 of step: its compilation"],
     )
     return pb.Observation(
