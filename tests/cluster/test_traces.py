@@ -91,13 +91,9 @@ def test_waits_for_grants_name_who_shares_the_devices(tmp_path):
             return [array.cpu() for array in made]
 
         both()
-        spans, processes = profiled(tmp_path / "grants.json", both)
+        spans, processes = profiled(tmp_path / "grants.json", lambda: [both() for _ in range(8)])
     grants = [(processes[span["pid"]], span["name"]) for span in spans if span["cat"] == "grant"]
     assert all(re.match(r"waits for its grant: unit 0 of run \d+ of heavy: ", name) for _, name in grants)
-    named = 0
     for mine, other in (("i0.e1", "i0.e2"), ("i0.e2", "i0.e1")):
         reasons = [name.rpartition(": ")[2] for process, name in grants if process == f"executor {mine}"]
-        waits_for_other = f"{other} on devices that they share"
-        assert set(reasons) <= {waits_for_other, "its scheduler's answer"}
-        named += waits_for_other in reasons
-    assert named  # one of them comes first each time, and may never wait for the other
+        assert f"{other} on devices that they share" in reasons

@@ -33,6 +33,11 @@ class Cells:
         self._wake_waiters(cell)
         self._answer_fetches(cell)
 
+    def poison(self, cell: Cell, failure: Failure) -> None:
+        """Nothing will fill it."""
+        cell.failure = failure
+        self.schedule(cell)
+
     def end_reader(self, cell: Cell) -> None:
         """Somebody has read it."""
         cell.readers -= 1
@@ -133,10 +138,3 @@ class Cells:
         self._kept_bytes[cell.client_id] -= cell.nbytes
         if not self._kept_bytes[cell.client_id]:
             del self._kept_bytes[cell.client_id]
-
-    # ---- failures
-
-    def poison(self, cell: Cell, failure: Failure) -> None:
-        """Nothing will fill it."""
-        cell.failure = failure
-        self.schedule(cell)
