@@ -3,13 +3,13 @@
 A *lane* is a set of devices with a queue of runs for each client. A run is admitted, which sends it to its executors,
 when it is the next of its client on all of its lanes, and these have room: less work is admitted than the *window*, in
 device time, which covers the way to the executors and back. Which client is next, a lane's policy says. So devices
-always have work, and what is decided is decided late. While one client alone uses a lane there is nothing to decide,
-and more is admitted: runs do not take exactly the time that is expected, and a gap between two costs training steps on
-several devices up to a fifth.
+always have work, and what is decided is decided late. While only one client has slices of a lane's devices, or only one
+of those that do has asked for runs, there is nothing to decide, and more is admitted: runs do not take exactly the time
+that is expected, and a gap between two costs training steps on several devices up to a fifth.
 
 What is admitted counts as done once its device time has passed, or once something that was admitted later has ended, so
 what waits for anything but the devices (values from elsewhere, memory, its program's compilation) does not keep others
-out. A client may have a few windows of work admitted that has not ended, and no more.
+out. A client may have a few windows of work admitted that has not ended, and no more; alone, one of its larger windows.
 
 Of a program of which no run has ended on a lane, a client may have one unfinished run there while others wait for the
 lane, and two while none does: such a run may take any time, and all who come later wait behind it.
@@ -18,7 +18,8 @@ Runs that span islands are admitted in one order on all of them (cluster/run_ord
 *asked* for, and is admitted when its order comes, whatever has been admitted meanwhile. What its client sent behind it
 for the same lanes waits for it.
 
-Releases wait in the queues, too: they concern what was sent before them.
+Releases wait in the queues, too: they concern what was sent before them. So does a run that is cancelled, which may
+give up what those before it read: it goes to its executors when it is the next of its client, and needs no room there.
 
 Pure: time comes with calls, in seconds.
 """
@@ -27,7 +28,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -71,6 +72,7 @@ class HeldRun:
         nbytes: that it takes while it is held.
         is_asked: its turn has come; it waits for its order.
         held_for: what it was last seen to wait for, for people; "": for nothing.
+        cancelled: opaque: why it will not compute. It waits for its client's earlier runs alone.
     """
 
     run_id: RunId
@@ -83,6 +85,7 @@ class HeldRun:
     nbytes: int = 0
     is_asked: bool = False
     held_for: str = ""
+    cancelled: Any = None
 
 
 @dataclass(eq=False, slots=True)
@@ -214,6 +217,8 @@ class Lane:
         busy_until: when what is admitted should have ended.
         totals: what clients have had.
         num_admitted: runs since the lane's beginning.
+        owners: clients that have slices of these devices.
+        overlaps: another set of devices has some of these, and computes on them in turn.
     """
 
     devices: DeviceSet
@@ -223,11 +228,16 @@ class Lane:
     busy_until: float = 0.0
     totals: Totals = field(default_factory=Totals)
     num_admitted: int = 0
+    owners: Collection[ClientId] = ()
+    overlaps: bool = False
 
     @property
     def is_shared(self) -> bool:
-        """Whether several clients that are there have asked for runs."""
-        return len(self.totals.usage) > 1
+        """Whether several clients may want the devices: that have slices of them, or work left, and asked for runs."""
+        usage = self.totals.usage
+        if self.overlaps or len(usage) < 2:
+            return self.overlaps
+        return sum(client_id in self.owners or self.uses(client_id) for client_id in usage) > 1
 
     def unfinished_seconds(self, now: float) -> float:
         """Returns the device time that should be left of what is admitted."""
@@ -270,6 +280,13 @@ class Admit:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Cancel:
+    """Send a run that is cancelled to its executors, for what depends on it."""
+
+    run: HeldRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
     """Ask for a spanning run's place in the order of all islands."""
 
@@ -283,7 +300,7 @@ class Release:
     request: Any
 
 
-Decision: TypeAlias = Admit | Ask | Release
+Decision: TypeAlias = Admit | Cancel | Ask | Release
 
 
 class Admission:
@@ -360,16 +377,27 @@ class Admission:
     def ordered(self, run_id: RunId, now: float) -> list[Decision]:
         """A spanning run has its place in the order: it is admitted now. None if it is held no more."""
         run = self.runs.get(run_id)
-        if run is None or not run.is_asked:
+        if run is None or not run.is_asked or run.cancelled is not None:
             return []
         return [*self._admit(run, now)]
 
-    def cancel(self, run_id: RunId) -> HeldRun | None:
-        """Takes a run out, if it is held."""
+    def cancel(self, run_id: RunId, reason: Any) -> HeldRun | None:
+        """A run will not compute: it goes when it is its client's next. Returns it, if it is held and was not before.
+
+        It has no place in the order of all islands any more, if it had none yet.
+        """
         run = self.runs.get(run_id)
-        if run is None:
+        if run is None or run.cancelled is not None:
             return None
-        self._take_out(run)
+        run.cancelled = reason
+        if run in self._chosen:
+            self._chosen.remove(run)
+        if run.spans and not run.is_asked:
+            self._leave_order(run)
+            if waiting := self._spanning.get(run.share.client_id):
+                self._look_at(waiting[0].lanes)
+        if not run.lanes and run not in self._without_lanes:  # it was asked for
+            self._without_lanes.append(run)
         self._look_at(run.lanes)
         return run
 
@@ -436,7 +464,9 @@ class Admission:
             num_before = len(result)
             changed, self._changed = list(self._changed), {}
             for run in list(self._without_lanes):
-                if not run.spans:
+                if run.cancelled is not None:
+                    result += self._let_go(run)
+                elif not run.spans:
                     result += self._admit(run, now)
                 elif not run.is_asked and self._spanning[run.share.client_id][0] is run:
                     result += self._ask(run)
@@ -478,6 +508,8 @@ class Admission:
         return lines
 
     def _reason(self, run: HeldRun, lane: Lane, now: float) -> str:
+        if run.cancelled is not None:
+            return _EARLIER
         if run.is_asked:
             return _ORDER
         if run in self._chosen:
@@ -544,6 +576,12 @@ class Admission:
             yield from self._releases_of(client_id, lane)
         self._look_at(run.lanes)
 
+    def _let_go(self, run: HeldRun) -> Iterator[Decision]:
+        """A cancelled run's turn has come."""
+        self._take_out(run)
+        yield Cancel(run=run)
+        self._look_at(run.lanes)
+
     def _take_out(self, run: HeldRun) -> None:
         client_id = run.share.client_id
         del self.runs[run.run_id]
@@ -555,7 +593,7 @@ class Admission:
         for runs in (self._chosen, self._without_lanes):
             if run in runs:
                 runs.remove(run)
-        if run.spans and not run.is_asked:
+        if run.spans and not run.is_asked and run.cancelled is None:
             self._leave_order(run)
 
     def _leave_order(self, run: HeldRun) -> None:
@@ -570,14 +608,21 @@ class Admission:
             yield from self._releases_of(client_id, lane)
 
     def _releases_of(self, client_id: ClientId, lane: Lane) -> Iterator[Decision]:
-        while (queue := lane.queues.get(client_id)) is not None and isinstance(item := queue[0], HeldRelease):
-            lane.pop(client_id, item)
-            yield Release(request=item.request)
+        """Lets go what waits for its client's earlier runs alone."""
+        while (queue := lane.queues.get(client_id)) is not None:
+            item = queue[0]
+            if isinstance(item, HeldRelease):
+                lane.pop(client_id, item)
+                yield Release(request=item.request)
+            elif item.cancelled is not None and all(other.queues[client_id][0] is item for other in item.lanes):
+                yield from self._let_go(item)
+            else:
+                return
 
     def _next_of(self, client_id: ClientId, lane: Lane) -> HeldRun | None:
         """Returns the run of a client that may be admitted to a lane, or asked for, as far as the client goes."""
         run = self._first_unasked(lane.queues[client_id])
-        if run is None or run in self._chosen:
+        if run is None or run.cancelled is not None or run in self._chosen:
             return None
         if run.spans and self._spanning[client_id][0] is not run:
             return None
@@ -608,12 +653,14 @@ class Admission:
                     break
                 seconds += lane.pending(item).seconds
                 num_unfinished += item.program is run.program
+        most = _WINDOWS_OF_CLIENT * self.window
+        if run.program.is_known(lane.devices):
+            return seconds <= max(most, self._window_of(lane))
         others_wait = len(lane.queues) > 1
-        if num_unfinished >= (1 if others_wait else _MAX_UNKNOWN) and not run.program.is_known(lane.devices):
-            return False
-        return seconds <= max(_WINDOWS_OF_CLIENT * self.window, self._window_of(lane))
+        return seconds <= most and num_unfinished < (1 if others_wait else _MAX_UNKNOWN)
 
     def _window_of(self, lane: Lane) -> float:
+        """Returns the device time that may be admitted to a lane."""
         return self.window if lane.is_shared else _WINDOWS_ALONE * self.window
 
     def _has_room(self, lane: Lane, now: float) -> bool:

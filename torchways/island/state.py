@@ -27,6 +27,7 @@ from torchways.island.admission import (
     Admission,
     Admit,
     Ask,
+    Cancel,
     Decision,
     DeviceSet,
     HeldRun,
@@ -174,7 +175,7 @@ class SchedulerState:
             case RunOrdered():
                 return self._carry_out(self.admission.ordered(event.run_id, now), now)
             case RunsCancelled():
-                return [command for run_id in event.run_ids for command in self._cancel(run_id, event.failure, now)]
+                return [command for run_id in event.run_ids for command in self._cancel(run_id, event.failure)]
             case TimePassed():
                 return []
             case UnitReady():
@@ -205,6 +206,8 @@ class SchedulerState:
             match decision:
                 case Admit():
                     commands += self._enqueue(decision.run, now)
+                case Cancel():
+                    commands += self._enqueue(decision.run, now, decision.run.cancelled)
                 case Ask():
                     commands.append(self._ask(decision.run))
                 case Release():
@@ -238,7 +241,9 @@ class SchedulerState:
         if event.executor_ids not in self.admission.lanes:
             totals = self.totals.pop(frozenset(event.device_indices), Totals())
             self.admission.add_lane(event.executor_ids, self._policy, totals)
-        return self.turns.add(event.executor_ids, frozenset(event.device_indices))
+        commands = self.turns.add(event.executor_ids, frozenset(event.device_indices))
+        self._note_users()
+        return commands
 
     def _register(self, event: ProgramRegistered) -> list[Command]:
         if event.program_id in self.programs:
@@ -342,14 +347,12 @@ class SchedulerState:
             commands += self._forget(request.program_id)
         return commands
 
-    def _cancel(self, run_id: RunId, failure: Failure, now: float) -> list[Command]:
-        held = self.admission.cancel(run_id)
+    def _cancel(self, run_id: RunId, failure: Failure) -> list[Command]:
+        held = self.admission.cancel(run_id, failure)
         if held is not None:
             # It takes no devices, and needs no order: its results are failures, also those that it sends. One that is
             # asked for has its place, or will, which is passed over.
-            is_awaited = held.spans and not held.is_asked
-            withdrawn: list[Command] = [self._ask(held, is_withdrawn=True)] if is_awaited else []
-            return [*withdrawn, *self._enqueue(held, now, failure)]
+            return [self._ask(held, is_withdrawn=True)] if held.spans and not held.is_asked else []
         run = self.runs.get(run_id)
         parts = run.running if run is not None else ()
         return [SendCancel(executor_id=e, run=RunPart(run_id, s), failure=failure) for e, s in parts]
@@ -436,12 +439,20 @@ class SchedulerState:
         for devices in unused - busy:
             commands += self._remove_set(devices)
         self._some_unused = bool(unused & busy)
+        self._note_users()
         return [*commands, *self.turns.share(), *self.turns.grant()]
+
+    def _note_users(self) -> None:
+        """Tells each lane who has slices of its devices, and whether another has some of them."""
+        sets = self.turns.devices
+        for devices, lane in self.admission.lanes.items():
+            lane.owners = {self.owners[slice_id] for slice_id, other in self.slices.items() if other == devices}
+            lane.overlaps = any(other != devices and sets[devices] & sets[other] for other in sets)
 
     def _remove_set(self, devices: DeviceSet, *, is_lost: bool = False) -> list[Command]:
         device_indices = self.turns.devices[devices]
         totals = self.admission.remove_lane(devices)
-        if totals.usage:
+        if totals.seconds:
             self.totals[device_indices] = totals
         return self.turns.remove(devices, is_lost=is_lost)
 
@@ -472,10 +483,8 @@ class SchedulerState:
     def _drop_client(self, client_id: ClientId) -> list[Command]:
         for _ in self.admission.drop_client(client_id):  # the shell says that nothing of it will be asked for
             self._count_ended(client_id)
-        for device_indices, totals in list(self.totals.items()):
+        for totals in self.totals.values():
             totals.usage.pop(client_id, None)
-            if not totals.usage:
-                del self.totals[device_indices]
         for program_id in [key for key, program in self.programs.items() if program.client_id == client_id]:
             del self.programs[program_id]
         self._num_programs.pop(client_id, None)

@@ -47,6 +47,8 @@ class Cluster:
         self.queues = {executor: deque() for executors in islands for executor in executors}
         self.busy = defaultdict(float)
         self.computing = set()
+        self.arrived = defaultdict(list)  # executor -> run ids, in order
+        self.cancelled = set()  # runs, of which parts that arrive fail at once
         self.island_of = {}
         self.seconds = {}
         self.admitted = defaultdict(list)  # island -> run ids, in order
@@ -118,6 +120,8 @@ class Cluster:
     def handle(self, island, event):
         for command in self.schedulers[island].handle(event, self.now):
             match command:
+                case core.SendCancel():
+                    self.at(self.now + self.delay, self.start)
                 case core.SendEnqueue():
                     if not self.admitted[island] or self.admitted[island][-1] != command.run.run_id:
                         self.admitted[island].append(command.run.run_id)
@@ -150,15 +154,26 @@ class Cluster:
         if (waiting := self.stuck.get(item[0] // 10**6)) is not None:
             waiting.append((executor, item))
             return
+        self.arrived[executor].append(item[0])
         self.queues[executor].append(item)
         self.start()
+
+    def cancel(self, run_id):
+        """A client cancels a run on all of its islands."""
+        self.cancelled.add(run_id)
+        failure = Failure(kind="RunCancelled", message="cancelled")
+        for island in self.islands_of[run_id]:
+            self.handle(island, core.RunsCancelled(run_ids=[run_id], failure=failure))
 
     def go_on(self, client):
         for executor, item in self.stuck.pop(client):
             self.arrive(executor, item)
 
     def start(self):
-        """Starts all runs whose parts are first everywhere."""
+        """Starts all runs whose parts are first everywhere; ends those that are cancelled."""
+        for executor, queue in self.queues.items():
+            while queue and queue[0][0] in self.cancelled - self.computing:
+                self.report(executor, queue.popleft(), 0.0)
         for queue in self.queues.values():
             if not queue:
                 continue
@@ -178,17 +193,16 @@ class Cluster:
     def end(self, run_id, executors):
         ended = [(executor, self.queues[executor].popleft()) for executor in executors]
         self.computing.discard(run_id)
-        for executor, (_, slice_id, _) in ended:
-            if executor in self.lost:
-                continue
-            report = core.RunEnded(
-                executor_id=executor,
-                run=RunPart(run_id, slice_id),
-                failure=None,
-                device_seconds=self.seconds[run_id],
-            )
-            self.at(self.now + self.delay, lambda e=executor, r=report: self.handle(self.island_of[e], r))
+        for executor, item in ended:
+            self.report(executor, item, self.seconds[run_id])
         self.start()
+
+    def report(self, executor, item, seconds):
+        if executor in self.lost:
+            return
+        part = RunPart(item[0], item[1])
+        report = core.RunEnded(executor_id=executor, run=part, failure=None, device_seconds=seconds)
+        self.at(self.now + self.delay, lambda: self.handle(self.island_of[executor], report))
 
     def go(self, until=math.inf):
         while self.events and self.events[0][0] <= until:
@@ -344,6 +358,50 @@ def test_while_a_client_is_alone_more_is_admitted():
     assert 0.01 * admitted() <= WINDOW + 0.02  # the other may come again
 
 
+def test_who_has_no_slice_of_devices_any_more_does_not_share_them():
+    cluster = Cluster(["a"])
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    mine, other = cluster.program(1, 0, "a"), cluster.program(2, 0, "a")
+    admitted = lambda: len(cluster.admitted[0]) - len(cluster.computed)  # noqa: E731
+    cluster.run(other, 2 * 10**6, 0.01)
+    flood(cluster, 1, mine, 0.01, until=3.0, ahead=64)
+    cluster.go(1.0)
+    assert 0.01 * admitted() <= WINDOW + 0.02
+    cluster.handle(0, core.SliceClosed(slice_id=cluster.slices[2, "a"], reason="it was closed", is_in_order=True))
+    cluster.go(2.0)
+    assert ALONE <= 0.01 * admitted() <= ALONE + 0.02
+
+
+def test_who_computes_in_turn_with_overlapping_devices_is_not_alone():
+    """Each has its own lane; a unit of one waits until what was granted to the other has ended."""
+    cluster = Cluster(["a", "b"])
+    cluster.join(1, "a")
+    cluster.join(2, "b")
+    program = cluster.program(1, 0, "a")
+    admitted = lambda: len(cluster.admitted[0]) - len(cluster.computed)  # noqa: E731
+    flood(cluster, 1, program, 0.01, until=4.0, ahead=64)
+    cluster.go(1.0)
+    assert ALONE <= 0.01 * admitted() <= ALONE + 0.02
+    both = core.SliceAdded(slice_id=9, client_id=2, executor_ids=("ab",), device_indices=(0, 1))
+    cluster.handle(0, both)
+    cluster.go(2.0)
+    assert 0.01 * admitted() <= WINDOW + 0.02
+    cluster.handle(0, core.SliceClosed(slice_id=9, reason="it was closed", is_in_order=True))
+    cluster.go(3.0)
+    assert ALONE <= 0.01 * admitted() <= ALONE + 0.02
+    assert 0.01 * len(cluster.admitted[0]) > 0.25
+
+
+def test_of_programs_of_unknown_time_a_lone_client_gets_few_runs():
+    cluster = Cluster(["a"])
+    cluster.join(1, "a")
+    for number in range(40):  # each its first run, of a second
+        cluster.run(cluster.program(1, number, "a"), 10**6 + number, 1.0)
+    cluster.go(0.5)
+    assert 1 <= len(cluster.admitted[0]) <= 8
+
+
 def test_with_ageing_nobody_starves():
     cluster = Cluster(["a"], policy=StrictPriority)
     cluster.join(1, "a", priority=3)
@@ -408,6 +466,35 @@ def test_what_has_no_devices_here_any_more_waits_for_its_order_alone():
     assert cluster.finished[10**6 + 1] >= {0}
 
 
+def test_a_cancelled_run_comes_after_its_clients_earlier_ones_and_needs_no_room():
+    """It may give up what they read. Others do not wait for more than before."""
+    cluster = Cluster(["a"])
+    cluster.join(1, "a")
+    cluster.join(2, "a")
+    mine, other = cluster.program(1, 0, "a"), cluster.program(2, 0, "a")
+    for number in range(3):  # their time is known, and the first of mine fills the window
+        cluster.run(other, 2 * 10**6 + number, 0.001)
+        cluster.go()
+    for number in range(6):
+        cluster.run(mine, 10**6 + number, 0.02)
+    for run_id in (10**6 + 5, 10**6 + 3):
+        cluster.cancel(run_id)
+        cluster.cancel(run_id)
+    assert 10**6 + 3 not in cluster.arrived["a"]
+    cluster.go()
+    assert cluster.all_finished()
+    assert [run_id for run_id in cluster.arrived["a"] if run_id < 2 * 10**6] == [10**6 + n for n in range(6)]
+    assert {run_id for _, _, _, run_id in cluster.computed if run_id < 2 * 10**6} == {10**6 + n for n in (0, 1, 2, 4)}
+    assert not cluster.schedulers[0].admission.runs
+    cluster.run(mine, 10**6 + 9, 1.0)
+    cluster.run(mine, 10**6 + 10, 1.0)
+    cluster.run(mine, 10**6 + 11, 1.0)
+    cluster.cancel(10**6 + 11)
+    cluster.cancel(10**6 + 10)
+    cluster.go(cluster.now + 0.001)
+    assert cluster.arrived["a"][-3:] == [10**6 + 9, 10**6 + 10, 10**6 + 11], "nothing of its client is held before them"
+
+
 @pytest.mark.parametrize("cancelled_at", [0.0005, 0.0015, 0.0025, 0.0035])
 def test_a_cancelled_run_leaves_nothing_in_the_order_of_islands(cancelled_at):
     """Cancelled before its place is known, or when one island knows it, or all do."""
@@ -434,9 +521,13 @@ _SETS = ("a", "b", "c", "ab", "bc", "ac", "abc", "aA", "bB", "Bc", "AB")
     st.sampled_from([0.0, WINDOW]),
     st.sampled_from([0.0, 0.002]),
     st.sampled_from(list(POLICIES)),
+    st.dictionaries(st.integers(0, 39), st.floats(0, 0.02), max_size=8),
 )
-def test_runs_over_islands_never_wait_for_each_other(runs, window, delay, name):
-    """Three islands; a and A are sets of devices of one. With a window of 0, one run at a time is admitted."""
+def test_runs_over_islands_never_wait_for_each_other(runs, window, delay, name, cancelled):
+    """Three islands; a and A are sets of devices of one. With a window of 0, one run at a time is admitted.
+
+    Some are cancelled, a while after they were asked for.
+    """
     cluster = Cluster("aA", "bB", "c", policy=find_policy(name), window=window, delay=delay)
     programs = {}
     for client in (1, 2, 3):
@@ -448,19 +539,21 @@ def test_runs_over_islands_never_wait_for_each_other(runs, window, delay, name):
         last[client] += pause
         run_id = client * 10**6 + number
         cluster.at(last[client], lambda c=client, e=executors, r=run_id: cluster.run(programs[c, e], r, 0.003))
+        if number in cancelled:
+            cluster.at(last[client] + cancelled[number], lambda r=run_id: cluster.cancel(r))
     cluster.go(60.0)
     assert cluster.all_finished()
     assert not cluster.order.runs
     spanning = {run_id for run_id, islands in cluster.islands_of.items() if len(islands) > 1}
+    spanning -= cluster.cancelled
     orders = [[run_id for run_id in order if run_id in spanning] for order in cluster.admitted.values()]
     for order in orders:
         for other in orders:
             common = set(order) & set(other)
             assert [r for r in order if r in common] == [r for r in other if r in common]
-    for queue in cluster.queues:
-        mine = [run_id for _, _, executor, run_id in cluster.computed if executor == queue]
+    for order in cluster.arrived.values():
         for client in (1, 2, 3):
-            assert (own := [r for r in mine if r // 10**6 == client]) == sorted(own)
+            assert (own := [r for r in order if r // 10**6 == client]) == sorted(own)
     for scheduler in cluster.schedulers:
         assert not scheduler.admission.runs
         assert not scheduler.runs
