@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from torchways.executor.cells import Cells
@@ -39,8 +40,13 @@ def refusal(event: RunEnqueued, program: LoadedProgram) -> str:
     named += [event.first_buffer_id + number for _, number in program.results]
     if owner(event.part.program_id) != client or any(owner(identity) != client for identity in named):
         return "it names what belongs to another client"
-    if len(arguments.buffer_ids) != program.num_args:
-        return f"it has {len(arguments.buffer_ids)} arguments, and its program takes {program.num_args}"
+    ids = arguments.buffer_ids
+    if len(ids) != program.num_args:
+        return f"it has {len(ids)} arguments, and its program takes {program.num_args}"
+    if program.donated_args:
+        count_of = Counter(ids)
+        if any(count_of[ids[slot]] > 1 and ids[slot] != NO_BUFFER for slot in program.donated_args):
+            return "it gives up a buffer that is another of its arguments, too"
     return ""
 
 

@@ -135,6 +135,6 @@ class Cells:
     def forget_kept(self, cell: Cell) -> None:
         """The run is here, or will not be."""
         cell.kept = None
-        self._kept_bytes[cell.client_id] -= cell.nbytes
-        if not self._kept_bytes[cell.client_id]:
-            del self._kept_bytes[cell.client_id]
+        left = self._kept_bytes.pop(cell.client_id, 0) - cell.nbytes
+        if left:
+            self._kept_bytes[cell.client_id] = left

@@ -39,7 +39,6 @@ class Call:
         inputs, outputs: slots.
         dead: slots that nothing reads after it.
         function_index: position in `SlicePart.functions`.
-        is_leaf: no other computation of the unit reads its outputs.
     """
 
     executable: Any
@@ -47,7 +46,6 @@ class Call:
     outputs: tuple[Slot, ...]
     dead: tuple[Slot, ...]
     function_index: int
-    is_leaf: bool
 
 
 class Compiler:
@@ -106,13 +104,11 @@ class Compiler:
             last_use: dict[int, int] = {}
             for index, step in enumerate(steps):
                 last_use.update((slot, index) for slot in (*step.inputs, *step.outputs))
-            read_inside = {slot for step in steps for slot in step.inputs}
             for index, step in enumerate(steps):
                 dead = [slot for slot, last in last_use.items() if last == index and slot not in unit.writes]
-                is_leaf = not any(slot in read_inside for slot in step.outputs)
                 executable = results[_key(step, slots)]
                 calls.setdefault(number, []).append(
-                    Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index, is_leaf)
+                    Call(executable, step.inputs, step.outputs, tuple(dead), step.function_index)
                 )
         return calls
 

@@ -154,9 +154,12 @@ class Engine:
 
     def drop_client(self, client_id: ClientId) -> None:
         """Frees all that a client owned."""
-        gone = self.failure("SessionClosed", "the client is gone")
-        self.call(lambda: self._exchange.drop_client(client_id, gone))
-        self.post(events.ClientDropped(client_id=client_id))
+
+        def drop() -> None:
+            self._handle(events.ClientDropped(client_id=client_id))
+            self._exchange.drop_client(client_id)
+
+        self.call(drop)
 
     def fetch(self, buffer_id: BufferId, on_fetched: OnFetched) -> int:
         """Waits for a buffer, as it is after the runs that are here; returns what `cancel_fetch` takes.
@@ -235,7 +238,6 @@ class Engine:
                         os.sched_yield()  # unlike time.sleep(0), which takes longer than most launches
                     else:
                         poll = min(poll * 2, _POLL_SECONDS[1])
-                        self._check_starved()
                     continue
                 poll, idle_since = _POLL_SECONDS[0], 0.0
                 for _ in range(_BATCH):
@@ -273,8 +275,7 @@ class Engine:
             self._check_stalls(now)
         self.spans.note_waits(self.core.memory.starved)
         self.spans.note_asking(self.core.grants.waiting)
-        if not self.core.memory.starved:
-            self._starved_since = 0.0
+        self._check_starved(now)
         used, gave_back = self._used_memory, self._gave_memory_back
         if used > gave_back and now > min(used + _IDLE_SECONDS, gave_back + _KEPT_SECONDS):
             self._gave_memory_back = now
@@ -330,12 +331,13 @@ class Engine:
 
     # ---- memory
 
-    def _check_starved(self) -> None:
+    def _check_starved(self, now: float) -> None:
+        """Tells the core when something has waited for memory for long; whatever else comes meanwhile."""
         if not self.core.memory.starved:
             self._starved_since = 0.0
         elif not self._starved_since:
-            self._starved_since = time.monotonic()
-        elif time.monotonic() - self._starved_since > self._memory_wait:
+            self._starved_since = now
+        elif now - self._starved_since > self._memory_wait:
             self._starved_since = 0.0
             self.post(events.MemoryStalled(seconds=self._memory_wait, time_ns=time.time_ns()))
 

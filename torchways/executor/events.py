@@ -192,7 +192,7 @@ class ClientDropped:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryStalled:
-    """For a long time nothing ended that could free memory, and something waits for it."""
+    """For `seconds`, something has waited for memory at any time."""
 
     seconds: float
     time_ns: int = 0

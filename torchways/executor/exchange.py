@@ -80,15 +80,18 @@ class Exchange:
             self._on_broken,
         )
         self._reducer = Reducer(executor_id, self._send_piece)
-        self._local_sums = LocalSums()
+        self._local_sums = LocalSums(executor_id)
 
     def num_entries(self) -> dict[str, int]:
         """Returns how many entries each collection has."""
         return {"sums": self._reducer.num_open + len(self._local_sums)}
 
-    def drop_client(self, client_id: ClientId, failure: Failure) -> None:
-        """Ends the sums of a client."""
+    def drop_client(self, client_id: ClientId) -> None:
+        """Ends the sums of a client, of which the core knows that it is gone."""
+        failure = self._core.names.client_gone()
         self._reducer.drop_client(client_id, failure)
+        for task in self._local_sums.drop_client(client_id):
+            self._inbox.put(events.Reduced(task=task, data=None, failure=failure))
 
     def send(self, command: events.Send) -> None:
         """Sends a value to the peers that receive it, once it is computed."""
@@ -142,6 +145,9 @@ class Exchange:
         started = time.time_ns()
 
         def start(value: torch.Tensor | Failure) -> None:
+            if self._core.names.is_gone(task.run.client_id):  # other slices of it may bring nothing any more
+                self._inbox.put(events.Reduced(task=task, data=None, failure=self._core.names.client_gone()))
+                return
             local = self._local_sums.add(task, edge, value, route.num_local)
             if local is None:
                 return

@@ -93,7 +93,7 @@ class Fetches:
         self._inbox = inbox
         self._handle = handle
         self._failure = failure
-        #: What waits for a buffer that no known run makes yet, oldest first.
+        #: Those that are not delivered, oldest first.
         self._waiting: dict[int, _Fetch] = {}
         self._ids = itertools.count()
 

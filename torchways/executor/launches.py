@@ -18,7 +18,7 @@ from torchways.executor.spans import Spans
 from torchways.executor.stalls import action_text
 from torchways.executor.value_checks import describe_bad, wait_computed
 from torchways.ids import PartId
-from torchways.ir.part import ComputeInstruction
+from torchways.ir.part import ComputeInstruction, Slot
 from torchways.link.inbox import Inbox
 from torchways.runtime.base import Runtime
 
@@ -35,11 +35,11 @@ class _Launch:
         next: the number of computations that are started, or failed.
         values: by slot.
         poisoned: failures, by slot.
-        leaves: what to wait for.
+        begun: computations that were started, each with what to wait for: nothing, where it passes values on.
         fills: what to do once its output cells are filled.
     """
 
-    __slots__ = ("command", "fills", "issued", "leaves", "next", "poisoned", "values")
+    __slots__ = ("begun", "command", "fills", "issued", "next", "poisoned", "values")
 
     def __init__(self, command: events.Execute) -> None:
         self.command = command
@@ -47,7 +47,7 @@ class _Launch:
         self.next = 0
         self.values: dict[int, Any] = {}
         self.poisoned: dict[int, Failure] = {}
-        self.leaves: list[Sequence[Any]] = []
+        self.begun: list[tuple[Call, Sequence[Any]]] = []
         self.fills: list[Callable[[], None]] = []
 
 
@@ -206,8 +206,7 @@ class Launches:
                     failure = self._check_values(task, call, outputs)
                 for slot, buffer in zip(call.outputs, outputs, strict=True):
                     values[slot] = buffer
-                if call.is_leaf and computed:
-                    launch.leaves.append(computed)
+                launch.begun.append((call, computed))
             except Exception as error:
                 function = self._codes[run.program.part].functions[call.function_index]
                 message = f"compiled function {function.name} failed: {error}"
@@ -222,7 +221,8 @@ class Launches:
         task, poisoned = launch.command.task, launch.poisoned
         for slot, cell in zip(task.unit.writes, launch.command.outputs, strict=True):
             cell.buffer, cell.failure = launch.values[slot], poisoned.get(slot)
-        self._await_leaves(task, launch.leaves, lowest(list(poisoned.values())) if poisoned else None, launch.issued)
+        failure = lowest(list(poisoned.values())) if poisoned else None
+        self._await(task, _last_of(launch.begun), failure, launch.issued)
 
     def _wake(self) -> None:
         """There may be room for computations; on any thread."""
@@ -247,12 +247,12 @@ class Launches:
 
     # ---- their ends
 
-    def _await_leaves(self, task: Task, leaves: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
-        if not leaves:
+    def _await(self, task: Task, computed: list[Sequence[Any]], failure: Failure | None, issued: int) -> None:
+        if not computed:
             self._inbox.put(events.UnitFinished(task=task, failure=failure))
             return
         self._spans.note_issued(task, issued)
-        left, last = len(leaves), 0
+        left, last = len(computed), 0
 
         def finished(ended: int) -> None:
             nonlocal left, last
@@ -262,7 +262,7 @@ class Launches:
                 self._handle(events.UnitFinished(task=task, failure=failure))
 
         # Some call back on a thread of the runtime's, others at once: the inbox keeps the order of their ends.
-        for buffers in leaves:
+        for buffers in computed:
             self._runtime.on_ready(buffers, lambda: self._inbox.put(functools.partial(finished, time.time_ns())))
 
     def _note_computed(self, task: Task, issued: int, ended: int) -> None:
@@ -276,6 +276,18 @@ class Launches:
         run.device_ns += self._spans.note_computed(
             name, self._num_devices, issued, ended, run.run_id, first.part_of, awaited_since
         )
+
+
+def _last_of(begun: Sequence[tuple[Call, Sequence[Any]]]) -> list[Sequence[Any]]:
+    """Returns what to wait for of the computations that no other one waits for: others may be left out, or fail."""
+    read: set[Slot] = set()
+    last = []
+    for call, computed in reversed(begun):
+        if computed and read.isdisjoint(call.outputs):
+            last.append(computed)
+        if computed or not read.isdisjoint(call.outputs):
+            read.update(call.inputs)
+    return last
 
 
 def _nothing() -> None:

@@ -73,7 +73,7 @@ class Names:
         return self.find(buffer_id)
 
     def give(self, buffer_id: BufferId, cell: Cell) -> None:
-        """Names a cell; reads and runs that overtook the run that makes it wait for it from now on."""
+        """Names a cell; reads that overtook the run that makes it wait for it from now on."""
         early = self.cells.get(buffer_id)
         if early is not None:
             cell.fetches += early.fetches

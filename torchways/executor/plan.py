@@ -25,6 +25,9 @@ from torchways.ir.part import (
     writes,
 )
 
+#: A pipeline of 2,000 transfers and 25,000 computations has a hundredth of it, 512 MB.
+_MAX_WAIT_BITS = 1 << 32
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
@@ -63,6 +66,7 @@ class LoadedProgram:
         routes: the executors at the other ends of its edges.
         peak_bytes: the most that its units, run in order, have allocated at a time, bytes per device. Arguments are not
             counted; where they are donated, their memory is subtracted.
+        donated_args: the arguments that are donated.
         donated_bytes: the most that is so subtracted, bytes per device.
     """
 
@@ -77,6 +81,7 @@ class LoadedProgram:
     slot_forms: tuple[str, ...] = ()
     routes: Routes = field(default_factory=Routes)
     peak_bytes: int = 0
+    donated_args: tuple[Slot, ...] = ()
     donated_bytes: int = 0
 
 
@@ -111,6 +116,7 @@ def load_program(
         units = _units([(position, [item]) for position, item in enumerate(instructions)], kept, slot_bytes)
         peak = peak_bytes(units, slot_bytes, held=args, kept={*args, *kept})
     counts = Counter(slot for unit in units for slot in unit.reads)
+    donated_args = tuple(slot for unit in units for slot in unit.donated if slot < num_args)
     return LoadedProgram(
         part=part,
         name=name,
@@ -123,7 +129,8 @@ def load_program(
         slot_forms=tuple(slot_forms),
         routes=routes or Routes(),
         peak_bytes=peak - arg_bytes,
-        donated_bytes=sum(slot_bytes[slot] for unit in units for slot in unit.donated if slot < num_args),
+        donated_args=donated_args,
+        donated_bytes=sum(slot_bytes[slot] for slot in donated_args),
     )
 
 
@@ -135,25 +142,36 @@ def _units(
         for instruction in group:
             for slot in reads(instruction):
                 readers.setdefault(slot, set()).add(number)
-    return [
-        _unit(position, group, {slot for slot, numbers in readers.items() if numbers - {number}} | results, slot_bytes)
-        for number, (position, group) in enumerate(groups)
-    ]
+    units = []
+    for number, (position, group) in enumerate(groups):
+        made = {slot for instruction in group for slot in writes(instruction)}
+        shared = {slot for slot in made if slot in results or readers.get(slot, set()) - {number}}
+        units.append(_unit(position, group, shared, slot_bytes))
+    return units
 
 
 def _groups(instructions: Sequence[Instruction]) -> list[tuple[int, list[Instruction]]]:
-    """Returns (position of the first, instructions) of each unit."""
+    """Returns (position of the first, instructions) of each unit.
+
+    Raises:
+        ValueError: so many values wait for so many transfers that to note it would take too much memory.
+    """
     groups: list[tuple[int, list[Instruction]]] = []
     #: What each slot waits for: a bit for every receive or reduction.
     waits: dict[int, int] = {}
     open_waits: int | None = None
+    num_waits = num_bits = 0
     for position, instruction in enumerate(instructions):
         waited = 0
         for slot in reads(instruction):
             waited |= waits.get(slot, 0)
+        num_bits += waited.bit_length()
+        if num_bits > _MAX_WAIT_BITS:
+            raise ValueError(f"it has too many transfers that other instructions wait for ({num_waits:,} and more)")
         if not isinstance(instruction, ComputeInstruction):
             if not isinstance(instruction, SendInstruction):
-                waited |= 1 << position
+                waited |= 1 << num_waits
+                num_waits += 1
                 open_waits = open_waits if isinstance(instruction, ReceiveInstruction) else None
             else:
                 open_waits = None  # what is sent must not wait for computations that follow
@@ -173,6 +191,7 @@ def _are_together(before: Instruction, instruction: ComputeInstruction) -> bool:
 
 
 def _unit(position: int, group: list[Instruction], shared: set[Slot], slot_bytes: Sequence[int]) -> Unit:
+    """Returns a group of instructions as a unit; `shared`: what it writes for others."""
     made: set[Slot] = set()
     outer_reads: dict[Slot, None] = {}
     outer_donated: dict[Slot, None] = {}

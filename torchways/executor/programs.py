@@ -49,13 +49,7 @@ class Programs:
 
         A run that came cancelled does so, too: the controller, which does not wait for word of that, has given them up.
         """
-        program = known.program
-        donated = [
-            buffer_ids[slot]
-            for unit in program.units
-            for slot in unit.donated
-            if slot < program.num_args and buffer_ids[slot] != NO_BUFFER
-        ]
+        donated = [buffer_ids[slot] for slot in known.program.donated_args if buffer_ids[slot] != NO_BUFFER]
         if is_cancelled:
             self._drop_all_donated(donated)
         elif not known.is_compiled:

@@ -43,7 +43,7 @@ class Reads:
     """Reads of an executor's buffers; for the engine's thread.
 
     Args:
-        engine: returns it; there is one once a client has a slice here.
+        engine: returns it.
     """
 
     def __init__(self, engine: Callable[[], Engine]) -> None:

@@ -3,7 +3,8 @@
 A large value is split into one part for each member: everybody sums its own part (reduce-scatter), and the sums of the
 parts are exchanged (all-gather), so every member sends and receives about twice the value, however many there are. A
 small one, which is latency and messages and not bytes, is exchanged whole: between pairs, in log2(n) rounds, where the
-number of members is a power of two, else with everybody. All members add in one order: all have the same bits.
+number of members is a power of two, else with everybody. All members add in one order: all have the same bits. (What
+several slices of one executor bring is added before, as it comes: another run may have other last bits.)
 
 Members say nothing to each other about when: what comes early is kept until this end starts.
 
@@ -95,7 +96,10 @@ class _Reduction:
             self.value = failures[0]
         else:
             typed = [_typed(piece, self.dtype) for piece in checked]  # type: ignore[arg-type]
-            self.value = torch.cat(typed) if self.is_large and self.round == 1 else _total(typed)
+            try:
+                self.value = torch.cat(typed) if self.is_large and self.round == 1 else _total(typed)
+            except Exception as error:  # PyTorch cannot add what it is
+                self.value = cannot_add(error, self.me)
         self.round, self.is_sent = self.round + 1, False
 
 
@@ -126,7 +130,8 @@ class Reducer:
             run_id, edge_id: which sum.
             members: all executors that take part, in one order everywhere; or, for an executor that only gets the sum,
                 the one that gives it (`give`).
-            value: CPU tensor, or why there is none. Must not change until `done`.
+            value: CPU tensor, or why there is none. Must not change until `done`: a small one is copied, of a large
+                one all that is sent has arrived then.
             shape, dtype: of the value.
             done: called once with the sum, or with the failure of a member, and the bytes that this executor sent.
         """
@@ -136,6 +141,9 @@ class Reducer:
             item = self._reductions.setdefault((run_id, edge_id), _Reduction())
             item.me, item.numel, item.dtype, item.done, item.is_large = self._me, numel, dtype, done, is_large
             item.value = value.reshape(-1) if isinstance(value, torch.Tensor) else value
+            if not is_large and isinstance(item.value, torch.Tensor) and len(members) > 1:
+                # The sum may be done while a frame still has the value, and then its buffer may be written to.
+                item.value = item.value.clone()
             item.rounds = (members, members) if is_large else _small_rounds(members, self._me)
         self._go_on((run_id, edge_id))
 
@@ -229,6 +237,12 @@ def _small_rounds(members: tuple[str, ...], me: str) -> tuple[tuple[str, ...], .
     index = members.index(me)
     pairs = [sorted((index, index ^ (1 << bit))) for bit in range(count.bit_length() - 1)]
     return tuple((members[low], members[high]) for low, high in pairs)
+
+
+def cannot_add(error: Exception, executor_id: str) -> Failure:
+    """Returns the failure of a sum whose values PyTorch does not add."""
+    message = f"the values of a sum cannot be added: {error}"
+    return Failure(kind="RemoteError", message=message, process=f"executor {executor_id}")
 
 
 def _total(addends: Sequence[torch.Tensor]) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """What the executor's core and its shell both hold in hand: cells, runs and their tasks, programs.
 
-Mutable; only the core changes them, but for the buffer and the failure of a cell, which the shell sets.
+Mutable; only the core changes them, but for the buffer and the failure of a cell, and the device time of a run, which
+the shell sets.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The executor process: gRPC in front of its engine (engine.py).
 
-The asyncio loop only turns messages into events and values into messages.
+The asyncio loop turns messages into events, which the engine handles on its own thread, and writes checkpoints.
 """
 
 from __future__ import annotations

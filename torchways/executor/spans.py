@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Spans:
-    """The newest spans. All methods are for the engine's thread; the log is for any."""
+    """The newest spans. Methods are for the engine's thread, but for `note` and `note_compiled`; the log is for any."""
 
     def __init__(self) -> None:
         self.log = SpanLog()

@@ -614,6 +614,9 @@ class ExecutorState:
         for buffer_id in self.names.of_client(client_id):
             self._cells.drop(buffer_id, "belonged to a client that is gone")
         self.programs.drop(lambda part: owner(part.program_id) == client_id)
+        if not self.grants.is_gang:  # see `_cancel`
+            for run in [run for run in self.runs.values() if run.client_id == client_id and run.cancelled is None]:
+                self._end_early(run, self.names.client_gone())
         receiving = self.mailbox.drop_client(client_id)
         for cell in self.names.give_up_expected(client_id):
             self._cells.schedule(cell)

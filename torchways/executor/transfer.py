@@ -160,9 +160,9 @@ class DataPlane:
         del self._links[peer]
         opened = self._opened.pop(link, None)
         self._on_lost(peer, reason)
-        if opened is not None and self._me > peer:
-            # The peer waits until this end connects, and may have a run already that has failed here. If it is gone,
-            # that is known at once.
+        if opened is not None:
+            # The peer may have a run already that has failed here, and learns so on the next link alone: each end opens
+            # it, though no run here needs it. If the peer is gone, that is known at once.
             is_short = time.monotonic() < opened + _SHORT_SECONDS
             again = functools.partial(self.connect, peer, link.address)
             self._inbox.later(_SLOWLY_SECONDS if is_short else _AGAIN_SECONDS, again)

@@ -85,7 +85,7 @@ class Runtime(Protocol):
         donated: Sequence[int],
         on_device: OnDevice,
     ) -> Any:
-        """Compiles a serialized graph, without running it; on any thread, but one call at a time.
+        """Compiles a serialized graph, without running it; on any thread, several calls at a time.
 
         What must not happen beside other calls is given to `on_device`. What is returned is let go with its last user.
 

@@ -12,7 +12,7 @@ from torchways.executor import engine as engine_module
 from torchways.executor import fetches as module
 from torchways.executor.compiler import Call
 from torchways.executor.engine import Engine
-from torchways.executor.events import Execute
+from torchways.executor.events import Execute, MemoryStalled
 from torchways.executor.runs import Cell
 from torchways.ids import BufferId, PartId, client_range, owner
 from torchways.ir.part import ComputeInstruction
@@ -159,7 +159,7 @@ class Launching:
     def unit(self, run_id, source, count):
         """Issues a unit of so many computations, each of which adds 1; returns its run and its output's cell."""
         target = Cell(scheduled=True)
-        calls = [Call(1, (slot,), (slot + 1,), (slot,), 0, slot == count - 1) for slot in range(count)]
+        calls = [Call(1, (slot,), (slot + 1,), (slot,), 0) for slot in range(count)]
         part = PartId(run_id, 1)
         instruction = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,))
         unit = SimpleNamespace(reads=(0,), writes=(count,), instructions=[instruction])
@@ -260,6 +260,72 @@ def test_computations_of_a_cancelled_run_that_wait_for_room_are_left_out():
     runtime.give_room(1)
     assert launching.read(second).get(timeout=30) == 8.0
     assert runtime.started == ["1.1.0.0", "1.1.0.1", "2.1.0.0"]
+
+
+class Held(WithRoom):
+    """A runtime whose computations end when the test says so; `executable` 0 only passes its input on."""
+
+    def __init__(self):
+        super().__init__()
+        self.waiting = queue.Queue()
+
+    def execute(self, executable, inputs, key):
+        if executable == 0:
+            self.room.get_nowait()
+            return list(inputs), ()
+        return super().execute(executable, inputs, key)
+
+    def on_ready(self, buffers, callback):
+        self.waiting.put(callback)
+
+
+@pytest.mark.parametrize("last", ["is left out", "passes on"])
+def test_a_unit_has_ended_when_what_it_started_has(last):
+    """Also if nothing that was started reads the output of its last computation."""
+    launching = Launching(runtime=Held())
+    engine, runtime = launching.engine, launching.runtime
+    runtime.give_room(1)
+    run, _ = launching.unit(1, Cell(scheduled=True, buffer=torch.tensor(5.0)), 2)
+    if last == "is left out":
+        launching.on_thread(lambda: setattr(run, "cancelled", engine.failure("Cancelled", "its user wants it no more")))
+    else:
+        [code] = engine._codes.values()
+        code.calls[0][1] = Call(0, (1,), (2,), (1,), 0)
+    runtime.give_room(1)
+    computed = runtime.waiting.get(timeout=30)
+    launching.on_thread(lambda: None)
+    assert not launching.ended
+    assert runtime.waiting.empty()
+    computed()
+    wait_until(lambda: launching.ended)
+    assert run.device_ns > 0
+
+
+def wait_until(holds, seconds=30):
+    deadline = time.monotonic() + seconds
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_what_waits_for_memory_is_told_though_others_keep_the_executor_busy():
+    told = queue.Queue()
+    engine = Engine("i0.e1", Idle(), 1, "127.0.0.1", lambda reported: None, link_key=bytes(32), memory_wait=0.2)
+
+    def handle(event):
+        told.put(event)
+        return []
+
+    def starve():
+        engine.core.handle = handle
+        engine.core.memory.starved.append(SimpleNamespace(need_bytes=1))
+        engine.spans.note_waits = lambda starved: None
+
+    engine.run(starve).result(30)
+    deadline = time.monotonic() + 30
+    while told.empty() and time.monotonic() < deadline:
+        engine.run(lambda: None).result(30)
+    assert isinstance(told.get_nowait(), MemoryStalled)
 
 
 def test_a_host_of_a_gang_starts_all_that_was_granted_at_once():

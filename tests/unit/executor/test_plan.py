@@ -1,5 +1,7 @@
 """Units: what is grouped, what they share, and what they allocate."""
 
+import pytest
+
 from torchways.executor.plan import load_program
 from torchways.ids import PartId, ProgramId, SliceId
 from torchways.ir.part import AllReduceInstruction, ComputeInstruction, ReceiveInstruction, SendInstruction
@@ -47,6 +49,18 @@ def test_a_reduction_stands_between_computations():
     program = load_program(PART, "sum", 1, [8] * 4, items, [(3, 0)])
     assert [unit.reads for unit in program.units] == [(0,), (1,), (2,)]
     assert program.read_counts == ((0, 1), (1, 1), (2, 1))
+
+
+def test_a_plan_whose_waits_cannot_be_noted_is_refused(monkeypatch):
+    monkeypatch.setattr("torchways.executor.plan._MAX_WAIT_BITS", 1000)
+    parts = []
+    for turn in range(100):
+        parts.append(ReceiveInstruction(slot=2 * turn, edge_id=turn, peer=1))
+        before = (2 * turn - 1,) if turn else ()
+        parts.append(compute((2 * turn, *before), (2 * turn + 1,)))
+    with pytest.raises(ValueError, match="too many transfers"):
+        load_program(PART, "loop", 0, [1] * 200, parts, [(199, 0)])
+    assert len(load_program(PART, "loop", 0, [1] * 20, parts[:20], [(19, 0)]).units) == 20
 
 
 def test_memory_counts_values_that_live_at_the_same_time():

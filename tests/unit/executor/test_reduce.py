@@ -1,6 +1,7 @@
 """Sums between executors: any order of messages, any number of members, failures and lost peers."""
 
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchways.errors import Failure
+from torchways.executor.local_sums import LocalSums
 from torchways.executor.reduce import Reducer
 from torchways.ids import ClientId, RunId
 
@@ -59,6 +61,34 @@ def test_every_member_gets_the_same_sum_in_any_order(data, count, shape):
     assert all(torch.equal(total, totals[0]) for total in totals)
     torch.testing.assert_close(totals[0], expected)
     assert all(member.num_open == 0 for member in world.members.values())
+
+
+def test_a_small_sum_may_be_over_before_its_value_is_sent():
+    """Its buffer may be written to then."""
+    sent = []
+    reducer = Reducer("a", lambda peer, run_id, edge_id, phase, piece: sent.append(piece))
+    value, totals = torch.ones(4), []
+    reducer.arrived("b", RunId(1), 0, 1, torch.ones(4).view(torch.uint8))
+    reducer.start(RunId(1), 0, ("a", "b"), value, (4,), torch.float32, lambda total, *_: totals.append(total))
+    value.fill_(7)
+    assert torch.equal(totals[0], torch.full((4,), 2.0))
+    assert torch.equal(sent[0], torch.ones(4))
+
+
+def test_what_cannot_be_added_fails_its_sum():
+    value, found = torch.ones(4, dtype=torch.float8_e4m3fn), []
+    with pytest.raises(NotImplementedError):
+        value + value
+    reducer = Reducer("a", lambda *_: None)
+    reducer.arrived("b", RunId(1), 0, 1, value.view(torch.uint8))
+    reducer.start(RunId(1), 0, ("a", "b"), value, (4,), value.dtype, lambda total, failure, _: found.append(failure))
+    assert "the values of a sum cannot be added" in found[0].message
+    assert reducer.num_open == 0
+    sums = LocalSums("a")
+    tasks = [SimpleNamespace(run=SimpleNamespace(run_id=RunId(1))) for _ in range(2)]
+    assert sums.add(tasks[0], 0, torch.ones(2), 2) is None
+    failure = sums.add(tasks[1], 0, torch.ones(3), 2).total
+    assert "the values of a sum cannot be added" in failure.message
 
 
 @pytest.mark.parametrize("count", [2, 4, 8])

@@ -579,6 +579,18 @@ def test_a_value_whose_run_never_comes_goes_with_its_name_and_what_is_kept_has_a
     assert state.num_entries()["kept_bytes"] == 0
 
 
+def test_values_without_elements_that_wait_for_runs_go_as_others():
+    state = ExecutorState("a", budget_bytes=1000)
+    for number in range(3):
+        put = events.BufferPut(
+            buffer_id=BufferId(BASE + number), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=0, for_run=True
+        )
+        assert state.handle(put) == []
+    state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE)]))
+    state.handle(events.ClientDropped(client_id=CLIENT))
+    assert state.num_entries()["kept_bytes"] == 0
+
+
 def _put(number, nbytes, came_ns=0):
     return events.BufferPut(
         buffer_id=BufferId(BASE + number), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=nbytes, time_ns=came_ns
@@ -640,6 +652,36 @@ def test_a_buffer_is_put_once_and_a_run_makes_new_ones():
     [ended] = state.handle(run)
     assert "it makes buffers that are there already" in ended.failure.message
     state.handle(events.ClientDropped(client_id=CLIENT))
+    assert state.memory.used_bytes == 0
+
+
+def test_a_run_that_gives_up_what_it_also_reads_as_another_argument_is_refused():
+    """It would wait for its own reading."""
+    state = ExecutorState("a")
+    call = ComputeInstruction(function_index=0, inputs=(0, 1), outputs=(2,), donated=(0,))
+    state.handle(events.ProgramArrived(program=load_program(PART, "step", 2, [10] * 3, [call], [(2, 0)])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(_put(1, 10))
+    state.handle(_put(2, 10))
+    [ended] = state.handle(enqueued(30, 40, [BufferId(BASE + 1), BufferId(BASE + 1)], sequence=1))
+    assert "gives up a buffer that is another of its arguments" in ended.failure.message
+    commands = state.handle(enqueued(31, 41, [BufferId(BASE + 1), BufferId(BASE + 2)], sequence=2))
+    assert [type(command) for command in commands] == [events.Execute]
+
+
+def test_runs_that_can_never_go_on_end_with_their_client():
+    """One reads what a run makes that comes after it, as no honest client has it; another waits for a value."""
+    state = ExecutorState("a", budget_bytes=1000)
+    state.handle(events.ProgramArrived(program=_one_call([10, 10])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(enqueued(30, 40, [BufferId(BASE + 50)], sequence=1))
+    state.handle(enqueued(31, 50, [BufferId(BASE + 1)], sequence=2))
+    assert len(state.runs) == 2
+    ended = [
+        item for item in state.handle(events.ClientDropped(client_id=CLIENT)) if isinstance(item, events.ReportEnded)
+    ]
+    assert len(ended) == 2
+    assert not state.runs
     assert state.memory.used_bytes == 0
 
 

@@ -278,6 +278,16 @@ def test_the_end_that_connects_looks_for_its_peer_by_itself():
     assert a.broken.get(timeout=20) == ("b", {ClientId(3): RunId(7)})
 
 
+def test_the_end_that_waits_for_its_peer_tells_it_what_has_failed_by_itself():
+    """A run may have failed here alone, and no later one need a link: the peer would wait for its values for ever."""
+    a, b = linked()
+    a.newest["b"] = {ClientId(3): RunId(7)}
+    for end in (a, b):
+        end.inbox.put(lambda end=end: end.plane._opened.update(dict.fromkeys(end.plane._opened, 0.0)))
+    break_link(a, "b")
+    assert b.broken.get(timeout=20) == ("a", {ClientId(3): RunId(7)})
+
+
 def test_an_end_that_has_noticed_nothing_takes_the_new_link():
     a, _b = linked()
     silent = End("b")  # as if nothing of the old link's end had come to `a`
