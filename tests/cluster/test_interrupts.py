@@ -156,3 +156,32 @@ def test_a_step_that_updates_state_goes_on_when_its_reader_is_interrupted(traine
     _interrupted(lambda: results[-1].cpu())
     assert results[-1].item() == 1
     torch.testing.assert_close(model.weight.detach().cpu(), before + 5)
+
+
+def test_a_step_that_is_cancelled_while_it_is_held_fails_no_call_before_it(trainer):
+    """It gives up the state that these read, and comes to the devices after them all the same."""
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
+    model = tw.parallelize_module(nn.Linear(512, 512), mesh, None)
+
+    def heavy(m):
+        for _ in range(40):
+            m = (m @ m) / 512
+        return m.max() + model.weight.sum() * 0
+
+    @tw.program
+    def step(m):
+        with torch.no_grad():
+            model.weight.add_(1)
+        return heavy(m)
+
+    infer = tw.program(heavy)
+    ones = tw.distribute_tensor(torch.ones(512, 512), mesh)
+    assert infer(ones).item() == step(ones).item() == infer(ones).item() == 1
+    results = [infer(ones) for _ in range(30)]  # more than is admitted for a client that is alone
+    loss = step(ones)
+    tw.cancel(loss)
+    assert {result.item() for result in results} == {1}
+    with pytest.raises(RunCancelled):
+        loss.item()
+    with pytest.raises(RunCancelled):
+        model.weight.cpu()
