@@ -129,5 +129,26 @@ def test_a_nan_is_every_extreme(devices, num_devices):
     torch.testing.assert_close(result, extremes(x), equal_nan=True)
 
 
+def test_float64_is_computed_in_float64(devices):
+    """torch-xla has constants of float32 in these, and in bilinear resizing and some pooling."""
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 8, 8, dtype=torch.float64)
+
+    def gradients(x):
+        x = x.detach().requires_grad_(True)
+        found = [F.gelu(x), F.gelu(x, approximate="tanh"), F.threshold(x, 0.1, 0.7), x.abs().log2(), x.abs().log10()]
+        found += [F.layer_norm(1e-3 * x, (8,)), F.avg_pool2d(x, 3, 2, 1), F.adaptive_avg_pool2d(x, 4)]
+        found.append(F.ctc_loss(x[0].log_softmax(-1), torch.tensor([[1, 2]] * 8), [3] * 8, [2] * 8))
+        found += [F.interpolate(x, scale_factor=1.7, mode=mode) for mode in ("bilinear", "bicubic")]
+        found += [
+            F.interpolate(x, size=(5, 5), mode="bilinear"),
+            F.interpolate(x, (9, 9), mode="bilinear", antialias=True),
+        ]
+        return found, [torch.autograd.grad(value.square().sum(), x)[0] for value in found]
+
+    results = tw.get(tw.program(tw.function(gradients, mesh=devices.mesh(1)))(x))
+    torch.testing.assert_close(results, gradients(x), rtol=1e-10, atol=1e-10)
+
+
 def test_deviations_are_of_cases():
     assert set(DEVIATIONS) <= set(map(str, cases()))

@@ -42,7 +42,7 @@ def ctc_loss(
     log_probs = normalised + (log_probs - normalised).detach()
     emitted = log_probs.gather(2, labels.expand(num_steps, *labels.shape))
     may_skip = (labels[:, 2:] != blank) & (labels[:, 2:] != labels[:, :-2])
-    skipping = F.pad(torch.where(may_skip, 0.0, NEVER), (2, 0), value=NEVER)
+    skipping = F.pad(torch.where(may_skip, 0.0, NEVER).to(log_probs.dtype), (2, 0), value=NEVER)
     first = torch.where(torch.arange(labels.shape[1]) < 2, emitted[:1], NEVER)
     states = ALIGNMENTS(torch.cat([first, emitted[1:]]), skipping)
     last = (input_lengths - 1).clamp(0, num_steps - 1).reshape(1, -1, 1)

@@ -7,12 +7,16 @@ test checks that. Operators that have no kernel, that write, or that make views 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 import torch.utils._pytree as pytree
+from torch._decomp import get_decompositions
+
+aten = torch.ops.aten
 
 #: Overloads by name, after "aten."; without a dot: the default one.
 KEPT = frozenset(
@@ -73,6 +77,9 @@ KEPT = frozenset(
         "xlogy.Tensor",
     }
 )
+
+#: Operators that torch-xla computes with constants of float32, whatever the tensors: of float64, they are taken apart.
+IN_FLOAT32 = frozenset({"gelu", "gelu_backward", "log10", "log2", "native_layer_norm", "threshold"})
 
 #: Why each of the others is taken apart although torch-xla has a kernel. Found by running PyTorch's database of
 #: operators on torch-xla's device, against PyTorch's CPU (torch 2.9.1, torch-xla 2.9.0).
@@ -151,16 +158,33 @@ def overload_of(name: str) -> Any:
 
 @cache
 def kept_whole(taken_apart: Callable[[], dict[Any, Any]]) -> dict[Any, Any]:
-    """Returns decompositions that take operators apart only where they concern complex numbers."""
-    table = taken_apart()
-    return {operator: _of_complex(table[operator]) for operator in map(overload_of, KEPT)}
+    """Returns decompositions that take operators apart only where the kernel computes something else."""
+    kept, in_float32 = (frozenset(map(overload_of, names)) for names in (KEPT, IN_FLOAT32))
+    core = get_decompositions(list(in_float32))  # some are of PyTorch's core operators themselves
+    table = {**core, **taken_apart(), aten.log2.default: _log2, aten.log10.default: _log10}
+    return {
+        operator: _of_dtypes(table[operator], in_complex=operator in kept, in_float64=operator in in_float32)
+        for operator in kept | in_float32
+    }
 
 
-def _of_complex(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+def _log2(value: torch.Tensor) -> torch.Tensor:
+    return value.log() / math.log(2)
+
+
+def _log10(value: torch.Tensor) -> torch.Tensor:
+    return value.log() / math.log(10)
+
+
+def _of_dtypes(decomposition: Callable[..., Any], *, in_complex: bool, in_float64: bool) -> Callable[..., Any]:
+    """Returns a decomposition that takes an operator apart only if there are tensors of these dtypes."""
+
     def call(*args: Any, **kwargs: Any) -> Any:
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, torch.Tensor) and leaf.is_complex() for leaf in leaves):
-            return decomposition(*args, **kwargs)
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and (
+                (in_complex and leaf.is_complex()) or (in_float64 and leaf.dtype == torch.float64)
+            ):
+                return decomposition(*args, **kwargs)
         return NotImplemented
 
     return call

@@ -19,20 +19,27 @@ from torchways.errors import CaptureError
 aten = torch.ops.aten
 
 
-def _matrix(operator: Any, size: int, out_size: int, dim: int, num_dims: int, rest: Sequence[Any]) -> torch.Tensor:
+def _matrix(
+    operator: Any, size: int, out_size: int, dim: int, num_dims: int, rest: Sequence[Any], dtype: torch.dtype
+) -> torch.Tensor:
     """Returns the matrix [size, out_size] of `operator` in one of its spatial dimensions.
 
     Args:
         rest: arguments of the operator behind the output size.
+        dtype: of what is resized.
     """
     with _disable_current_modes():
         shape = [size if other == dim else 1 for other in range(num_dims)]
         # Two in the other dimensions: with one, PyTorch 2.9's antialiasing gives the first row for all.
         wide = [size if other == dim else 2 for other in range(num_dims)]
         out_shape = [out_size if other == dim else 2 for other in range(num_dims)]
-        columns = torch.eye(size).reshape(size, 1, *shape).expand(size, 1, *wide)
+        columns = _identity(size, dtype).reshape(size, 1, *shape).expand(size, 1, *wide)
         rows = operator(columns.contiguous(), out_shape, *rest).movedim(2 + dim, -1).reshape(size, -1, out_size)[:, 0]
     return _constant(rows)
+
+
+def _identity(size: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.eye(size, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 def _constant(matrix: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,9 @@ def _resize(operator: Any, num_dims: int) -> Callable[..., torch.Tensor]:
     def resize(value: torch.Tensor, output_size: Sequence[int], *rest: Any) -> torch.Tensor:
         sizes = value.shape[-num_dims:]
         pairs = enumerate(zip(sizes, output_size, strict=True))
-        return _multiply(value, [_matrix(operator, old, new, dim, num_dims, rest) for dim, (old, new) in pairs])
+        return _multiply(
+            value, [_matrix(operator, old, new, dim, num_dims, rest, value.dtype) for dim, (old, new) in pairs]
+        )
 
     return resize
 
@@ -63,8 +72,8 @@ def _resize_by_factor(operator: Any, num_dims: int) -> Callable[..., Any]:
     def resize_by_factor(
         value: torch.Tensor, output_size: Sequence[int], align_corners: bool, *factors: float | None
     ) -> Any:
-        if align_corners or not any(factors):
-            return NotImplemented  # as it is; torch-xla does not look at factors
+        if value.dtype != torch.float64 and (align_corners or not any(factors)):
+            return NotImplemented  # as it is; torch-xla does not look at factors, and computes in float32
         return resize(value, output_size, align_corners, *factors)
 
     return resize_by_factor
@@ -73,7 +82,9 @@ def _resize_by_factor(operator: Any, num_dims: int) -> Callable[..., Any]:
 def _resize_backward(operator: Any, num_dims: int) -> Callable[..., torch.Tensor]:
     def backward(grad: torch.Tensor, output_size: Sequence[int], input_size: Sequence[int], *rest: Any) -> torch.Tensor:
         pairs = enumerate(zip(input_size[-num_dims:], output_size, strict=True))
-        return _multiply(grad, [_matrix(operator, old, new, dim, num_dims, rest).T for dim, (old, new) in pairs])
+        return _multiply(
+            grad, [_matrix(operator, old, new, dim, num_dims, rest, grad.dtype).T for dim, (old, new) in pairs]
+        )
 
     return backward
 
@@ -82,8 +93,8 @@ def _pool(operator: Any, num_dims: int) -> Callable[..., Any]:
     resize = _resize(operator, num_dims)
 
     def pool(value: torch.Tensor, output_size: Sequence[int]) -> Any:
-        if _divides(value.shape[-num_dims:], output_size):
-            return NotImplemented  # as it is
+        if value.dtype != torch.float64 and _divides(value.shape[-num_dims:], output_size):
+            return NotImplemented  # as it is; torch-xla computes in float32
         return resize(value, output_size)
 
     return pool
@@ -93,7 +104,7 @@ def _pool_backward(operator: Any, num_dims: int) -> Callable[..., Any]:
     backward = _resize_backward(operator, num_dims)
 
     def pool_backward(grad: torch.Tensor, value: torch.Tensor) -> Any:
-        if _divides(value.shape[-num_dims:], grad.shape[-num_dims:]):
+        if value.dtype != torch.float64 and _divides(value.shape[-num_dims:], grad.shape[-num_dims:]):
             return NotImplemented
         return backward(grad, grad.shape[-num_dims:], value.shape)
 
@@ -109,6 +120,8 @@ def _average_matrices(
     ceil_mode: bool,
     count_include_pad: bool,
     divisor: int | None,
+    *,
+    dtype: torch.dtype,
 ) -> list[torch.Tensor]:
     """Returns the matrices of average pooling; with a divisor of its own, the product of theirs is the whole."""
     num_dims = len(sizes)
@@ -125,7 +138,7 @@ def _average_matrices(
         own = None if divisor is None else (divisor if dim == 0 else 1)
         with _disable_current_modes():
             rows = operator(
-                torch.eye(size).reshape(size, 1, *shape), window, step, border, ceil_mode, count_include_pad, own
+                _identity(size, dtype).reshape(size, 1, *shape), window, step, border, ceil_mode, count_include_pad, own
             ).reshape(size, -1)
         matrices.append(_constant(rows))
     return matrices
@@ -148,16 +161,15 @@ def _average_pool(operator: Any, num_dims: int) -> Callable[..., Any]:
                 f"average pooling of {value.dtype} with these options has no lowering to XLA, at {user_line()}"
             )
         sizes = value.shape[-num_dims:]
-        return _multiply(
-            value, _average_matrices(operator, sizes, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
-        )
+        options = (kernel, stride, padding, ceil_mode, count_include_pad, divisor)
+        return _multiply(value, _average_matrices(operator, sizes, *options, dtype=value.dtype))
 
     return pool
 
 
 def _average_pool_backward(operator: Any, num_dims: int) -> Callable[..., Any]:
-    def backward(grad: torch.Tensor, value: torch.Tensor, *rest: Any) -> Any:
-        matrices = _average_matrices(operator, value.shape[-num_dims:], *rest)
+    def backward(grad: torch.Tensor, value: torch.Tensor, *options: Any) -> Any:
+        matrices = _average_matrices(operator, value.shape[-num_dims:], *options, dtype=value.dtype)
         return _multiply(grad, [matrix.T for matrix in matrices])
 
     return backward
