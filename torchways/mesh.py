@@ -96,11 +96,13 @@ class VirtualSlice:
         """Moves the slice to other devices: of `island`, or of an island that the resource manager chooses.
 
         The arrays on the slice move with it. Programs use the new devices from their next call on and are not traced
-        again. Waits for runs in flight.
+        again. Waits for runs in flight. If it fails or is interrupted, the slice and its arrays stay where they are.
 
         Raises:
             ResourceExhausted: there are not enough devices.
             PlacementError: there is no such island, or the slice is closed.
+            ExecutorLost: the executors of the new devices could not start, or were lost meanwhile.
+            RemoteError: an array has no value, because what would have made it failed.
         """
         owner = self.root.owner
         if owner is None and self.root.slice_id >= 0:
@@ -110,9 +112,10 @@ class VirtualSlice:
 
     def close(self) -> None:
         """Releases the devices. Arrays on the slice can no longer be read. A second call does nothing."""
-        owner, self.owner = self.owner, None
+        owner = self.owner
         if owner is not None:
             owner.close_slice(self)
+        self.owner = None  # only now: of a call that is interrupted before, `__del__` makes up for it
 
     def __del__(self) -> None:
         if self.owner is not None:

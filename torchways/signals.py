@@ -122,9 +122,10 @@ def result_of(future: concurrent.futures.Future[T], timeout: float | None) -> T:
     Raises:
         TimeoutError: `timeout` seconds passed.
     """
-    arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    arrived: queue.SimpleQueue[None] = queue.SimpleQueue()
     with uninterrupted():
-        future.add_done_callback(arrived.put)
+        # Not the future itself: where the wait is interrupted, the two would keep each other, and the result.
+        future.add_done_callback(lambda _: arrived.put(None))
     try:
         arrived.get(timeout=timeout)
     except queue.Empty:

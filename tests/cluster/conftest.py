@@ -1,6 +1,7 @@
 """Fixtures with real processes. One cluster serves a module's tests; what they must not leave behind is checked."""
 
 import collections
+import signal
 import time
 
 import psutil
@@ -38,6 +39,31 @@ def _is_alive(pid):
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
+
+
+def wait_for(condition, what, seconds=20):
+    """Waits until something holds."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"waited in vain for {what}"
+        time.sleep(0.02)
+
+
+def raise_keyboard_interrupt(*_):
+    """Handles a signal as Python handles Ctrl-C."""
+    raise KeyboardInterrupt
+
+
+def interrupted(wait):
+    """Waits, and is interrupted soon."""
+    saved = signal.signal(signal.SIGALRM, raise_keyboard_interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.5)  # Python drops an exception that arrives within a `__del__`
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            wait()
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, saved)
 
 
 def status_of(mesh):

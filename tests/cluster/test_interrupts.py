@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import torchways as tw
+from tests.cluster.conftest import interrupted, raise_keyboard_interrupt
 from torchways.errors import RunCancelled
 
 
@@ -41,10 +42,7 @@ def _interrupt_often(trainer, tries):
     step, model, optimizer, counted = trainer
     generator = random.Random(0)
 
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    saved = signal.signal(signal.SIGALRM, interrupt)
+    saved = signal.signal(signal.SIGALRM, raise_keyboard_interrupt)
     num_interrupted = 0
     try:
         for number in range(tries):
@@ -101,22 +99,6 @@ def test_state_is_read_beside_training_by_another_thread(trainer):
     assert not errors
 
 
-def _interrupted(wait):
-    """Waits, and is interrupted soon."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    saved = signal.signal(signal.SIGALRM, interrupt)
-    signal.setitimer(signal.ITIMER_REAL, 0.2, 0.5)  # Python drops an exception that arrives within a `__del__`
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            wait()
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, saved)
-
-
 @pytest.mark.parametrize("read", [lambda array: array.cpu(), lambda array: tw.get([array])], ids=["cpu", "get"])
 def test_who_is_interrupted_while_reading_wants_the_value_no_more(trainer, read):
     mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",), island=0)
@@ -131,7 +113,7 @@ def test_who_is_interrupted_while_reading_wants_the_value_no_more(trainer, read)
     assert slow(ones).item() == 1
     others = [slow(ones) for _ in range(30)]  # more than is admitted for a client that is alone
     last = slow(ones)
-    _interrupted(lambda: read(last))
+    interrupted(lambda: read(last))
     with pytest.raises(RunCancelled, match="its reader was interrupted"):
         last.item()
     assert {value.item() for value in others} == {1}  # nobody was interrupted who read these
@@ -153,7 +135,7 @@ def test_a_step_that_updates_state_goes_on_when_its_reader_is_interrupted(traine
     grow(ones).item()
     before = model.weight.detach().cpu()
     results = [grow(ones) for _ in range(5)]
-    _interrupted(lambda: results[-1].cpu())
+    interrupted(lambda: results[-1].cpu())
     assert results[-1].item() == 1
     torch.testing.assert_close(model.weight.detach().cpu(), before + 5)
 

@@ -1,15 +1,18 @@
 """Signal handlers are themselves again after `uninterrupted`, and who waits is told."""
 
+import concurrent.futures
+import gc
 import os
 import signal
 import threading
+import weakref
 from types import SimpleNamespace
 
 import pytest
 
 from torchways import signals
 from torchways.controller.session.runs import Runs, _Run
-from torchways.signals import Waiting, uninterrupted
+from torchways.signals import Waiting, result_of, uninterrupted
 
 _NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
 
@@ -46,6 +49,25 @@ def test_handlers_are_restored_though_signals_come_meanwhile(handler, monkeypatc
         pass
     assert to_come == set()
     assert [signal.getsignal(number) for number in _NUMBERS] == [handler] * 3
+
+
+def test_who_is_interrupted_while_waiting_for_a_result_does_not_keep_it(handler):
+    class Result:
+        """Something that counts."""
+
+    future = concurrent.futures.Future()
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    with pytest.raises(Came):
+        result_of(future, 20)
+    result = Result()
+    future.set_result(result)
+    lives = weakref.ref(result)
+    gc.disable()
+    try:
+        del future, result
+        assert lives() is None
+    finally:
+        gc.enable()
 
 
 def test_a_wait_has_one_deadline_however_often_it_looks_again():

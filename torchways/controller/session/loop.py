@@ -24,8 +24,12 @@ _lock = threading.Lock()
 _shared: tuple[asyncio.AbstractEventLoop, int] | None = None
 
 
-def wait_for(future: concurrent.futures.Future[T], timeout: timedelta | None = None, what: str = "") -> T:
-    """Waits for a future's result; Ctrl-C ends the wait. In the end nothing is done for the future any more.
+def wait_for(
+    future: concurrent.futures.Future[T], timeout: timedelta | None = None, what: str = "", *, gives_up: bool = True
+) -> T:
+    """Waits for a future's result; Ctrl-C ends the wait.
+
+    In the end nothing is done for the future any more, unless `gives_up` is False.
 
     Raises:
         DeadlineExceeded: `timeout` passed; the message names `what`.
@@ -37,8 +41,9 @@ def wait_for(future: concurrent.futures.Future[T], timeout: timedelta | None = N
             raise  # what it waits for raised it
         raise DeadlineExceeded(f"waited {timeout} for {what or 'an answer'} in vain") from error
     finally:
-        with uninterrupted():
-            future.cancel()
+        if gives_up:
+            with uninterrupted():
+                future.cancel()
 
 
 class LoopThread:

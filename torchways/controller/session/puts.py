@@ -5,8 +5,10 @@ from __future__ import annotations
 import concurrent.futures
 import copy
 from collections.abc import Callable, Collection, Coroutine, Iterable
+from datetime import timedelta
 from typing import Any, TypeAlias
 
+from torchways.controller.session.loop import wait_for
 from torchways.errors import InternalError, TorchwaysError
 from torchways.ids import BufferId
 
@@ -82,6 +84,16 @@ class Puts:
         """Raises the error of a value that has not arrived."""
         if (error := self.error(buffer_id)) is not None:
             raise copy.copy(error)  # the frames that it passes stay with the copy: they have the buffer
+
+    def wait_for(self, buffer_id: BufferId, timeout: timedelta) -> None:
+        """Waits until a value has arrived.
+
+        Raises:
+            TorchwaysError: it has not.
+        """
+        if (putting := self.under_way(buffer_id)) is not None:
+            wait_for(putting, timeout, "a value of the host to arrive", gives_up=False)
+        self.check(buffer_id)
 
     def forget(self, buffer_id: BufferId) -> None:
         """Nobody has the buffer any more."""

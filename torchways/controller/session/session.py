@@ -20,7 +20,7 @@ import grpc.aio
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer, RemoteBuffer
 from torchways.controller.session.connections import CALL, Connections
-from torchways.controller.session.loop import LoopThread
+from torchways.controller.session.loop import LoopThread, wait_for
 from torchways.controller.session.programs import Programs
 from torchways.controller.session.puts import Puts
 from torchways.controller.session.runs import Runs
@@ -38,12 +38,12 @@ from torchways.rpc.clients import (
     SchedulerClient,
 )
 from torchways.rpc.spans import Span
-from torchways.signals import result_of
+from torchways.signals import uninterrupted
 
 logger = logging.getLogger(__name__)
 
-#: For all the arrays of a slice to be read.
-_MOVE_SECONDS = 600
+#: For an array of a slice that moves to be read, or to arrive.
+_MOVE = timedelta(minutes=10)
 _MAX_RUNS_IN_FLIGHT = 64
 _MAX_PROGRAMS = 10_000
 
@@ -132,30 +132,52 @@ class Session:
         """Asks the resource manager for a slice; its executors start in the background."""
         self.check()
         shape, names = check_mesh(shape, names)
-        slice_id, island_id = self.slices.reserve(shape, names, island)
-        mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id, owner=self)
-        self.slices.add(mesh)
-        return mesh
+        return self.slices.reserve(shape, names, island, self)
 
     def move_slice(self, mesh: VirtualSlice, island: int | None) -> None:
         """Takes a slice, with all its arrays, to other devices; see `VirtualSlice.remap`."""
-        old = mesh.slice_id
-        self.slices.address(mesh)
+        with self.lock:  # nothing is sent meanwhile that reads or makes arrays there
+            self.slices.address(mesh)
+            # Until all values have arrived there, the new devices are another mesh's; then the two change places. So
+            # whatever ends this, `mesh` has all its arrays, and the other mesh, which is closed, what is left over.
+            other = self.init_device_mesh(mesh.shape, mesh.mesh_dim_names, island)
+            try:
+                copies = self._copies_on(other, mesh)
+                self.slices.address(mesh)  # raises where another thread has closed it
+                with uninterrupted():
+                    self._exchange(mesh, other, copies)
+            finally:
+                other.close()
+
+    def _copies_on(self, other: VirtualSlice, mesh: VirtualSlice) -> list[tuple[RemoteBuffer, RemoteBuffer]]:
+        """Returns the buffers on a slice, each with a copy that has arrived on another slice of the same shape."""
         held = [buffer for reference in list(self.buffers.values()) if (buffer := reference()) is not None]
         buffers = [buffer for buffer in held if buffer.mesh is mesh and not buffer.consumed]
-        reads = [(buffer, self.values.start_fetch(buffer)) for buffer in buffers]
-        values = [(buffer, result_of(read, _MOVE_SECONDS)) for buffer, read in reads]
-        mesh.slice_id, mesh.island = self.slices.reserve(mesh.shape, mesh.mesh_dim_names, island)
-        self.slices.add(mesh)
-        for buffer, value in values:
-            content = HostContent(tuple(value.shape), value.dtype, value)
-            placed = self.values.put(HostBuffer(content), mesh, buffer.placements)
-            del self.buffers[buffer.buffer_id]
-            buffer.buffer_id = placed.buffer_id
-            placed.consumed = True  # it is `buffer` now that releases it
-            del placed
-            self.buffers[buffer.buffer_id] = weakref.ref(buffer)
-        self.slices.give_back(old)
+        reads = [self.values.start_fetch(buffer) for buffer in buffers]
+        try:
+            values = [wait_for(read, _MOVE, "an array's value") for read in reads]
+        finally:
+            with uninterrupted():
+                for read in reads:
+                    read.cancel()
+        contents = [HostContent(tuple(value.shape), value.dtype, value) for value in values]
+        copies = [
+            self.values.put(HostBuffer(content), other, buffer.placements)
+            for buffer, content in zip(buffers, contents, strict=True)
+        ]
+        for copy in copies:
+            self._puts.wait_for(copy.buffer_id, _MOVE)
+        return list(zip(buffers, copies, strict=True))
+
+    def _exchange(
+        self, mesh: VirtualSlice, other: VirtualSlice, copies: Sequence[tuple[RemoteBuffer, RemoteBuffer]]
+    ) -> None:
+        """Has two meshes change places, and buffers with their copies on the other. One step to signals, please."""
+        self.slices.exchange(mesh, other)
+        for buffer, copy in copies:
+            buffer.buffer_id, copy.buffer_id = copy.buffer_id, buffer.buffer_id
+            for moved in (buffer, copy):
+                self.buffers[moved.buffer_id] = weakref.ref(moved)
 
     def close_slice(self, mesh: VirtualSlice) -> None:
         """Gives a slice back."""

@@ -9,12 +9,13 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 
 from torchways.controller.session.connections import CALL, Connections
+from torchways.controller.session.loop import wait_for
 from torchways.errors import ExecutorLost, Failure, PlacementError
 from torchways.ids import IslandId, ProgramId, RunId, SliceId
-from torchways.mesh import VirtualSlice
+from torchways.mesh import SliceOwner, VirtualSlice
 from torchways.rpc.clients import ExecutorClient, SliceAddress
 from torchways.rpc.programs import close_message
-from torchways.signals import result_of
+from torchways.signals import result_of, uninterrupted
 
 
 @dataclass(slots=True)
@@ -45,16 +46,23 @@ class Slices:
     on_run_finished: Callable[[RunId, Failure | None], None]
     _slices: dict[SliceId, _Slice] = field(default_factory=dict)
 
-    def reserve(self, shape: tuple[int, ...], names: tuple[str, ...], island: int | None) -> tuple[SliceId, IslandId]:
-        """Asks the resource manager for devices; see `add`."""
-        reserving = self.connections.manager.reserve_slice(shape, names, island)
-        return self.connections.loop.run(reserving, CALL, "a slice")
+    def reserve(
+        self, shape: tuple[int, ...], names: tuple[str, ...], island: int | None, owner: SliceOwner
+    ) -> VirtualSlice:
+        """Asks the resource manager for a slice; connects to it in the background, where its executors start."""
+        reserving = self.connections.loop.start(self._reserve(shape, names, island, owner))
+        # It is not cancelled: a mesh that comes after an interrupt, and that nobody has, gives its slice back.
+        return wait_for(reserving, CALL, "a slice", gives_up=False)
 
-    def add(self, mesh: VirtualSlice) -> None:
-        """Connects to a slice that was reserved, in the background, where its executors start."""
-        entry = self._slices[mesh.slice_id] = _Slice(weakref.ref(mesh), mesh.island)
-        # Behind the entry: a slice of devices that are in use is there at once.
-        entry.ready = self.connections.loop.start(self._open(mesh.slice_id, entry))
+    async def _reserve(
+        self, shape: tuple[int, ...], names: tuple[str, ...], island: int | None, owner: SliceOwner
+    ) -> VirtualSlice:
+        slice_id, island_id = await self.connections.manager.reserve_slice(shape, names, island)
+        mesh = VirtualSlice(shape=shape, mesh_dim_names=names, slice_id=slice_id, island=island_id, owner=owner)
+        entry = _Slice(weakref.ref(mesh), island_id)
+        entry.ready = self.connections.loop.start(self._open(slice_id, entry))
+        self._slices[slice_id] = entry
+        return mesh
 
     async def _open(self, slice_id: SliceId, entry: _Slice) -> None:
         address = await self.connections.manager.wait_slice(slice_id, self.start_timeout)
@@ -75,6 +83,13 @@ class Slices:
         result_of(entry.ready, self.start_timeout.total_seconds() + 5)
         assert entry.address is not None
         return entry.address
+
+    def exchange(self, mesh: VirtualSlice, other: VirtualSlice) -> None:
+        """Has two meshes of the same shape change places. One step to signals, please."""
+        here, there = self._slices[mesh.slice_id], self._slices[other.slice_id]
+        here.mesh, there.mesh = there.mesh, here.mesh
+        mesh.slice_id, other.slice_id = other.slice_id, mesh.slice_id
+        mesh.island, other.island = other.island, mesh.island
 
     def wait_for_all(self) -> None:
         """Waits until every slice is ready."""
@@ -116,10 +131,13 @@ class Slices:
         return self.connections.lost_executor_error(self.executors_now(mesh.slice_id))
 
     def give_back(self, slice_id: SliceId) -> None:
-        """Gives a slice back, if that was not done yet."""
-        entry = self._slices.pop(slice_id, None)
-        if entry is not None and self.connections.is_usable():
-            self.connections.loop.run(self._give_back(slice_id, entry), CALL, "the slice to be released")
+        """Gives a slice back, if that was not done yet: also where who waits for it is interrupted."""
+        with uninterrupted():
+            entry = self._slices.pop(slice_id, None)
+            if entry is None or not self.connections.is_usable():
+                return
+            giving_back = self.connections.loop.start(self._give_back(slice_id, entry))
+        wait_for(giving_back, CALL, "the slice to be released", gives_up=False)
 
     async def give_back_unused(self, slice_id: SliceId) -> None:
         """Gives a slice back, on the loop."""

@@ -60,7 +60,9 @@ class Values:
 
     def put(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
         """Starts copying a host value to a slice."""
-        return self._put(value, mesh, placements, for_run=False)
+        self.slices.address(mesh)  # it may have to start: others need not wait for that
+        with self.home.lock:  # the slice does not move meanwhile
+            return self._put(value, mesh, placements, for_run=False)
 
     def put_for_run(self, value: HostBuffer, mesh: VirtualSlice, placements: Placements) -> RemoteBuffer:
         """Starts copying a host value to a slice for the next run; waits while too much is on its way for others."""
@@ -101,6 +103,13 @@ class Values:
             mesh: the slice, all of whose hosts must see the files.
             values: placements, and what to read; the ids are set here.
         """
+        self.slices.address(mesh)
+        with self.home.lock:  # as `put`
+            return self._load(mesh, values)
+
+    def _load(
+        self, mesh: VirtualSlice, values: Sequence[tuple[Placements, pb.LoadedBuffer]]
+    ) -> concurrent.futures.Future[list[RemoteBuffer]]:
         executors = self.slices.executors(mesh)
         slice_id, shape = mesh.root.slice_id, mesh.root.shape
         buffers = [self._new_buffer(mesh, placements) for placements, _ in values]
