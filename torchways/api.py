@@ -195,14 +195,19 @@ async def _make_manager(address: str, token: str) -> ManagerClient:
 def shutdown() -> None:
     """Ends the session, and the cluster if `init` started it.
 
-    Arrays of the session can no longer be read. A second call does nothing.
+    Waits for a checkpoint that is being written. Ctrl-C ends the wait: the checkpoint is given up, and all else ends.
+
+    Arrays of the session can no longer be read. A second call does nothing. After a call that was interrupted, it ends
+    what is left.
     """
     global _session, _eager_config
     _eager_config = None
-    session, _session = _session, None
+    session = _session
     if session is not None:
-        atexit.unregister(session.close)
         session.close()
+        # Only now: if it is interrupted, the next call goes on with it, or the end of the process.
+        atexit.unregister(session.close)
+        _session = None
 
 
 def _current() -> Session:

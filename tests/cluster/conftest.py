@@ -73,6 +73,14 @@ def status_of(mesh):
     return status
 
 
+def writer_of(mesh):
+    """Returns the process that writes for a slice's executor."""
+    name = f"executor {status_of(mesh).executor_id}"
+    [pid] = [pid for role, pid in tw.cluster_info().processes if role == name]
+    [writer] = [child for child in psutil.Process(pid).children() if "checkpoint writer" in " ".join(child.cmdline())]
+    return writer
+
+
 @pytest.fixture(scope="module")
 def cluster():
     """An embedded cluster of two CPU islands with two devices each."""

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 
-import psutil
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,7 +16,7 @@ from torch import nn
 
 import torchways as tw
 from recipes.models.gpt import GPT, GPTConfig
-from tests.cluster.conftest import status_of
+from tests.cluster.conftest import status_of, writer_of
 from torchways.array import Array
 from torchways.errors import CheckpointError, PlacementError
 
@@ -214,14 +213,6 @@ def test_only_the_latest_are_kept_and_the_rest_of_a_run_goes_on(meshes, tmp_path
     steps(1)
     tw.checkpoint.save(tmp_path, state, step=9, keep=2).result()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step_00000003", "step_00000009"]
-
-
-def writer_of(mesh):
-    """Returns the process that writes for a slice's executor."""
-    name = f"executor {status_of(mesh).executor_id}"
-    [pid] = [pid for role, pid in tw.cluster_info().processes if role == name]
-    [writer] = [child for child in psutil.Process(pid).children() if "checkpoint writer" in " ".join(child.cmdline())]
-    return writer
 
 
 def test_a_disk_that_is_full(meshes, tmp_path):

@@ -11,10 +11,18 @@ import torch
 
 import torchways as tw
 from tests.breaking import break_connections
-from tests.cluster.conftest import wait_gone
+from tests.cluster.conftest import cluster_processes, interrupted, wait_gone, writer_of
 from torchways.capture.host_content import HostContent
 from torchways.controller.buffers import HostBuffer
-from torchways.errors import ClusterLost, ExecutorLost, PlacementError, RemoteError, SessionClosed, UserError
+from torchways.errors import (
+    CheckpointError,
+    ClusterLost,
+    ExecutorLost,
+    PlacementError,
+    RemoteError,
+    SessionClosed,
+    UserError,
+)
 
 
 def pid_of(name):
@@ -164,6 +172,25 @@ def test_closed_sessions():
             tw.function(lambda x: x + 1, mesh=mesh)(array).cpu()
         with pytest.raises(PlacementError, match=r"closed|another session"):
             tw.function(lambda x: x + 1, mesh=old)(torch.ones(2))
+
+
+def test_ctrl_c_while_shutdown_waits_for_a_checkpoint_ends_the_wait_and_all_else(tmp_path):
+    tw.init(islands=1, devices_per_island=1)
+    mesh = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
+    state = {"x": tw.distribute_tensor(torch.ones(2), mesh)}
+    tw.checkpoint.save(tmp_path, state, step=1).result()
+    writer_of(mesh).send_signal(signal.SIGSTOP)
+    saving = tw.checkpoint.save(tmp_path, state, step=2)
+    pids = [pid for _, pid in tw.cluster_info().processes if pid]
+    interrupted(tw.shutdown)
+    assert wait_gone(pids) == set()
+    assert cluster_processes() == []
+    with pytest.raises(CheckpointError, match="step_00000002 could not be saved"):
+        saving.result(timedelta(seconds=20))
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000001"]
+    tw.shutdown()
+    with tw.init(islands=1, devices_per_island=1):
+        assert [island.num_devices for island in tw.cluster_info().islands] == [1]
 
 
 def test_released_slices_free_their_devices():

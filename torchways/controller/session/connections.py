@@ -76,16 +76,18 @@ class Connections:
         reading.add_done_callback(self._ended)
 
     def close(self) -> None:
-        """Closes all. It waits for nothing but that."""
+        """Closes all, and the turn on the loop, whatever happens. It waits for nothing but that. Idempotent."""
         self.closed = True
-        if os.getpid() != self.pid:  # forked: what it would end is the other process's
+        if os.getpid() != self.pid or self.loop.closed:  # forked: what it would end is the other process's
             return
-        self.look_again()
         try:
-            self.loop.run(self._close(), timedelta(seconds=5), "connections to close")
+            try:
+                self.look_again()
+                self.loop.run(self._close(), timedelta(seconds=5), "connections to close")
+            finally:
+                self.loop.close()
         except Exception:  # the cluster may be gone already; what matters is that it ends
             logger.info("while closing the session", exc_info=True)
-        self.loop.close()
 
     async def _close(self) -> None:
         for task in list(self._tasks):

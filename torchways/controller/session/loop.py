@@ -47,11 +47,16 @@ def wait_for(
 
 
 class LoopThread:
-    """A turn on the process's asyncio loop, which runs on a daemon thread of its own; one at a time."""
+    """A turn on the process's asyncio loop, which runs on a daemon thread of its own; one at a time.
+
+    Attributes:
+        loop: the loop.
+        closed: the turn is over: nothing can be started any more.
+    """
 
     def __init__(self, name: str) -> None:
         self.loop = _running_loop(name)
-        self._closed = False
+        self.closed = False
 
     def run(self, coroutine: Coroutine[Any, Any, T], timeout: timedelta | None = None, what: str = "") -> T:
         """Runs a coroutine on the loop and waits for it; Ctrl-C ends the wait.
@@ -67,7 +72,7 @@ class LoopThread:
         Raises:
             RuntimeError: it was closed.
         """
-        if self._closed:
+        if self.closed:
             coroutine.close()
         self._check()
         return asyncio.run_coroutine_threadsafe(coroutine, self.loop)
@@ -83,12 +88,15 @@ class LoopThread:
 
     def close(self) -> None:
         """Ends all that was started, and waits for it. Idempotent."""
-        if not self._closed:
-            self._closed = True
-            result_of(asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop), 5)
+        with uninterrupted():
+            if self.closed:
+                return
+            self.closed = True
+            ending = asyncio.run_coroutine_threadsafe(_cancel_all(), self.loop)
+        result_of(ending, 5)
 
     def _check(self) -> None:
-        if self._closed:
+        if self.closed:
             raise RuntimeError("the session's event loop is closed")
 
 

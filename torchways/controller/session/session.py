@@ -104,15 +104,22 @@ class Session:
         self.connections.attach(name, self._share, self._spans.since)
 
     def close(self) -> None:
-        """Gives everything back and ends the embedded cluster. Idempotent; it waits for checkpoints only."""
-        if self.closed:
-            return
-        if os.getpid() == self.pid and self.connections.broken is None:
-            for wait in self.before_close:
-                wait()
-        self.connections.close()
-        if os.getpid() == self.pid and self._end_cluster is not None:
-            self._end_cluster()
+        """Gives everything back and ends the embedded cluster; it waits for checkpoints only.
+
+        Ctrl-C ends that wait; everything is closed all the same. Idempotent: if closing itself is interrupted, another
+        call goes on with it.
+        """
+        is_ours = os.getpid() == self.pid
+        try:
+            if is_ours and not self.closed and self.connections.broken is None:
+                for wait in self.before_close:
+                    wait()
+        finally:
+            try:
+                self.connections.close()
+            finally:
+                if is_ours and self._end_cluster is not None:
+                    self._end_cluster()
 
     def check(self) -> None:
         """Raises if the session is closed or the cluster gone."""
