@@ -41,6 +41,8 @@ class _Run:
     #: Of values that were put for it, and ids of its arguments that were on their way when it was sent.
     put_bytes: int
     awaits: Collection[BufferId]
+    #: Of its deadline, if it has one.
+    timer: asyncio.TimerHandle | None = None
 
 
 @dataclass(slots=True)
@@ -111,11 +113,15 @@ class Runs:
             scheduler.flush()  # at once: the loop may have to wait for this thread's next pause
         self._cancel_unless_arrived(run_id, awaits)  # one may have failed before the run was known
         if (seconds := run_seconds.get()) is not None:
-            reason = f"its deadline of {seconds:g} s has passed"
-            loop = self.connections.loop
-            loop.call(lambda: loop.loop.call_later(seconds, self.cancel, [run_id], reason))
+            self.connections.loop.call(self._start_timer, run_id, seconds)
         self.spans.dispatched(name, run_id, started_ns)
         return run_id
+
+    def _start_timer(self, run_id: RunId, seconds: float) -> None:
+        """Has a run cancelled that is not over in time; on the loop."""
+        if (run := self._runs.get(run_id)) is not None:
+            reason = f"its deadline of {seconds:g} s has passed"
+            run.timer = self.connections.loop.loop.call_later(seconds, self.cancel, [run_id], reason)
 
     # ---- waiting
 
@@ -167,7 +173,9 @@ class Runs:
         self.cancel([run_id for run_id, run in made if not (spare_state and run.changes_state)], reason)
 
     def cancel(self, run_ids: Sequence[RunId], reason: str) -> None:
-        """Cancels those of some runs that are not over. Any thread, no waiting."""
+        """Cancels those of some runs that are not over, if the session is not. Any thread, no waiting."""
+        if not self.connections.is_usable():
+            return
         by_island: dict[IslandId, list[RunId]] = defaultdict(list)
         for run_id in run_ids:
             if (run := self._runs.get(run_id)) is not None:
@@ -184,7 +192,7 @@ class Runs:
 
     def _cancel_unless_arrived(self, run_id: RunId, awaits: Collection[BufferId]) -> None:
         failed = next(filter(None, map(self.puts.error, awaits)), None)
-        if failed is not None and self.connections.is_usable():
+        if failed is not None:
             self.cancel([run_id], f"a value that it reads did not arrive: {failed}")
 
     # ---- events
@@ -197,6 +205,8 @@ class Runs:
         run.islands_left -= 1
         if run.islands_left == 0:
             del self._runs[run_id]
+            if run.timer is not None:
+                run.timer.cancel()
             self.puts.run_ended(run.put_bytes)
             if run.first_of is not None and failure is None:
                 logger.info("%s", run.first_of.times_of_first_run())
