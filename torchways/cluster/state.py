@@ -263,7 +263,7 @@ class Island:
     node_id: int
     platform: str
     host: str
-    #: Slices on each device.
+    #: Slices on each device that have not failed.
     load: list[int]
     num_hosts: int = 1
     has_data_processes: bool = False
@@ -281,6 +281,11 @@ class Island:
     def num_free(self) -> int:
         """Devices that no slice has."""
         return self.load.count(0)
+
+    def count(self, devices: tuple[int, ...], change: int) -> None:
+        """Adds to the number of slices on some devices."""
+        for device in devices:
+            self.load[device] += change
 
 
 #: What a slice can become, by what it is.
@@ -461,8 +466,7 @@ class ClusterState:
             key=lambda item: (sum(item.load[device] for device in choices[item.island_id]), item.island_id),
         )
         devices = choices[island.island_id]
-        for device in devices:
-            island.load[device] += 1
+        island.count(devices, 1)
         commands: list[Command] = []
         used = self._set_with(island, devices)
         if used is None:
@@ -548,7 +552,7 @@ class ClusterState:
             f"{mesh_text(item.shape, item.axis_names)} of {self.clients.get(item.client_id, 'a client')} has "
             f"{list(item.device_indices)}"
             for item in self.slices.values()
-            if item.island_id == island.island_id
+            if item.island_id == island.island_id and item.state != "failed"
         )
         return f"island {island.island_id} has {island.num_free} of {len(island.load)} free: {held}"
 
@@ -700,6 +704,8 @@ class ClusterState:
                 message += f"; the last lines that it wrote:\n{log_tail.rstrip()}"
             item.failure = Failure(kind="ExecutorLost", message=message)
             item.become("failed")
+            # Now, not when its client closes it: the others that have lost these devices may ask for them before that.
+            self.islands[item.island_id].count(item.device_indices, -1)
             commands.append(
                 TellLost(client_id=item.client_id, executor_id=executor_id, slice_id=slice_id, reason=reason)
             )
@@ -712,8 +718,8 @@ class ClusterState:
         if item is None:
             return []
         island, used = self.islands[item.island_id], item.device_set
-        for device in item.device_indices:
-            island.load[device] -= 1
+        if item.state != "failed":
+            island.count(item.device_indices, -1)
         used.slices.discard(slice_id)
         commands: list[Command] = [SettleSlice(slice_id=slice_id), *self._end_data_processes(slice_id)]
         if item.is_connecting and item.state != "failed" and not scheduler_knows:

@@ -139,6 +139,20 @@ def test_a_tpu_device_belongs_to_one_set_at_a_time():
     assert [type(command) for command in commands] == [core.EndProcess, core.StartExecutor]
 
 
+def test_who_lost_a_tpu_device_gets_it_again_though_others_have_not_closed_their_lost_meshes():
+    cluster = make_cluster(2, platform="tpu")
+    mine, theirs = reserve(cluster, 2), reserve(cluster, 2, client=2)
+    cluster.handle(core.ProcessExited(name=process_of(mine), reason="signal 9"))
+    assert (mine.state, theirs.state, cluster.islands[0].load) == ("failed", "failed", [0, 0])
+    again, commands = cluster.reserve(1, (1,), ("dp",), None)
+    assert (again.device_indices, [type(c) for c in commands]) == ((0,), [core.StartExecutor])
+    with pytest.raises(ResourceExhausted, match=r"island 0 has 1 of 2 free: \('dp'=1\) of client 1 has \[0\]\. Close"):
+        reserve(cluster, 2, client=2)
+    for lost in (mine, theirs):
+        cluster.handle(core.SliceReleased(slice_id=lost.slice_id))
+    assert cluster.islands[0].load == [1, 0]
+
+
 @pytest.mark.parametrize(
     ("shape", "names", "island", "text"),
     [
@@ -238,6 +252,7 @@ def test_the_load_is_always_that_of_the_slices(data):
                 cluster.handle(core.ProcessExited(name=process_of(cluster.slices[chosen]), reason="signal 9"))
         for island in cluster.islands.values():
             mine = [item for item in cluster.slices.values() if item.island_id == island.island_id]
+            mine = [item for item in mine if item.state != "failed"]
             expected = [sum(d in item.device_indices for item in mine) for d in range(len(island.load))]
             assert island.load == expected
             assert max(expected) - min(expected) <= 1 + len(mine)
