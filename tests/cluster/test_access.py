@@ -251,7 +251,7 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
         for caller in (Caller(Role.CLIENT, victim.client_id), Caller(Role.NODE), Caller(Role.SCHEDULER)):
             forged = metadata(victim.token, caller, secret)
             with refused():
-                await scheduler.Connect(pb.OpenStream(), metadata=forged)
+                await scheduler.Connect(pb.OpenStream(), metadata=forged).read()
             with refused():
                 await manager.ReserveSlice(pb.ReserveSliceRequest(shape=[1], axis_names=["x"]), metadata=forged)
         for known in (mine, metadata(victim.token)):
@@ -259,10 +259,12 @@ def test_nobody_is_another_client_nor_a_process_of_the_cluster(victim):
                 # It says nothing: what gRPC raises for a message to a call that is refused meanwhile is chance.
                 await manager.JoinNode(iter([]), metadata=known).read()
             with refused():
-                await executor.Control(pb.OpenStream(), metadata=known)
+                await executor.Control(pb.OpenStream(), metadata=known).read()
             async with channel.open_channel(victim.manager) as opened:
                 with refused():
-                    await pb_grpc.RunOrderStub(opened).OrderRuns(pb.OrderRunsRequest(), metadata=known)
+                    await pb_grpc.RunOrderStub(opened).OrderRuns(pb.OrderRunsRequest(), metadata=known).read()
+            with refused():
+                await manager.CutOffExecutor(pb.CutOffExecutorRequest(executor_id=victim.executor_id), metadata=known)
             with refused():
                 await scheduler.AddSlice(pb.AddSliceRequest(slice_id=99), metadata=known)
             with refused():

@@ -175,6 +175,7 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
 
         sent = 0
         while sent < num_messages:
+            await one_call(Role.SCHEDULER, manager.CutOffExecutor, pb.CutOffExecutorRequest())
             await one_call(Role.MANAGER, scheduler.AddSlice, pb.AddSliceRequest())
             await one_call(Role.MANAGER, scheduler.RemoveSlice, pb.RemoveSliceRequest())
             await one_call(Role.MANAGER, scheduler.RemoveExecutor, pb.RemoveExecutorRequest())
@@ -195,7 +196,7 @@ async def fuzz_as_the_cluster(victim, dice, num_messages):  # noqa: F811
             events = [random_message(dice, pb.NodeEvent(), numbers) for _ in range(2)]
             events = [event for event in events if not event.HasField("joined")]
             await open_stream(manager.JoinNode, events, victim.metadata_of(Role.NODE), codes)
-            sent += 31
+            sent += 32
         assert grpc.StatusCode.UNAVAILABLE not in codes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import grpc.aio
 
@@ -21,32 +21,34 @@ class RunOrderServer(pb_grpc.RunOrderServicer):
 
     Args:
         streams: where streams are offered.
+        on_lost: called with an island whose scheduler's stream has ended, and why.
     """
 
-    def __init__(self, streams: StreamServer) -> None:
+    def __init__(self, streams: StreamServer, on_lost: Callable[[IslandId, str], None]) -> None:
         self._order = RunOrder()
         self._server = streams
+        self._on_lost = on_lost
         #: Of each island's scheduler.
         self._streams: dict[IslandId, LoopStream] = {}
 
-    async def OrderRuns(self, request: pb.OrderRunsRequest, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
+    async def OrderRuns(self, request: pb.OrderRunsRequest, context: grpc.aio.ServicerContext) -> None:
         """A scheduler's stream."""
-        return offer(
-            self._server, asyncio.get_running_loop(), functools.partial(self._join, IslandId(request.island_id))
-        )
+        join = functools.partial(self._join, IslandId(request.island_id))
+        await offer(context, self._server, asyncio.get_running_loop(), join)
 
     def _join(self, island_id: IslandId) -> LoopStream:
         stream = self._streams[island_id] = LoopStream(
             parsing(pb.OrderEvent, functools.partial(self._take, island_id)),
-            lambda reason: self._leave(island_id, stream),
+            lambda reason: self._leave(island_id, stream, reason),
         )
         self._order.join(island_id)
         return stream
 
-    def _leave(self, island_id: IslandId, stream: LoopStream) -> None:
+    def _leave(self, island_id: IslandId, stream: LoopStream, reason: str) -> None:
         if self._streams.get(island_id) is stream:
             del self._streams[island_id]
             self._tell(self._order.leave(island_id))
+            self._on_lost(island_id, reason)
 
     def _take(self, island_id: IslandId, event: pb.OrderEvent) -> None:
         if event.HasField("ask"):

@@ -25,7 +25,7 @@ from torchways.cluster.operator import OperatorServer
 from torchways.cluster.order_server import RunOrderServer
 from torchways.cluster.shares import ShareLimits
 from torchways.errors import AccessDenied, Failure, TorchwaysError, failure_from
-from torchways.ids import ClientId, SliceId
+from torchways.ids import ClientId, IslandId, SliceId
 from torchways.link.stream import StreamServer
 from torchways.observability.process import die_with_parent, setup_process
 from torchways.observability.text import printable_name
@@ -41,6 +41,10 @@ _CALL_SECONDS = 30.0
 _CLOSING_SECONDS = 0.5
 #: After that time a cluster that cannot go on ends: its clients know why.
 _END_SECONDS = 1.0
+#: A scheduler or an executor that is not reached may have ended. How it ended says more, and is known after that time.
+#: An executor ends itself five seconds after its scheduler's stream has ended.
+_SCHEDULER_ENDS_SECONDS = 2.0
+_EXECUTOR_ENDS_SECONDS = 8.0
 
 
 class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
@@ -197,6 +201,25 @@ class ResourceManagerServer(pb_grpc.ResourceManagerServicer):
         except grpc.aio.AioRpcError as error:
             # If it died, its node reports that; if the cluster is ending, this is how it should be.
             logger.info("a scheduler cannot be reached: %s", error.code())
+
+    def scheduler_lost(self, island_id: IslandId, reason: str) -> None:
+        """Gives up an island whose scheduler's stream has ended."""
+        event = core.SchedulerCutOff(island_id=island_id, reason=reason)
+        self._start(self._handle_later(event, _SCHEDULER_ENDS_SECONDS), f"giving up scheduler i{island_id}")
+
+    async def CutOffExecutor(
+        self, request: pb.CutOffExecutorRequest, context: grpc.aio.ServicerContext
+    ) -> pb.CutOffExecutorResponse:
+        """Gives up an executor that its scheduler does not reach, if it does not end by itself."""
+        reason = f"its scheduler does not reach it: {request.reason}"
+        event = core.ExecutorCutOff(executor_id=request.executor_id, reason=reason)
+        logger.info("waiting for the end of executor %s: %s", request.executor_id, reason)
+        self._start(self._handle_later(event, _EXECUTOR_ENDS_SECONDS), f"giving up executor {request.executor_id}")
+        return pb.CutOffExecutorResponse()
+
+    async def _handle_later(self, event: core.Event, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self.handle(event)
 
     async def _wait_idle(self, name: str, period: int) -> None:
         await asyncio.sleep(self._executor_idle)
@@ -491,8 +514,9 @@ async def serve(arguments: argparse.Namespace) -> None:
         max_weight=arguments.max_weight,
         max_priority=arguments.max_priority,
     )
+    streams = StreamServer(arguments.host)
     pb_grpc.add_ResourceManagerServicer_to_server(manager, server)
-    pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(StreamServer(arguments.host)), server)
+    pb_grpc.add_RunOrderServicer_to_server(RunOrderServer(streams, manager.scheduler_lost), server)
     pb_grpc.add_OperatorServicer_to_server(manager.operator, server)
     web_server = None
     if arguments.metrics_port is not None:

@@ -100,6 +100,14 @@ class ExecutorCutOff:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerCutOff:
+    """An island's scheduler is of no use, though its process may live: it does not answer."""
+
+    island_id: IslandId
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SliceReleased:
     """A client gives a slice back. `scheduler_knows` from the client, behind the slice's last run."""
 
@@ -131,6 +139,7 @@ Event: TypeAlias = (
     | SliceConnected
     | ProcessExited
     | ExecutorCutOff
+    | SchedulerCutOff
     | SliceReleased
     | IdleOver
     | ClientGone
@@ -627,6 +636,10 @@ class ClusterState:
                 return self._exited(event)
             case ExecutorCutOff():
                 return self._lose(event.executor_id, event.reason, has_ended=False)
+            case SchedulerCutOff():
+                if self.closing or event.island_id not in self.islands:
+                    return []
+                return self.close(f"scheduler i{event.island_id} cannot be reached: {event.reason}")
             case SliceReleased():
                 return self._release(event.slice_id, "it was released", event.scheduler_knows)
             case IdleOver():

@@ -26,8 +26,9 @@ logger = logging.getLogger(__name__)
 #: Called with a value that is computed, or why there is none.
 OnFetched: TypeAlias = Callable[["Fetched | Failure"], None]
 
-#: A read may overtake the run that makes its buffer; longer than this it waits only for a run that is known.
-_UNKNOWN_BUFFER_SECONDS = 60.0
+#: A read may overtake the run that makes its buffer; longer than this it waits only for a run that is known. Where a
+#: scheduler that is stopped has that run, it is noticed before, and that is what the reader is told.
+_UNKNOWN_BUFFER_SECONDS = 90.0
 
 
 class _Fetch(NamedTuple):

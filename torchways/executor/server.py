@@ -79,12 +79,12 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
 
     # ---- service
 
-    async def Control(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
+    async def Control(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> None:
         """The scheduler's stream."""
         if self._alone_because:
             reason = f"it is ending, since the scheduler's stream has ended: {self._alone_because}"
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, reason)
-        return offer(self._streams, self.engine.inbox, self._controlled)
+        await offer(context, self._streams, self.engine.inbox, self._controlled)
 
     def _controlled(self) -> Stream:
         def ended(reason: str) -> None:
@@ -164,10 +164,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
         self.engine.post(put_event(buffer_id, slice_id, value, spec, for_run=first.for_run))
         return pb.PutResponse()
 
-    async def ReadBuffers(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
+    async def ReadBuffers(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> None:
         """A client's stream of reads; see reads.py."""
         client_id = channel.caller(context, self.key).client_id
-        return offer(self._streams, self.engine.inbox, functools.partial(self._reads.open, client_id))
+        await offer(context, self._streams, self.engine.inbox, functools.partial(self._reads.open, client_id))
 
     async def SaveBuffers(
         self, request: pb.SaveRequest, context: grpc.aio.ServicerContext

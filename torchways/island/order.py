@@ -45,8 +45,8 @@ class OrderStream:
     async def join(self) -> None:
         """Waits until the resource manager knows the island."""
         request = pb.OrderRunsRequest(island_id=self._island_id)
-        joining = self._stub.OrderRuns(request, metadata=self._metadata, timeout=_JOIN_SECONDS)
-        await open_offered(joining, self._stream)
+        joining = self._stub.OrderRuns(request, metadata=self._metadata)
+        await open_offered(joining, self._stream, _JOIN_SECONDS)
 
     def ask(self, command: AskOrder) -> None:
         """Asks for a run's place."""
@@ -66,5 +66,5 @@ class OrderStream:
         self._on_ordered(RunId(message.run_id))
 
     def _lost(self, reason: str) -> None:
-        # The cluster is ending: our node agent sees the same.
+        # The cluster is ending: our node agent sees the same, or the resource manager, which takes us for lost.
         logger.warning("the resource manager gives runs no places any more (%s)", reason)

@@ -50,6 +50,7 @@ _MAX_PROGRAMS = 500
 _MAX_PROGRAMS_OF_CLIENT = 16_384
 #: For an executor's stream to open.
 _OPEN_SECONDS = 30.0
+_CALL_SECONDS = 30.0
 #: How often executors are told whose runs are held.
 _HELD_SECONDS = 5.0
 
@@ -69,8 +70,8 @@ class _ExecutorLink:
     async def _open(self) -> None:
         stub = pb_grpc.ExecutorStub(self._channel)
         try:
-            opening = stub.Control(pb.OpenStream(), metadata=self._server.metadata, timeout=_OPEN_SECONDS)
-            await open_offered(opening, self.stream)
+            opening = stub.Control(pb.OpenStream(), metadata=self._server.metadata)
+            await open_offered(opening, self.stream, _OPEN_SECONDS)
         except grpc.aio.AioRpcError as error:
             self._lost(f"it cannot be reached ({error.code().name}: {error.details()})")
         except LinkError as error:
@@ -138,8 +139,9 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
         self.core = SchedulerState(policy, window)
         self.spans = RunSpans()
         self._outlines = Outlines()
-        #: Set before anything is served.
+        #: Both are set before anything is served.
         self.order: OrderStream
+        self.manager: pb_grpc.ResourceManagerStub
         self._key = key
         self._streams = streams
         self._loop = asyncio.get_running_loop()
@@ -218,14 +220,22 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
             stream.send(message.SerializeToString())
 
     def executor_lost(self, link: _ExecutorLink, reason: str) -> None:
-        """Forgets an executor whose stream has ended. It ends itself, which tells the resource manager."""
+        """Forgets an executor whose stream has ended, and has it ended: where it can, it ends itself."""
         if self._links.get(link.executor_id) is not link:
             return
         del self._links[link.executor_id]
-        closing = asyncio.create_task(link.close(), name=f"closing the stream to executor {link.executor_id}")
+        closing = asyncio.create_task(self._cut_off(link, reason), name=f"cutting off executor {link.executor_id}")
         self._closing.add(closing)
         closing.add_done_callback(self._closing.discard)
         self.handle(core.ExecutorRemoved(executor_id=link.executor_id, reason=reason))
+
+    async def _cut_off(self, link: _ExecutorLink, reason: str) -> None:
+        await link.close()
+        request = pb.CutOffExecutorRequest(executor_id=link.executor_id, reason=reason)
+        try:
+            await self.manager.CutOffExecutor(request, metadata=self.metadata, timeout=_CALL_SECONDS)
+        except grpc.aio.AioRpcError as error:  # without a resource manager, the cluster ends
+            logger.info("executor %s is cut off, and the resource manager does not know: %s", link.executor_id, error)
 
     def on_executor_event(self, executor_id: str, event: pb.ExecutorEvent) -> None:
         """Takes what an executor reports."""
@@ -253,12 +263,12 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 part = PartId(ProgramId(loaded.program_id), SliceId(loaded.slice_id))
                 self.handle(core.ProgramLoaded(executor_id=executor_id, part=part, failure=_failure(loaded)))
 
-    async def Connect(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> pb.StreamOffer:
+    async def Connect(self, request: pb.OpenStream, context: grpc.aio.ServicerContext) -> None:
         """A client's stream."""
         client_id = channel.caller(context, self._key).client_id
         if client_id in self._clients:
             await context.abort(grpc.StatusCode.ALREADY_EXISTS, f"client {client_id} is connected already")
-        return offer(self._streams, self._loop, functools.partial(self._connected, client_id))
+        await offer(context, self._streams, self._loop, functools.partial(self._connected, client_id))
 
     def _connected(self, client_id: ClientId) -> LoopStream:
         if client_id in self._clients:
@@ -566,6 +576,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         IslandId(arguments.island_id),
         lambda run_id: scheduler.handle(core.RunOrdered(run_id=run_id)),
     )
+    scheduler.manager = pb_grpc.ResourceManagerStub(channel.open_channel(arguments.manager))
     # Before there are slices: from here on, no run that spans islands is ordered without this one.
     await scheduler.order.join()
     tasks = [asyncio.create_task(scheduler.tell_held(), name="held runs")]

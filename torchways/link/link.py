@@ -4,7 +4,8 @@ Small frames go from and to the thread that waits at the inbox (connection.py). 
 direction, which copies from and to where they lie without the GIL, and hold up no small ones. Both ends always drain
 both connections, so that no order of sends can deadlock. Frames of one connection keep their order.
 
-Whatever is wrong with a link loses the link, with a reason, and nothing else. Another may be opened in its place.
+Whatever is wrong with a link loses the link, with a reason, and nothing else. Another may be opened in its place. That
+its peer is stopped is no such thing: who started the peer notices, and ends it.
 """
 
 from __future__ import annotations

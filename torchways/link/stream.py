@@ -4,6 +4,9 @@ It is for messages that are small and many. A process offers a stream to who ask
 `Ticket`, and whoever connects with it in time is at the other end. Whatever is wrong with a stream loses it, with a
 reason, and nothing else.
 
+The connection tells that the other process has ended, or its machine is gone. It does not tell that the process is
+stopped, whose kernel goes on acknowledging: the call that asked for the stream tells that (rpc/streams.py).
+
 The same stream serves a thread that waits at an `Inbox` and an asyncio loop (`LoopStream`).
 """
 
@@ -38,7 +41,7 @@ _ACCEPTING = "streams"
 #: Which of the kinds of connections that shake hands this is; links have 0 and 1.
 _CHANNEL = 2
 #: How long an offer holds, and how long its taker tries.
-_OFFER_SECONDS = 60.0
+OFFER_SECONDS = 60.0
 _OPEN_SECONDS = 30.0
 
 
@@ -64,6 +67,22 @@ class Stream(Connection):
         self._take = receive
         #: The parts of the message that comes.
         self._joined = bytearray()
+        self._when_closed: list[Callable[[], None]] = []
+
+    def when_closed(self, callback: Callable[[], None]) -> None:
+        """Has something called, on the waiting thread, when it is closed or lost; at once if it is."""
+        self._when_closed.append(callback)
+        if self.is_closed:
+            self._tell_closed()
+
+    def close(self, reason: str = "it is closed") -> None:
+        """See `Connection`."""
+        super().close(reason)
+        self._tell_closed()
+
+    def _tell_closed(self) -> None:
+        while self._when_closed:
+            self._when_closed.pop()()
 
     def send(self, message: bytes, on_sent: Callable[[str | None], None] | None = None) -> None:
         """Queues a message, which goes out with `flush`. One step to signals; may be called on any thread.
@@ -185,8 +204,12 @@ class StreamServer(Acceptor):
             self._offers.pop(name, None)
         where = LoopWaiter(waiter) if isinstance(waiter, asyncio.AbstractEventLoop) else waiter
         name, secret = secrets.token_hex(8), secrets.token_bytes(32)
-        self._offers[name] = _Offer(secret, now + _OFFER_SECONDS, where, make)
+        self._offers[name] = _Offer(secret, now + OFFER_SECONDS, where, make)
         return Ticket(self.address, name, secret)
+
+    def withdraw(self, ticket: Ticket) -> None:
+        """Ends an offer that nobody has taken; of one that was taken, `make` may still be called. Any thread."""
+        self._offers.pop(ticket.name, None)
 
     def key_of(self, peer: str) -> bytes:
         """See `Acceptor`."""

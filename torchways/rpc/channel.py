@@ -2,7 +2,9 @@
 
 Every call carries the cluster's token and, but for a newcomer's, who makes it (identity.py); a server refuses others.
 A process that ends is noticed at once, and a peer whose machine is gone within about ten seconds: nothing acknowledges
-what was sent. A process that is stopped (Ctrl-Z, a debugger) is taken for gone after about a minute.
+what was sent. A process that is stopped (Ctrl-Z, a debugger) is taken for gone after about a minute: it answers no
+pings, and the calls that are open end. One that is busy answers them: gRPC's own threads do, without Python's lock. A
+stream has a call that is open as long as it is (streams.py).
 """
 
 from __future__ import annotations

@@ -334,8 +334,8 @@ class SchedulerClient:
     async def connect(self) -> None:
         """Opens the stream. What is sent before goes out then."""
         try:
-            connecting = self._stub.Connect(pb.OpenStream(), metadata=self._metadata, timeout=_CALL_SECONDS)
-            await open_offered(connecting, self._stream)
+            connecting = self._stub.Connect(pb.OpenStream(), metadata=self._metadata)
+            await open_offered(connecting, self._stream, _CALL_SECONDS)
         except grpc.aio.AioRpcError as error:
             self._lost(f"{error.code().name}: {error.details()}")
         except LinkError as error:

@@ -69,6 +69,7 @@ METHODS: Mapping[str, frozenset[Role]] = {
     "ResourceManager/DescribeCluster": frozenset({Role.CLIENT, Role.NEWCOMER}),
     "ResourceManager/JoinNode": frozenset({Role.NODE}),
     "ResourceManager/AnswerTrace": frozenset({Role.CLIENT}),
+    "ResourceManager/CutOffExecutor": frozenset({Role.SCHEDULER}),
     "RunOrder/OrderRuns": frozenset({Role.SCHEDULER}),
     "Operator/Observe": frozenset({Role.OPERATOR, Role.NEWCOMER}),
     "Operator/DumpStacks": frozenset({Role.OPERATOR}),

@@ -34,7 +34,8 @@ class OpenStream(_message.Message):
     """---------------------------------------------------------------- streams
 
     A call that is answered with an offer opens a stream: messages both ways, in order, over a connection of its own
-    (link/stream.py). The two kinds of messages stand where the call is defined.
+    (link/stream.py). The two kinds of messages stand where the call is defined. The offer is the only answer, and the call
+    stays open as long as the stream: when either ends, so does the other (rpc/streams.py).
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -249,6 +250,44 @@ class AttachRequest(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___AttachRequest: _TypeAlias = AttachRequest  # noqa: Y015
+
+@_typing.final
+class CutOffExecutorRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EXECUTOR_ID_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    executor_id: _builtins.str
+    reason: _builtins.str
+    """what the scheduler knows of why"""
+    def __init__(
+        self,
+        *,
+        executor_id: _builtins.str = ...,
+        reason: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["executor_id", b"executor_id", "reason", b"reason"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CutOffExecutorRequest: _TypeAlias = CutOffExecutorRequest  # noqa: Y015
+
+@_typing.final
+class CutOffExecutorResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CutOffExecutorResponse: _TypeAlias = CutOffExecutorResponse  # noqa: Y015
 
 @_typing.final
 class OrderRunsRequest(_message.Message):

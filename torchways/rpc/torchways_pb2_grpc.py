@@ -86,6 +86,11 @@ class ResourceManagerStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswer.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswered.FromString,
                 _registered_method=True)
+        self.CutOffExecutor = channel.unary_unary(
+                '/torchways.v1.ResourceManager/CutOffExecutor',
+                request_serializer=torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorRequest.SerializeToString,
+                response_deserializer=torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorResponse.FromString,
+                _registered_method=True)
 
 
 class ResourceManagerServicer:
@@ -161,6 +166,13 @@ class ResourceManagerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CutOffExecutor(self, request, context):
+        """Called by a scheduler that does not reach an executor any more: it is ended, unless it ends by itself soon.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ResourceManagerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -213,6 +225,11 @@ def add_ResourceManagerServicer_to_server(servicer, server):
                     servicer.AnswerTrace,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswer.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.TraceAnswered.SerializeToString,
+            ),
+            'CutOffExecutor': grpc.unary_unary_rpc_method_handler(
+                    servicer.CutOffExecutor,
+                    request_deserializer=torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorRequest.FromString,
+                    response_serializer=torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -497,6 +514,33 @@ class ResourceManager:
             metadata,
             _registered_method=True)
 
+    @staticmethod
+    def CutOffExecutor(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/torchways.v1.ResourceManager/CutOffExecutor',
+            torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorRequest.SerializeToString,
+            torchways_dot_rpc_dot_torchways__pb2.CutOffExecutorResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
 
 class RunOrderStub:
     """In the resource manager: the one order in which all islands admit runs that span several (cluster/run_order.py).
@@ -508,7 +552,7 @@ class RunOrderStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.OrderRuns = channel.unary_unary(
+        self.OrderRuns = channel.unary_stream(
                 '/torchways.v1.RunOrder/OrderRuns',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.OrderRunsRequest.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
@@ -530,7 +574,7 @@ class RunOrderServicer:
 
 def add_RunOrderServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'OrderRuns': grpc.unary_unary_rpc_method_handler(
+            'OrderRuns': grpc.unary_stream_rpc_method_handler(
                     servicer.OrderRuns,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OrderRunsRequest.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
@@ -558,7 +602,7 @@ class RunOrder:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/torchways.v1.RunOrder/OrderRuns',
@@ -756,7 +800,7 @@ class SchedulerStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Connect = channel.unary_unary(
+        self.Connect = channel.unary_stream(
                 '/torchways.v1.Scheduler/Connect',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
@@ -849,7 +893,7 @@ class SchedulerServicer:
 
 def add_SchedulerServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Connect': grpc.unary_unary_rpc_method_handler(
+            'Connect': grpc.unary_stream_rpc_method_handler(
                     servicer.Connect,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
@@ -908,7 +952,7 @@ class Scheduler:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/torchways.v1.Scheduler/Connect',
@@ -1098,7 +1142,7 @@ class ExecutorStub:
         Args:
             channel: A grpc.Channel.
         """
-        self.Control = channel.unary_unary(
+        self.Control = channel.unary_stream(
                 '/torchways.v1.Executor/Control',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
@@ -1108,7 +1152,7 @@ class ExecutorStub:
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.FromString,
                 _registered_method=True)
-        self.ReadBuffers = channel.unary_unary(
+        self.ReadBuffers = channel.unary_stream(
                 '/torchways.v1.Executor/ReadBuffers',
                 request_serializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.SerializeToString,
                 response_deserializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.FromString,
@@ -1192,7 +1236,7 @@ class ExecutorServicer:
 
 def add_ExecutorServicer_to_server(servicer, server):
     rpc_method_handlers = {
-            'Control': grpc.unary_unary_rpc_method_handler(
+            'Control': grpc.unary_stream_rpc_method_handler(
                     servicer.Control,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
@@ -1202,7 +1246,7 @@ def add_ExecutorServicer_to_server(servicer, server):
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.PutChunk.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.PutResponse.SerializeToString,
             ),
-            'ReadBuffers': grpc.unary_unary_rpc_method_handler(
+            'ReadBuffers': grpc.unary_stream_rpc_method_handler(
                     servicer.ReadBuffers,
                     request_deserializer=torchways_dot_rpc_dot_torchways__pb2.OpenStream.FromString,
                     response_serializer=torchways_dot_rpc_dot_torchways__pb2.StreamOffer.SerializeToString,
@@ -1251,7 +1295,7 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/torchways.v1.Executor/Control',
@@ -1305,7 +1349,7 @@ class Executor:
             wait_for_ready=None,
             timeout=None,
             metadata=None):
-        return grpc.experimental.unary_unary(
+        return grpc.experimental.unary_stream(
             request,
             target,
             '/torchways.v1.Executor/ReadBuffers',

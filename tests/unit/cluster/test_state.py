@@ -212,6 +212,15 @@ def test_a_lost_scheduler_or_node_closes_the_cluster():
     assert make_cluster(1).handle(core.NodeLost(node_id=0)) == [core.TellClosing(reason="node agent 0 is gone")]
 
 
+def test_a_scheduler_that_is_not_reached_closes_the_cluster_if_nothing_has_before():
+    cluster = make_cluster(1)
+    assert cluster.handle(core.SchedulerCutOff(island_id=7, reason="no island")) == []
+    cut_off = core.SchedulerCutOff(island_id=0, reason="it does not answer any more")
+    reason = "scheduler i0 cannot be reached: it does not answer any more"
+    assert cluster.handle(cut_off) == [core.TellClosing(reason=reason)]
+    assert cluster.handle(cut_off) == []
+
+
 def test_executors_that_are_ready_before_their_scheduler_wait_for_it():
     cluster = with_clients()
     cluster.handle(core.NodeJoined(node_id=0, host="here", platform="cpu", devices_per_island=(1,)))

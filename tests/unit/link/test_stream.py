@@ -233,7 +233,7 @@ async def test_only_who_has_a_ticket_gets_a_stream_and_once(monkeypatch, server)
     await open_stream(ticket, End())  # still good
     with pytest.raises(LinkError, match="did not answer"):
         await open_stream(ticket, End())
-    monkeypatch.setattr(module, "_OFFER_SECONDS", 0.01)
+    monkeypatch.setattr(module, "OFFER_SECONDS", 0.01)
     late = offer(server, End())
     await asyncio.sleep(0.05)
     with pytest.raises(LinkError, match="did not answer"):
@@ -242,7 +242,7 @@ async def test_only_who_has_a_ticket_gets_a_stream_and_once(monkeypatch, server)
     def refuse():
         raise HandshakeError("it has one")
 
-    monkeypatch.setattr(module, "_OFFER_SECONDS", 10)
+    monkeypatch.setattr(module, "OFFER_SECONDS", 10)
     refused = End()
     await open_stream(server.offer(asyncio.get_running_loop(), refuse), refused)
     assert "clos" in await refused.lost.get()
