@@ -230,10 +230,13 @@ class Array(torch.Tensor):
         """Returns True if the value is computed, or its computation failed: a read would not wait for it."""
         return self._buffer.done()
 
-    def cpu(self, *args: Any, timeout: timedelta | None = None, **kwargs: Any) -> torch.Tensor:
+    def cpu(
+        self, memory_format: torch.memory_format = torch.preserve_format, *, timeout: timedelta | None = None
+    ) -> torch.Tensor:
         """Waits for the value and returns a copy of it on the host.
 
         Args:
+            memory_format: as for `torch.Tensor.cpu`.
             timeout: longest wait. None waits as long as the executor is alive. After a timeout you can read again.
 
         Raises:
@@ -241,10 +244,14 @@ class Array(torch.Tensor):
             ExecutorLost: the executor that held the value is gone.
             DeadlineExceeded: `timeout` passed.
             SessionClosed: `tw.shutdown()` was called.
+            TypeError: a timeout was not given by name.
         """
+        if not isinstance(memory_format, torch.memory_format):
+            raise TypeError(f"{memory_format!r} is no memory format; a timeout is given by name: cpu(timeout=...)")
         if Array._is_tracing():
             return self
-        return self._storage.read(timeout).requires_grad_(False)
+        value = self._storage.read(timeout).requires_grad_(False)
+        return value if memory_format is torch.preserve_format else value.contiguous(memory_format=memory_format)
 
     def full_tensor(self) -> torch.Tensor:
         """Waits for the value and returns the whole tensor on the host; the same as `cpu`."""

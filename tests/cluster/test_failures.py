@@ -31,7 +31,7 @@ def pid_of(name):
 
 def read_for_ever(run):
     while True:
-        run(torch.rand(64, 64)).cpu(timedelta(seconds=60))
+        run(torch.rand(64, 64)).cpu(timeout=timedelta(seconds=60))
 
 
 def busy(x):
@@ -53,7 +53,7 @@ def test_executor_killed_mid_step_is_named_and_the_other_island_goes_on():
         os.kill(pid_of(name), signal.SIGKILL)
         for array in (ours, theirs):
             with pytest.raises(ExecutorLost, match=executor_id.replace(".", r"\.")):
-                array.cpu(timedelta(seconds=60))
+                array.cpu(timeout=timedelta(seconds=60))
         assert alone.tolist() == [4, 4]
         with pytest.raises((ExecutorLost, PlacementError), match=r"lost|closed"):
             first(torch.rand(1024, 1024)).cpu()
@@ -79,14 +79,14 @@ def test_an_executor_that_loses_its_scheduler_is_replaced():
         while True:  # until the executor has ended, a new mesh may still be refused
             try:
                 again = tw.init_device_mesh((1,), mesh_dim_names=("dp",))
-                result = tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).cpu(timedelta(seconds=60))
+                result = tw.function(lambda x: x + 1, mesh=again)(torch.zeros(2)).cpu(timeout=timedelta(seconds=60))
                 break
             except ExecutorLost:
                 assert time.monotonic() < deadline
         assert result.tolist() == [1, 1]
         assert wait_gone([pid]) == set()
         with pytest.raises(ExecutorLost, match=name.removeprefix("executor ")):
-            kept.cpu(timedelta(seconds=60))
+            kept.cpu(timeout=timedelta(seconds=60))
 
 
 def test_a_link_that_breaks_between_two_executors_is_opened_anew():
@@ -108,12 +108,14 @@ def test_a_link_that_breaks_between_two_executors_is_opened_anew():
             assert break_connections(*pids)
             for array in under_way:  # right, or lost
                 with contextlib.suppress(ExecutorLost):
-                    assert torch.equal(array.cpu(timedelta(seconds=60)), torch.full(array.shape, 3.0))
+                    assert torch.equal(array.cpu(timeout=timedelta(seconds=60)), torch.full(array.shape, 3.0))
             deadline = time.monotonic() + 60
             for x in (small, large):
                 while True:
                     try:
-                        assert torch.equal(there_and_back(x).cpu(timedelta(seconds=60)), torch.full(x.shape, 3.0))
+                        assert torch.equal(
+                            there_and_back(x).cpu(timeout=timedelta(seconds=60)), torch.full(x.shape, 3.0)
+                        )
                         break
                     except ExecutorLost:
                         assert time.monotonic() < deadline

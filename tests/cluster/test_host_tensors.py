@@ -119,13 +119,13 @@ def test_one_that_does_not_arrive_fails_what_reads_it(meshes, monkeypatch):
         patch.setattr(ExecutorClient, "put", put)
         for _ in range(5):  # it fails before its run is sent, or behind it
             with pytest.raises((ExecutorLost, RunCancelled), match="no way to it"):
-                program(torch.ones(100_000)).cpu(timedelta(seconds=30))
+                program(torch.ones(100_000)).cpu(timeout=timedelta(seconds=30))
         array = tw.distribute_tensor(torch.ones(100_000), mesh)
         for _ in range(2):
             with pytest.raises(ExecutorLost, match="no way to it"):
-                array.cpu(timedelta(seconds=30))
+                array.cpu(timeout=timedelta(seconds=30))
         with pytest.raises(ExecutorLost, match="no way to it"):
-            program(array).cpu(timedelta(seconds=30))
+            program(array).cpu(timeout=timedelta(seconds=30))
         del array
     current_session().runs.wait_for_all(timedelta(seconds=60))
     gc.collect()
@@ -181,4 +181,4 @@ def test_an_executor_that_dies_while_it_takes_one_is_lost():
         result = program(torch.ones(8 * MEGABYTE))
         threading.Timer(0.5, os.kill, (pid, signal.SIGKILL)).start()
         with pytest.raises(ExecutorLost):
-            result.cpu(timedelta(seconds=60))
+            result.cpu(timeout=timedelta(seconds=60))
