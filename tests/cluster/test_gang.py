@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,9 +12,10 @@ import pytest
 import torch
 
 import torchways as tw
+from tests.breaking import break_connections
 from tests.cluster.test_launch import wait_for
 from torchways.config import ClusterConfig
-from torchways.errors import ConfigError
+from torchways.errors import ConfigError, ExecutorLost
 from torchways.launch.embedded import start_cluster
 from torchways.rpc.channel import TOKEN_VARIABLE
 
@@ -135,6 +137,54 @@ def test_each_host_writes_its_part_of_a_checkpoint(session, tmp_path):
     tw.checkpoint.load(tmp_path / "checkpoint", state)
     for name, value in values.items():
         torch.testing.assert_close(state[name].cpu(timeout=timedelta(seconds=60)), 2 * value)
+
+
+@contextlib.contextmanager
+def stopped(pids):
+    """Processes that do nothing meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("host", [0, 3])
+def test_what_one_host_alone_has_lost_fails_on_all_and_others_go_on(session, gang, host):
+    """Its links break: the other hosts get what it has lost, and must not wait for it on their devices."""
+    wide, narrow = (tw.init_device_mesh((size,), mesh_dim_names=("dp",)) for size in (4, 2))
+    make, take = tw.function(lambda x: x + 1, mesh=narrow), tw.function(lambda x: x * 2, mesh=wide)
+
+    def is_lost(array):
+        try:
+            value = array.cpu(timeout=timedelta(seconds=60))
+        except ExecutorLost:
+            return True
+        assert torch.equal(value, torch.full((4,), 2.0))
+        return False
+
+    assert not is_lost(take(make(torch.zeros(4))))
+    pids = {name.split()[1]: pid for name, pid in tw.cluster_info().processes if name.startswith("executor")}
+    [losing] = [name for name in pids if name.endswith(f".h{host}") and f"{name.rpartition('.')[0]}.h3" in pids]
+    senders = [pid for name, pid in pids.items() if f"{name.rpartition('.')[0]}.h2" not in pids]
+    deadline = time.monotonic() + 60
+    with clients(gang, 10, [(4,)]) as [other]:
+        some_lost = False
+        while not some_lost:
+            assert time.monotonic() < deadline
+            with stopped(senders):
+                made = [take(make(torch.zeros(4))) for _ in range(4)]
+                time.sleep(0.5)  # until the runs are there, if that is long enough
+                assert sum(break_connections(pids[losing], pid) for pid in senders)
+            some_lost = any([is_lost(array) for array in made])
+        printed = other.communicate(timeout=200)
+    assert printed[0] == "done\n", printed
+    while is_lost(take(make(torch.zeros(4)))):  # the other end may have noticed later
+        assert time.monotonic() < deadline
+    wait_for(lambda: not any(status.num_runs_in_flight for status in tw.executor_status()), "the end of all runs")
+    assert (f"executor {losing}", pids[losing]) in tw.cluster_info().processes
 
 
 @pytest.mark.timeout(1200)

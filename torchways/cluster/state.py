@@ -311,7 +311,7 @@ class DeviceSet:
     Attributes:
         name: "i0.e1", the first that island 0 started.
         number: of those that its island started.
-        devices_of: the devices of each host that has some, by executor id; the first leads the gang.
+        devices_of: the devices of each host that has some, by executor id.
         executors: what is known of those that are ready, by id.
         slices: that have these devices.
         num_idle: how many times it has had none.
@@ -372,7 +372,7 @@ class Slice:
 
     @property
     def executor_ids(self) -> tuple[str, ...]:
-        """Its executors, one for each host; the first leads the gang."""
+        """Its executors, one for each host."""
         return tuple(self.device_set.devices_of)
 
 

@@ -26,6 +26,7 @@ from torchways.executor.host_values import to_device
 from torchways.executor.launches import Launches
 from torchways.executor.loading import PartCode, read_program
 from torchways.executor.plan import LoadedProgram
+from torchways.executor.runs import lowest
 from torchways.executor.spans import Spans
 from torchways.executor.stalls import Stalls
 from torchways.executor.state import ExecutorState
@@ -66,7 +67,7 @@ class Engine:
         client_bytes: of it, what one client may have; 0: no limit.
         client_programs: bytes of programs, as they are sent, that one client may have.
         memory_wait: seconds that a computation may wait for memory while nothing runs that could free some.
-        gang: "", "leader" or "member"; see `ExecutorState`.
+        gang: this is one of several hosts that compute together.
         stall_warning: seconds without progress after which a run is named in a warning.
         place: what the executor has, for people: "island 0 devices 0 1".
     """
@@ -84,7 +85,7 @@ class Engine:
         client_bytes: int = 0,
         client_programs: int = 1 << 30,
         memory_wait: float = 60.0,
-        gang: str = "",
+        gang: bool = False,
         stall_warning: float = 30.0,
         place: str = "",
     ) -> None:
@@ -106,7 +107,7 @@ class Engine:
             self._handle,
             self.spans,
             self.failure,
-            is_gang=bool(gang),
+            is_gang=gang,
         )
         self.fetches = Fetches(self.core, runtime, self._launches, self.inbox, self._handle, self.failure)
         self._exchange = Exchange(
@@ -320,11 +321,20 @@ class Engine:
                     loaded = pb.ProgramLoaded(**command.part._asdict(), failure=_optional(command.failure))
                     self._report_later(program_loaded=loaded)
                 case events.ReportReady():
-                    self._report_later(unit_ready=pb.UnitReady(**_ids(command.run), unit=command.unit))
+                    self._report_ready(command)
                 case events.ReportPassed():
                     self._report_later(unit_passed=pb.UnitPassed(**_ids(command.run), unit=command.unit))
                 case events.ReportIdle():
                     self._report_later(idle=pb.Idle(epoch=command.epoch))
+
+    def _report_ready(self, command: events.ReportReady) -> None:
+        failure = command.failure
+        if failure is None:
+            failure = lowest([cell.failure for cell in command.inputs])
+            if failure is not None:  # such as a value that could not be placed here, of which the core does not know
+                self.post(events.UnitRefused(run=command.run, unit=command.unit, failure=failure))
+        ready = pb.UnitReady(**_ids(command.run), unit=command.unit, failure=_optional(failure))
+        self._report_later(unit_ready=ready)
 
     def _report_later(self, **event: Any) -> None:
         self._events.append(pb.ExecutorEvent(**event))

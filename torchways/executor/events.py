@@ -68,6 +68,15 @@ class UnitGranted:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class UnitRefused:
+    """A unit will not be granted, since a host of the gang cannot compute it: it fails on all."""
+
+    run: RunPart
+    unit: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class GrantsNeeded:
     """Whether another executor has devices of this one, so that computations wait for grants.
 
@@ -204,6 +213,7 @@ Event: TypeAlias = (
     | RunEnqueued
     | RunCancelled
     | UnitGranted
+    | UnitRefused
     | GrantsNeeded
     | BufferPut
     | UnitFinished
@@ -305,10 +315,16 @@ class ReportEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReportReady:
-    """Tell the scheduler that a unit has all that it needs."""
+    """Tell the scheduler that a unit waits for nothing but its grant; or, in a gang, that it has failed.
+
+    `inputs`: in a gang, the cells that it reads. If one is poisoned when its turn comes, tell that it has failed in
+    place of that it is ready, and answer with UnitRefused.
+    """
 
     run: RunPart
     unit: int
+    inputs: Sequence[Cell] = ()
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

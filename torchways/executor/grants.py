@@ -1,7 +1,8 @@
 """The order in which the island's scheduler lets computations be issued.
 
 Needed where an order across executors matters: always in a gang (several hosts that compute together), else while
-another executor has devices of this one.
+another executor has devices of this one. In a gang a unit is granted when all hosts have reported it ready; if it fails
+on one of them before, it is refused to the others. So all of them issue it, or none does.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ class Grants:
     """See the module's docstring.
 
     Args:
-        gang: "", or this host's role in a gang: "leader" (tells the scheduler when units are ready) or "member".
+        is_gang: this executor is one of several hosts that compute together.
 
     Attributes:
+        is_gang: see above.
         needed: computations are issued as granted.
         granted: the units that may be issued, in order.
     """
 
-    def __init__(self, gang: str) -> None:
-        self.needed = bool(gang)
+    def __init__(self, *, is_gang: bool) -> None:
+        self.is_gang = self.needed = is_gang
         self.granted: deque[tuple[RunPart, int]] = deque()
-        self._gang = gang
         self._epoch = 0
         #: Tasks that are ready but for their grant.
         self._asking: dict[tuple[RunPart, int], Task] = {}
@@ -37,21 +38,20 @@ class Grants:
         self._computing_freely: set[Task] = set()
 
     def ask(self, task: Task) -> bool:
-        """Notes that a task waits for its grant; returns whether the scheduler must be told."""
+        """Notes that a task waits for its grant; returns whether the scheduler must be told: not again."""
         key = (task.run.part, task.number)
         if key in self._asking:
             return False
         self._asking[key] = task
-        return self._gang != "member"
+        return True
+
+    def refuse(self, task: Task) -> None:
+        """A task waits for its grant no more, if it does: there will be none."""
+        self._asking.pop((task.run.part, task.number), None)
 
     def asking(self, key: tuple[RunPart, int]) -> Task | None:
         """Returns the task of a unit, if it waits for its grant."""
         return self._asking.get(key)
-
-    @property
-    def is_gang(self) -> bool:
-        """Whether several hosts compute together: what is granted is issued by all of them, or by none."""
-        return bool(self._gang)
 
     @property
     def waiting(self) -> Collection[Task]:
@@ -67,7 +67,7 @@ class Grants:
         part, number = key = self.granted.popleft()
         self._asking.pop(key, None)
         # On devices that are shared, a unit that was issued has passed when it has ended.
-        return [ReportPassed(run=part, unit=number)] if self._gang or not is_issued else []
+        return [ReportPassed(run=part, unit=number)] if self.is_gang or not is_issued else []
 
     def begin(self, task: Task) -> None:
         """A computation is issued."""
@@ -79,13 +79,13 @@ class Grants:
         if task in self._computing_freely:
             self._computing_freely.discard(task)
             return [] if self._computing_freely else [ReportIdle(epoch=self._epoch)]
-        if self.needed and not self._gang:
+        if self.needed and not self.is_gang:
             return [ReportPassed(run=task.run.part, unit=task.number)]
         return []
 
     def set_needed(self, needed: bool, epoch: int) -> tuple[list[Command], list[Task]]:
         """Grants are needed from here on, or not; returns what to report, and the tasks that can be issued freely."""
-        if self._gang or needed == self.needed:
+        if self.is_gang or needed == self.needed:
             return [], []
         self.needed, self._epoch = needed, epoch
         if needed:

@@ -159,6 +159,8 @@ class Task:
         has_ended: it is over.
         awaited_input: its turn came before its inputs did.
         held_for: what its grant waited for, for people; "": for nothing, or it has none.
+        is_reported: in a gang, the scheduler knows that it is ready, or has failed.
+        refusal: in a gang, why it will not be granted.
     """
 
     run: Run
@@ -170,6 +172,13 @@ class Task:
     has_ended: bool = False
     awaited_input: bool = False
     held_for: str = ""
+    is_reported: bool = False
+    refusal: Failure | None = None
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether the hosts of its gang rely on it: it may be granted at any moment, and must not fail here alone."""
+        return self.is_reported and not self.issued and self.refusal is None
 
     @property
     def need_bytes(self) -> int:

@@ -121,6 +121,10 @@ class ExecutorServer(pb_grpc.ExecutorServicer):
                 run = RunPart(RunId(command.grant.run_id), SliceId(command.grant.slice_id))
                 held_for = command.grant.held_for
                 engine.post(events.UnitGranted(run=run, unit=command.grant.unit, held_for=held_for))
+            case "refusal":
+                run = RunPart(RunId(command.refusal.run_id), SliceId(command.refusal.slice_id))
+                failure = convert.failure_from_proto(command.refusal.failure)
+                engine.post(events.UnitRefused(run=run, unit=command.refusal.unit, failure=failure))
             case "set_grants_needed":
                 grants = command.set_grants_needed
                 engine.post(events.GrantsNeeded(needed=grants.needed, epoch=grants.epoch))
@@ -411,7 +415,7 @@ def main() -> None:
     parser.add_argument("--client-programs", type=int, default=1 << 30)
     parser.add_argument("--memory-wait", type=float, default=60.0)
     parser.add_argument("--stall-warning", type=float, default=30.0)
-    parser.add_argument("--gang", choices=["", "leader", "member"], default="")
+    parser.add_argument("--gang", action="store_true", help="one of several hosts that compute together")
     parser.add_argument("--simulator", default="", help="address of the island's simulated devices")
     parser.add_argument("--set-name", default="", help="of the set of devices, for simulated devices")
     parser.add_argument("--num-hosts", type=int, default=1, help="of the set of devices, for simulated devices")

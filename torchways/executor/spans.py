@@ -130,7 +130,8 @@ class Spans:
         """Keeps the span of a computation's wait for its grant, if it waited."""
         started = self._asking.pop(task, 0)
         if started:
-            reason = task.held_for or "its scheduler's answer"
+            others = "the other hosts, or " if task.is_reported else ""
+            reason = task.held_for or f"{others}its scheduler's answer"
             self.note("grant", f"waits for its grant: {task}: {reason}", started, now, task.run.run_id)
 
 

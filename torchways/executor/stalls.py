@@ -124,7 +124,9 @@ class Stalls:
             peers = run.program.routes.targets[first.edge_id]
             return f"its value to be computed, and executors {', '.join(peers)} to take it"
         if task.number in state.grants.units_of(run.part):
-            return "its grant: other executors that share these devices, or other hosts, come first"
+            if state.grants.is_gang:
+                return "its grant: other hosts are not ready, or executors that share these devices come first"
+            return "its grant: other executors that share these devices come first"
         if any(run.cells[slot].readers > 1 for slot in task.unit.donated):  # type: ignore[union-attr]
             return "others to read a value that it overwrites"
         return ""

@@ -10,7 +10,8 @@ that reads the output of another is enqueued right behind it, long before that o
 The computations of a run are issued in the program's order, the one that pre-flight proved (passes/preflight.py); sends
 and receives are not held up by it. Of several runs, the older goes first where both could. If devices are shared with
 other executors, or with other hosts (`UnitGranted`), computations are issued only as the island's scheduler grants
-them.
+them. With other hosts (a gang), all of them issue a unit or none does: what was reported ready does not fail here alone
+any more, and what fails before is reported, and fails on all (`UnitRefused`).
 
 A run's memory (memory.py) is allocated in the program's order too: memory for a value that is received is set aside
 when its turn comes, whether it has arrived or not.
@@ -22,7 +23,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, assert_never
 
-from torchways.errors import Failure
+from torchways.errors import Failure, InternalError
 from torchways.executor.agenda import Agenda
 from torchways.executor.binding import bind, refusal
 from torchways.executor.cells import Cells
@@ -55,6 +56,7 @@ from torchways.executor.events import (
     TransferArrived,
     UnitFinished,
     UnitGranted,
+    UnitRefused,
 )
 from torchways.executor.failures import Failures
 from torchways.executor.grants import Grants
@@ -80,7 +82,7 @@ class ExecutorState:
         executor_id: for messages.
         budget_bytes: device memory, bytes a device; 0: no limit.
         client_bytes: of it, what one client may have; 0: no limit.
-        gang: "", or for one of several hosts that compute together "leader" (says when units are ready) or "member".
+        gang: this is one of several hosts that compute together.
         max_remembered: ids of dropped buffers, slices and clients that are kept for what may still come about them.
     """
 
@@ -90,7 +92,7 @@ class ExecutorState:
         *,
         budget_bytes: int = 0,
         client_bytes: int = 0,
-        gang: str = "",
+        gang: bool = False,
         max_remembered: int = _MAX_REMEMBERED,
     ) -> None:
         self._failure = Failures(executor_id)
@@ -98,7 +100,7 @@ class ExecutorState:
         self.runs: dict[RunPart, Run] = {}
         self.memory = Memory(budget_bytes, self.runs, client_bytes)
         self.names = Names(self._failure, max_remembered)
-        self.grants = Grants(gang)
+        self.grants = Grants(is_gang=gang)
         self.mailbox = Mailbox()
         self._agenda = Agenda()
         self._cells = Cells(self._agenda, self.memory, self.names)
@@ -125,6 +127,8 @@ class ExecutorState:
                 self._note_wait(event)
                 self.grants.granted.append((event.run, event.unit))
                 self._issue_granted()
+            case UnitRefused():
+                self._refuse_grant(event)
             case GrantsNeeded():
                 commands, freed = self.grants.set_needed(event.needed, event.epoch)
                 self._agenda.commands += commands
@@ -243,14 +247,15 @@ class ExecutorState:
 
     def _cancel(self, event: RunCancelled) -> None:
         run = self.runs.get(event.run)
-        # In a gang, the hosts that hear of it late would issue what was granted, and wait for the others.
-        if run is not None and run.cancelled is None and not self.grants.is_gang:
+        if run is not None and run.cancelled is None:
             self._end_early(run, event.failure)
 
     def _end_early(self, run: Run, failure: Failure) -> None:
-        """Fails what a run has not begun."""
+        """Fails what a run has not begun, but for what other hosts rely on, and what reads that."""
         run.cancelled = failure
-        self._agenda.ready += [task for task in run.tasks if not task.issued]
+        promised = {slot for task in run.tasks if task.is_promised for slot in task.unit.writes}
+        open_tasks = [task for task in run.tasks if not task.issued]
+        self._agenda.ready += [task for task in open_tasks if promised.isdisjoint(task.unit.reads)]
 
     @staticmethod
     def _is_next(task: Task) -> bool:
@@ -286,9 +291,9 @@ class ExecutorState:
         run, unit = task.run, task.unit
         cells = run.cells
         instruction = unit.instructions[0]
-        if isinstance(instruction, ComputeInstruction) and not self._is_next(task):
-            return  # looked at again when it is
-        failure = run.cancelled or run.known.failure
+        if isinstance(instruction, ComputeInstruction) and (not self._is_next(task) or task.is_promised):
+            return  # looked at again when it is, or issued or refused as all hosts agree
+        failure = task.refusal or run.cancelled or run.known.failure
         misfit: Failure | None = None
         for slot in unit.reads:
             cell = cells[slot]
@@ -336,8 +341,9 @@ class ExecutorState:
         if failure is None:
             known = [cells[slot].failure for slot in unit.reads]  # type: ignore[union-attr]
             failures = [item for item in known if item is not None]
-            # Of several computations, those that can run do: the shell sees to it.
-            if failures and (len(unit.instructions) == 1 or len(failures) == len(known)):
+            # Of several computations, those that can run do: the shell sees to it. But not those that other hosts have
+            # a part in, where all may be able to run.
+            if failures and (len(unit.instructions) == 1 or len(failures) == len(known) or self.grants.is_gang):
                 failure = lowest(failures)
         if failure is None and any(cells[slot].names for slot in unit.donated):  # type: ignore[union-attr]
             # What has that name would be lost, and whoever reads it would wait for ever.
@@ -355,7 +361,9 @@ class ExecutorState:
             return
         if self.grants.needed:
             if self.grants.ask(task):
-                self._agenda.commands.append(ReportReady(run=task.run.part, unit=task.number))
+                task.is_reported = self.grants.is_gang
+                inputs = task.cells_of(unit.reads) if self.grants.is_gang else ()
+                self._agenda.commands.append(ReportReady(run=task.run.part, unit=task.number, inputs=inputs))
             self._issue_granted()
         else:
             self._issue_compute(task)
@@ -365,16 +373,34 @@ class ExecutorState:
         if run is not None and event.unit < len(run.tasks):
             run.tasks[event.unit].held_for = event.held_for
 
+    def _refuse_grant(self, event: UnitRefused) -> None:
+        """Fails what a host of the gang cannot compute, when its turn comes."""
+        run = self.runs.get(event.run)
+        if run is None or run.tasks[event.unit].issued:
+            return  # it has failed here, too
+        task = run.tasks[event.unit]
+        task.refusal = event.failure
+        self.grants.refuse(task)
+        self._agenda.ready.append(task)
+
     def _issue_granted(self) -> None:
-        """Issues what is ready at the head of the granted order; a unit that failed here is passed over."""
+        """Issues what is ready at the head of the granted order; a unit that failed here is passed over.
+
+        Raises:
+            InternalError: it is not ready here, though all hosts of a gang issue it.
+        """
         grants = self.grants
         while grants.granted:
             part, number = key = grants.granted[0]
-            run = self.runs.get(part)
+            run, task = self.runs.get(part), grants.asking(key)
             is_issued = False
+            if task is None and grants.is_gang:
+                # The other hosts' devices wait for it. This executor must end, so that they do.
+                raise InternalError(f"unit {number} of run {part.run_id} is granted, but was not reported ready here")
             if run is not None and not run.tasks[number].issued:
-                task = grants.asking(key)
-                if task is None or (not self._may_allocate(task) and not task.issued):
+                # A gang's unit had room when it was reported ready. Its run keeps that, but for what it takes over from
+                # a run that has not ended, which counts twice until then: not for long, and not on the devices.
+                if task is None or (not grants.is_gang and not self._may_allocate(task) and not task.issued):
                     return
                 if not task.issued:
                     self._issue_compute(task)
@@ -473,6 +499,9 @@ class ExecutorState:
 
     def _fail_task(self, task: Task, failure: Failure, *, end_readers: bool = True) -> None:
         """Poisons what a task would have filled, and ends it."""
+        if self.grants.is_gang and not task.is_reported and isinstance(task.unit.instructions[0], ComputeInstruction):
+            task.is_reported = True
+            self._agenda.commands.append(ReportReady(run=task.run.part, unit=task.number, failure=failure))
         for slot in task.unit.writes:
             cell = task.run.cells[slot]
             if cell is not None:  # else all that would read it has failed already
@@ -519,6 +548,8 @@ class ExecutorState:
         return False
 
     def _refuse(self, item: Taker, reason: str) -> None:
+        if isinstance(item, Task) and item.is_promised:
+            return  # it has had room since
         item.issued = True
         message = f"{item} is refused: {reason}. Use a larger slice, or shard its values"
         failure = self._failure("ResourceExhausted", message)
@@ -614,9 +645,8 @@ class ExecutorState:
         for buffer_id in self.names.of_client(client_id):
             self._cells.drop(buffer_id, "belonged to a client that is gone")
         self.programs.drop(lambda part: owner(part.program_id) == client_id)
-        if not self.grants.is_gang:  # see `_cancel`
-            for run in [run for run in self.runs.values() if run.client_id == client_id and run.cancelled is None]:
-                self._end_early(run, self.names.client_gone())
+        for run in [run for run in self.runs.values() if run.client_id == client_id and run.cancelled is None]:
+            self._end_early(run, self.names.client_gone())
         receiving = self.mailbox.drop_client(client_id)
         for cell in self.names.give_up_expected(client_id):
             self._cells.schedule(cell)

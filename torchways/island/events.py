@@ -142,11 +142,12 @@ class RunEnded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitReady:
-    """The leader of a gang, or an executor alone, has all that a computation needs."""
+    """A computation waits for nothing but its grant; or, with a failure, a host of a gang cannot compute it."""
 
     executor_id: str
     run: RunPart
     unit: int
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -271,6 +272,16 @@ class SendGrant:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SendRefusal:
+    """Have a computation fail on a host of a gang, since another cannot compute it."""
+
+    executor_id: str
+    run: RunPart
+    unit: int
+    failure: Failure
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SendGrantsNeeded:
     """Tell an executor whether its computations wait for grants from here on. `epoch` rises with each change."""
 
@@ -280,5 +291,14 @@ class SendGrantsNeeded:
 
 
 Command: TypeAlias = (
-    SendLoad | SendEnqueue | SendCancel | SendDrop | SendGrant | SendGrantsNeeded | AskOrder | TellLoaded | TellFinished
+    SendLoad
+    | SendEnqueue
+    | SendCancel
+    | SendDrop
+    | SendGrant
+    | SendRefusal
+    | SendGrantsNeeded
+    | AskOrder
+    | TellLoaded
+    | TellFinished
 )

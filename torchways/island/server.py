@@ -196,6 +196,10 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 case core.SendGrant():
                     grant = pb.Grant(**command.run._asdict(), unit=command.unit, held_for=command.held_for)
                     self._send(command.executor_id, pb.ExecutorCommand(grant=grant))
+                case core.SendRefusal():
+                    failure = convert.failure_to_proto(command.failure)
+                    refusal = pb.Refusal(**command.run._asdict(), unit=command.unit, failure=failure)
+                    self._send(command.executor_id, pb.ExecutorCommand(refusal=refusal))
                 case core.SendGrantsNeeded():
                     needed = pb.SetGrantsNeeded(needed=command.needed, epoch=command.epoch)
                     self._send(command.executor_id, pb.ExecutorCommand(set_grants_needed=needed))
@@ -252,7 +256,11 @@ class SchedulerServer(pb_grpc.SchedulerServicer):
                 )
             case "unit_ready":
                 ready = event.unit_ready
-                self.handle(core.UnitReady(executor_id=executor_id, run=_run_part(ready), unit=ready.unit))
+                self.handle(
+                    core.UnitReady(
+                        executor_id=executor_id, run=_run_part(ready), unit=ready.unit, failure=_failure(ready)
+                    )
+                )
             case "unit_passed":
                 passed = event.unit_passed
                 self.handle(core.UnitPassed(executor_id=executor_id, run=_run_part(passed), unit=passed.unit))
@@ -554,7 +562,7 @@ def _drop(command: core.SendDrop) -> pb.ExecutorCommand:
     return pb.ExecutorCommand(drop_buffers=pb.DropBuffers(buffer_ids=command.buffer_ids))
 
 
-def _failure(message: pb.RunEnded | pb.ProgramLoaded) -> Failure | None:
+def _failure(message: pb.RunEnded | pb.UnitReady | pb.ProgramLoaded) -> Failure | None:
     return convert.failure_from_proto(message.failure) if message.HasField("failure") else None
 
 

@@ -179,7 +179,7 @@ class SchedulerState:
             case TimePassed():
                 return []
             case UnitReady():
-                return self.turns.ready(event.executor_id, event.run, event.unit)
+                return self.turns.ready(event.executor_id, event.run, event.unit, event.failure)
             case UnitPassed():
                 return self.turns.passed(event.executor_id, event.run, event.unit)
             case ExecutorIdle():
@@ -370,7 +370,10 @@ class SchedulerState:
                 f"run {run_id} ended for slice {slice_id} on {event.executor_id}, not running it; {run.history()}"
             )
         run.seconds[event.executor_id] = run.seconds.get(event.executor_id, 0.0) + event.device_seconds
-        commands = self._end_part(run, (event.executor_id, slice_id), run_id, event.failure, now)
+        part = (event.executor_id, slice_id)
+        is_gang = len(run.running[part]) > 1
+        commands = self.turns.ended(event.executor_id, event.run, event.failure) if is_gang else []
+        commands += self._end_part(run, part, run_id, event.failure, now)
         return [*commands, *self._forget_unused()] if self._some_unused else commands
 
     def _end_part(

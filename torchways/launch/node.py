@@ -301,7 +301,7 @@ class NodeAgent:
             *("--stall-warning", str(self._arguments.stall_warning)),
         ]
         if len(order.gang) > 1 and self._arguments.scheduling == "gang":
-            flags += ["--gang", "leader" if order.executor_id == order.gang[0] else "member"]
+            flags.append("--gang")
         if self._arguments.platform == "simulated":
             flags += ["--simulator", await self._simulators[order.island_id], "--num-hosts", str(len(order.gang))]
             flags += ["--set-name", order.gang[0]]

@@ -2963,6 +2963,7 @@ class ExecutorCommand(_message.Message):
     DROP_SLICE_FIELD_NUMBER: _builtins.int
     CANCEL_RUN_FIELD_NUMBER: _builtins.int
     HELD_RUNS_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def load_program(self) -> Global___LoadProgram: ...
     @_builtins.property
@@ -2983,6 +2984,8 @@ class ExecutorCommand(_message.Message):
     def cancel_run(self) -> Global___CancelRun: ...
     @_builtins.property
     def held_runs(self) -> Global___HeldRuns: ...
+    @_builtins.property
+    def refusal(self) -> Global___Refusal: ...
     def __init__(
         self,
         *,
@@ -2996,12 +2999,13 @@ class ExecutorCommand(_message.Message):
         drop_slice: Global___DropSlice | None = ...,
         cancel_run: Global___CancelRun | None = ...,
         held_runs: Global___HeldRuns | None = ...,
+        refusal: Global___Refusal | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "refusal", b"refusal", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cancel_run", b"cancel_run", "command", b"command", "drop_buffers", b"drop_buffers", "drop_client", b"drop_client", "drop_program", b"drop_program", "drop_slice", b"drop_slice", "enqueue", b"enqueue", "grant", b"grant", "held_runs", b"held_runs", "load_program", b"load_program", "refusal", b"refusal", "set_grants_needed", b"set_grants_needed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "cancel_run", "held_runs"]  # noqa: Y015
+    _WhichOneofReturnType_command: _TypeAlias = _typing.Literal["load_program", "enqueue", "drop_buffers", "drop_program", "drop_client", "grant", "set_grants_needed", "drop_slice", "cancel_run", "held_runs", "refusal"]  # noqa: Y015
     _WhichOneofArgType_command: _TypeAlias = _typing.Literal["command", b"command"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_command) -> _WhichOneofReturnType_command | None: ...
 
@@ -3094,6 +3098,37 @@ class Grant(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Grant: _TypeAlias = Grant  # noqa: Y015
+
+@_typing.final
+class Refusal(_message.Message):
+    """A unit will never be granted, since a host of the gang cannot compute it: it fails on the others, too."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    RUN_ID_FIELD_NUMBER: _builtins.int
+    UNIT_FIELD_NUMBER: _builtins.int
+    SLICE_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
+    run_id: _builtins.int
+    unit: _builtins.int
+    slice_id: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure: ...
+    def __init__(
+        self,
+        *,
+        run_id: _builtins.int = ...,
+        unit: _builtins.int = ...,
+        slice_id: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Refusal: _TypeAlias = Refusal  # noqa: Y015
 
 @_typing.final
 class SetGrantsNeeded(_message.Message):
@@ -3311,26 +3346,34 @@ Global___ExecutorEvent: _TypeAlias = ExecutorEvent  # noqa: Y015
 
 @_typing.final
 class UnitReady(_message.Message):
-    """A unit has all inputs; said by the leader of a gang (its first host), or an executor that needs grants for itself."""
+    """A unit waits for nothing but its grant. Each host of a gang says this once of each unit of computations, or that the
+    unit has failed there. An executor that needs grants for itself says nothing of units that fail.
+    """
 
     DESCRIPTOR: _descriptor.Descriptor
 
     RUN_ID_FIELD_NUMBER: _builtins.int
     UNIT_FIELD_NUMBER: _builtins.int
     SLICE_ID_FIELD_NUMBER: _builtins.int
+    FAILURE_FIELD_NUMBER: _builtins.int
     run_id: _builtins.int
     unit: _builtins.int
     slice_id: _builtins.int
+    @_builtins.property
+    def failure(self) -> Global___Failure:
+        """set where it has failed, on a host of a gang"""
+
     def __init__(
         self,
         *,
         run_id: _builtins.int = ...,
         unit: _builtins.int = ...,
         slice_id: _builtins.int = ...,
+        failure: Global___Failure | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["failure", b"failure", "run_id", b"run_id", "slice_id", b"slice_id", "unit", b"unit"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -12,9 +12,9 @@ from torchways.executor import engine as engine_module
 from torchways.executor import fetches as module
 from torchways.executor.compiler import Call
 from torchways.executor.engine import Engine
-from torchways.executor.events import Execute, MemoryStalled
+from torchways.executor.events import BuffersDropped, Execute, MemoryStalled, Place, ReportReady, UnitRefused
 from torchways.executor.runs import Cell
-from torchways.ids import BufferId, PartId, client_range, owner
+from torchways.ids import BufferId, PartId, RunId, RunPart, SliceId, client_range, owner
 from torchways.ir.part import ComputeInstruction
 from torchways.rpc.torchways_pb2 import Idle as IdleMessage
 
@@ -142,7 +142,7 @@ class Hashable(SimpleNamespace):
 class Launching:
     """An engine, and units of computations in a chain for it."""
 
-    def __init__(self, gang="", runtime=None):
+    def __init__(self, *, gang=False, runtime=None):
         self.runtime = runtime or WithRoom()
         self.reported = queue.Queue()
         self.engine = Engine("i0.e1", self.runtime, 1, "127.0.0.1", self.reported.put, link_key=bytes(32), gang=gang)
@@ -329,7 +329,29 @@ def test_what_waits_for_memory_is_told_though_others_keep_the_executor_busy():
 
 
 def test_a_host_of_a_gang_starts_all_that_was_granted_at_once():
-    launching = Launching(gang="leader")
+    launching = Launching(gang=True)
     launching.runtime.give_room(3)
     cell = Cell(scheduled=True, buffer=torch.tensor(5.0))
     assert launching.read(launching.unit(1, cell, 3)[1]).get(timeout=30) == 8.0
+
+
+def test_a_host_of_a_gang_reports_no_unit_as_ready_whose_input_it_could_not_place():
+    """That is known only after the core has said that the unit is ready."""
+    launching = Launching(gang=True)
+    cell, run = Cell(scheduled=True), RunPart(RunId(7), SliceId(1))
+    commands = [
+        Place(cell=cell, data=None, spec=SimpleNamespace(shape=(2,))),
+        ReportReady(run=run, unit=3, inputs=[cell]),
+    ]
+
+    def handle(event):
+        launching.ended.append(event)
+        return commands if isinstance(event, BuffersDropped) else []
+
+    launching.on_thread(lambda: setattr(launching.engine.core, "handle", handle))
+    launching.engine.post(BuffersDropped(buffer_ids=[]))
+    [event] = launching.reported.get(timeout=30)
+    assert (event.unit_ready.run_id, event.unit_ready.slice_id, event.unit_ready.unit) == (7, 1, 3)
+    assert "could not be placed" in event.unit_ready.failure.message
+    launching.on_thread(lambda: None)
+    assert launching.ended[1:] == [UnitRefused(run=run, unit=3, failure=cell.failure)]

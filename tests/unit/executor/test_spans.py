@@ -139,7 +139,8 @@ def test_a_wait_for_a_grant_has_the_schedulers_reason(clock):
 
 
 def test_what_is_issued_as_it_is_granted_has_not_waited(clock):
-    state, spans = ExecutorState("a", gang="leader"), Spans()
+    state, spans = ExecutorState("a"), Spans()
+    state.handle(events.GrantsNeeded(needed=True, epoch=1))
     load(state, double())
     put(state, BASE + 5)
     state.handle(events.UnitGranted(run=RunPart(RUN, SLICE), unit=0))

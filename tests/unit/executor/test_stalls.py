@@ -78,6 +78,20 @@ def test_a_run_that_waits_for_another_executor_is_named_once_until_it_goes_on():
     assert stalls.lines() == []
 
 
+def test_a_host_of_a_gang_waits_for_the_others():
+    state, stalls = ExecutorState("i0.e1.h1", gang=True), watched()[1]
+    load(state, double())
+    put(state, BASE + 9)
+    [ready] = enqueue(state, 1, [BufferId(BASE + 9)])
+    stalls.check(state, 0.0)
+    [line] = stalls.check(state, 10.0)
+    assert line.endswith(
+        "it waits for its grant: other hosts are not ready, or executors that share these devices come first"
+    )
+    state.handle(events.UnitGranted(run=ready.run, unit=0))
+    assert stalls.check(state, 11.0) == [f"run {BASE + 1} goes on, after 11 s without progress"]
+
+
 def test_only_the_oldest_run_of_each_client_is_named():
     state, stalls = watched()
     for base in (BASE, OTHER):

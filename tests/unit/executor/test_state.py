@@ -688,13 +688,17 @@ def test_runs_that_can_never_go_on_end_with_their_client():
 # ---- gangs
 
 
-def test_a_gang_computes_what_is_cancelled_after_it_was_admitted():
-    """Its hosts hear of that at different times: one that left a unit out would keep the others waiting for ever."""
-    state = ExecutorState("a", gang="member")
-    receive = ReceiveInstruction(slot=0, edge_id=3, peer=1)
-    compute = ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=())
-    routes = Routes(senders={3: "b"})
-    program = load_program(PART, "step", 0, [1, 1], [receive, compute], [(1, 0)], routes=routes)
+def received_in_a_gang():
+    """A host of a gang, and a run that receives a value, makes another of it, sends that and makes a third."""
+    state = ExecutorState("a", gang=True)
+    instructions = [
+        ReceiveInstruction(slot=0, edge_id=3, peer=1),
+        ComputeInstruction(function_index=0, inputs=(0,), outputs=(1,), donated=()),
+        SendInstruction(slot=1, edge_id=4, peer=1),
+        ComputeInstruction(function_index=0, inputs=(1,), outputs=(2,), donated=()),
+    ]
+    routes = Routes(senders={3: "b"}, targets={4: ("b",)})
+    program = load_program(PART, "step", 0, [1] * 3, instructions, [(2, 0)], routes=routes)
     state.handle(events.ProgramArrived(program=program))
     state.handle(events.ProgramCompiled(part=PART, failure=None))
     run = RunPart(RunId(BASE + 30), SLICE)
@@ -707,31 +711,105 @@ def test_a_gang_computes_what_is_cancelled_after_it_was_admitted():
             arguments=Arguments([]),
         )
     )
-    state.handle(events.UnitGranted(run=run, unit=1))
-    state.handle(events.RunCancelled(run=run, failure=Failure(kind="RunCancelled", message="cancelled")))
-    commands = state.handle(events.TransferArrived(peer="b", run_id=run.run_id, edge_id=3, data=_Buffer(1)))
-    assert [type(command) for command in commands] == [events.Place, events.Execute, events.ReportPassed]
+    arrived = events.TransferArrived(peer="b", run_id=run.run_id, edge_id=3, data=_Buffer(1))
+    cancelled = events.RunCancelled(run=run, failure=Failure(kind="RunCancelled", message="cancelled"))
+    return state, run, arrived, cancelled
 
 
-def test_a_gang_issues_in_the_order_of_grants_and_only_its_leader_asks():
-    for role in ("leader", "member"):
-        state = ExecutorState("a", gang=role)
-        state.handle(events.ProgramArrived(program=_one_call([1, 1])))
+def test_a_gang_computes_what_was_reported_ready_though_it_is_cancelled_then_and_no_more():
+    """It may be granted at any moment: a host that left it out would keep the others waiting for ever."""
+    state, run, arrived, cancelled = received_in_a_gang()
+    placed, ready = state.handle(arrived)
+    assert (type(placed), ready.unit, ready.inputs, ready.failure) == (events.Place, 1, [placed.cell], None)
+    assert state.handle(cancelled) == []
+    executed, passed, sent, failed = state.handle(events.UnitGranted(run=run, unit=1))
+    assert passed == events.ReportPassed(run=run, unit=1)
+    assert (sent.cell, sent.cell.failure) == (executed.outputs[0], None)
+    assert failed == events.ReportReady(run=run, unit=3, failure=cancelled.failure)
+    state.handle(events.UnitFinished(task=sent.task))
+    [ended] = state.handle(events.UnitFinished(task=executed.task))
+    assert ended.failure == cancelled.failure
+
+
+def test_a_gang_reports_what_is_cancelled_before_it_was_ready():
+    state, run, arrived, cancelled = received_in_a_gang()
+    commands = state.handle(cancelled)
+    reported = [command for command in commands if isinstance(command, events.ReportReady)]
+    assert reported == [events.ReportReady(run=run, unit=unit, failure=cancelled.failure) for unit in (1, 3)]
+    [sent] = [command for command in commands if isinstance(command, events.Send)]
+    assert sent.cell.failure == cancelled.failure
+    assert state.handle(arrived) == []
+    [ended] = state.handle(events.UnitFinished(task=sent.task))
+    assert ended.failure == cancelled.failure
+
+
+def test_what_another_host_cannot_compute_fails_in_a_gang_and_is_reported_once():
+    failure = Failure(kind="ExecutorLost", message="elsewhere")
+    for is_ready in (True, False):
+        state, run, arrived, _ = received_in_a_gang()
+        if is_ready:
+            state.handle(arrived)
+        commands = state.handle(events.UnitRefused(run=run, unit=1, failure=failure))
+        reported = [command for command in commands if isinstance(command, events.ReportReady)]
+        assert reported == [
+            events.ReportReady(run=run, unit=unit, failure=failure) for unit in ((3,) if is_ready else (1, 3))
+        ]
+        assert state.handle(events.UnitRefused(run=run, unit=1, failure=failure)) == []
+        assert state.num_entries()["asking"] == 0
+        if not is_ready:
+            assert state.handle(arrived) == []
+        [sent] = [command for command in commands if isinstance(command, events.Send)]
+        assert sent.cell.failure == failure
+        [ended] = state.handle(events.UnitFinished(task=sent.task))
+        assert (ended.failure, state.runs) == (failure, {})
+
+
+def test_a_gang_computes_all_of_a_unit_or_nothing():
+    """Another host may have what is poisoned here. Without other hosts, what can be computed is."""
+    calls = [ComputeInstruction(function_index=0, inputs=(n,), outputs=(n + 2,), donated=()) for n in (0, 1)]
+    program = load_program(PART, "step", 2, [1] * 4, calls, [(2, 0), (3, 1)])
+    assert len(program.units) == 1
+    for is_gang in (True, False):
+        state = ExecutorState("a", gang=is_gang)
+        state.handle(events.ProgramArrived(program=program))
         state.handle(events.ProgramCompiled(part=PART, failure=None))
-        state.handle(
-            events.BufferPut(buffer_id=BufferId(BASE + 2), data=_Buffer(1), spec=None, slice_id=SLICE, nbytes=1)
-        )
-        asked = []
-        for number in range(2):
-            asked += state.handle(enqueued(30 + number, 40 + number, [BufferId(BASE + 2)], sequence=number))
-        expected = [events.ReportReady] * 2 if role == "leader" else []
-        assert [type(command) for command in asked] == expected
-        # Granted the other way round.
-        commands = state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 31), SLICE), unit=0))
-        commands += state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 30), SLICE), unit=0))
-        ran = [command.task.run.run_id for command in commands if isinstance(command, events.Execute)]
-        assert ran == [BASE + 31, BASE + 30]
-        assert sum(isinstance(command, events.ReportPassed) for command in commands) == 2
+        state.handle(_put(1, 1))
+        state.handle(events.BuffersDropped(buffer_ids=[BufferId(BASE + 2)]))
+        first, *_ = state.handle(enqueued(30, 40, [BufferId(BASE + 1), BufferId(BASE + 2)], sequence=1))
+        if is_gang:
+            assert first.failure.kind == "UserError"
+        else:
+            assert isinstance(first, events.Execute)
+
+
+def test_what_a_gang_was_told_is_ready_is_not_refused_for_lack_of_memory():
+    state = ExecutorState("a", gang=True, budget_bytes=100)
+    state.handle(events.ProgramArrived(program=_one_call([10, 10])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(_put(1, 10))
+    [ready] = state.handle(enqueued(30, 40, [BufferId(BASE + 1)], sequence=1))
+    task = state.grants.asking((ready.run, ready.unit))
+    state.memory.starved.append(task)  # it had waited, and got room
+    assert state.handle(events.MemoryStalled(seconds=1, time_ns=10**12)) == []
+    commands = state.handle(events.UnitGranted(run=ready.run, unit=ready.unit))
+    assert [type(command) for command in commands] == [events.Execute, events.ReportPassed]
+
+
+def test_a_gang_issues_in_the_order_of_grants():
+    state = ExecutorState("a", gang=True)
+    state.handle(events.ProgramArrived(program=_one_call([1, 1])))
+    state.handle(events.ProgramCompiled(part=PART, failure=None))
+    state.handle(_put(2, 1))
+    asked = []
+    for number in range(2):
+        asked += state.handle(enqueued(30 + number, 40 + number, [BufferId(BASE + 2)], sequence=number))
+    assert [type(command) for command in asked] == [events.ReportReady] * 2
+    # Granted the other way round.
+    commands = state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 31), SLICE), unit=0))
+    commands += state.handle(events.UnitGranted(run=RunPart(RunId(BASE + 30), SLICE), unit=0))
+    ran = [command.task.run.run_id for command in commands if isinstance(command, events.Execute)]
+    assert ran == [BASE + 31, BASE + 30]
+    assert sum(isinstance(command, events.ReportPassed) for command in commands) == 2
 
 
 def test_an_argument_that_is_a_result_answers_a_read_that_overtook_its_run():

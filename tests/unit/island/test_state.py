@@ -446,15 +446,20 @@ def test_after_many_steps_every_collection_is_as_large_as_after_a_few(seed):
         register(scheduler, step, 1, mine, client=step, compiled=True)
         for number in range(5):
             run(scheduler, 100 * step + number, 1, mine, client=step, program_id=step)
-        pairs = [("a", 1), *((executor_id, mine) for executor_id in executors)]
-        left = [(e, RunPart(100 * step + n, s)) for e, s in pairs for n in range(5)]
-        events = [core.RunEnded(executor_id=e, run=part, failure=None) for e, part in left]
-        events += [
-            core.UnitReady(executor_id=executors[0], run=RunPart(100 * step + n, mine), unit=n) for n in range(3)
-        ]
+        events = []
+        for executor_id, slice_id in [("a", 1), *((executor_id, mine) for executor_id in executors)]:
+            reports = []
+            for part in (RunPart(100 * step + n, slice_id) for n in range(5)):
+                failure = dice.choice([None, None, Failure(kind="ExecutorLost", message="on this host alone")])
+                if slice_id == mine and dice.random() < 0.8:
+                    reports.append(core.UnitReady(executor_id=executor_id, run=part, unit=0, failure=failure))
+                reports.append(core.RunEnded(executor_id=executor_id, run=part, failure=failure))
+            # In the order of each executor.
+            positions = sorted(dice.randrange(len(events) + 1) for _ in reports)
+            for number, (where, report) in enumerate(zip(positions, reports, strict=True)):
+                events.insert(where + number, report)
         ends = [core.ClientGone(client_id=step), core.SliceClosed(slice_id=mine, reason="it was closed")]
         ends += [core.ProgramForgotten(program_id=step)]
-        dice.shuffle(events)
         dice.shuffle(ends)
         position = dice.randrange(len(events))
         granted = []
