@@ -4,6 +4,7 @@ import copy
 import multiprocessing
 import os
 import threading
+from datetime import timedelta
 
 import pytest
 import torch
@@ -226,3 +227,14 @@ def test_a_session_does_not_show_its_token(mesh):
     assert secret
     assert token not in repr(session)
     assert secret not in repr(session)
+
+
+def test_cpu_takes_a_memory_format_by_position_and_a_timeout_by_name(mesh):
+    value = torch.randn(2, 3, 4, 4)
+    array = tw.distribute_tensor(value, mesh, None)
+    found = array.cpu(torch.channels_last)
+    assert found.is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(found, value)
+    assert torch.equal(array.cpu(timeout=timedelta(seconds=60)), value)
+    with pytest.raises(TypeError, match=r"a timeout is given by name: cpu\(timeout=...\)"):
+        array.cpu(timedelta(seconds=60))
