@@ -68,7 +68,7 @@ class ClusterConfig:
     window: timedelta = timedelta(milliseconds=5)
     """How much device time a scheduler admits ahead to a set of devices. It must cover the round trip between
     scheduler and executor, or devices idle. The larger it is, the longer a run of another client waits. While one
-    client alone uses the devices, it is 50 times as long."""
+    client alone can want the devices, it is 50 times as long."""
     max_weight: float = 16.0
     """The largest weight that a client may ask for. The smallest is 0.001."""
     max_priority: int = 10

@@ -247,11 +247,13 @@ class ExecutorState:
 
     def _cancel(self, event: RunCancelled) -> None:
         run = self.runs.get(event.run)
-        if run is not None and run.cancelled is None:
+        if run is not None:
             self._end_early(run, event.failure)
 
     def _end_early(self, run: Run, failure: Failure) -> None:
-        """Fails what a run has not begun, but for what other hosts rely on, and what reads that."""
+        """Fails what a run has not begun, but for what other hosts rely on, and what reads that; once."""
+        if run.cancelled is not None:
+            return
         run.cancelled = failure
         promised = {slot for task in run.tasks if task.is_promised for slot in task.unit.writes}
         open_tasks = [task for task in run.tasks if not task.issued]
@@ -564,7 +566,7 @@ class ExecutorState:
             if not isinstance(item, Run):
                 memory.starved.remove(item)
                 self._refuse(item, reason)
-            elif item.cancelled is None:
+            else:
                 message = f"run {item.run_id} of {item.program.name} is refused: {reason}"
                 self._end_early(item, self._failure("ResourceExhausted", message))
         if self._in_flight:
@@ -645,7 +647,7 @@ class ExecutorState:
         for buffer_id in self.names.of_client(client_id):
             self._cells.drop(buffer_id, "belonged to a client that is gone")
         self.programs.drop(lambda part: owner(part.program_id) == client_id)
-        for run in [run for run in self.runs.values() if run.client_id == client_id and run.cancelled is None]:
+        for run in [run for run in self.runs.values() if run.client_id == client_id]:
             self._end_early(run, self.names.client_gone())
         receiving = self.mailbox.drop_client(client_id)
         for cell in self.names.give_up_expected(client_id):

@@ -95,7 +95,6 @@ class DataPlane:
         self._links: dict[str, Link] = {}
         #: When each was opened, monotonic seconds.
         self._opened: dict[Link, float] = {}
-        self._me = executor_id
         self._memory = ReceivedMemory()
 
     def checked_address(self, peer: str, signed: str) -> str:
